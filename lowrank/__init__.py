@@ -1,0 +1,15 @@
+"""Separable and low-rank convolution: the error, the cost, and an engine that runs the chain."""
+
+from lowrank.cost import Cost as Cost
+from lowrank.factorization import Factorization as Factorization
+from lowrank.factorization import chain as chain
+from lowrank.factorization import dense as dense
+from lowrank.families import FAMILIES as FAMILIES
+from lowrank.families.svd import basis as basis
+from lowrank.families.svd import decode as decode
+from lowrank.families.svd import decouple as decouple
+from lowrank.families.svd import encode as encode
+from lowrank.families.svd import kronecker as kronecker
+from lowrank.families.svd import spatial as spatial
+from lowrank.geometry import Geometry as Geometry
+from lowrank.stage import Stage as Stage

@@ -1,0 +1,322 @@
+"""The compiled engine: chains lowered to what it runs, planned once, run many times.
+
+Lowering changes the words, never the meaning:
+
+* spatial axes become the last of three, and axes of length one disappear;
+* a border mode other than zeros moves to the chain's input, where one table of indices an
+  axis stands for any mode.  That is exact while the stages before are pointwise along the
+  axis, which is the rule that chains are built by; other chains are cut in two there;
+* a transposed stage becomes a plain one with its taps reversed; with a stride s, one that
+  gives s output phases as channels, which are woven together afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lowrank import reference
+from lowrank._kernels import _core
+from lowrank._kernels.spec import StageSpec
+from lowrank._typing import Array, Ints
+from lowrank.backends import tiling
+from lowrank.cost import chain_shapes
+from lowrank.stage import Stage
+
+AXES = 3  # spatial axes of the engine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A part of a chain that the engine runs in one go, and what NumPy does around it."""
+
+    core: _core.Plan
+    engine_in: Ints  # spatial sizes as the engine has them
+    engine_out: Ints
+    size_out: Ints  # and as the chain has them, before `after`
+    before: Callable[[Array], Array] | None
+    after: Callable[[Array], Array] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A chain planned for one input shape and precision; immutable, safe from many threads."""
+
+    segments: tuple[Segment, ...]
+    in_shape: Ints
+    out_shape: Ints
+    dtype: Any
+    threads: int
+
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        """Run the plan on `x`, (batch, channels, *spatial); see Factorization.__call__."""
+        if not isinstance(x, np.ndarray) or x.dtype != self.dtype:
+            raise TypeError(
+                f"this plan takes {self.dtype} arrays, got "
+                f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
+            )
+        if x.shape[1:] != self.in_shape:
+            raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
+        shape = (len(x), *self.out_shape)
+        if out is not None and (out.shape != shape or out.dtype != self.dtype):
+            raise ValueError(
+                f"out must be {self.dtype} of shape {shape}, got {out.dtype} of {out.shape}"
+            )
+        last = len(self.segments) - 1
+        for i, segment in enumerate(self.segments):
+            target = out if i == last and segment.after is None else None
+            x = self._run(segment, x, target)
+        if out is not None and x is not out:
+            out[...] = x
+            return out
+        return x
+
+    def _run(self, segment: Segment, x: Array, out: Array | None) -> Array:
+        if segment.before is not None:
+            x = segment.before(x)
+        x = x.reshape(*x.shape[:2], *segment.engine_in)
+        if out is None:
+            out = np.empty((len(x), segment.core.out_shape[0], *segment.size_out), self.dtype)
+        segment.core(x, out.reshape(*out.shape[:2], *segment.engine_out), self.threads)
+        return out if segment.after is None else segment.after(out)
+
+
+def plan(
+    stages: Sequence[Stage],
+    shape: Ints,
+    dtype: Any,
+    bias: Array | None = None,
+    threads: int | None = None,
+) -> Plan:
+    """Lower `stages` for inputs of `shape` = (channels, *spatial) and let the engine plan them."""
+    threads = threads or _core.max_threads()
+    outside = np.full(shape[0], stages[0].geometry.value, dtype)
+    parts, segments, at = _cut(stages), [], shape
+    for part in parts:
+        last = part is parts[-1]
+        segments.append(_segment(part, at, dtype, bias if last else None, threads, outside))
+        at = chain_shapes(part, at)[-1]
+        for stage in part:
+            outside = reference.still(stage, outside)
+    return Plan(tuple(segments), shape, at, np.dtype(dtype), threads)
+
+
+def _cut(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Runs of stages that the engine takes in one go: nearly always one run."""
+    parts: list[list[Stage]] = [[]]
+    for stage in stages:
+        earlier = parts[-1]
+        if earlier and (_woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)):
+            parts.append([])
+        parts[-1].append(stage)
+    return parts
+
+
+def _reaches(earlier: Sequence[Stage], stage: Stage, from_input: bool) -> bool:
+    """Whether the border that `stage` wants can be put around the input of `earlier` instead."""
+    axes = _padded(stage)
+    if stage.geometry.padding_mode == "zeros" or not axes:
+        return True  # the engine frames intermediate results with zeros
+    filled = stage.geometry.padding_mode == "constant"
+    for s in earlier:
+        alike = s.geometry.padding_mode == stage.geometry.padding_mode
+        if _padded(s) and (filled or s.geometry.padding_mode == "constant") and not alike:
+            return False  # one constant a run
+        if s.transposed or set(axes) & {*_padded(s)}:
+            return False
+        if any(s.kernel[a] > 1 or s.geometry.stride[a] > 1 for a in axes):
+            return False
+    return from_input or not filled
+
+
+def _padded(stage: Stage) -> list[int]:
+    return [a for a, p in enumerate(stage.geometry.padding) if any(p)]
+
+
+def _woven(stage: Stage) -> bool:
+    """Whether the result of `stage` has to be rearranged before the next stage can read it."""
+    return stage.transposed and (max(stage.geometry.stride) > 1 or stage.shuffle != (1, 1))
+
+
+def _segment(
+    part: Sequence[Stage],
+    shape: Ints,
+    dtype: Any,
+    bias: Array | None,
+    threads: int,
+    outside: Array,
+) -> Segment:
+    size_in, size_out = shape[1:], chain_shapes(part, shape)[-1][1:]
+    before = after = None
+    g = part[0].geometry
+    if _padded(part[0]) and g.padding_mode == "constant" and np.ptp(outside):
+        # Each channel has a constant of its own here: padded in NumPy.
+        before = partial(
+            reference.pad, padding=g.padding, mode=g.padding_mode, outside=outside
+        )
+        size_in = tuple(n + sum(p) for n, p in zip(size_in, g.padding))
+        part = [replace(part[0], geometry=replace(g, padding=((0, 0),) * g.ndim)), *part[1:]]
+    specs = [_lower(s) for s in part]
+    if _woven(part[-1]):
+        after = partial(_weave, part[-1], size=size_out)
+    border: dict[int, Array] = {}
+    fill = 0.0
+    for stage in part:
+        if stage.geometry.padding_mode == "zeros":
+            continue
+        for axis in _padded(stage):
+            b, a = stage.geometry.padding[axis]
+            border[axis] = _border(size_in[axis], b, a, stage.geometry.padding_mode)
+            specs[0].before[axis], specs[0].after[axis] = b, a
+            if stage.geometry.padding_mode == "constant":
+                fill = float(outside[0])
+    # The engine has three spatial axes; those of length one that nothing happens on go first.
+    idle = [
+        a
+        for a, n in enumerate(size_in)
+        if n == 1 and all(s.kernel[a] == 1 and not s.before[a] and not s.after[a] for s in specs)
+    ]
+    keep = [a for a in range(len(size_in)) if a not in idle]
+    lead = AXES - len(keep)
+
+    def placed(values: Sequence[Any], neutral: Any) -> tuple[Any, ...]:
+        return (neutral,) * lead + tuple(values[a] for a in keep)
+
+    lowered = [
+        StageSpec(
+            np.ascontiguousarray(
+                s.weight.reshape(*s.weight.shape[:2], *placed(s.kernel, 1)), dtype=dtype
+            ),
+            s.left,
+            s.groups,
+            s.right,
+            placed(s.stride, 1),
+            placed(s.dilation, 1),
+            placed(s.before, 0),
+            placed(s.after, 0),
+            s.source,
+        )
+        for s in specs
+    ]
+    engine_in = placed(size_in, 1)
+    core = _core.Plan(
+        lowered,
+        (shape[0], *engine_in),
+        dtype=np.dtype(dtype).name,
+        bias=None if bias is None else np.ascontiguousarray(bias, dtype),
+        border=placed([border.get(a) for a in range(len(size_in))], None) if border else None,
+        fill=fill,
+        tile=tiling.tile(
+            lowered, (shape[0], *engine_in), threads, np.dtype(dtype).itemsize, _core.caches()[1]
+        ),
+    )
+    engine_out = core.out_shape[1:]
+    spatial = engine_out[lead:]
+    plain = [1] * len(size_in)
+    for a, n in zip(keep, spatial):
+        plain[a] = n
+    return Segment(core, engine_in, engine_out, tuple(plain), before, after)
+
+
+@dataclass(slots=True)
+class _Spec:
+    """A plain stage with the chain's own spatial axes, on its way to a StageSpec."""
+
+    weight: Array
+    left: int
+    groups: int
+    right: int
+    stride: list[int]
+    dilation: list[int]
+    before: list[int]
+    after: list[int]
+    source: Array | None = None
+
+    @property
+    def kernel(self) -> Ints:
+        return tuple(self.weight.shape[2:])
+
+
+def _lower(stage: Stage) -> _Spec:
+    g = stage.geometry
+    if stage.transposed:
+        return _phases(stage)
+    zeros = g.padding_mode == "zeros"
+    return _Spec(
+        stage.weight,
+        stage.left,
+        stage.groups,
+        stage.right,
+        list(g.stride),
+        list(g.dilation),
+        [b if zeros else 0 for b, _ in g.padding],
+        [a if zeros else 0 for _, a in g.padding],
+        stage.source().astype(np.int32) if stage.shuffle != (1, 1) else None,
+    )
+
+
+def _phases(stage: Stage) -> _Spec:
+    r"""A transposed stage as a plain one of stride 1 whose output channels are (c, \*phase).
+
+    Output sample ``y`` of the uncropped result has phase ``y % s`` and sees input sample
+    ``y // s - u`` through tap ``phase + s * u``, so each phase is a plain convolution with
+    ``ceil(extent / s)`` taps, in reverse order.
+    """
+    g, groups = stage.geometry, stage.groups
+    o, c = stage.weight.shape[:2]
+    w = stage.weight.reshape(groups, o // groups, c, *stage.kernel).swapaxes(1, 2)
+    strided = max(g.stride) > 1
+    before, after, phases, dilation = [], [], [], []
+    for axis, (s, d, k, (b, a), e, extra) in enumerate(
+        zip(g.stride, g.dilation, stage.kernel, g.padding, g.extent(stage.kernel), g.output_padding)
+    ):
+        at = 3 + 2 * axis  # the axis is taken apart into (phase, tap) as we go
+        if not strided:
+            w = np.expand_dims(np.flip(w, at), at)
+            before.append(d * (k - 1) - b)
+            after.append(d * (k - 1) - a + extra)
+            phases.append(1)
+            dilation.append(d)
+            continue
+        taps = -(-e // s)
+        spread = np.zeros((*w.shape[:at], taps * s, *w.shape[at + 1 :]), w.dtype)
+        spread[(slice(None),) * at + (slice(0, e, d),)] = w
+        spread = spread.reshape(*w.shape[:at], taps, s, *w.shape[at + 1 :])
+        w = np.flip(spread, at).swapaxes(at, at + 1)
+        # ceil(((n - 1) s + extent + extra) / s) outputs a phase, from n inputs
+        before.append(taps - 1)
+        after.append(-(-(e + extra) // s) - 1)
+        phases.append(s)
+        dilation.append(1)
+    n = g.ndim
+    w = w.transpose(0, 1, *(3 + 2 * a for a in range(n)), 2, *(4 + 2 * a for a in range(n)))
+    weight = w.reshape(groups * c * math.prod(phases), o // groups, *w.shape[3 + n :])
+    return _Spec(weight, stage.left, groups, stage.right, [1] * n, dilation, before, after)
+
+
+def _weave(stage: Stage, y: Array, size: Ints) -> Array:
+    """Put the phases of a strided transposed stage in their places and crop to `size`."""
+    g, n = stage.geometry, stage.geometry.ndim
+    if max(g.stride) > 1:
+        per = stage.left * stage.groups * stage.weight.shape[1]
+        y = y.reshape(len(y), per, *g.stride, stage.right, *y.shape[2:])
+        y = np.moveaxis(y, 2 + n, 2)
+        order = [axis for a in range(n) for axis in (3 + n + a, 3 + a)]
+        y = y.transpose(0, 1, 2, *order)
+        whole = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
+        y = y.reshape(len(y), -1, *whole)
+        y = y[(..., *(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
+    return np.ascontiguousarray(y[:, np.argsort(stage.source())])
+
+
+def _border(n: int, before: int, after: int, mode: str) -> Array:
+    """Index of the sample that stands at each padded position; -1 is the constant."""
+    index = np.arange(n, dtype=np.int32).reshape(1, 1, n)
+    minus = np.full(1, -1, np.int32)
+    padded: Array = reference.pad(index, ((before, after),), mode, minus)
+    return padded.reshape(-1)

@@ -1,0 +1,465 @@
+"""Factorization: one immutable description from which everything else is derived."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+
+from lowrank import algebra, backends
+from lowrank._typing import Array, Ints, PaddingMode
+from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
+from lowrank.geometry import Geometry
+from lowrank.stage import Stage
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Factorization:
+    """A linear convolution written as a chain of stages; the dense one is a chain of one.
+
+    Never subclassed: a family (CP, Tucker, ...) is a function that returns one.  Make the
+    dense one with :func:`lowrank.dense`, any other chain with :func:`lowrank.chain`.
+
+    Attributes
+    ----------
+    stages : tuple of Stage
+        In the order in which they run.
+    geometry : Geometry
+        Stride, padding and dilation of the convolution that the chain stands for.
+    groups : int
+        Its groups.
+    bias : ndarray or None, shape (out,)
+        Added after the last stage, never before: a bias ahead of zero padding would not be
+        the same convolution.
+    family, form : str
+        Which family made the chain, and which of its variants.
+    rank : tuple of int
+        Its rank or ranks, in the order that the family documents.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> f = lowrank.dense(np.ones((8, 4, 3, 3)), padding=1)
+    >>> f(np.ones((1, 4, 5, 5)))[0, 0, 2, 2]
+    np.float64(36.0)
+    """
+
+    stages: tuple[Stage, ...]
+    geometry: Geometry
+    groups: int = 1
+    bias: Array | None = None
+    family: str = "dense"
+    form: str = ""
+    rank: Ints = ()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a chain needs at least one stage")
+        for a, b in zip(self.stages, self.stages[1:]):
+            if a.out_channels != b.in_channels:
+                raise ValueError(
+                    f"a stage gives {a.out_channels} channels but the next takes {b.in_channels}"
+                )
+        if self.bias is not None:
+            if self.bias.shape != (self.out_channels,):
+                raise ValueError(
+                    f"bias must have shape ({self.out_channels},), got {self.bias.shape}"
+                )
+            frozen = self.bias.view()
+            frozen.flags.writeable = False
+            object.__setattr__(self, "bias", frozen)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the chain takes."""
+        return self.stages[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the chain gives."""
+        return self.stages[-1].out_channels
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial axes."""
+        return self.geometry.ndim
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution."""
+        return self.stages[0].transposed
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Precision of the weights."""
+        return np.result_type(*(s.weight for s in self.stages))
+
+    @property
+    def params(self) -> int:
+        """Numbers that are stored."""
+        return sum(s.weight.size for s in self.stages) + (
+            0 if self.bias is None else self.bias.size
+        )
+
+    def to_dense(self) -> Array:
+        r"""Multiply the chain out.
+
+        Returns
+        -------
+        ndarray, shape (out, in // groups, \*kernel)
+            The kernel that the chain stands for, in the layout that :func:`lowrank.dense`
+            takes; for a transposed convolution (in, out // groups, \*kernel).
+
+        Raises
+        ------
+        ValueError
+            If plain and transposed stages are mixed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> weight = np.arange(24.0).reshape(2, 3, 2, 2)
+        >>> f = lowrank.spatial(lowrank.dense(weight), rank=4)
+        >>> bool(np.allclose(f.to_dense(), weight))
+        True
+        """
+        kernel = algebra.compose(self.stages, self.groups)
+        return kernel[(..., *(slice(None, None, d) for d in self.geometry.dilation))]
+
+    def error(self, weight: Array) -> float:
+        """Relative Frobenius error ``||to_dense() - weight|| / ||weight||``.
+
+        For inputs of white noise this is also the relative RMS error of the output.
+
+        Parameters
+        ----------
+        weight : ndarray
+            The dense kernel to compare with, in the layout of :meth:`to_dense`.
+
+        Returns
+        -------
+        float
+            0 for equal kernels; inf if `weight` is zero and the chain is not.
+
+        Raises
+        ------
+        ValueError
+            If `weight` has another shape than :meth:`to_dense`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> f = lowrank.dense(np.ones((1, 1, 3)))
+        >>> f.error(2 * np.ones((1, 1, 3)))
+        0.5
+        """
+        return algebra.relative_error(self.to_dense(), np.asarray(weight))
+
+    def cost(self, input_shape: Sequence[int]) -> Cost:
+        """Multiply-adds, parameters and memory for one example.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \\*spatial), or the spatial size alone.
+
+        Returns
+        -------
+        Cost
+            Counts, exact; memory in array elements.
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or the kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> lowrank.dense(np.ones((1, 1, 3, 3))).cost((5, 5)).macs
+        81
+        """
+        return chain_cost(self.stages, self.shape(input_shape), self.bias is not None)
+
+    def stage_costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
+        """Cost of each stage alone, in order; see :meth:`cost`."""
+        return stage_costs(self.stages, self.shape(input_shape))
+
+    def output_shape(self, input_shape: Sequence[int]) -> Ints:
+        """(channels, \\*spatial) of the output for an input of that form; see :meth:`cost`."""
+        return chain_shapes(self.stages, self.shape(input_shape))[-1]
+
+    def shape(self, input_shape: Sequence[int]) -> Ints:
+        """`input_shape` with the channels in front, added if only the spatial size is given."""
+        shape = tuple(int(n) for n in input_shape)
+        if len(shape) == self.ndim:
+            shape = (self.in_channels, *shape)
+        if len(shape) != self.ndim + 1 or shape[0] != self.in_channels:
+            raise ValueError(
+                f"input_shape must be ({self.in_channels}, and {self.ndim} spatial sizes), "
+                f"got {tuple(input_shape)}"
+            )
+        return shape
+
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        """Run the chain.
+
+        Parameters
+        ----------
+        x : ndarray, shape (batch, channels, \\*spatial)
+            Floating-point; it is computed in its own precision.
+        out : ndarray, optional
+            Where to put the result; must not overlap `x`.
+
+        Returns
+        -------
+        ndarray, shape (batch, out, \\*spatial)
+
+        Raises
+        ------
+        TypeError
+            If `x` is not a floating-point array that a backend runs.
+        ValueError
+            If its shape does not fit.
+        """
+        x = _floating("x", x, self.stages)
+        if x.ndim != self.ndim + 2:
+            raise ValueError(
+                f"x must be (batch, channels, and {self.ndim} spatial axes), got {x.shape}"
+            )
+        return self.compile(x.shape[1:], x.dtype)(x, out)
+
+    def compile(
+        self, input_shape: Sequence[int], dtype: Any = None, threads: int | None = None
+    ) -> backends.Runner:
+        """Plan the chain for one input shape: weights packed, tiles chosen, once.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \\*spatial), or the spatial size alone; the batch is free.
+        dtype : dtype, optional
+            float32 or float64; the precision of the weights if not given.
+        threads : int, optional
+            Threads to use; all that OpenMP offers if not given.
+
+        Returns
+        -------
+        callable
+            ``run(x, out=None)``, to be called many times, from any thread.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`__call__`.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> f = lowrank.dense(np.ones((4, 2, 3)))
+        >>> run = f.compile((2, 10), np.float32)
+        >>> run(np.ones((3, 2, 10), np.float32)).shape
+        (3, 4, 8)
+        """
+        dtype = np.dtype(self.dtype if dtype is None else dtype)
+        if dtype not in (np.float32, np.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        return backends.plan(self.stages, self.shape(input_shape), dtype, self.bias, threads)
+
+    def astype(self, dtype: Any) -> Factorization:
+        """The same chain in another precision; a new object."""
+        return replace(
+            self,
+            stages=tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages),
+            bias=None if self.bias is None else self.bias.astype(dtype),
+        )
+
+    def adjoint(self) -> Factorization:
+        """The transposed convolution with the same weights, stages in reverse; without bias.
+
+        For zero padding ``<f(x), y> == <x, f.adjoint()(y)>`` whenever the shapes agree.
+        """
+        return replace(self, stages=tuple(s.adjoint() for s in reversed(self.stages)), bias=None)
+
+    def __repr__(self) -> str:
+        name = " ".join(filter(None, (self.family, self.form)))
+        rank = f" rank {', '.join(map(str, self.rank))}" if self.rank else ""
+        chain = " -> ".join("x".join(map(str, s.weight.shape)) for s in self.stages)
+        return f"<Factorization {name}{rank}: {chain}, {self.params} params>"
+
+
+def dense(
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int | Sequence[int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: PaddingMode = "zeros",
+    value: float = 0.0,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+) -> Factorization:
+    r"""The convolution with one dense kernel, as a chain of one stage.
+
+    Parameters
+    ----------
+    weight : array_like, shape (out, in // groups, \*kernel)
+        Cross-correlation kernel over 1, 2 or 3 spatial axes, PyTorch's layout; for a
+        transposed convolution (in, out // groups, \*kernel).  float32 and float64 are kept,
+        half precisions become float32.  It is copied.
+    bias : array_like, shape (out,), optional
+        Added to the output.
+    stride, dilation : int or sequence of int
+        One for all axes or one an axis.
+    padding : int, sequence, ``"same"`` or ``"valid"``
+        One for all axes, or one an axis: an int, or a (before, after) pair.  ``"same"``
+        keeps the size and needs stride 1.
+    groups : int
+        Number of groups that the channels are split into.
+    padding_mode : str
+        ``"zeros"``, ``"reflect"``, ``"replicate"``, ``"circular"``, ``"symmetric"`` or
+        ``"constant"``; see :class:`lowrank.Geometry`.
+    value : float
+        The constant of mode ``"constant"``.
+    transposed : bool
+        A transposed convolution.
+    output_padding : int or sequence of int
+        Samples added at the end of a transposed convolution's output.
+
+    Returns
+    -------
+    Factorization
+        What every family takes, and the baseline that it is compared with.
+
+    Raises
+    ------
+    TypeError
+        If `weight` or `bias` is not of a real floating-point type.
+    ValueError
+        If a shape, `groups`, or the geometry is impossible, or a weight is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.ones((64, 16, 3, 3), np.float32), stride=2, padding=1)
+    >>> conv.output_shape((16, 32, 32))
+    (64, 16, 16)
+    """
+    w = _floating("weight", weight)
+    if w.ndim not in (3, 4, 5):
+        raise ValueError(
+            "weight must be (out, in / groups) and 1 to 3 spatial axes, "
+            f"got shape {w.shape}" + (": add kernel axes of length 1" if w.ndim == 2 else "")
+        )
+    if not np.isfinite(w).all():
+        raise ValueError("weight holds NaN or infinite values")
+    n = w.ndim - 2
+    if isinstance(padding, str):
+        padding = _named_padding(padding, w.shape[2:], stride, dilation, transposed)
+    geometry = Geometry.of(n, stride, padding, dilation, padding_mode, value, output_padding)
+    if not transposed and any(geometry.output_padding):
+        raise ValueError("output_padding belongs to transposed convolutions")
+    if not math.isfinite(value):
+        raise ValueError(f"value must be finite, got {value}")
+    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
+        raise ValueError(
+            f"groups must be at least 1 and divide the {w.shape[0]} channels of the "
+            f"weight's first axis, got {groups!r}"
+        )
+    stage = Stage(w.copy(), geometry, groups, transposed=transposed)
+    if bias is not None:
+        bias = _floating("bias", bias).astype(w.dtype)
+        if not np.isfinite(bias).all():
+            raise ValueError("bias holds NaN or infinite values")
+    return Factorization((stage,), geometry, groups, bias)
+
+
+def chain(stages: Sequence[Stage], bias: Array | None = None, groups: int = 1) -> Factorization:
+    """Any stages, one after another, as one object that runs, prices and saves like the others.
+
+    Parameters
+    ----------
+    stages : sequence of Stage
+        In the order in which they run; each takes the channels that the one before gives.
+    bias : ndarray, shape (out,), optional
+        Added after the last stage.
+    groups : int
+        Groups of the chain as a whole, for :meth:`Factorization.to_dense`.
+
+    Returns
+    -------
+    Factorization
+        Of family ``"chain"``.  Where two stages pad the same axis it is not the convolution
+        with :meth:`Factorization.to_dense` near the border, and no family claims it is.
+
+    Raises
+    ------
+    ValueError
+        If there is no stage, or channels do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> g = lowrank.Geometry.of(2, padding=1)
+    >>> depthwise = lowrank.Stage(np.ones((3, 1, 3, 3)), g, groups=3)
+    >>> pointwise = lowrank.Stage(np.ones((128, 3, 1, 1)), lowrank.Geometry.of(2))
+    >>> lowrank.chain([depthwise, pointwise]).params
+    411
+    """
+    stages = tuple(stages)
+    if not stages:
+        raise ValueError("a chain needs at least one stage")
+    one_way = len({s.transposed for s in stages}) == 1
+    plain = [s.adjoint() for s in reversed(stages)] if stages[0].transposed else list(stages)
+    geometry = algebra.chain_geometry(plain if one_way else list(stages))
+    return Factorization(stages, geometry, groups, bias, "chain")
+
+
+def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
+    """`value` as a float32 or float64 array; of the library of the weights if there are any."""
+    if stages:
+        backends.check(value, stages)
+    array = np.asarray(value)
+    if array.dtype.name in ("float16", "bfloat16"):
+        return array.astype(np.float32)
+    if array.dtype not in (np.float32, np.float64):
+        raise TypeError(
+            f"{name} must be float32 or float64 (or a half precision), got {array.dtype}: "
+            "convert it first, for example with .astype('float32')"
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _named_padding(
+    name: str,
+    kernel: Ints,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    transposed: bool,
+) -> list[tuple[int, int]]:
+    g = Geometry.of(len(kernel), stride, 0, dilation)
+    if name == "valid":
+        return [(0, 0)] * len(kernel)
+    if name != "same":
+        raise ValueError(f"padding must be numbers, 'same' or 'valid', got {name!r}")
+    if max(g.stride) > 1 or transposed:
+        raise ValueError(
+            "padding 'same' needs a plain convolution of stride 1: give numbers "
+            f"(stride is {g.stride}, transposed is {transposed})"
+        )
+    return [((e - 1) // 2, (e - 1) - (e - 1) // 2) for e in g.extent(kernel)]

@@ -1,0 +1,11 @@
+"""Families: each is a function from a dense convolution to a chain of cheaper stages."""
+
+from __future__ import annotations
+
+from lowrank.families import svd as _svd
+from lowrank.families.family import Family, NotApplicable, Point
+
+__all__ = ["FAMILIES", "Family", "NotApplicable", "Point"]
+
+#: Every family by name, in the order in which tables show them.
+FAMILIES: dict[str, Family] = {**_svd.FAMILIES}

@@ -1,0 +1,175 @@
+"""What a family is: the forms it has for a convolution, a sweep over its ranks, and a fit."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from lowrank import algebra
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization
+from lowrank.stage import Stage
+
+#: Names of the spatial axes, last ones first taken: 1-D has w, 2-D h and w.
+LETTERS = "dhw"
+
+
+class NotApplicable(ValueError):
+    """A family has nothing to offer for this convolution; the message says why."""
+
+
+class Point(NamedTuple):
+    """One rank of a sweep: priced and certified, but without its weights.
+
+    Attributes
+    ----------
+    rank : tuple of int
+        In the order that the family documents.
+    error : float
+        Relative Frobenius error of the weights that `build` gives, or, where `refined`, of
+        the start that `build` improves on.
+    bound : float
+        No chain of this family, form and rank can have a smaller error.
+    stages : tuple of Stage
+        The chain with blank weights, for costs.
+    build : callable
+        Makes the stages with their weights.
+    """
+
+    rank: Ints
+    error: float
+    bound: float
+    stages: tuple[Stage, ...]
+    build: Callable[[], tuple[Stage, ...]]
+
+
+class Family(NamedTuple):
+    """How to fit one rank, and how to walk all ranks that are worth having.
+
+    Attributes
+    ----------
+    forms : callable
+        ``forms(conv)``: the variants that apply to a convolution; raises NotApplicable.
+    sweep : callable
+        ``sweep(conv, form)``: yields a Point a rank, from one decomposition.
+    fit : callable
+        ``fit(conv, rank, form)``: the chain at one rank.
+    exact : bool
+        Whether the sweep holds every rank, each with the smallest error possible.
+    """
+
+    forms: Callable[[Factorization], tuple[str, ...]]
+    sweep: Callable[[Factorization, str], Iterator[Point]]
+    fit: Callable[[Factorization, Ints, str], Factorization]
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A dense convolution as the families see it.
+
+    Attributes
+    ----------
+    tensor : ndarray of float64, shape (groups, out, in, *kernel)
+        Channels a group, divided by `scale`, so that squares neither over- nor underflow.
+    scale : float
+        ``max|weight|``, 1 for a zero weight.
+    axes : tuple of str
+        Spatial axes that stages run along, as strings of letters: ``("h", "w")``.  An axis
+        with one tap goes with the first of the others, for its stride and padding.
+    """
+
+    tensor: Array
+    scale: float
+    axes: tuple[str, ...]
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution."""
+        return int(self.tensor.shape[0])
+
+    @property
+    def outs(self) -> int:
+        """Output channels a group (of a transposed convolution: input channels)."""
+        return int(self.tensor.shape[1])
+
+    @property
+    def ins(self) -> int:
+        """Input channels a group (of a transposed convolution: output channels)."""
+        return int(self.tensor.shape[2])
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether there is one tap only."""
+        return self.tensor[0, 0, 0].size == 1
+
+    @property
+    def letters(self) -> str:
+        """All spatial axes in order."""
+        return LETTERS[3 - (self.tensor.ndim - 3) :]
+
+
+def kernel_of(conv: Factorization) -> Kernel:
+    """`conv` as families see it; ValueError if it is not a single dense stage."""
+    if not isinstance(conv, Factorization):
+        raise TypeError(
+            f"conv must come from lowrank.dense(weight, ...), got {type(conv).__qualname__}"
+        )
+    stage = conv.stages[0]
+    if len(conv.stages) != 1 or stage.left * stage.right != 1 or stage.shuffle != (1, 1):
+        raise ValueError(
+            f"conv must be one dense stage, from lowrank.dense(weight, ...), got {conv!r}"
+        )
+    g, taps = conv.groups, stage.kernel
+    scale = algebra.magnitude(stage.weight) or 1.0
+    tensor = stage.weight.astype(np.float64) / scale
+    letters = LETTERS[3 - len(taps) :]
+    long = [a for a, k in zip(letters, taps) if k > 1]
+    unit = "".join(a for a, k in zip(letters, taps) if k == 1)
+    axes = tuple(sorted(long[0] + unit) if i == 0 else a for i, a in enumerate(long))
+    axes = tuple("".join(a) for a in axes) or (letters,)
+    return Kernel(tensor.reshape(g, -1, *tensor.shape[1:]), scale, axes)
+
+
+def index(letters: str, ndim: int) -> tuple[int, ...]:
+    """Numbers of the spatial axes with these letters."""
+    return tuple(LETTERS.index(a) - (3 - ndim) for a in letters)
+
+
+def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """`stages`, fitted to the weight as a plain convolution, in the direction of `conv`."""
+    dtype = conv.dtype
+    if not np.isnan(stages[0].weight.flat[0]):
+        stages = [replace(s, weight=np.ascontiguousarray(s.weight, dtype)) for s in stages]
+    if conv.transposed:
+        stages = [s.adjoint() for s in reversed(stages)]
+    return tuple(stages)
+
+
+def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) -> Ints:
+    """`rank` as a tuple of integers between 1 and `largest`."""
+    try:
+        ranks = tuple(
+            operator.index(r) for r in (rank if isinstance(rank, Sequence) else (rank,))
+        )
+    except TypeError:
+        raise TypeError(f"rank must be {names}, integers, got {rank!r}") from None
+    if len(ranks) != len(largest):
+        raise ValueError(f"rank must be {names}, {len(largest)} numbers, got {rank!r}")
+    if any(not 1 <= r <= m for r, m in zip(ranks, largest)):
+        limits = ", ".join(f"1 to {m}" for m in largest)
+        raise ValueError(f"rank ({names}) must be from {limits}, got {rank!r}")
+    return ranks
+
+
+def checked_form(form: str | None, forms: Sequence[str]) -> str:
+    """`form`, or the first of `forms` if it is not given."""
+    if form is None:
+        return forms[0]
+    if form not in forms:
+        raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
+    return form

@@ -1,0 +1,639 @@
+"""The families that are one singular value decomposition: nine tables, one function.
+
+With t, s and the spatial axes as the modes of a kernel, a truncated SVD of any matricisation
+is the best approximation of its rank (Eckart and Young), and each of its two factors is the
+weight of one stage.  A family is the choice of modes: which enumerate separate matrices
+(`batch`), which make rows (`left`) and columns (`right`), and how each factor is laid out as
+a stage.  Network decoupling is the same done a slice at a time; a Kronecker sum is the same
+after each mode has been split in two (Van Loan and Pitsianis).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank import algebra
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization
+from lowrank.families.family import (
+    Family,
+    Kernel,
+    NotApplicable,
+    Point,
+    checked_form,
+    checked_rank,
+    index,
+    kernel_of,
+    oriented,
+)
+from lowrank.geometry import Geometry
+from lowrank.stage import Stage, blank
+
+# Modes by letter: g group, t out, s in, d h w space, r rank.  A Kronecker sum A (x) B splits
+# t into (p, q), s into (u, v), and each spatial axis into (D H W, d h w): A has p, u, D H W.
+
+
+class Layout(NamedTuple):
+    """How one factor becomes the weight (rows, columns, *space) of one stage."""
+
+    factor: str  # "L" has the modes batch, left, r; "R" the modes batch, r, right
+    rows: str
+    columns: str
+    space: str
+    groups: str = ""
+    left: str = ""
+    right: str = ""
+    shuffle: tuple[str, str] = ("", "")
+
+
+class Split(NamedTuple):
+    """A family and form, as modes: one (batched) SVD, two stages in the order they run."""
+
+    batch: str
+    left: str
+    right: str
+    stages: tuple[Layout, Layout]
+
+
+def _encode(space: str, form: str) -> Split:
+    first, last = Layout("R", "gr", "s", space, "g"), Layout("L", "gt", "r", "", "g")
+    return Split("g", "t", "s" + space, (first, last))
+
+
+def _decode(space: str, form: str) -> Split:
+    first, last = Layout("L", "gr", "s", "", "g"), Layout("R", "gt", "r", space, "g")
+    return Split("g", "s", "t" + space, (first, last))
+
+
+def _spatial(space: str, form: str) -> Split:
+    early, late = form.split("-")
+    early = "".join(a for a in space if a not in late)  # axes with one tap go first
+    first, last = Layout("L", "gr", "s", early, "g"), Layout("R", "gt", "r", late, "g")
+    return Split("g", "s" + early, "t" + late, (first, last))
+
+
+def _basis(space: str, form: str) -> Split:
+    late = "".join(a for a in space if a not in form)
+    first, last = Layout("L", "r", "", form, left="gs"), Layout("R", "gt", "sr", late, "g")
+    return Split("", form, "gts" + late, (first, last))
+
+
+def _decouple(space: str, form: str) -> Split:
+    if form == "dw-pw":
+        first, last = Layout("L", "gsr", "", space, "gs"), Layout("R", "gt", "sr", "", "g")
+        return Split("gs", space, "t", (first, last))
+    first, last = Layout("L", "gtr", "s", "", "g"), Layout("R", "gt", "r", space, "gt")
+    return Split("gt", "s", space, (first, last))
+
+
+def _kronecker(space: str, form: str) -> Split:
+    a, b = space.upper(), space
+    if form.endswith("first"):
+        first = Layout("R", "grq", "v", b, "g", left="u", shuffle=("g", "u"))
+        last = Layout("L", "gp", "ur", a, "g", right="q", shuffle=("u", "g"))
+    else:
+        first = Layout("L", "gpr", "u", a, "g", right="v")
+        last = Layout("R", "gq", "rv", b, "g", left="p")
+    return Split("g", "pu" + a, "qv" + b, (first, last))
+
+
+def _encode_forms(kernel: Kernel) -> tuple[str, ...]:
+    if min(kernel.outs, kernel.tensor[0, 0].size) < 2:
+        raise NotApplicable("encode needs two output channels and two inputs a group")
+    return ("",)
+
+
+def _decode_forms(kernel: Kernel) -> tuple[str, ...]:
+    if kernel.ins < 2 or kernel.pointwise:
+        raise NotApplicable("decode needs two input channels a group and a spatial kernel")
+    return ("",)
+
+
+def _spatial_forms(kernel: Kernel) -> tuple[str, ...]:
+    if len(kernel.axes) < 2:
+        raise NotApplicable("spatial needs two axes with more than one tap")
+    forms = []
+    for n in range(1, len(kernel.axes)):
+        for late in itertools.combinations(kernel.axes, n):
+            early = (a for a in kernel.axes if a not in late)
+            forms.append("-".join((_joined(early), _joined(late))))
+    return tuple(sorted(forms, key=lambda f: (len(f.split("-")[0]), f)))
+
+
+def _basis_forms(kernel: Kernel) -> tuple[str, ...]:
+    if kernel.pointwise:
+        raise NotApplicable("basis needs a spatial kernel")
+    return tuple(
+        _joined(some)
+        for n in range(len(kernel.axes), 0, -1)
+        for some in itertools.combinations(kernel.axes, n)
+    )
+
+
+def _decouple_forms(kernel: Kernel) -> tuple[str, ...]:
+    forms = (["dw-pw"] if kernel.outs > 1 else []) + (["pw-dw"] if kernel.ins > 1 else [])
+    if kernel.pointwise or not forms:
+        raise NotApplicable(
+            "decouple needs a spatial kernel and more than one channel in or out of a group"
+        )
+    return tuple(forms)
+
+
+def _kronecker_forms(kernel: Kernel) -> tuple[str, ...]:
+    """Splits worth a sweep: B square in channels, with all or none of each axis's taps."""
+    forms = []
+    taps = [(1, k) if k > 1 else (1,) for k in kernel.tensor.shape[3:]]
+    for n in (2, 4, 8, 16, 32):
+        for space in itertools.product(*taps):
+            inner = n * n * math.prod(space)
+            outer = kernel.tensor[0].size // inner
+            if kernel.outs % n or kernel.ins % n or min(inner, outer) > _LARGEST or outer == 1:
+                continue
+            shape = "x".join(map(str, (n, n, *space)))
+            forms += [f"{shape} first"] + [f"{shape} last"] * (kernel.groups == 1)
+    if not forms:
+        raise NotApplicable("kronecker needs an even number of channels in and out of a group")
+    return tuple(forms)
+
+
+_LARGEST = 600  # small side of the matrices that a sweep over Kronecker splits decomposes
+
+
+def _joined(axes: Sequence[str] | Iterator[str]) -> str:
+    return "".join(sorted("".join(axes)))
+
+
+class Row(NamedTuple):
+    """A line of the table of families."""
+
+    split: Callable[[str, str], Split]
+    forms: Callable[[Kernel], tuple[str, ...]]
+
+
+ROWS = {
+    "encode": Row(_encode, _encode_forms),
+    "decode": Row(_decode, _decode_forms),
+    "spatial": Row(_spatial, _spatial_forms),
+    "basis": Row(_basis, _basis_forms),
+    "decouple": Row(_decouple, _decouple_forms),
+    "kronecker": Row(_kronecker, _kronecker_forms),
+}
+
+
+class _Parts(NamedTuple):
+    """A decomposition: everything that any rank of a form is made from."""
+
+    conv: Factorization
+    kernel: Kernel
+    split: Split
+    sizes: dict[str, int]
+    geometries: tuple[Geometry, Geometry]
+    u: Array  # (batch, left, r)
+    s: Array  # (batch, r)
+    vt: Array  # (batch, r, right)
+
+    def stages(self, rank: int, real: bool) -> tuple[Stage, ...]:
+        """The two stages at `rank`, blank or with their weights."""
+        sizes = self.sizes | {"r": rank, "": 1}
+        root = np.sqrt(self.s[:, :rank] * self.kernel.scale)  # shared evenly by the stages
+        factors = {
+            "L": (self.split.batch + self.split.left + "r", lambda: self.u[:, :, :rank] * root[:, None]),
+            "R": (self.split.batch + "r" + self.split.right, lambda: self.vt[:, :rank] * root[..., None]),
+        }
+
+        def size(modes: str) -> int:
+            return math.prod(sizes[m] for m in modes)
+
+        stages = []
+        for layout, geometry in zip(self.split.stages, self.geometries):
+            target = layout.rows + layout.columns + layout.space
+            shape = (size(layout.rows), size(layout.columns), *self._space(layout, sizes))
+            weight = blank(shape)
+            if real:
+                modes, factor = factors[layout.factor]
+                tensor = factor().reshape([sizes[m] for m in modes])
+                weight = tensor.transpose([modes.index(m) for m in target]).reshape(shape)
+            a, b = (size(m) for m in layout.shuffle)
+            stages.append(
+                Stage(
+                    weight,
+                    geometry,
+                    size(layout.groups),
+                    size(layout.left),
+                    size(layout.right),
+                    (a, b) if min(a, b) > 1 else (1, 1),
+                )
+            )
+        return oriented(self.conv, stages)
+
+    def _space(self, layout: Layout, sizes: dict[str, int]) -> Ints:
+        have = {m.lower(): sizes[m] for m in layout.space}
+        return tuple(have.get(a, 1) for a in self.kernel.letters)
+
+
+def decompose(conv: Factorization, family: str, form: str) -> _Parts:
+    """The (batched) SVD that every rank of `form` is cut from."""
+    kernel = kernel_of(conv)
+    split = ROWS[family].split(kernel.letters, form)
+    tensor, modes = kernel.tensor, "gts" + kernel.letters
+    if family == "kronecker":
+        inner = tuple(map(int, form.split()[0].split("x")))
+        tensor = tensor.reshape(
+            kernel.groups, *(n for k, b in zip(tensor.shape[1:], inner) for n in (k // b, b))
+        )
+        modes = "gpquv" + "".join(a.upper() + a for a in kernel.letters)
+    sizes = dict(zip(modes, tensor.shape))
+    order = split.batch + split.left + split.right
+    matrices = tensor.transpose([modes.index(m) for m in order]).reshape(
+        *(math.prod(sizes[m] for m in part) for part in (split.batch, split.left, split.right))
+    )
+    u, s, vt = np.linalg.svd(matrices, full_matrices=False)
+    return _Parts(conv, kernel, split, sizes, _geometries(conv, split, sizes), u, s, vt)
+
+
+def _geometries(conv: Factorization, split: Split, sizes: dict[str, int]) -> tuple[Geometry, Geometry]:
+    """Each axis to the stage that runs along it; along a shared one see the notes of kronecker."""
+    ndim = conv.geometry.ndim
+    early, late = (
+        {i for m in layout.space if sizes[m] > 1 for i in index(m.lower(), ndim)}
+        for layout in split.stages
+    )
+    both = early & late
+    # Axes with one tap belong to whichever stage the table gives them, the first if both.
+    named = [{*index(layout.space.lower(), ndim)} for layout in split.stages]
+    early |= named[0] - late
+    late |= named[1] - early
+    g = conv.geometry
+    first, last = g.only(early), g.only(late - both)
+    if both:
+        inner = [sizes[a] for a in "dhw"[3 - ndim :]]  # taps of B
+        wide = tuple(d * b for d, b in zip(g.dilation, inner))
+        a_first = split.stages[0].factor == "L"
+
+        def mixed(own: Geometry, shared: Geometry, dilation: Ints) -> Geometry:
+            return replace(
+                own,
+                stride=_pick(both, shared.stride, own.stride),
+                padding=_pick(both, shared.padding, own.padding),
+                dilation=_pick(both, dilation, own.dilation),
+                output_padding=_pick(both, shared.output_padding, own.output_padding),
+            )
+
+        plain = replace(g, stride=(1,) * ndim, output_padding=(0,) * ndim)
+        bare = replace(g, padding=((0, 0),) * ndim)
+        first = mixed(first, plain, wide if a_first else g.dilation)
+        last = mixed(last, bare, g.dilation if a_first else wide)
+    return first, last
+
+
+def _pick(axes: set[int], a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(x if i in axes else y for i, (x, y) in enumerate(zip(a, b)))
+
+
+def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
+    return ROWS[family].forms(kernel_of(conv))
+
+
+def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+    """Every rank of `form`, from one decomposition."""
+    parts = decompose(conv, family, form)
+    tail = algebra.tails_of(parts.s)
+    for rank in range(1, parts.s.shape[-1] + 1):
+        error = float(tail[rank])
+        yield Point(
+            (rank,), error, error, parts.stages(rank, False), partial(parts.stages, rank, True)
+        )
+
+
+def _fit(
+    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+) -> Factorization:
+    forms = _forms(family, conv)
+    if family == "kronecker" and form is not None:
+        _check_split(kernel_of(conv), form)
+    else:
+        form = checked_form(form, forms)
+    parts = decompose(conv, family, form)
+    ranks = checked_rank(rank, (parts.s.shape[-1],), "one number")
+    stages = parts.stages(ranks[0], True)
+    return replace(conv, stages=stages, family=family, form=form, rank=ranks)
+
+
+def _check_split(kernel: Kernel, form: str) -> None:
+    """A Kronecker form is the shape of B, dividing the kernel's, and which factor runs first."""
+    shape = kernel.tensor.shape[1:]
+    try:
+        sizes, order = form.split()
+        inner = [int(n) for n in sizes.split("x")]
+        fits = len(inner) == len(shape) and all(b > 0 and k % b == 0 for k, b in zip(shape, inner))
+    except ValueError:
+        fits, order = False, ""
+    if not fits or order not in ("first", "last"):
+        raise ValueError(
+            f"form must be the shape of B, dividing {'x'.join(map(str, shape))}, and 'first' or "
+            f"'last', such as '{'x'.join('2' if k % 2 == 0 else '1' for k in shape)} first', "
+            f"got {form!r}"
+        )
+    if order == "last" and kernel.groups > 1:
+        raise ValueError("with groups, B runs first: form must end with 'first'")
+
+
+FAMILIES = {
+    name: Family(partial(_forms, name), partial(_sweep, name), partial(_fit, name), exact=True)
+    for name in ROWS
+}
+
+
+def encode(conv: Factorization, rank: int) -> Factorization:
+    r"""Approximate by a spatial convolution to fewer channels, then a pointwise one.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, of any dimension, grouped or transposed.
+    rank : int
+        Channels in between, a group; from 1 to ``min(out, in * taps)``, where it is exact.
+
+    Returns
+    -------
+    Factorization
+        Weights (rank, in, \*kernel) and (out, rank, 1, ...), for each group.
+
+    Raises
+    ------
+    ValueError
+        If `rank` is out of range or `conv` is not one dense stage; NotApplicable, which is
+        one, if there is nothing to factor.
+
+    See Also
+    --------
+    lowrank.decode : the pointwise stage first.
+    lowrank.frontier : every useful rank of every family at once.
+
+    Notes
+    -----
+    The truncated SVD of the weight as a matrix {t | s i j}; of all chains of this form it has
+    the smallest Frobenius error,
+    :math:`\sqrt{\sum_{r > R} \sigma_r^2 / \sum_r \sigma_r^2}` [1]_.  The spatial stage has
+    the stride, so no stage runs at the larger size.
+
+    References
+    ----------
+    .. [1] X. Zhang, J. Zou, K. He, J. Sun, "Accelerating very deep convolutional networks for
+       classification and detection", TPAMI 2016. :arxiv:`1505.06798`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.encode(conv, rank=2).stages]
+    [(2, 4, 3, 3), (8, 2, 1, 1)]
+    """
+    return _fit("encode", conv, rank)
+
+
+def decode(conv: Factorization, rank: int) -> Factorization:
+    r"""Approximate by a pointwise convolution to fewer channels, then a spatial one.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`.
+    rank : int
+        Channels in between, a group; from 1 to ``min(in, out * taps)``, where it is exact.
+
+    Returns
+    -------
+    Factorization
+        Weights (rank, in, 1, ...) and (out, rank, \*kernel), for each group.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`lowrank.encode`.
+
+    Notes
+    -----
+    The truncated SVD of {s | t i j}, optimal among chains of this form; "weight SVD" in some
+    toolkits [1]_.
+
+    References
+    ----------
+    .. [1] A. Kuzmin, M. Nagel, S. Pitre, S. Pendyam, T. Blankevoort, M. Welling, "Taxonomy and
+       evaluation of structured compression of convolutional neural networks", 2019.
+       :arxiv:`1912.09802`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.decode(conv, rank=2).stages]
+    [(2, 4, 1, 1), (8, 2, 3, 3)]
+    """
+    return _fit("decode", conv, rank)
+
+
+def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+    r"""Approximate by a pass along some spatial axes, then one along the others.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with two or three axes of several taps.
+    rank : int
+        Channels in between, a group.
+    form : str, optional
+        Axes of the first pass and of the second.  2-D: ``"h-w"`` (columns, then rows; the
+        default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.
+
+    Returns
+    -------
+    Factorization
+        For ``"h-w"`` weights (rank, in, height, 1) and (out, rank, 1, width), a group.  Each
+        takes the stride, padding and dilation of the axis it runs along.
+
+    Raises
+    ------
+    ValueError
+        If `rank` or `form` is not possible; NotApplicable for kernels with one long axis.
+
+    See Also
+    --------
+    lowrank.cp : every pass depthwise; far cheaper, no optimality guarantee.
+    lowrank.tensor_train : a 3-D kernel as three passes.
+
+    Notes
+    -----
+    With the weight regrouped to the matrix {s i | t j}, two passes [1]_ are a product of rank
+    `rank`: the truncated SVD is optimal [2]_, with relative error
+    :math:`\sqrt{\sum_{r > R} \sigma_r^2 / \sum_r \sigma_r^2}`.  For inputs of white noise
+    that is the relative RMS error of the output.
+
+    References
+    ----------
+    .. [1] M. Jaderberg, A. Vedaldi, A. Zisserman, "Speeding up convolutional neural networks
+       with low rank expansions", BMVC 2014. :arxiv:`1405.3866`.
+    .. [2] C. Tai, T. Xiao, Y. Zhang, X. Wang, W. E, "Convolutional neural networks with
+       low-rank regularization", ICLR 2016. :arxiv:`1511.06067`.
+
+    Examples
+    --------
+    A Gaussian blur is separable, so rank 1 loses nothing:
+
+    >>> import numpy as np
+    >>> import lowrank
+    >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
+    >>> blur = lowrank.dense(np.outer(g, g)[None, None])
+    >>> f = lowrank.spatial(blur, rank=1)
+    >>> [s.weight.shape for s in f.stages]
+    [(1, 1, 7, 1), (1, 1, 1, 7)]
+    >>> bool(f.error(blur.to_dense()) < 1e-12)
+    True
+    """
+    return _fit("spatial", conv, rank, form)
+
+
+def basis(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+    r"""Approximate with a few spatial filters that all channels share.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
+    rank : int
+        Shared filters; from 1 to the taps of `form`, where it is exact.
+    form : str, optional
+        Axes that the shared filters run along: all of them (the default; 2-D ``"hw"``), or
+        some, ``"h"`` or ``"w"``, the others staying with the second stage.
+
+    Returns
+    -------
+    Factorization
+        A stage of `rank` filters tied over all input channels, weight (rank, 1, \*kernel),
+        then one of weight (out, in * rank, ...).
+
+    Raises
+    ------
+    ValueError
+        If `rank` or `form` is not possible; NotApplicable for 1x1 kernels.
+
+    Notes
+    -----
+    The truncated SVD of {t s | i j}, {i | t s j} or {j | t s i}: optimal, and exact from
+    `rank` = number of taps on.  With groups, all of them share the filters.
+
+    References
+    ----------
+    .. [1] R. Rigamonti, A. Sironi, V. Lepetit, P. Fua, "Learning separable filters", CVPR 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.basis(conv, rank=5).stages]
+    [(5, 1, 3, 3), (8, 20, 1, 1)]
+    """
+    return _fit("basis", conv, rank, form)
+
+
+def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+    r"""Approximate by a sum of depthwise-separable convolutions.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
+    rank : int
+        Terms; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)`` (``"pw-dw"``).
+    form : str, optional
+        ``"dw-pw"``: depthwise with `rank` filters a channel, then pointwise (MobileNet's order,
+        the default); ``"pw-dw"``: pointwise to `rank` maps an output, then grouped.
+
+    Returns
+    -------
+    Factorization
+        ``"dw-pw"``: (in * rank, 1, \*kernel) and (out, in * rank, 1, ...), for each group;
+        ``"pw-dw"``: (out * rank, in, 1, ...) and (out, rank, \*kernel) in out groups.
+
+    Raises
+    ------
+    ValueError
+        If `rank` or `form` is not possible; NotApplicable for 1x1 kernels.
+
+    Notes
+    -----
+    One SVD a slice, of W[:, s] as {i j | t} or W[t] as {s | i j}, all cut at the same rank:
+    optimal among sums of `rank` depthwise-separable convolutions in that order [1]_.
+
+    References
+    ----------
+    .. [1] J. Guo, Y. Li, W. Lin, Y. Chen, J. Li, "Network decoupling: from regular to depthwise
+       separable convolutions", BMVC 2018. :arxiv:`1808.05517`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.decouple(conv, rank=1).stages]
+    [(4, 1, 3, 3), (8, 4, 1, 1)]
+    """
+    return _fit("decouple", conv, rank, form)
+
+
+def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+    r"""Approximate by a sum of Kronecker products ``A_r (x) B_r``.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`.
+    rank : int
+        Terms; exact at the smaller of the sizes of A and B.
+    form : str, optional
+        Shape (out, in, \*taps) of B, which divides that of the weight, and which of the two
+        factors' stages runs first or last: ``"4x4x3x3 first"`` runs B first.
+
+    Returns
+    -------
+    Factorization
+        Two tied stages.  B: (rank * out_B, in_B, \*taps_B), applied to each of the in_A blocks
+        of channels; A: (out_A, in_A * rank, \*taps_A), applied to each channel of the blocks.
+
+    Raises
+    ------
+    ValueError
+        If `rank` or `form` is not possible; NotApplicable if no even split exists.
+
+    Notes
+    -----
+    The SVD of the rearranged weight (Van Loan and Pitsianis) is optimal for its split [1]_.
+    Along an axis on which both have taps, A is dilated by the taps of B; the first stage takes
+    the padding and the second the stride.
+
+    References
+    ----------
+    .. [1] M. G. A. Hameed, M. S. Tahaei, A. Mosleh, V. P. Nia, "Convolutional neural network
+       compression through generalized Kronecker product decomposition", AAAI 2022.
+       :arxiv:`2109.14710`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
+    >>> f = lowrank.kronecker(conv, rank=2, form="4x2x1x1 first")
+    >>> [(s.weight.shape, s.left, s.right) for s in f.stages]
+    [((8, 2, 1, 1), 2, 1), ((2, 4, 3, 3), 1, 4)]
+    """
+    return _fit("kronecker", conv, rank, form)

@@ -1,0 +1,222 @@
+"""Geometry: where a convolution looks, and how large its output is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from lowrank._typing import Ints, PaddingMode, Pads
+
+PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Stride, padding and dilation of a convolution, one entry a spatial axis.
+
+    Make one with :meth:`Geometry.of`, which accepts a single number for all axes.
+
+    Attributes
+    ----------
+    stride : tuple of int
+        Output sample ``p`` looks at input samples from ``p * stride - before`` on.
+    padding : tuple of (int, int)
+        Samples added (before, after) each axis.
+    dilation : tuple of int
+        Distance, in input samples, between neighbouring taps.
+    padding_mode : str
+        What stands outside the input: ``"zeros"``, ``"constant"`` (`value`),
+        ``"replicate"`` (``a a | a b c | c c``), ``"reflect"`` (``c b | a b c | b a``),
+        ``"symmetric"`` (``b a | a b c | c b``) or ``"circular"`` (``b c | a b c | a b``).
+        In the words of ``scipy.ndimage``: constant, nearest, mirror, reflect, wrap.
+    value : float
+        What stands outside the input in mode ``"constant"``.
+    output_padding : tuple of int
+        Samples that a transposed convolution adds at the end of its output.
+
+    Examples
+    --------
+    >>> from lowrank import Geometry
+    >>> g = Geometry.of(2, stride=2, padding=1)
+    >>> g.output_size((56, 57), (3, 3))
+    (28, 29)
+    """
+
+    stride: Ints
+    padding: Pads
+    dilation: Ints
+    padding_mode: PaddingMode = "zeros"
+    value: float = 0.0
+    output_padding: Ints = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.stride)
+        if not self.output_padding:
+            object.__setattr__(self, "output_padding", (0,) * n)
+        if not n == len(self.padding) == len(self.dilation) == len(self.output_padding):
+            raise ValueError(
+                f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} "
+                "must have one entry a spatial axis"
+            )
+        for name in ("stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(map(min, self.padding)) < 0 or min(self.output_padding) < 0:
+            raise ValueError(
+                f"padding must not be negative, got {self.padding} and "
+                f"output_padding {self.output_padding}"
+            )
+        if self.padding_mode not in PADDING_MODES:
+            raise ValueError(
+                f"padding_mode must be one of {', '.join(PADDING_MODES)}, "
+                f"got {self.padding_mode!r}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        ndim: int,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int | Sequence[int]] = 0,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: PaddingMode = "zeros",
+        value: float = 0.0,
+        output_padding: int | Sequence[int] = 0,
+    ) -> Geometry:
+        """Geometry over `ndim` axes; one number stands for every axis.
+
+        Parameters
+        ----------
+        ndim : int
+            Number of spatial axes.
+        stride, dilation, output_padding : int or sequence of int
+            One for all axes, or one an axis.
+        padding : int or sequence
+            One for all axes, or one an axis: an int for both ends or a (before, after) pair.
+        padding_mode : str
+            See :class:`Geometry`.
+        value : float
+            The constant of mode ``"constant"``.
+
+        Returns
+        -------
+        Geometry
+            The same, spelled out an axis at a time.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing, not an integer, or out of range.
+
+        Examples
+        --------
+        >>> from lowrank import Geometry
+        >>> Geometry.of(2, padding=[1, (0, 2)]).padding
+        ((1, 1), (0, 2))
+        """
+        pads = [padding] * ndim if isinstance(padding, int) else list(padding)
+        if len(pads) != ndim:
+            raise ValueError(f"padding must have {ndim} entries, got {padding!r}")
+        pairs = [_ints("padding", p, 2) for p in pads]
+        return cls(
+            _ints("stride", stride, ndim),
+            tuple((a, b) for a, b in pairs),
+            _ints("dilation", dilation, ndim),
+            padding_mode,
+            float(value),
+            _ints("output_padding", output_padding, ndim),
+        )
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial axes."""
+        return len(self.stride)
+
+    def only(self, axes: Iterable[int]) -> Geometry:
+        """Keep what concerns `axes`; a chain gives each axis to the stage that runs along it."""
+        keep = set(axes)
+
+        def kept(values: Ints, neutral: int) -> Ints:
+            return tuple(v if a in keep else neutral for a, v in enumerate(values))
+
+        return replace(
+            self,
+            stride=kept(self.stride, 1),
+            padding=tuple(p if a in keep else (0, 0) for a, p in enumerate(self.padding)),
+            dilation=kept(self.dilation, 1),
+            output_padding=kept(self.output_padding, 0),
+        )
+
+    def extent(self, kernel: Ints) -> Ints:
+        """Input samples that a kernel of this many taps an axis spans."""
+        return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, kernel))
+
+    def output_size(self, size: Ints, kernel: Ints) -> Ints:
+        """Spatial size of a convolution's output.
+
+        Parameters
+        ----------
+        size : tuple of int
+            Spatial size of the input, in samples.
+        kernel : tuple of int
+            Taps an axis.
+
+        Returns
+        -------
+        tuple of int
+            ``(size + before + after - extent) // stride + 1``, an axis.
+
+        Raises
+        ------
+        ValueError
+            If the kernel is larger than the padded input.
+
+        Examples
+        --------
+        >>> from lowrank import Geometry
+        >>> Geometry.of(1, dilation=4).output_size((20,), (3,))
+        (12,)
+        """
+        if len(size) != self.ndim:
+            raise ValueError(f"expected {self.ndim} spatial axes, got size {size}")
+        out = []
+        for n, (before, after), e, s in zip(size, self.padding, self.extent(kernel), self.stride):
+            room = n + before + after - e
+            if room < 0:
+                raise ValueError(
+                    f"kernel {kernel} with dilation {self.dilation} spans "
+                    f"{self.extent(kernel)} samples, more than the padded input: "
+                    f"{size} with padding {self.padding}"
+                )
+            out.append(room // s + 1)
+        return tuple(out)
+
+    def transposed_size(self, size: Ints, kernel: Ints) -> Ints:
+        """Spatial size of the output of a transposed convolution (PyTorch's rule)."""
+        if len(size) != self.ndim:
+            raise ValueError(f"expected {self.ndim} spatial axes, got size {size}")
+        out = tuple(
+            (n - 1) * s - sum(p) + e + o
+            for n, s, p, e, o in zip(
+                size, self.stride, self.padding, self.extent(kernel), self.output_padding
+            )
+        )
+        if min(out) < 1:
+            raise ValueError(
+                f"padding {self.padding} leaves nothing of the output of a transposed "
+                f"convolution of size {size} with kernel {kernel}"
+            )
+        return out
+
+
+def _ints(name: str, value: object, n: int) -> Ints:
+    """`value` as `n` integers; one integer stands for all."""
+    values = [value] * n if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    if len(values) != n:
+        raise ValueError(f"{name} must have {n} entries, got {value!r}")
+    try:
+        exact = tuple(v.__index__() for v in values)
+    except AttributeError:
+        raise TypeError(f"{name} must be integers, got {value!r}") from None
+    return exact
