@@ -5,6 +5,10 @@ from lowrank.factorization import Factorization as Factorization
 from lowrank.factorization import chain as chain
 from lowrank.factorization import dense as dense
 from lowrank.families import FAMILIES as FAMILIES
+from lowrank.families.cp import cp as cp
+from lowrank.families.cp import cp3 as cp3
+from lowrank.families.cp import filter as filter
+from lowrank.families.cp import jaderberg as jaderberg
 from lowrank.families.svd import basis as basis
 from lowrank.families.svd import decode as decode
 from lowrank.families.svd import decouple as decouple
