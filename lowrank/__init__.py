@@ -15,5 +15,9 @@ from lowrank.families.svd import decouple as decouple
 from lowrank.families.svd import encode as encode
 from lowrank.families.svd import kronecker as kronecker
 from lowrank.families.svd import spatial as spatial
+from lowrank.families.tt import tensor_train as tensor_train
+from lowrank.families.tucker import tucker as tucker
+from lowrank.families.tucker import tucker_cp as tucker_cp
+from lowrank.families.tucker import tucker_full as tucker_full
 from lowrank.geometry import Geometry as Geometry
 from lowrank.stage import Stage as Stage

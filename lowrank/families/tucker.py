@@ -1,0 +1,442 @@
+"""Tucker: pointwise stages to fewer channels and back around a smaller core.
+
+`tucker` compresses the two channel modes (Tucker-2), `tucker_full` every mode, `tucker_cp`
+the channel modes and then writes the core as a CP sum.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from lowrank import algebra
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization
+from lowrank.families import _als, _tensorly
+from lowrank.families.family import (
+    Family,
+    Kernel,
+    NotApplicable,
+    Point,
+    checked_form,
+    checked_rank,
+    index,
+    kernel_of,
+    oriented,
+)
+from lowrank.stage import Stage, blank
+
+POINTS = 2500  # of a sweep over all combinations of ranks, at the most
+ITERATIONS = 100  # of HOOI, TensorLy's own limit,
+TOLERANCE = 1e-5  # and a tenth of its tolerance: started alike, never worse
+CP_SHARES = (0.25, 0.5, 0.75)  # of the channels that tucker_cp keeps
+CP_SWEEPS = 30
+
+
+class Parts(NamedTuple):
+    """A truncated HOSVD at every combination of ranks.
+
+    Modes are (out, in, \\*axes); `tensor` has one axis for each, after the group's.
+    """
+
+    conv: Factorization
+    kernel: Kernel
+    axes: tuple[str, ...]  # spatial modes that are compressed
+    tensor: Array  # (g, out, in, *modes)
+    factors: tuple[Array, ...]  # (g, size, size) orthonormal, a compressed mode
+    core: Array  # (g, ranks..., rest)
+    tails: tuple[Array, ...]  # of each unfolding: no smaller error at that rank
+
+    def largest(self) -> Ints:
+        """Full ranks."""
+        return tuple(f.shape[-1] for f in self.factors)
+
+    def error(self, rank: Ints) -> float:
+        """Relative error of the truncated HOSVD: what the cut core misses, exactly."""
+        if rank == self.largest():
+            return 0.0
+        kept = self.core[(slice(None), *map(slice, rank))]
+        total = float(np.square(self.core).sum())
+        return math.sqrt(max(0.0, 1 - float(np.square(kept).sum()) / total)) if total else 0.0
+
+    def bound(self, rank: Ints) -> float:
+        """No Tucker tensor of these ranks is nearer."""
+        return float(max(t[r] for t, r in zip(self.tails, rank)))
+
+
+def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Parts:
+    """HOSVD along out, in and `axes`: leading eigenvectors of every unfolding's Gram matrix."""
+    w = kernel.tensor
+    order = [3 + kernel.letters.index(a) for mode in axes for a in mode]
+    rest = [3 + i for i, a in enumerate(kernel.letters) if a not in "".join(axes)]
+    sizes = [math.prod(w.shape[3 + kernel.letters.index(a)] for a in mode) for mode in axes]
+    w = w.transpose(0, 1, 2, *order, *rest)
+    tensor = np.ascontiguousarray(w).reshape(*w.shape[:3], *sizes, -1)
+    core, factors, tails = tensor, [], []
+    for mode in range(1, 3 + len(axes)):
+        unfolded = np.moveaxis(tensor, mode, 1).reshape(*tensor.shape[:1], tensor.shape[mode], -1)
+        values, vectors = np.linalg.eigh(unfolded @ unfolded.swapaxes(1, 2))
+        values, vectors = values[:, ::-1].clip(min=0), vectors[:, :, ::-1]
+        tails.append(algebra.tails_of(np.sqrt(values)))
+        factors.append(vectors)
+        core = _projected(core, vectors, mode)
+    return Parts(conv, kernel, axes, tensor, tuple(factors), core, tuple(tails))
+
+
+def _projected(tensor: Array, factor: Array, mode: int) -> Array:
+    """`tensor` times the transpose of `factor` along `mode`, group by group."""
+    moved = np.moveaxis(tensor, mode, 1)
+    flat = factor.swapaxes(1, 2) @ moved.reshape(*moved.shape[:2], -1)
+    return np.moveaxis(flat.reshape(len(flat), flat.shape[1], *moved.shape[2:]), 1, mode)
+
+
+def refined(parts: Parts, rank: Ints) -> tuple[list[Array], Array]:
+    """Factors (g, size, rank) and core after HOOI from the truncated HOSVD, group by group."""
+    factors, modes = [], list(range(len(rank)))
+    for i, tensor in enumerate(parts.tensor):
+        start = [f[i, :, :r] for f, r in zip(parts.factors, rank)]
+        full = rank == parts.largest() or not tensor.any()
+        found = start
+        if not full:
+            found = _tensorly.partial_tucker(tensor, start, modes, ITERATIONS, TOLERANCE)
+        factors.append(found)
+    stacked = [np.stack(f) for f in zip(*factors)]
+    core = parts.tensor
+    for mode, factor in enumerate(stacked, start=1):
+        core = _projected(core, factor, mode)
+    return stacked, core
+
+
+def _grid(largest: Ints) -> Iterator[Ints]:
+    """Combinations of ranks, at most POINTS of them: all small modes whole, large ones thinned."""
+    small = [m for m in largest if m <= 9]
+    large = len(largest) - len(small)
+    each = int((POINTS / math.prod(small)) ** (1 / large)) if large else 1
+    steps = [
+        range(1, m + 1) if m <= 9 else sorted({round(r) for r in np.linspace(1, m, min(m, each))})
+        for m in largest
+    ]
+    return itertools.product(*steps)
+
+
+def _chain(
+    parts: Parts, rank: Ints, factors: Sequence[Array] | None, core: Array | None
+) -> tuple[Stage, ...]:
+    """The chain: blank, or with `factors` (g, size, rank) and `core` (g, ranks..., rest)."""
+    conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
+    ndim = conv.geometry.ndim
+    one, still = (1,) * ndim, conv.geometry.only(())
+    each = kernel.scale ** (1 / (2 + len(rank) - 1))
+
+    def weight(shape: Ints, make: Callable[[], Array]) -> Array:
+        return blank(shape) if factors is None else make().reshape(shape) * each
+
+    def taps(axes: str) -> Ints:
+        return tuple(k if a in axes else 1 for a, k in zip(kernel.letters, kernel.tensor.shape[3:]))
+
+    outs, ins, *within = rank
+    w = weight((g * ins, kernel.ins, *one), lambda: factors[1].swapaxes(1, 2))  # type: ignore[index]
+    stages = [Stage(w, still, g)]
+    spread = ins
+    for i, (axes, q) in enumerate(zip(parts.axes, within)):
+        geometry = conv.geometry.only(index(axes, ndim))
+        shape = (q, 1, *taps(axes))
+        if g == 1:  # the same filters for every channel: tied
+            w = weight(shape, lambda: factors[2 + i].swapaxes(1, 2))  # type: ignore[index]  # noqa: B023
+            stages.append(Stage(w, geometry, left=spread))
+        else:
+            w = weight(
+                (g * spread * q, *shape[1:]),
+                lambda: np.repeat(factors[2 + i].swapaxes(1, 2)[:, None], spread, 1),  # type: ignore[index]  # noqa: B023
+            )
+            stages.append(Stage(w, geometry, g * spread))
+        spread *= q
+    left = "".join(a for a in kernel.letters if a not in "".join(parts.axes))
+    w = weight((g * outs, spread, *taps(left)), lambda: core)  # type: ignore[arg-type,return-value]
+    stages.append(Stage(w, conv.geometry.only(index(left, ndim)), g))
+    w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
+    stages.append(Stage(w, still, g))
+    return oriented(conv, stages)
+
+
+def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
+    if kernel.pointwise or min(kernel.outs, kernel.ins) < 2:
+        raise NotApplicable(
+            f"{family} needs a spatial kernel and two channels in and out of a group"
+        )
+    return kernel.axes if family == "tucker_full" else ()
+
+
+def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
+    _axes(family, kernel_of(conv))
+    return ("",)
+
+
+def _parts(family: str, conv: Factorization) -> Parts:
+    kernel = kernel_of(conv)
+    return decompose(kernel, conv, _axes(family, kernel))
+
+
+def _build(parts: Parts, rank: Ints) -> tuple[Stage, ...]:
+    return _chain(parts, rank, *refined(parts, rank))
+
+
+def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+    """Truncated HOSVD at combinations of ranks; a chain that is built is refined by HOOI."""
+    parts = _parts(family, conv)
+    for rank in _grid(parts.largest()):
+        error = parts.error(rank)
+        bound = min(parts.bound(rank), error)
+        stages = _chain(parts, rank, None, None)
+        yield Point(rank, error, bound, stages, partial(_build, parts, rank))
+
+
+def _fit(
+    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+) -> Factorization:
+    parts = _parts(family, conv)
+    form = checked_form(form, ("",))
+    names = "out, in" + "".join(f", {a}" for a in parts.axes)
+    ranks = checked_rank(rank, parts.largest(), names)
+    return replace(conv, stages=_build(parts, ranks), family=family, form=form, rank=ranks)
+
+
+def _cp_chain(
+    parts: Parts, rank: Ints, factors: Sequence[Array] | None, terms: Sequence[Array] | None
+) -> tuple[Stage, ...]:
+    """Tucker-2 whose core is a CP sum: five stages, or fewer where two pointwise ones merge."""
+    conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
+    outs, ins, r = rank
+    ndim = conv.geometry.ndim
+    one, still = (1,) * ndim, conv.geometry.only(())
+    each = kernel.scale ** (1 / 3)
+
+    def pointwise(shapes: Sequence[Ints], makes: Callable[[], Sequence[Array]]) -> list[Stage]:
+        (a, b), (_, c) = shapes  # (b, c) runs first, then (a, b): merged if (a, c) is smaller
+        merged = a * c <= a * b + b * c
+        if factors is None:
+            kept = [blank((g * a, c))] if merged else [blank((g * b, c)), blank((g * a, b))]
+        else:
+            last, first = makes()
+            kept = [last @ first] if merged else [first, last]
+        kept = [w.reshape(-1, w.shape[-1], *one) for w in kept]
+        return [Stage(w, still, g) for w in kept]
+
+    taps = (g * r, 1, *kernel.tensor.shape[3:])
+    return oriented(
+        conv,
+        [
+            *pointwise(
+                [(r, ins), (ins, kernel.ins)],
+                lambda: (terms[1].swapaxes(1, 2) * each, factors[1].swapaxes(1, 2)),  # type: ignore[index]
+            ),
+            Stage(
+                blank(taps) if terms is None else (terms[2].swapaxes(1, 2) * each).reshape(taps),
+                conv.geometry,
+                g * r,
+            ),
+            *pointwise(
+                [(kernel.outs, outs), (outs, r)],
+                lambda: (factors[0], terms[0] * each),  # type: ignore[index]
+            ),
+        ],
+    )
+
+
+def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
+    """CP-3 of every group's core, (g, out, in, taps)."""
+    found = []
+    for i, c in enumerate(core):
+        first = _als.start(c, r) if start is None else _als.grown([f[i] for f in start], r)
+        found.append(_als.cp(c, first, sweeps)[0])
+    return [np.stack(f) for f in zip(*found)]
+
+
+def _cp_build(parts: Parts, rank: Ints) -> tuple[Stage, ...]:
+    factors, core = refined(parts, rank[:2])
+    return _cp_chain(parts, rank, factors, _cp_terms(core, rank[2], None, 10 * CP_SWEEPS))
+
+
+def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+    """A few sizes of the core, and for each a few CP ranks started from one another."""
+    parts = _parts(family, conv)
+    outs, ins = parts.largest()
+    total = float(np.linalg.norm(parts.core)) or 1.0
+    bounds = _als.bound(parts.tensor)
+    shares = {(max(1, round(outs * p)), max(1, round(ins * p))) for p in CP_SHARES}
+    for t, s in sorted(shares):
+        core, terms = parts.core[:, :t, :s], None
+        cut = parts.error((t, s))
+        largest = min(core[0].size // sum(core.shape[1:]), _terms(core))
+        for r in _als.ranks(largest, 6):
+            terms = _cp_terms(core, r, terms, CP_SWEEPS)
+            # The cut and the CP error are orthogonal.
+            error = math.hypot(cut, _als.batched_error(core, terms) * np.linalg.norm(core) / total)
+            bound = max(parts.bound((t, s)), bounds[r] if r < len(bounds) else 0.0)
+            yield Point(
+                (t, s, r),
+                error,
+                min(float(bound), error),
+                _cp_chain(parts, (t, s, r), None, None),
+                partial(_cp_build, parts, (t, s, r)),
+            )
+
+
+def _terms(core: Array) -> int:
+    """A CP rank that suffices for any core of this size."""
+    return math.prod(sorted(core.shape[1:])[:-1])
+
+
+def _cp_fit(
+    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+) -> Factorization:
+    parts = _parts(family, conv)
+    form = checked_form(form, ("",))
+    taps = parts.tensor.shape[-1]
+    largest = (*parts.largest(), parts.largest()[0] * parts.largest()[1] * taps)
+    ranks = checked_rank(rank, largest, "out, in, terms")
+    return replace(conv, stages=_cp_build(parts, ranks), family=family, form=form, rank=ranks)
+
+
+FAMILIES = {
+    name: Family(partial(_forms, name), partial(sweep, name), partial(fit, name), exact=False)
+    for name, sweep, fit in (
+        ("tucker", _sweep, _fit),
+        ("tucker_full", _sweep, _fit),
+        ("tucker_cp", _cp_sweep, _cp_fit),
+    )
+}
+
+
+def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
+    r"""Approximate by a smaller convolution between two pointwise ones (Tucker-2).
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
+    rank : (int, int)
+        Channels (out, in) of the core, a group.
+
+    Returns
+    -------
+    Factorization
+        (rank_in, in, 1, 1), (rank_out, rank_in, \*kernel), (out, rank_out, 1, 1).
+
+    Raises
+    ------
+    ValueError
+        If `rank` is out of range or `conv` is not one dense stage; NotApplicable, which is
+        one, if there is nothing to factor.
+
+    Notes
+    -----
+    Truncated HOSVD, whose error is at most :math:`\sqrt 2` times the smallest [2]_, refined by
+    HOOI to a stationary point.
+
+    References
+    ----------
+    .. [1] Y.-D. Kim, E. Park, S. Yoo, T. Choi, L. Yang, D. Shin, "Compression of deep
+       convolutional neural networks for fast and low power mobile applications", ICLR 2016.
+       :arxiv:`1511.06530`.
+    .. [2] L. De Lathauwer, B. De Moor, J. Vandewalle, "A multilinear singular value
+       decomposition", SIAM J. Matrix Anal. Appl. 21, 2000.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.tucker(conv, rank=(4, 3)).stages]
+    [(3, 6, 1, 1), (4, 3, 3, 3), (8, 4, 1, 1)]
+    """
+    return _fit("tucker", conv, rank)
+
+
+def tucker_full(conv: Factorization, rank: tuple[int, ...]) -> Factorization:
+    r"""Approximate with every mode compressed: channels and each spatial axis.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
+    rank : tuple of int
+        (out, in, \*axes): channels of the core, and filters along each axis.
+
+    Returns
+    -------
+    Factorization
+        Pointwise, one stage of shared filters an axis (tied over all channels), pointwise
+        core, pointwise.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`lowrank.tucker`.
+
+    Notes
+    -----
+    As :func:`lowrank.tucker`, with quasi-optimality factor :math:`\sqrt{2 + axes}`.  With
+    groups the filters of each group are stored for each of its channels.
+
+    References
+    ----------
+    .. [1] L. De Lathauwer, B. De Moor, J. Vandewalle, "A multilinear singular value
+       decomposition", SIAM J. Matrix Anal. Appl. 21, 2000.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.tucker_full(conv, rank=(4, 3, 2, 1)).stages]
+    [(3, 6, 1, 1), (2, 1, 3, 1), (1, 1, 1, 3), (4, 6, 1, 1), (8, 4, 1, 1)]
+    """
+    return _fit("tucker_full", conv, rank)
+
+
+def tucker_cp(conv: Factorization, rank: tuple[int, int, int]) -> Factorization:
+    r"""Approximate by Tucker-2 whose core is a CP sum.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
+    rank : (int, int, int)
+        Channels (out, in) of the Tucker core, and terms of the CP sum, a group.
+
+    Returns
+    -------
+    Factorization
+        Pointwise, pointwise, depthwise, pointwise, pointwise; two pointwise stages in a row
+        are multiplied out where that is not dearer.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`lowrank.tucker`.
+
+    Notes
+    -----
+    The error of the cut to the core and that of its CP sum are orthogonal: their squares add.
+
+    References
+    ----------
+    .. [1] A.-H. Phan et al., "Stable low-rank tensor decomposition for compression of
+       convolutional neural network", ECCV 2020. :arxiv:`2008.05441`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)), padding=1)
+    >>> [s.weight.shape for s in lowrank.tucker_cp(conv, rank=(4, 4, 6)).stages]
+    [(4, 16, 1, 1), (6, 4, 1, 1), (6, 1, 3, 3), (4, 6, 1, 1), (16, 4, 1, 1)]
+    """
+    return _cp_fit("tucker_cp", conv, rank)
