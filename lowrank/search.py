@@ -1,0 +1,378 @@
+"""The choice: every candidate of every family, and the ones that nothing beats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final, overload
+
+from lowrank import report
+from lowrank._typing import Ints
+from lowrank.cost import AXES, Cost, chain_cost
+from lowrank.factorization import Factorization
+from lowrank.families import FAMILIES, NotApplicable, Point
+from lowrank.families.family import kernel_of
+
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One way to write a convolution: what it costs and how far off it is, before it is built.
+
+    Attributes
+    ----------
+    family, form, rank : str, str, tuple of int
+        How to make it again: ``FAMILIES[family].fit(conv, rank, form)``.
+    error : float
+        Relative Frobenius error.  For the families fitted by iteration (`exact` is False) that
+        of the sweep's short fit; what :meth:`build` returns is refined and not worse.
+    bound : float
+        No chain of this family, form and rank has a smaller error.
+    cost : Cost
+        For one example of the frontier's input shape.
+    exact : bool
+        Whether error equals bound by theory: one SVD, or the dense kernel itself.
+    """
+
+    family: str
+    form: str
+    rank: Ints
+    error: float
+    bound: float
+    cost: Cost
+    exact: bool
+    _conv: Factorization
+    _point: Point | None
+
+    def build(self) -> Factorization:
+        """Make the weights; what was fitted by a short iteration is refined."""
+        if self._point is None:
+            return self._conv
+        return replace(
+            self._conv,
+            stages=self._point.build(),
+            family=self.family,
+            form=self.form,
+            rank=self.rank,
+        )
+
+    @property
+    def name(self) -> str:
+        """Family and form."""
+        return " ".join(filter(None, (self.family, self.form)))
+
+    @property
+    def shapes(self) -> tuple[Ints, ...]:
+        """Weight shapes of the stages."""
+        stages = self._conv.stages if self._point is None else self._point.stages
+        return tuple(s.weight.shape for s in stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the command line prints as JSON."""
+        return {
+            "family": self.family,
+            "form": self.form,
+            "rank": list(self.rank),
+            "error": self.error,
+            "bound": self.bound,
+            "macs": self.cost.macs,
+            "params": self.cost.params,
+            "traffic": self.cost.traffic,
+            "fused": self.cost.fused,
+            "peak": self.cost.peak,
+            "stages": [list(s) for s in self.shapes],
+        }
+
+
+@final
+class Frontier(Sequence[Candidate]):
+    """Candidates that no other beats on both error and cost, cheapest first.
+
+    An immutable sequence that prints itself as a table.  The dense kernel is its last entry.
+
+    Attributes
+    ----------
+    axis : str
+        The cost that was compared, a field of :class:`lowrank.Cost`.
+    input_shape : tuple of int
+        (channels, \\*spatial) that the costs are for.
+    left_out : dict
+        Families that do not apply to the convolution, and why.
+    """
+
+    __slots__ = ("_candidates", "axis", "input_shape", "left_out")
+
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        axis: str,
+        input_shape: Ints,
+        left_out: dict[str, str],
+    ) -> None:
+        self._candidates = tuple(candidates)
+        self.axis, self.input_shape, self.left_out = axis, input_shape, dict(left_out)
+
+    @overload
+    def __getitem__(self, at: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Candidate, ...]: ...
+    def __getitem__(self, at: int | slice) -> Candidate | tuple[Candidate, ...]:
+        return self._candidates[at]
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._candidates)
+
+    @property
+    def dense(self) -> Candidate:
+        """The convolution as it came."""
+        return self._candidates[-1]
+
+    def within(self, error: float) -> Candidate:
+        """The cheapest candidate with at most this error; the dense kernel always is one."""
+        return next(c for c in self if c.error <= error)
+
+    def affordable(self, amount: float) -> Candidate:
+        """The best candidate that costs at most `amount` on this frontier's axis.
+
+        Raises ValueError, saying what is possible, if there is none.
+        """
+        found = [c for c in self if getattr(c.cost, self.axis) <= amount]
+        if not found:
+            least = getattr(self[0].cost, self.axis)
+            whole = getattr(self.dense.cost, self.axis)
+            raise ValueError(
+                f"nothing costs at most {amount:.6g} {self.axis}; the cheapest is {least} "
+                f"({least / whole:.3g} of the dense kernel), {self[0].name} rank "
+                f"{self[0].rank}"
+            )
+        return found[-1]
+
+    def __repr__(self) -> str:
+        return report.table(self)
+
+
+def frontier(
+    conv: Factorization,
+    input_shape: Sequence[int],
+    families: Iterable[str] | None = None,
+    *,
+    axis: str = "macs",
+) -> Frontier:
+    """Every candidate that no other beats on both error and cost.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`.
+    input_shape : sequence of int
+        (channels, \\*spatial), or the spatial size alone.
+    families : iterable of str, optional
+        Names from :data:`lowrank.FAMILIES`; all of them if not given.  Those that do not apply
+        to the convolution are left out.
+    axis : str
+        What is compared: ``"macs"``, ``"params"``, ``"traffic"``, ``"fused"`` or ``"peak"``.
+
+    Returns
+    -------
+    Frontier
+        Candidates, cheapest first, ending with the dense kernel; none costs more than it.
+
+    Raises
+    ------
+    ValueError
+        If a family or axis is unknown, or the input shape does not fit.
+
+    Notes
+    -----
+    Exact over the candidates generated: every rank of the families that are one SVD, truncated
+    HOSVD and TT ranks, and at most a dozen ranks of those fitted by alternating least squares.
+    Weights are built only for what :meth:`Candidate.build` is called on.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
+    >>> blur = lowrank.dense(np.outer(g, g)[None, None])
+    >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32))]
+    [('spatial w-h', (1,), 10556), ('dense', (), 33124)]
+    """
+    names = list(FAMILIES) if families is None else list(families)
+    if axis not in AXES:
+        raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
+    for name in names:
+        if name not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
+    kernel_of(conv)
+    shape = conv.shape(input_shape)
+    whole = conv.cost(shape)
+    bias = conv.bias is not None
+    found = [Candidate("dense", "", (), 0.0, 0.0, whole, True, conv, None)]
+    left_out = {}
+    for name in names:
+        family = FAMILIES[name]
+        try:
+            forms = family.forms(conv)
+        except NotApplicable as why:
+            left_out[name] = str(why)
+            continue
+        for form in forms:
+            for point in family.sweep(conv, form):
+                cost = chain_cost(point.stages, shape, bias)
+                if getattr(cost, axis) < getattr(whole, axis):
+                    found.append(
+                        Candidate(
+                            name, form, point.rank, point.error, point.bound, cost,
+                            family.exact, conv, point,
+                        )
+                    )
+    # Rounding must not decide: an error of 1e-16 and one of 3e-17 are both nothing.
+    rounding = 1e-12
+    found.sort(key=lambda c: (getattr(c.cost, axis), c.error, len(c.shapes)))
+    kept: list[Candidate] = []
+    for c in found:
+        if not kept or c.error < kept[-1].error - rounding or c.family == "dense":
+            kept.append(c)
+    return Frontier(kept, axis, shape, left_out)
+
+
+def approximate(
+    conv: Factorization,
+    input_shape: Sequence[int],
+    *,
+    max_error: float | None = None,
+    rank: int | Sequence[int] | None = None,
+    macs: float | int | str | None = None,
+    params: float | int | str | None = None,
+    families: Iterable[str] | None = None,
+) -> Factorization:
+    """The cheapest chain within an error, or the best one within a budget.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`.
+    input_shape : sequence of int
+        (channels, \\*spatial), or the spatial size alone.
+    max_error : float, optional
+        Largest relative Frobenius error.
+    rank : int or sequence of int, optional
+        This rank, of the one family named in `families`, or of the best of those that take it.
+    macs, params : float or str, optional
+        Budget.  A number in (0, 1] is a share of the dense cost; an amount has a unit:
+        ``"20M"`` or ``"300k"``; a whole number above 1 is an amount too.
+    families : iterable of str, optional
+        Names from :data:`lowrank.FAMILIES`; all of them if not given.
+
+    Returns
+    -------
+    Factorization
+        The pick, built; those found by iteration are refined.  The dense kernel itself if
+        nothing cheaper is within `max_error`.
+
+    Raises
+    ------
+    TypeError
+        If not exactly one of `max_error`, `rank`, `macs` and `params` is given.
+    ValueError
+        If it is impossible; the message says what is possible.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)), padding=1)
+    >>> f = lowrank.approximate(conv, (16, 16), macs=0.5, families=["spatial"])
+    >>> f.rank, f.cost((16, 16)).macs / conv.cost((16, 16)).macs
+    ((12,), 0.5)
+    """
+    return choose(
+        conv, input_shape, max_error=max_error, rank=rank, macs=macs, params=params,
+        families=families,
+    )[1].build()
+
+
+def choose(
+    conv: Factorization,
+    input_shape: Sequence[int],
+    *,
+    max_error: float | None = None,
+    rank: int | Sequence[int] | None = None,
+    macs: float | int | str | None = None,
+    params: float | int | str | None = None,
+    families: Iterable[str] | None = None,
+) -> tuple[Frontier, Candidate]:
+    """The frontier and the pick of :func:`approximate`, not yet built."""
+    wanted = {"max_error": max_error, "rank": rank, "macs": macs, "params": params}
+    given = [k for k, v in wanted.items() if v is not None]
+    if len(given) != 1:
+        raise TypeError(
+            "give exactly one of max_error, rank, macs and params, got "
+            + (", ".join(given) or "none")
+        )
+    if max_error is not None and not max_error >= 0:
+        raise ValueError(f"max_error must be at least 0, got {max_error!r}")
+    axis = "params" if params is not None else "macs"
+    budget = macs if macs is not None else params
+    # Before the work: a wrong amount should not take a minute to refuse.
+    amount = None
+    if budget is not None:
+        amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
+    found = frontier(conv, input_shape, families, axis=axis)
+    if max_error is not None:
+        return found, found.within(max_error)
+    if amount is not None:
+        return found, found.affordable(amount)
+    return found, _at_rank(conv, found, rank, families)
+
+
+def _at_rank(
+    conv: Factorization, found: Frontier, rank: Any, families: Iterable[str] | None
+) -> Candidate:
+    """The best candidate of exactly this rank, fitted directly, whether on the front or not."""
+    tried, why = [], []
+    for name in FAMILIES if families is None else families:
+        if name in found.left_out:
+            why.append(f"{name}: {found.left_out[name]}")
+            continue
+        for form in FAMILIES[name].forms(conv):
+            try:
+                f = FAMILIES[name].fit(conv, rank, form)
+            except (ValueError, TypeError) as reason:
+                why.append(f"{name}: {reason}")
+                continue
+            error = f.error(conv.to_dense())
+            exact = FAMILIES[name].exact
+            stages = f.stages
+            point = Point(f.rank, error, error if exact else 0.0, stages, lambda s=stages: s)  # type: ignore[misc]
+            cost = f.cost(found.input_shape)
+            tried.append(
+                Candidate(name, form, f.rank, error, point.bound, cost, exact, conv, point)
+            )
+    if not tried:
+        raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(why))
+    return min(tried, key=lambda c: (c.error, c.cost.macs))
+
+
+def _amount(axis: str, budget: float | int | str, whole: int) -> float:
+    """A budget as an amount: a share of `whole`, or a number with a unit."""
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)\s*", budget)
+        if not match:
+            raise ValueError(
+                f"{axis} must be a share in (0, 1] or an amount such as '20M', got {budget!r}"
+            )
+        number = float(match[1])
+        amount = number * _UNITS[match[2]]
+        if not match[2] and number <= 1:
+            amount = number * whole
+    else:
+        amount = budget * whole if budget <= 1 else float(budget)
+    if not amount > 0:
+        raise ValueError(f"{axis} must be above 0, got {budget!r}")
+    return amount
