@@ -43,9 +43,11 @@ def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
     factors = []
     for m, size in enumerate(tensor.shape):
         unfolded = np.moveaxis(tensor, m, 0).reshape(size, -1)
-        _, vectors = np.linalg.eigh(unfolded @ unfolded.T)
-        some = vectors[:, ::-1][:, :rank]
-        fill = rng.standard_normal((size, max(rank - size, 0))) / math.sqrt(size)
+        if size <= unfolded.shape[1]:
+            some = np.linalg.eigh(unfolded @ unfolded.T)[1][:, ::-1][:, :rank]
+        else:
+            some = np.linalg.svd(unfolded, full_matrices=False)[0][:, :rank]
+        fill = rng.standard_normal((size, rank - some.shape[1])) / math.sqrt(size)
         factors.append(np.hstack([some, fill]))
     return factors
 
@@ -114,24 +116,40 @@ def batched_cp(
 ) -> list[Array]:
     """CP of many small tensors, (batch, \\*sizes), at once: factors (batch, size, rank)."""
     modes = range(tensors.ndim - 1)
-    names = _LETTERS[: tensors.ndim - 1]
     if factors is None:
-        factors = [
-            np.stack([f[m] for f in (start(t, rank, seed=0) for t in tensors)]) for m in modes
-        ]
+        each = [start(t, rank) for t in tensors]
+        factors = [np.stack(f) for f in zip(*each)]
     factors = list(factors)
-    eye = np.eye(rank)
+    big = int(np.argmax(tensors.shape[1:]))  # contracted first, as matrix products
+    others = [m for m in modes if m != big]
+    unfolded = np.moveaxis(tensors, big + 1, 1).reshape(len(tensors), tensors.shape[big + 1], -1)
+    small = _LETTERS[: len(others)]
+    small_sizes = [tensors.shape[m + 1] for m in others]
     for _ in range(iterations):
-        for m in modes:
-            others = [n for n in modes if n != m]
-            spec = f"z{names}," + ",".join(f"z{names[n]}r" for n in others) + f"->z{names[m]}r"
-            rhs = np.einsum(spec, tensors, *(factors[n] for n in others), optimize=True)
-            gram = math.prod((factors[n].swapaxes(1, 2) @ factors[n] for n in others), start=1.0)
-            mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / rank
-            # A zero slice has a zero Gram matrix: there the ridge is the whole equation.
-            system = gram + (1e-9 * mean + (mean == 0)) * eye
-            factors[m] = np.linalg.solve(system, rhs.swapaxes(1, 2)).swapaxes(1, 2)
+        spec = ",".join(f"z{a}r" for a in small) + f"->z{small}r"
+        khatri_rao = np.einsum(spec, *(factors[m] for m in others))
+        rhs = unfolded @ khatri_rao.reshape(len(tensors), -1, rank)
+        factors[big] = _solved(rhs, factors, others)
+        part = unfolded.swapaxes(1, 2) @ factors[big]
+        part = part.reshape(len(tensors), *small_sizes, rank)
+        for i, m in enumerate(others):
+            rest = [(a, n) for j, (a, n) in enumerate(zip(small, others)) if j != i]
+            spec = f"z{small}r" + "".join(f",z{a}r" for a, _ in rest) + f"->z{small[i]}r"
+            rhs = np.einsum(spec, part, *(factors[n] for _, n in rest))
+            factors[m] = _solved(rhs, factors, [n for n in modes if n != m])
     return balanced(factors)
+
+
+def _solved(rhs: Array, factors: Sequence[Array], others: Sequence[int]) -> Array:
+    """Least squares for one factor: `rhs` over the Hadamard product of the others' Grams."""
+    rank = rhs.shape[-1]
+    gram = np.ones((len(rhs), rank, rank))
+    for n in others:
+        gram *= factors[n].swapaxes(1, 2) @ factors[n]
+    mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / rank
+    # Of a zero slice the Gram matrix is zero: there the ridge is the whole equation.
+    system = gram + (RIDGE * mean + (mean == 0)) * np.eye(rank)
+    return np.linalg.solve(system, rhs.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def batched_error(tensors: Array, factors: Sequence[Array]) -> float:
