@@ -1,0 +1,374 @@
+"""Filters of images, volumes, cubes and series, of any rank, in scipy.ndimage's manners."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank import search
+from lowrank._typing import Array, Ints, PaddingMode
+from lowrank.factorization import Factorization, dense
+from lowrank.families import FAMILIES
+
+#: scipy.ndimage's names of the border modes, and ours.
+MODES: dict[str, PaddingMode] = {
+    "reflect": "symmetric",
+    "grid-mirror": "symmetric",
+    "constant": "constant",
+    "grid-constant": "constant",
+    "nearest": "replicate",
+    "mirror": "reflect",
+    "wrap": "circular",
+    "grid-wrap": "circular",
+}
+
+# Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
+_NOISE = 4
+
+
+def separate(
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    shape: Sequence[int] | None = None,
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+) -> Factorization:
+    """Write a filter as a chain of passes along fewer axes.
+
+    Parameters
+    ----------
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes; integers are taken as float64.
+    rank : int, optional
+        Terms of the sum.  Over two axes the best filter of that rank; over three a CP sum.
+    max_error : float, optional
+        Largest relative Frobenius error: the cheapest chain within it, of any form, such as
+        spatial against spectral axes of a cube.  Without `rank` and `max_error`: within
+        rounding.
+    shape : sequence of int, optional
+        Size of the images that it is meant for, which costs are compared at; twice the kernel
+        if not given.
+    mode, cval, origin
+        As for :func:`correlate`.
+
+    Returns
+    -------
+    Factorization
+        With one channel in and out.  The dense kernel if no chain is cheaper.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the kernel is empty, not finite, not real, or the rank is not possible.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> sobel = [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
+    >>> [s.weight.shape for s in filters.separate(sobel).stages]
+    [(1, 1, 1, 3), (1, 1, 3, 1)]
+    """
+    k = _kernel(kernel)
+    if rank is not None and max_error is not None:
+        raise TypeError("give rank or max_error, not both")
+    before = [n // 2 + o for n, o in zip(k.shape, _origins(origin, k.shape))]
+    conv = dense(
+        k[None, None],
+        padding=[(b, n - 1 - b) for b, n in zip(before, k.shape)],
+        padding_mode=_mode(mode),
+        value=cval,
+    )
+    shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)
+    if rank is not None:
+        long = sum(n > 1 for n in k.shape)
+        if long < 2:
+            if rank != 1:
+                raise ValueError(f"a filter along one axis has rank 1, got rank {rank}")
+            return conv
+        family = "spatial" if long == 2 else "filter"
+        return FAMILIES[family].fit(conv, rank, None)  # type: ignore[arg-type]
+    if max_error is None:
+        max_error = _NOISE * float(np.finfo(k.dtype).eps) * math.sqrt(k.size)
+    found = search.frontier(conv, shape, ("spatial", "filter"))
+    # What a sweep found by iteration may be within the error only once it is refined.
+    return found.within(max_error).build()
+
+
+def correlate(
+    image: Array,
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: Sequence[int] | None = None,
+    convolve: bool = False,
+    out: Array | None = None,
+) -> Array:
+    """Filter an image, a volume, a cube or a series.
+
+    Parameters
+    ----------
+    image : ndarray
+        Real.  float32 and float64 are computed in their own precision, 8- and 16-bit integers
+        in float32, wider ones in float64; integer results are rounded to nearest, halves to
+        even, and saturate.
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes; see :func:`separate`.
+    rank : int, optional
+        Filter with the best sum of that many separable terms instead.
+    max_error : float, optional
+        Filter with the cheapest chain within this relative Frobenius error.
+    mode : str
+        Border, by scipy.ndimage's names: ``"reflect"`` (``b a | a b c | c b``),
+        ``"mirror"`` (``c b | a b c | b a``), ``"nearest"``, ``"wrap"`` or ``"constant"``.
+    cval : float
+        The constant of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter, one for all axes or one an axis, in scipy.ndimage's sense.
+    axes : sequence of int, optional
+        Axes of `image` that the kernel runs along, for an image with more axes than it, such
+        as colours; the first ones if not given.
+    convolve : bool
+        Flip the kernel: a convolution in the mathematical sense.
+    out : ndarray, optional
+        Where to put the result; same shape and dtype as `image`.
+
+    Returns
+    -------
+    ndarray
+        Of the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a dtype, mode, origin, axis or kernel is not possible; the message says what is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> step = np.repeat([[0.0, 0.0, 1.0, 1.0]], 4, axis=0)
+    >>> filters.correlate(step, [[-1, 0, 1]])[0]
+    array([0., 1., 1., 0.])
+    """
+    image = np.asarray(image)
+    k = _kernel(kernel)
+    origins = _origins(origin, k.shape)
+    if convolve:
+        k = np.flip(k)
+        origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
+    work = _work_dtype(image)
+    along = _axes(axes, image.ndim, k.ndim)
+    if out is not None and (out.shape != image.shape or out.dtype != image.dtype):
+        raise ValueError(
+            f"out must have shape {image.shape} and dtype {image.dtype}, "
+            f"got {out.shape} and {out.dtype}"
+        )
+    x = np.moveaxis(image, along, range(-k.ndim, 0))
+    spatial = x.shape[x.ndim - k.ndim :]
+    chain = separate(
+        k.astype(work) if k.dtype != work else k,
+        rank=rank,
+        max_error=max_error,
+        shape=[max(n, 1) for n in spatial],
+        mode=mode,
+        cval=cval,
+        origin=origins,
+    )
+    if image.size == 0:
+        return image.copy() if out is None else out
+    y = chain(np.ascontiguousarray(x, work).reshape(-1, 1, *spatial)).reshape(x.shape)
+    y = np.moveaxis(y, range(-k.ndim, 0), along)
+    if image.dtype.kind in "iu":
+        limits = np.iinfo(image.dtype)
+        y = np.clip(np.rint(y), limits.min, limits.max)
+    if out is None:
+        return np.ascontiguousarray(y.astype(image.dtype, copy=False))
+    out[...] = y
+    return out
+
+
+def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:
+    """Gaussian of standard deviation `sigma` samples, one an axis or one for all; sums to 1.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> filters.gauss(1.0).shape, filters.gauss([1.0, 2.0, 2.0]).shape
+    ((9, 9), (9, 17, 17))
+    """
+    sigmas = [sigma] * ndim if isinstance(sigma, int | float) else list(sigma)
+    lines = [_bell(_positive("sigma", s), truncate) for s in sigmas]
+    return _outer([g / g.sum() for g in lines])
+
+
+def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
+    """Sobel's derivative along `axis`, smoothed along the others: rank 1.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> filters.sobel()
+    array([[-1.,  0.,  1.],
+           [-2.,  0.,  2.],
+           [-1.,  0.,  1.]])
+    """
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis must be from {-ndim} to {ndim - 1}, got {axis}")
+    lines = [np.array([1.0, 2.0, 1.0])] * ndim
+    lines[axis] = np.array([-1.0, 0.0, 1.0])
+    return _outer(lines)
+
+
+def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
+    """Laplacian of a Gaussian: rank 2 over two axes.  Sums to zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> int(np.linalg.matrix_rank(filters.log(2.0), tol=1e-9))
+    2
+    """
+    g = _bell(_positive("sigma", sigma), truncate)
+    t = np.arange(len(g)) - len(g) // 2
+    second = (t**2 / sigma**2 - 1) / sigma**2 * g
+    second -= second.mean() * g / g.mean()  # of rank 2 still, and blind to constants
+    lines = [[second if a == axis else g for a in range(ndim)] for axis in range(ndim)]
+    kernel = sum(_outer(line) for line in lines) / g.sum() ** ndim
+    return np.asarray(kernel)
+
+
+def gabor(
+    sigma: float, wavelength: float, *, angle: float = 0.0, phase: float = 0.0, truncate: float = 3.0
+) -> Array:
+    """Gabor filter: a wave of `wavelength` samples along `angle` (radians) under a Gaussian.
+
+    Rank 1 along the axes, rank 2 at any other angle.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> int(np.linalg.matrix_rank(filters.gabor(3.0, 6.0, angle=0.5), tol=1e-9))
+    2
+    """
+    g = _bell(_positive("sigma", sigma), truncate)
+    t = np.arange(len(g)) - len(g) // 2
+    along = t[None, :] * math.cos(angle) + t[:, None] * math.sin(angle)
+    wave = np.cos(2 * math.pi * along / _positive("wavelength", wavelength) + phase)
+    return np.asarray(np.outer(g, g) / g.sum() ** 2 * wave)
+
+
+def disk(radius: float) -> Array:
+    """Uniform disk of `radius` samples, the bokeh of a lens; sums to 1.  Of high rank.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> filters.disk(1.0).round(1)
+    array([[0. , 0.2, 0. ],
+           [0.2, 0.2, 0.2],
+           [0. , 0.2, 0. ]])
+    """
+    n = math.ceil(_positive("radius", radius))
+    t = np.arange(-n, n + 1)
+    inside = (t[:, None] ** 2 + t**2 <= radius**2).astype(float)
+    return np.asarray(inside / inside.sum())
+
+
+def motion(length: int, *, angle: float = 0.0) -> Array:
+    """Motion blur along a line of `length` samples at `angle` (radians); sums to 1.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> filters.motion(3)[1]
+    array([0.33333333, 0.33333333, 0.33333333])
+    """
+    n = math.ceil(_positive("length", length) / 2)
+    n = max(n - (length % 2), 1)
+    t = np.arange(-n, n + 1)
+    y, x = t[:, None], t[None, :]
+    across = np.abs(-x * math.sin(angle) + y * math.cos(angle))
+    along = np.abs(x * math.cos(angle) + y * math.sin(angle))
+    line = np.clip(1 - across, 0, 1) * np.clip((length + 1) / 2 - along, 0, 1)
+    return np.asarray(line / line.sum())
+
+
+def _bell(sigma: float, truncate: float) -> Array:
+    n = int(truncate * sigma + 0.5)
+    return np.asarray(np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2))
+
+
+def _outer(lines: Sequence[Array]) -> Array:
+    kernel = np.ones(())
+    for line in lines:
+        kernel = np.multiply.outer(kernel, line)
+    return kernel
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return value
+
+
+def _kernel(kernel: Any) -> Array:
+    k = np.asarray(kernel)
+    if k.dtype.kind in "iub":
+        k = k.astype(np.float64)
+    if k.dtype not in (np.float32, np.float64):
+        raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
+    if k.ndim not in (1, 2, 3) or k.size == 0:
+        raise ValueError(f"kernel must have 1 to 3 axes and no empty one, got shape {k.shape}")
+    return k
+
+
+def _mode(mode: str) -> PaddingMode:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    return MODES[mode]
+
+
+def _origins(origin: int | Sequence[int], taps: Ints) -> Ints:
+    origins = (origin,) * len(taps) if isinstance(origin, int) else tuple(origin)
+    if len(origins) != len(taps):
+        raise ValueError(f"origin must have {len(taps)} entries, got {origin!r}")
+    for o, n in zip(origins, taps):
+        if not -(n // 2) <= o <= (n - 1) // 2:
+            raise ValueError(
+                f"origin must be from {-(n // 2)} to {(n - 1) // 2} for {n} taps, got {o}"
+            )
+    return origins
+
+
+def _work_dtype(image: Array) -> np.dtype[Any]:
+    if image.dtype in (np.float32, np.float64):
+        return image.dtype.newbyteorder("=")
+    if image.dtype.kind in "iu":
+        return np.dtype(np.float32 if image.dtype.itemsize <= 2 else np.float64)
+    raise TypeError(
+        f"image must be float32, float64 or integers, got {image.dtype}: convert it first"
+    )
+
+
+def _axes(axes: Sequence[int] | None, image: int, kernel: int) -> Ints:
+    if kernel > image:
+        raise ValueError(f"a kernel over {kernel} axes does not fit an image with {image}")
+    along = tuple(range(kernel)) if axes is None else tuple(axes)
+    if len(along) != kernel:
+        raise ValueError(f"axes must name {kernel} axes, got {axes!r}")
+    if any(not -image <= a < image for a in along) or len({a % image for a in along}) < kernel:
+        raise ValueError(f"axes must be different and from {-image} to {image - 1}, got {axes!r}")
+    return tuple(a % image for a in along)
