@@ -1,0 +1,439 @@
+"""The cheap convolutions of well-known networks, as chains that run and can be priced.
+
+A chain is linear.  What lies between the linear parts of a block (activations, squeeze-excite,
+skips) is named in a :class:`Block` by a word, and is the caller's to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from lowrank._typing import Array
+from lowrank.cost import Cost
+from lowrank.factorization import Factorization, chain
+from lowrank.geometry import Geometry
+from lowrank.stage import Stage
+
+
+class BatchNorm(NamedTuple):
+    """What a batch normalisation has learnt and seen: four arrays of shape (channels,)."""
+
+    scale: Array
+    shift: Array
+    mean: Array
+    variance: Array
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block of a network: its chains in order, with words for what is not linear.
+
+    Attributes
+    ----------
+    parts : tuple
+        Factorizations, and between them words such as ``"relu6"`` or ``"add input"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> block = blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)), stride=2)
+    >>> [p if isinstance(p, str) else p.family for p in block.parts]
+    ['chain', 'relu', 'chain', 'relu']
+    >>> block.macs((3, 32, 32))
+    13056
+    """
+
+    parts: tuple[Factorization | str, ...]
+
+    @property
+    def chains(self) -> tuple[Factorization, ...]:
+        """The linear parts."""
+        return tuple(p for p in self.parts if not isinstance(p, str))
+
+    def costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
+        """Cost of each chain for one example of (channels, \\*spatial)."""
+        return tuple(f.cost(shape) for f, shape in self._shapes(input_shape))
+
+    def macs(self, input_shape: Sequence[int]) -> int:
+        """Multiply-adds of all chains for one example of (channels, \\*spatial)."""
+        return sum(c.macs for c in self.costs(input_shape))
+
+    def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
+        size = tuple(shape)[1:]
+        for f in self.chains:  # a concatenated skip changes the channels, not the size
+            yield f, (f.in_channels, *size)
+            size = f.output_shape(size)[1:]
+
+
+def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
+    """The chain followed by a batch normalisation, as one chain.
+
+    Parameters
+    ----------
+    f : Factorization
+        Plain, its last stage untied.
+    norm : BatchNorm
+        Over the output channels of `f`.
+
+    Returns
+    -------
+    Factorization
+        With the last stage scaled and a bias.
+
+    Raises
+    ------
+    ValueError
+        If the last stage is tied or transposed, a shape is wrong or a variance negative.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank import blocks
+    >>> one = np.ones(2)
+    >>> f = lowrank.dense(np.ones((2, 1, 3)))
+    >>> blocks.fold_batch_norm(f, blocks.BatchNorm(2 * one, one, 3 * one, one, 0.0)).bias
+    array([-5., -5.])
+    """
+    last = f.stages[-1]
+    if last.left * last.right > 1 or last.transposed:
+        raise ValueError("a tied or transposed last stage has no channels of its own to scale")
+    arrays = [np.asarray(a, np.float64) for a in norm[:4]]
+    if any(a.shape != (f.out_channels,) for a in arrays):
+        raise ValueError(
+            f"the batch norm must have {f.out_channels} channels, "
+            f"got {', '.join(str(a.shape) for a in arrays)}"
+        )
+    scale, shift, mean, variance = arrays
+    if variance.min() + norm.eps <= 0:
+        raise ValueError(f"variance plus eps must be above 0, got {variance.min() + norm.eps}")
+    factor = scale / np.sqrt(variance + norm.eps)
+    weight = (last.weight * factor.reshape(-1, *(1,) * (last.weight.ndim - 1))).astype(f.dtype)
+    bias = (0.0 if f.bias is None else f.bias) * factor + shift - mean * factor
+    return replace(
+        f, stages=(*f.stages[:-1], replace(last, weight=weight)), bias=bias.astype(f.dtype)
+    )
+
+
+def separable(
+    depthwise: Array,
+    pointwise: Array,
+    bias: Array | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | str = "same",
+    dilation: int | Sequence[int] = 1,
+    multiplier: int = 1,
+) -> Factorization:
+    r"""Depthwise, then pointwise, with nothing in between: Xception's and Keras's separable one.
+
+    Parameters
+    ----------
+    depthwise : ndarray, shape (in * multiplier, 1, \*kernel)
+        One filter a channel, or `multiplier` of them.
+    pointwise : ndarray, shape (out, in * multiplier, 1, ...)
+        Mixes the channels.
+    bias : ndarray, shape (out,), optional
+        Added at the end.
+    stride, dilation : int or sequence of int
+        Of the depthwise stage.
+    padding : int or ``"same"``
+        Of the depthwise stage; ``"same"`` keeps half an extent on either side.
+    multiplier : int
+        Filters for each input channel.
+
+    Returns
+    -------
+    Factorization
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> f = blocks.separable(np.ones((3, 1, 3, 3)), np.ones((128, 3, 1, 1)), padding=0)
+    >>> f.cost((3, 7, 7)).macs
+    10275
+    """
+    first = _depthwise(depthwise, stride, padding, dilation, multiplier)
+    return chain([first, _pointwise(pointwise)], bias)
+
+
+def flattened(passes: Sequence[Array], bias: Array | None = None) -> Factorization:
+    r"""Pointwise, then a depthwise pass along each axis: a flattened convolution.
+
+    Parameters
+    ----------
+    passes : sequence of ndarray
+        (channels, in, 1, ...), then for each axis in turn (channels, 1, ..., taps, ...).
+    bias : ndarray, shape (channels,), optional
+        Added at the end.
+
+    Returns
+    -------
+    Factorization
+        Padded to keep the size.
+
+    References
+    ----------
+    .. [1] J. Jin, A. Dundar, E. Culurciello, "Flattened convolutional neural networks for
+       feedforward acceleration", 2014. :arxiv:`1412.5474`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> shapes = [(8, 3, 1, 1), (8, 1, 3, 1), (8, 1, 1, 3)]
+    >>> blocks.flattened([np.ones(s) for s in shapes]).params
+    72
+    """
+    first, *rest = passes
+    return chain([_pointwise(first), *(_depthwise(w) for w in rest)], bias)
+
+
+def shuffle_unit(
+    reduce: Array,
+    depthwise: Array,
+    expand: Array,
+    *,
+    groups: int,
+    stride: int = 1,
+    norms: Sequence[BatchNorm | None] = (None, None, None),
+) -> Block:
+    """ShuffleNet's unit: grouped pointwise, shuffle, depthwise, grouped pointwise.
+
+    Parameters
+    ----------
+    reduce, expand : ndarray, shape (out, in // groups, 1, 1)
+        Grouped pointwise weights.
+    depthwise : ndarray, shape (channels, 1, height, width)
+        Filters of the shuffled channels.
+    groups : int
+        Groups of the pointwise stages; the shuffle deals their channels out to one another.
+    stride : int
+        Of the depthwise stage.
+    norms : sequence of BatchNorm or None
+        After each of the three, folded in.
+
+    Returns
+    -------
+    Block
+
+    References
+    ----------
+    .. [1] X. Zhang, X. Zhou, M. Lin, J. Sun, "ShuffleNet: an extremely efficient convolutional
+       neural network for mobile devices", CVPR 2018. :arxiv:`1707.01083`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> unit = blocks.shuffle_unit(
+    ...     np.ones((8, 4, 1, 1)), np.ones((8, 1, 3, 3)), np.ones((8, 4, 1, 1)), groups=2
+    ... )
+    >>> unit.parts[1], unit.chains[1].stages[0].shuffle
+    ('relu', (2, 4))
+    """
+    first = chain([_pointwise(reduce, groups)])
+    channels = reduce.shape[0]
+    spatial = replace(_depthwise(depthwise, stride), shuffle=(groups, channels // groups))
+    middle, last = chain([spatial]), chain([_pointwise(expand, groups)])
+    a, b, c = _folded((first, middle, last), norms)
+    return Block((a, "relu", b, c, "relu" if stride > 1 else "add input, relu"))
+
+
+def mobilenet_v1(
+    depthwise: Array,
+    pointwise: Array,
+    *,
+    stride: int = 1,
+    norms: Sequence[BatchNorm | None] = (None, None),
+) -> Block:
+    r"""MobileNet's block: depthwise and pointwise, each followed by an activation.
+
+    Parameters
+    ----------
+    depthwise : ndarray, shape (in, 1, \*kernel)
+    pointwise : ndarray, shape (out, in, 1, ...)
+    stride : int
+        Of the depthwise stage.
+    norms : sequence of BatchNorm or None
+        After each of the two, folded in.
+
+    Returns
+    -------
+    Block
+
+    References
+    ----------
+    .. [1] A. G. Howard et al., "MobileNets: efficient convolutional neural networks for mobile
+       vision applications", 2017. :arxiv:`1704.04861`.
+    """
+    parts = (chain([_depthwise(depthwise, stride)]), chain([_pointwise(pointwise)]))
+    a, b = _folded(parts, norms)
+    return Block((a, "relu", b, "relu"))
+
+
+def inverted_residual(
+    expand: Array | None,
+    depthwise: Array,
+    project: Array,
+    *,
+    stride: int = 1,
+    activation: str = "relu6",
+    squeeze_excite: bool = False,
+    norms: Sequence[BatchNorm | None] = (None, None, None),
+) -> Block:
+    r"""MobileNetV2's block, and EfficientNet's with ``activation="silu", squeeze_excite=True``.
+
+    Parameters
+    ----------
+    expand : ndarray, shape (wide, in, 1, 1), or None
+        None where the block does not expand.
+    depthwise : ndarray, shape (wide, 1, \*kernel)
+    project : ndarray, shape (out, wide, 1, 1)
+    stride : int
+        Of the depthwise stage.
+    activation : str
+        Its name, for the words between the chains.
+    squeeze_excite : bool
+        Whether a squeeze-excite follows the depthwise stage.
+    norms : sequence of BatchNorm or None
+        After each convolution, folded in.
+
+    Returns
+    -------
+    Block
+        Ends with ``"add input"`` where the shapes allow the skip.
+
+    References
+    ----------
+    .. [1] M. Sandler, A. Howard, M. Zhu, A. Zhmoginov, L.-C. Chen, "MobileNetV2: inverted
+       residuals and linear bottlenecks", CVPR 2018. :arxiv:`1801.04381`.
+    .. [2] M. Tan, Q. V. Le, "EfficientNet: rethinking model scaling for convolutional neural
+       networks", ICML 2019. :arxiv:`1905.11946`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> block = blocks.inverted_residual(
+    ...     np.ones((12, 2, 1, 1)), np.ones((12, 1, 3, 3)), np.ones((2, 12, 1, 1))
+    ... )
+    >>> [p for p in block.parts if isinstance(p, str)]
+    ['relu6', 'relu6', 'add input']
+    """
+    chains = [chain([_depthwise(depthwise, stride)]), chain([_pointwise(project)])]
+    if expand is not None:
+        chains.insert(0, chain([_pointwise(expand)]))
+    *early, last = _folded(chains, norms)
+    parts: list[Factorization | str] = [p for f in early for p in (f, activation)]
+    if squeeze_excite:
+        parts.append("squeeze-excite")
+    parts.append(last)
+    inputs = depthwise.shape[0] if expand is None else expand.shape[1]
+    if stride == 1 and inputs == project.shape[0]:
+        parts.append("add input")
+    return Block(tuple(parts))
+
+
+def xception(
+    separables: Sequence[tuple[Array, Array]], norms: Sequence[BatchNorm | None] | None = None
+) -> Block:
+    """Xception's middle block: activations and separable convolutions, with a skip around.
+
+    Parameters
+    ----------
+    separables : sequence of (depthwise, pointwise)
+        Weights as for :func:`separable`.
+    norms : sequence of BatchNorm or None, optional
+        After each, folded in.
+
+    Returns
+    -------
+    Block
+
+    References
+    ----------
+    .. [1] F. Chollet, "Xception: deep learning with depthwise separable convolutions", CVPR
+       2017. :arxiv:`1610.02357`.
+    """
+    chains = [separable(d, p) for d, p in separables]
+    folded = _folded(chains, norms or [None] * len(chains))
+    parts = [p for f in folded for p in ("relu", f)]
+    return Block((*parts, "add input"))
+
+
+def unet_step(
+    up: Array,
+    separables: Sequence[tuple[Array, Array]],
+    norms: Sequence[BatchNorm | None] | None = None,
+) -> Block:
+    """One step up a separable U-Net: transposed convolution, skip, separable convolutions.
+
+    Parameters
+    ----------
+    up : ndarray, shape (in, out, 2, 2)
+        Transposed convolution of stride 2.
+    separables : sequence of (depthwise, pointwise)
+        Weights as for :func:`separable`; the first takes the skip's channels as well.
+    norms : sequence of BatchNorm or None, optional
+        After each separable convolution, folded in.
+
+    Returns
+    -------
+    Block
+
+    References
+    ----------
+    .. [1] O. Ronneberger, P. Fischer, T. Brox, "U-Net: convolutional networks for biomedical
+       image segmentation", MICCAI 2015. :arxiv:`1505.04597`.
+    """
+    ndim = up.ndim - 2
+    rise = chain([Stage(up, Geometry.of(ndim, stride=2), transposed=True)])
+    chains = [separable(d, p) for d, p in separables]
+    folded = _folded(chains, norms or [None] * len(chains))
+    parts = [p for f in folded for p in (f, "relu")]
+    return Block((rise, "concatenate skip", *parts))
+
+
+def _folded(
+    chains: Sequence[Factorization], norms: Sequence[BatchNorm | None]
+) -> list[Factorization]:
+    if len(norms) < len(chains):
+        raise ValueError(f"norms must have {len(chains)} entries, got {len(norms)}")
+    return [f if n is None else fold_batch_norm(f, n) for f, n in zip(chains, norms)]
+
+
+def _pointwise(weight: Array, groups: int = 1) -> Stage:
+    if max(weight.shape[2:]) > 1:
+        raise ValueError(f"a pointwise weight has kernel 1, got shape {weight.shape}")
+    return Stage(weight, Geometry.of(weight.ndim - 2), groups)
+
+
+def _depthwise(
+    weight: Array,
+    stride: int | Sequence[int] = 1,
+    padding: int | str = "same",
+    dilation: int | Sequence[int] = 1,
+    multiplier: int = 1,
+) -> Stage:
+    """One filter a channel, or a multiple of them."""
+    if weight.shape[1] != 1:
+        raise ValueError(f"a depthwise weight is (channels, 1, *kernel), got {weight.shape}")
+    ndim = weight.ndim - 2
+    extent = Geometry.of(ndim, 1, 0, dilation).extent(weight.shape[2:])
+    pads = [((e - 1) // 2, e // 2) for e in extent] if padding == "same" else padding
+    if isinstance(pads, str):
+        raise ValueError(f"padding must be a number or 'same', got {padding!r}")
+    return Stage(weight, Geometry.of(ndim, stride, pads, dilation), len(weight) // multiplier)
