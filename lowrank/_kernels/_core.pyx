@@ -1,0 +1,274 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: freethreading_compatible=True
+"""The engine's door: shapes are checked here, so that C need not; nothing is computed."""
+
+import os
+from array import array
+from math import prod
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport free
+
+
+cdef extern from "dispatch.h":
+    const int LR_OK, LR_SLACK
+
+    ctypedef struct lr_stage:
+        int64_t left, groups, right, cin, cout, taps
+        int64_t kernel[3]
+        int64_t stride[3]
+        int64_t dilation[3]
+        int64_t before[3]
+        int64_t in_size[3]
+        int64_t out_size[3]
+        int64_t extent[3]
+        int64_t plane[3]
+        int64_t phase[3]
+        int64_t channel, buffer
+        const int32_t *source
+        const int32_t *place
+        const int64_t *offset
+        const void *weight
+
+    ctypedef struct lr_plan:
+        int64_t stages
+        const lr_stage *stage
+        const int32_t *border[3]
+        double fill
+        const void *bias
+        int relu
+        int64_t tile[3]
+        int64_t tiles[3]
+        int64_t workspace
+
+    ctypedef struct lr_arrays:
+        const void *x
+        void *out
+        int64_t xs[5]
+        int64_t os[5]
+
+    ctypedef struct lr_kernels:
+        int64_t rows, width
+        void (*pack)(const void *, void *, int64_t, int64_t, int64_t) noexcept nogil
+
+    ctypedef struct lr_isa:
+        lr_kernels f32, f64
+
+    int lr_isa_count() nogil
+    const char *lr_isa_name(int) nogil
+    const lr_isa *lr_isa_table(int) nogil
+    int lr_max_threads() nogil
+    void lr_caches(int64_t *, int64_t *) nogil
+    int lr_run(const lr_plan *, const lr_kernels *, const lr_arrays *, int64_t, int64_t, int,
+               void **) nogil
+
+ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
+MAX_STAGES = 16
+
+
+def default_isa():
+    """The best instruction set, or the one that the environment variable LOWRANK_ISA names."""
+    name = os.environ.get("LOWRANK_ISA", ISAS[0])
+    if name not in ISAS:
+        raise ValueError(f"LOWRANK_ISA must be one of {', '.join(ISAS)}, got {name!r}")
+    return name
+
+
+def caches():
+    """Bytes of the (L1 data, L2) cache of a core."""
+    cdef int64_t l1, l2
+    lr_caches(&l1, &l2)
+    return l1, l2
+
+
+def max_threads():
+    """Threads that OpenMP offers; 1 without it and in a forked child."""
+    return lr_max_threads()
+
+
+cdef class Plan:
+    """A chain of stages, packed for one input shape; see spec.StageSpec for a stage.
+
+    x and out of a call are (batch, channels, d, h, w), of any strides; they must not overlap.
+    """
+
+    cdef lr_plan plan
+    cdef const lr_kernels *kernels
+    cdef void *cache
+    cdef list kept  # what the structs point into
+    cdef readonly tuple shape, out_shape, tile
+    cdef readonly str dtype, isa
+    cdef int64_t itemsize
+
+    def __cinit__(self):
+        self.cache = NULL
+
+    def __dealloc__(self):
+        free(self.cache)
+
+    def __init__(self, stages, shape, *, dtype, bias=None, relu=False, border=None, fill=0.0,
+                 tile=None, isa=None):
+        if dtype not in ("float32", "float64"):
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        isa = default_isa() if isa is None else isa
+        if isa not in ISAS:
+            raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
+        if not 1 <= len(stages) <= MAX_STAGES:
+            raise ValueError(f"a plan takes 1 to {MAX_STAGES} stages, got {len(stages)}")
+        cdef const lr_isa *table = lr_isa_table(ISAS.index(isa))
+        self.kernels = &table.f32 if dtype == "float32" else &table.f64
+        self.itemsize = 4 if dtype == "float32" else 8
+        self.dtype, self.isa, self.shape, self.kept = dtype, isa, tuple(shape), []
+        layout = _Layout(stages, shape, tile)
+        self.tile, self.out_shape = layout.tile, layout.out_shape
+        structs = bytearray(len(stages) * sizeof(lr_stage))
+        cdef lr_stage *s = <lr_stage *><void *><char *>structs
+        self.kept.append(structs)
+        for k, (spec, sizes) in enumerate(zip(stages, layout.stages)):
+            self._describe(&s[k], spec, sizes)
+            if k and spec.source is not None:
+                s[k - 1].place = <const int32_t *>self._ints("i", _inverse(spec.source))
+            elif spec.source is not None:
+                s[k].source = <const int32_t *>self._ints("i", spec.source)
+        self.plan.stages, self.plan.stage = len(stages), s
+        self.plan.fill, self.plan.relu = fill, bool(relu)
+        if bias is not None:
+            if bias.shape != (self.out_shape[0],):
+                raise ValueError(f"bias must have shape ({self.out_shape[0]},), got {bias.shape}")
+            self.plan.bias = self._floats(bias)
+        for a in range(3):
+            self.plan.tile[a] = self.tile[a]
+            self.plan.tiles[a] = -(-self.out_shape[1 + a] // self.tile[a])
+            if border is not None and border[a] is not None:
+                padded = shape[1 + a] + stages[0].before[a] + stages[0].after[a]
+                if len(border[a]) != padded or not -1 <= min(border[a]) <= max(border[a]) < shape[1 + a]:
+                    raise ValueError(
+                        f"border of axis {a} must hold {padded} indices from -1 to "
+                        f"{shape[1 + a] - 1}"
+                    )
+                self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
+        self.plan.workspace = layout.workspace
+
+    @property
+    def tiles(self):
+        """Tiles of one example."""
+        return prod(self.plan.tiles[a] for a in range(3))
+
+    @property
+    def workspace(self):
+        """Bytes that each thread works in."""
+        return 2 * self.plan.workspace * self.itemsize
+
+    cdef void *_ints(self, code, values):
+        """The integers as a C array that lives as long as the plan."""
+        kept = array(code)
+        try:
+            kept.frombytes(memoryview(values).cast("B"))  # int32 arrays as they are
+        except TypeError:
+            kept.extend(values)
+        if not kept:
+            kept.append(0)
+        self.kept.append(kept)
+        return <void *><size_t>kept.buffer_info()[0]
+
+    cdef const void *_floats(self, values) except NULL:
+        """The address of a C-contiguous array of the plan's type, which is kept alive."""
+        cdef Py_buffer view
+        held = memoryview(values)
+        if held.format != ("f" if self.itemsize == 4 else "d") or not held.c_contiguous:
+            raise TypeError(f"weights and bias must be C-contiguous {self.dtype} arrays")
+        self.kept.append(values)
+        PyObject_GetBuffer(values, &view, PyBUF_STRIDES)
+        cdef const void *at = view.buf
+        PyBuffer_Release(&view)
+        return at
+
+    cdef _describe(self, lr_stage *s, spec, sizes):
+        s.left, s.groups, s.right = spec.left, spec.groups, spec.right
+        rows, s.cin = spec.weight.shape[:2]
+        s.cout = rows // spec.groups
+        s.taps = prod(spec.weight.shape[1:])
+        for a in range(3):
+            s.kernel[a], s.stride[a] = spec.weight.shape[2 + a], spec.stride[a]
+            s.dilation[a], s.before[a] = spec.dilation[a], spec.before[a]
+            s.in_size[a], s.out_size[a] = sizes.size_in[a], sizes.size_out[a]
+            s.extent[a], s.plane[a], s.phase[a] = sizes.extent[a], sizes.plane[a], sizes.phase[a]
+        s.channel, s.buffer = sizes.channel, sizes.buffer
+        s.source = s.place = NULL
+        s.offset = <const int64_t *>self._ints("q", sizes.offsets(spec))
+        packed = bytearray(max(1, rows * s.taps * self.itemsize) + 64)
+        cdef char *to = packed
+        self.kept.append(packed)
+        self.kernels.pack(self._floats(spec.weight), to, s.groups, s.cout, s.taps)
+        s.weight = to
+
+    def __call__(self, x, out, int threads=0):
+        """Run the chain on x, (batch, channels, d, h, w), into out."""
+        cdef Py_buffer a, b
+        cdef lr_arrays arrays
+        cdef int64_t batch
+        cdef int status
+        PyObject_GetBuffer(x, &a, PyBUF_STRIDES | PyBUF_FORMAT)
+        try:
+            PyObject_GetBuffer(out, &b, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
+            try:
+                batch = self._check("x", &a, self.shape, -1)
+                self._check("out", &b, self.out_shape, batch)
+                _strides("x", &a, self.itemsize, arrays.xs)
+                _strides("out", &b, self.itemsize, arrays.os)
+                if batch and prod(self.out_shape) and _overlap(&a, &b):
+                    raise ValueError("out must not overlap x")
+                arrays.x, arrays.out = a.buf, b.buf
+                with nogil:
+                    status = lr_run(&self.plan, self.kernels, &arrays, batch, self.itemsize,
+                                    threads, &self.cache)
+                if status != LR_OK:
+                    raise MemoryError(f"no memory for a workspace of {self.workspace} bytes a thread")
+            finally:
+                PyBuffer_Release(&b)
+        finally:
+            PyBuffer_Release(&a)
+
+    cdef int64_t _check(self, name, Py_buffer *v, shape, int64_t batch) except -1:
+        if v.format is NULL or v.format != (b"f" if self.itemsize == 4 else b"d"):
+            raise TypeError(f"{name} must be a {self.dtype} array in native byte order")
+        got = tuple(v.shape[i] for i in range(v.ndim))
+        if got[1:] != shape or len(got) != 5 or (batch >= 0 and got[0] != batch):
+            raise ValueError(f"{name} must have shape (batch, {', '.join(map(str, shape))}), got {got}")
+        return got[0]
+
+
+cdef _strides(name, Py_buffer *v, int64_t itemsize, int64_t *to):
+    for i in range(5):
+        if v.strides[i] % itemsize:
+            raise ValueError(f"the strides of {name} must be multiples of {itemsize} bytes")
+        to[i] = v.strides[i] // itemsize
+    if <size_t>v.buf % itemsize:
+        raise ValueError(f"{name} must be aligned to {itemsize} bytes")
+
+
+cdef bint _overlap(Py_buffer *a, Py_buffer *b):
+    """Whether the address ranges of two arrays meet."""
+    a0, a1 = _range(a)
+    b0, b1 = _range(b)
+    return a0 < b1 and b0 < a1
+
+
+cdef _range(Py_buffer *v):
+    low = high = <size_t>v.buf
+    for i in range(v.ndim):
+        step = (v.shape[i] - 1) * v.strides[i]
+        low, high = low + min(step, 0), high + max(step, 0)
+    return low, high + v.itemsize
+
+
+def _inverse(source):
+    """place[source[j]] = j."""
+    place = [0] * len(source)
+    for j, c in enumerate(source):
+        place[c] = j
+    return place
+
+
+from lowrank._kernels.layout import Layout as _Layout  # noqa: E402  (sizes: plain Python)

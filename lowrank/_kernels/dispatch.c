@@ -1,0 +1,132 @@
+/* The driver: which instruction sets this CPU has, threads over tiles, workspace, and forks.
+ *
+ * The only file with OpenMP and the only one that allocates.
+ */
+#if defined(__linux__)
+#define _GNU_SOURCE
+#endif
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#include <pthread.h>
+#endif
+
+#include "dispatch.h"
+
+extern const lr_isa lr_baseline;
+#ifdef LR_HAVE_AVX2
+extern const lr_isa lr_avx2;
+#endif
+#ifdef LR_HAVE_AVX512
+extern const lr_isa lr_avx512;
+#endif
+
+typedef struct {
+    const char *name;
+    const lr_isa *table;
+} entry;
+
+/* Best first; returns how many there are. */
+static int supported(entry *found)
+{
+    int n = 0;
+#ifdef LR_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        found[n++] = (entry){"avx512", &lr_avx512};
+#endif
+#ifdef LR_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found[n++] = (entry){"avx2", &lr_avx2};
+#endif
+    found[n++] = (entry){"baseline", &lr_baseline};
+    return n;
+}
+
+int lr_isa_count(void)
+{
+    entry found[3];
+    return supported(found);
+}
+
+const char *lr_isa_name(int i)
+{
+    entry found[3];
+    supported(found);
+    return found[i].name;
+}
+
+const lr_isa *lr_isa_table(int i)
+{
+    entry found[3];
+    supported(found);
+    return found[i].table;
+}
+
+void lr_caches(int64_t *l1, int64_t *l2)
+{
+    *l1 = *l2 = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
+    *l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    *l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    if (*l1 <= 0) *l1 = 32 << 10;
+    if (*l2 <= 0) *l2 = 1 << 20;
+}
+
+#ifdef _OPENMP
+/* GNU's OpenMP hangs in a forked child once the parent has had a team: the child runs serially. */
+static int teams, forked;
+static void in_child(void) { forked = teams; }
+#endif
+
+int lr_max_threads(void)
+{
+#ifdef _OPENMP
+    return forked ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arrays, int64_t batch,
+           int64_t itemsize, int threads, void **cache)
+{
+    const int64_t tiles = plan->tiles[0] * plan->tiles[1] * plan->tiles[2];
+    const int64_t jobs = batch * tiles;
+    if (jobs == 0) return LR_OK;
+    if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
+    if (threads > jobs) threads = (int)jobs;
+    /* A plan keeps the workspace of its last call; a call that runs beside another gets its own.
+     * The first word says for how many threads it is. */
+    const size_t head = 64;
+    const size_t each = (size_t)(2 * plan->workspace * itemsize + 63) / 64 * 64;
+    char *work = __atomic_exchange_n(cache, NULL, __ATOMIC_ACQ_REL);
+    if (work && *(int *)work < threads) {
+        free(work);
+        work = NULL;
+    }
+    if (!work) {
+        size_t size = head + each * (size_t)threads;
+        if (each > (SIZE_MAX - head) / (size_t)threads) return LR_NO_MEMORY;
+        work = aligned_alloc(64, (size + 63) / 64 * 64);
+        if (!work) return LR_NO_MEMORY;
+        memset(work, 0, size); /* no stray denormals in what is computed and thrown away */
+        *(int *)work = threads;
+    }
+    char *slices = work + head;
+#ifdef _OPENMP
+    if (threads > 1) {
+        if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (int64_t j = 0; j < jobs; j++)
+            kernels->tile(plan, arrays, j / tiles, j % tiles, slices + each * (size_t)omp_get_thread_num());
+    } else
+#endif
+        for (int64_t j = 0; j < jobs; j++) kernels->tile(plan, arrays, j / tiles, j % tiles, slices);
+    free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
+    return LR_OK;
+}

@@ -1,0 +1,15 @@
+/* What Cython sees: instruction sets by name, and one way to run a plan. */
+#ifndef LR_DISPATCH_H
+#define LR_DISPATCH_H
+
+#include "lr.h"
+
+int lr_isa_count(void);              /* compiled in and supported by this CPU, best first */
+const char *lr_isa_name(int i);
+const lr_isa *lr_isa_table(int i);
+int lr_max_threads(void);
+void lr_caches(int64_t *l1, int64_t *l2); /* bytes */
+int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arrays, int64_t batch,
+           int64_t itemsize, int threads, void **cache);
+
+#endif

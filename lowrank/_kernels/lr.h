@@ -1,0 +1,69 @@
+/* The structs of a chain, shared by the instruction sets and the driver.
+ *
+ * Spatial axes are always three, D, H, W; a missing one has length 1.  All sizes are in
+ * elements of the plan's type.
+ */
+#ifndef LR_H
+#define LR_H
+
+#include <stdint.h>
+
+#define LR_AXES 3
+#define LR_SLACK 256 /* elements past a buffer that a run of the widest kernel may read */
+
+enum { LR_OK = 0, LR_NO_MEMORY = 1 };
+
+/* One stage: out(l, g, o, r) = sum over c, taps of weight[g](o, c, tap) * in(l, g, c, r),
+ * shifted by the tap; channel (l, g, c, r) has the number ((l * groups + g) * cin + c) * right + r.
+ *
+ * Its input lies in a buffer of planes [channel][phase d][phase h][phase w][d'][h'][w'], where
+ * sample i of an axis with stride s has phase i % s and place i / s: a strided stage, too, reads
+ * consecutive samples.  Tap k of output sample q is then at q + offset[k], whatever the dimension.
+ */
+typedef struct {
+    int64_t left, groups, right, cin, cout, taps; /* taps: cin * product of kernel */
+    int64_t kernel[LR_AXES], stride[LR_AXES], dilation[LR_AXES];
+    int64_t before[LR_AXES];                  /* zeros ahead of the input; negative crops */
+    int64_t in_size[LR_AXES], out_size[LR_AXES]; /* of the whole image */
+    int64_t extent[LR_AXES];                  /* samples in the buffer, for a whole tile */
+    int64_t plane[LR_AXES];                   /* d', h', w': ceil(extent / stride) */
+    int64_t phase[LR_AXES];                   /* distance between phases */
+    int64_t channel;                          /* distance between channels */
+    int64_t buffer;                           /* elements, slack included */
+    const int32_t *source; /* first stage: channel of x at each input channel, or NULL */
+    const int32_t *place;  /* input channel of the next stage for each output one, or NULL */
+    const int64_t *offset; /* (taps,) */
+    const void *weight;    /* packed: for each group and block of rows (taps, rows) */
+} lr_stage;
+
+typedef struct {
+    int64_t stages;
+    const lr_stage *stage;
+    const int32_t *border[LR_AXES]; /* first stage: sample at each padded position, -1: fill */
+    double fill;
+    const void *bias; /* (out,) or NULL */
+    int relu;
+    int64_t tile[LR_AXES], tiles[LR_AXES];
+    int64_t workspace; /* elements of each of the two buffers of a thread */
+} lr_plan;
+
+/* Strides (n, c, d, h, w) in elements. */
+typedef struct {
+    const void *x;
+    void *out;
+    int64_t xs[5], os[5];
+} lr_arrays;
+
+/* What one instruction set exports, once per type. */
+typedef struct {
+    int64_t rows;  /* output channels of a block */
+    int64_t width; /* samples of the longest run */
+    void (*pack)(const void *weight, void *packed, int64_t groups, int64_t cout, int64_t taps);
+    void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, void *work);
+} lr_kernels;
+
+typedef struct {
+    lr_kernels f32, f64;
+} lr_isa;
+
+#endif

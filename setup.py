@@ -1,0 +1,95 @@
+"""The compiled part: one extension, its kernels compiled once for each instruction set."""
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = Path("lowrank/_kernels")
+HEADERS = [str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc"))]
+WARNINGS = ["-Wall", "-Wextra"]
+COMMON = ["-O3", "-g0", "-fvisibility=hidden"]
+
+# Vector bytes and flags of each instruction set; the baseline is what every such CPU has.
+X86 = {
+    "baseline": (16, ["-msse4.2", "-mpopcnt"]),
+    "avx2": (32, ["-mavx2", "-mfma"]),
+    "avx512": (
+        64,
+        [
+            *("-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+    ),
+}
+PLAIN = {"baseline": (16, [])}
+
+
+class Build(build_ext):
+    """build_ext, with kernels for each instruction set and only the flags the compiler takes."""
+
+    def build_extension(self, ext):
+        """Compile the kernels first and link them into the extension."""
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        openmp = self._first_that_works([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
+        have, objects = [], []
+        for name, (width, flags) in (X86 if x86 else PLAIN).items():
+            if flags and not self._works(flags):
+                continue
+            objects += self.compiler.compile(
+                [str(KERNELS / "isa.c")],
+                output_dir=os.path.join(self.build_temp, f"isa-{name}"),
+                macros=[("LR_ISA", name), ("LR_BYTES", str(width))],
+                extra_postargs=[*COMMON, *WARNINGS, *flags],
+                depends=HEADERS,
+            )
+            have.append((f"LR_HAVE_{name.upper()}", "1"))
+        objects += self.compiler.compile(
+            [str(KERNELS / "dispatch.c")],
+            output_dir=self.build_temp,
+            macros=have,
+            extra_postargs=[*COMMON, *WARNINGS, *openmp],
+            depends=HEADERS,
+        )
+        ext.extra_objects = objects
+        ext.extra_compile_args = COMMON
+        ext.extra_link_args = openmp
+        super().build_extension(ext)
+
+    def _first_that_works(self, choices):
+        return next((c for c in choices if self._works(c)), [])
+
+    def _works(self, flags):
+        """Whether a small program compiles and links with these flags, without a warning."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text("int main(void) { return 0; }\n")
+            quiet = os.dup(2)
+            try:
+                with open(os.devnull, "w") as nowhere:
+                    sys.stderr.flush()
+                    os.dup2(nowhere.fileno(), 2)
+                    objects = self.compiler.compile(
+                        [str(source)], output_dir=folder, extra_postargs=["-Werror", *flags]
+                    )
+                    self.compiler.link_executable(
+                        objects, str(Path(folder, "probe")), extra_postargs=flags
+                    )
+            except Exception:
+                return False
+            finally:
+                os.dup2(quiet, 2)
+                os.close(quiet)
+        return True
+
+
+extension = Extension(
+    "lowrank._kernels._core",
+    [str(KERNELS / "_core.pyx")],
+    depends=[*HEADERS, str(KERNELS / "isa.c"), str(KERNELS / "dispatch.c")],
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
