@@ -111,7 +111,8 @@ def _cut(stages: Sequence[Stage]) -> list[list[Stage]]:
     parts: list[list[Stage]] = [[]]
     for stage in stages:
         earlier = parts[-1]
-        if earlier and (_woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)):
+        full = len(earlier) == _core.MAX_STAGES
+        if earlier and (full or _woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)):
             parts.append([])
         parts[-1].append(stage)
     return parts
@@ -164,6 +165,7 @@ def _segment(
     specs = [_lower(s) for s in part]
     if _woven(part[-1]):
         after = partial(_weave, part[-1], size=size_out)
+        bias = None if bias is None else _unwoven(part[-1], bias)
     border: dict[int, Array] = {}
     fill = 0.0
     for stage in part:
@@ -312,6 +314,13 @@ def _weave(stage: Stage, y: Array, size: Ints) -> Array:
         y = y.reshape(len(y), -1, *whole)
         y = y[(..., *(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
     return np.ascontiguousarray(y[:, np.argsort(stage.source())])
+
+
+def _unwoven(stage: Stage, bias: Array) -> Array:
+    """The bias of each channel of :func:`_phases`."""
+    phases = math.prod(stage.geometry.stride) if max(stage.geometry.stride) > 1 else 1
+    each = bias[stage.source()].reshape(-1, 1, stage.right)
+    return np.repeat(each, phases, axis=1).reshape(-1)
 
 
 def _border(n: int, before: int, after: int, mode: str) -> Array:
