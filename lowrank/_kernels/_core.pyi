@@ -1,0 +1,36 @@
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank._kernels.spec import StageSpec, Three
+
+ISAS: tuple[str, ...]
+MAX_STAGES: int
+
+def default_isa() -> str: ...
+def caches() -> tuple[int, int]: ...
+def max_threads() -> int: ...
+
+class Plan:
+    shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    tile: Three
+    dtype: str
+    isa: str
+    def __init__(
+        self,
+        stages: Sequence[StageSpec],
+        shape: Sequence[int],
+        *,
+        dtype: str,
+        bias: Any = None,
+        relu: bool = False,
+        border: Sequence[Any] | None = None,
+        fill: float = 0.0,
+        tile: Sequence[int] | None = None,
+        isa: str | None = None,
+    ) -> None: ...
+    @property
+    def tiles(self) -> int: ...
+    @property
+    def workspace(self) -> int: ...
+    def __call__(self, x: Any, out: Any, threads: int = 0) -> None: ...

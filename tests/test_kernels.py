@@ -1,0 +1,279 @@
+"""The compiled engine, on every instruction set, against plain NumPy written here."""
+
+import itertools
+import multiprocessing
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank._kernels import _core
+from lowrank._kernels.spec import StageSpec
+
+# A sum of n products in precision eps is off by at most about n * eps times the sum of their
+# magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.5); a chain
+# adds its stages' bounds up, and 4 leaves room for that and for the reference's own rounding.
+SLACK = 4
+
+
+def plain(stages, x, bias=None, relu=False, border=None, fill=0.0):
+    """The chain by slices and einsum; also the same of all magnitudes, and products a sum."""
+    big, terms = np.abs(x), 0
+    for k, s in enumerate(stages):
+        if border is not None and k == 0:
+            x, big = (bordered(a, border, f) for a, f in ((x, fill), (big, abs(fill))))
+            pads = [(0, 0)] * 3
+        else:
+            pads = list(zip(s.before, s.after))
+        x, big = (padded(a, pads) for a in (x, big))
+        if s.source is not None:
+            x, big = x[:, s.source], big[:, s.source]
+        x, big = correlated(s, s.weight, x), correlated(s, np.abs(s.weight), big)
+        terms += np.prod(s.weight.shape[1:])
+    if bias is not None:
+        x, big = (a + b[:, None, None, None] for a, b in ((x, bias), (big, np.abs(bias))))
+    return (np.maximum(x, 0) if relu else x), big, terms + 1
+
+
+def padded(x, pads):
+    x = np.pad(x, [(0, 0), (0, 0), *((max(b, 0), max(a, 0)) for b, a in pads)])
+    crop = (slice(max(-b, 0), n - max(-a, 0)) for (b, a), n in zip(pads, x.shape[2:]))
+    return x[(..., *crop)]
+
+
+def bordered(x, border, fill):
+    for axis, table in enumerate(border, start=2):
+        if table is not None:
+            x = np.concatenate([x, np.full_like(x.take([0], axis), fill)], axis).take(table, axis)
+    return x
+
+
+def correlated(s, weight, x):
+    (rows, c), kernel = weight.shape[:2], weight.shape[2:]
+    out = [
+        (n - d * (k - 1) - 1) // st + 1
+        for n, d, k, st in zip(x.shape[2:], s.dilation, kernel, s.stride)
+    ]
+    x = x.reshape(len(x), s.left, s.groups, c, s.right, *x.shape[2:])
+    w = weight.reshape(s.groups, rows // s.groups, c, *kernel)
+    y = np.zeros((len(x), s.left, s.groups, rows // s.groups, s.right, *out), x.dtype)
+    for tap in itertools.product(*map(range, kernel)):
+        at = [
+            slice(t * d, t * d + st * (n - 1) + 1, st)
+            for t, d, st, n in zip(tap, s.dilation, s.stride, out)
+        ]
+        y += np.einsum("goc,nlgcrxyz->nlgorxyz", w[(..., *tap)], x[(..., *at)])
+    return y.reshape(len(x), -1, *out)
+
+
+@st.composite
+def problems(draw):
+    """A chain, an input and everything that a plan takes."""
+    small = st.integers(1, 3)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    long = draw(st.sampled_from([(1, 1, 200), (1, 12, 60), (5, 7, 9), (4, 1, 33)]))
+    size = [draw(st.integers(1, n)) for n in long]
+    channels = None
+    stages, left = [], draw(st.integers(1, 3))
+    at = list(size)
+    for k in range(left):
+        groups, right = draw(small), draw(small)
+        tie = draw(small)
+        cin = draw(st.integers(1, 5))
+        if channels is None:
+            channels = tie * groups * cin * right
+        elif channels % (tie * groups * right):
+            tie, groups, right = 1, 1, 1
+            cin = channels
+        else:
+            cin = channels // (tie * groups * right)
+        kernel = [draw(st.integers(1, 4)) if n > 1 else 1 for n in long]
+        dilation = [draw(small) for _ in range(3)]
+        stride = [draw(small) for _ in range(3)]
+        before = [draw(st.integers(-1, 4)) for _ in range(3)]
+        need = [d * (n - 1) + 1 for d, n in zip(dilation, kernel)]
+        before = [max(b, -(n // 2)) for b, n in zip(before, at)]
+        after = [draw(st.integers(0, 3)) + max(0, e - n - b) for e, n, b in zip(need, at, before)]
+        rows = groups * draw(st.integers(1, 10))
+        source = rng.permutation(channels).astype(np.int32) if draw(st.booleans()) else None
+        weight = rng.standard_normal((rows, cin, *kernel)).astype(dtype)
+        first = channels if k == 0 else None
+        stages.append(
+            StageSpec(weight, tie, groups, right, stride, dilation, before, after, source)
+        )
+        if first is not None:
+            inputs = first
+        at = [
+            (n + b + a - e) // s + 1 for n, b, a, e, s in zip(at, before, after, need, stride)
+        ]
+        channels = tie * rows * right
+    border, fill = None, 0.0
+    if draw(st.booleans()):
+        fill = draw(st.sampled_from([0.0, 2.5]))
+        s = stages[0]
+        border = []
+        for axis, n in enumerate(size):
+            b, a = max(s.before[axis], 0), max(s.after[axis], 0)
+            s.before[axis], s.after[axis] = b, a
+            need = s.dilation[axis] * (s.weight.shape[2 + axis] - 1) + 1
+            s.after[axis] = a = max(a, need - n - b)
+            around = rng.integers(-1, n, n + a + b).astype(np.int32)
+            around[b : b + n] = np.arange(n)  # only what stands outside is free
+            border.append(around)
+        at = list(size)
+        for s in stages:
+            need = [d * (k - 1) + 1 for d, k in zip(s.dilation, s.weight.shape[2:])]
+            for axis in range(3):  # the first stage may give more now: never less
+                at[axis] = (
+                    at[axis] + s.before[axis] + s.after[axis] - need[axis]
+                ) // s.stride[axis] + 1
+    x = rng.standard_normal((draw(st.integers(1, 2)), inputs, *size)).astype(dtype)
+    bias = rng.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
+    tile = [draw(st.integers(1, max(1, n))) for n in at]
+    return stages, x, bias, draw(st.booleans()), border, fill, tile
+
+
+def run(isa, stages, x, bias, relu, border, fill, tile, threads=1):
+    plan = _core.Plan(
+        stages, x.shape[1:], dtype=x.dtype.name, bias=bias, relu=relu, border=border, fill=fill,
+        tile=tile, isa=isa,
+    )  # fmt: skip
+    out = np.full((len(x), *plan.out_shape), np.nan, x.dtype)
+    plan(x, out, threads)
+    return out
+
+
+@pytest.mark.parametrize("isa", _core.ISAS)
+@given(problem=problems())
+@settings(max_examples=150, deadline=None)
+def test_every_chain_agrees_with_numpy(isa, problem):
+    stages, x, bias, relu, border, fill, tile = problem
+    expected, magnitude, terms = plain(stages, x, bias, relu, border, fill)
+    actual = run(isa, *problem)
+    assert actual.shape == expected.shape
+    bound = SLACK * terms * np.finfo(x.dtype).eps * magnitude
+    assert (np.abs(actual - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("isa", _core.ISAS)
+@given(problem=problems(), threads=st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_the_answer_depends_neither_on_tiles_nor_on_threads_nor_on_strides(isa, problem, threads):
+    stages, x, bias, relu, border, fill, tile = problem
+    alone = run(isa, stages, x, bias, relu, border, fill, None)
+    np.testing.assert_array_equal(run(isa, *problem, threads), alone)
+    last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)  # channels last
+    np.testing.assert_array_equal(run(isa, stages, last, bias, relu, border, fill, tile), alone)
+    plan = _core.Plan(
+        stages, x.shape[1:], dtype=x.dtype.name, bias=bias, relu=relu, border=border, fill=fill,
+        tile=tile, isa=isa,
+    )  # fmt: skip
+    wide = np.full((*alone.shape[:-1], 2 * alone.shape[-1]), 7, x.dtype)
+    plan(x, wide[..., ::2], threads)
+    np.testing.assert_array_equal(wide[..., ::2], alone)
+    assert (wide[..., 1::2] == 7).all()
+
+
+def stage(weight, padding=0, groups=1, stride=1):
+    three = (0, *(p if n > 1 else 0 for p, n in zip((padding,) * 2, weight.shape[3:])))
+    return StageSpec(
+        weight, 1, groups, 1, (1, stride, stride), (1, 1, 1), three, three
+    )
+
+
+@pytest.fixture
+def pair(rng):
+    """Two stages of 3x3 and a matching input."""
+    w = [rng.standard_normal(s).astype("f4") for s in [(6, 4, 1, 3, 3), (5, 6, 1, 3, 3)]]
+    return [stage(a, 1) for a in w], rng.standard_normal((3, 4, 1, 20, 21)).astype("f4")
+
+
+def test_read_only_input_is_fine_and_stays_as_it_is(pair):
+    stages, x = pair
+    kept = x.copy()
+    x.flags.writeable = False
+    run(None, stages, x, None, False, None, 0.0, None)
+    np.testing.assert_array_equal(x, kept)
+
+
+def test_an_empty_batch_gives_an_empty_result(pair):
+    stages, x = pair
+    assert run(None, stages, x[:0], None, False, None, 0.0, None).shape == (0, 5, 1, 20, 21)
+
+
+def test_relu_keeps_nan(pair):
+    stages, x = pair
+    x[0, 0, 0, 5, 5] = np.nan
+    out = run(None, stages, x, None, True, None, 0.0, None)
+    assert np.isnan(out[0, :, 0, 5, 5]).all()
+    assert (out[1:] >= 0).all()
+
+
+def test_many_python_threads_share_a_plan(pair):
+    stages, x = pair
+    plan = _core.Plan(stages, x.shape[1:], dtype="float32")
+    outs = [np.empty((3, *plan.out_shape), "f4") for _ in range(8)]
+    workers = [threading.Thread(target=lambda o=o: [plan(x, o, 2) for _ in range(20)]) for o in outs]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out, outs[0])
+
+
+def _in_child(queue, stages, x):
+    queue.put(run(None, stages, x, None, False, None, 0.0, None, threads=2))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
+    stages, x = pair
+    expected = run(None, stages, x, None, False, None, 0.0, (1, 5, 21), threads=2)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    child = fork.Process(target=_in_child, args=(queue, stages, x))
+    child.start()
+    actual = queue.get(timeout=60)  # GNU's OpenMP would hang here
+    child.join(60)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((1, 4, 1, 20, 21))}, TypeError, "x must be a float32 array"),
+        ({"x": np.zeros((1, 3, 1, 20, 21), "f4")}, ValueError, r"x must have shape \(batch, 4"),
+        ({"out": np.zeros((2, 5, 1, 20, 21), "f4")}, ValueError, "out must have shape"),
+        ({"isa": "mmx"}, ValueError, "isa must be one of"),
+        ({"dtype": "int32"}, TypeError, "dtype must be float32 or float64, got int32"),
+        ({"shape": (3, 1, 20, 21)}, ValueError, "stage 0 takes 4 channels, got 3"),
+        ({"shape": (4, 1, 0, 21)}, ValueError, "does not fit an input"),
+        ({"bias": np.zeros(3, "f4")}, ValueError, r"bias must have shape \(5,\)"),
+    ],
+)
+def test_says_what_is_wrong(pair, change, error, message):
+    stages, _ = pair
+    shape = change.pop("shape", (4, 1, 20, 21))
+    x = change.pop("x", np.zeros((1, 4, 1, 20, 21), "f4"))
+    out = change.pop("out", np.zeros((1, 5, 1, 20, 21), "f4"))
+    with pytest.raises(error, match=message):
+        _core.Plan(stages, shape, **{"dtype": "float32", **change})(x, out)
+
+
+def test_refuses_an_output_that_overlaps_the_input(rng):
+    same = stage(rng.standard_normal((4, 4, 1, 3, 3)).astype("f4"), 1)
+    x = rng.standard_normal((1, 4, 1, 9, 9)).astype("f4")
+    with pytest.raises(ValueError, match="out must not overlap x"):
+        _core.Plan([same], x.shape[1:], dtype="float32")(x, x)
+
+
+def test_the_environment_chooses_the_instruction_set(monkeypatch):
+    monkeypatch.setenv("LOWRANK_ISA", _core.ISAS[-1])
+    assert _core.default_isa() == _core.ISAS[-1]
+    monkeypatch.setenv("LOWRANK_ISA", "mmx")
+    with pytest.raises(ValueError, match="LOWRANK_ISA must be one of"):
+        _core.default_isa()
