@@ -1,98 +1,97 @@
-"""The compiled engine: one C source for each instruction set; the rest is in pyproject.toml."""
+"""The compiled part: one extension, its kernels compiled once for each instruction set."""
 
+import os
+import platform
+import sys
 import tempfile
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-HERE = Path("lowrank") / "_kernels"
-COMMON = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# name: (bytes of a vector, flags to try in turn); the first name needs no particular processor.
-LEVELS = {
-    "baseline": (16, [["-march=x86-64-v2"], []]),
-    "avx2": (32, [["-march=x86-64-v2", "-mavx2", "-mfma"]]),
+KERNELS = Path("lowrank/_kernels")
+HEADERS = [str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc"))]
+WARNINGS = ["-Wall", "-Wextra"]
+COMMON = ["-O3", "-g0", "-fvisibility=hidden"]
+
+# Vector bytes and flags of each instruction set; the baseline is what every such CPU has.
+X86 = {
+    "baseline": (16, ["-msse4.2", "-mpopcnt"]),
+    "avx2": (32, ["-mavx2", "-mfma"]),
     "avx512": (
         64,
         [
-            ["-march=x86-64-v2", "-mavx2", "-mfma"]
-            + [f"-mavx512{part}" for part in ("f", "cd", "bw", "dq", "vl")]
-            + ["-mprefer-vector-width=512"]
+            *("-mavx512f", "-mavx512cd", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+            "-mprefer-vector-width=512",
         ],
     ),
 }
+PLAIN = {"baseline": (16, [])}
 
 
-class BuildExt(build_ext):
-    """build_ext that compiles isa.c once for every instruction set that the compiler knows."""
+class Build(build_ext):
+    """build_ext, with kernels for each instruction set and only the flags the compiler takes."""
 
     def build_extension(self, ext):
-        """Compile isa.c a level at a time, then the rest of `ext` with plain flags."""
-        # Objects are older or newer than all of these together.
-        ext.depends = sorted(
-            str(p) for p in HERE.iterdir() if p.suffix in {".h", ".inc", ".c"} and p.stem != "_core"
+        """Compile the kernels first and link them into the extension."""
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        openmp = self._first_that_works([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
+        have, objects = [], []
+        for name, (width, flags) in (X86 if x86 else PLAIN).items():
+            if not self._works(flags):
+                if name != "baseline":
+                    continue
+                flags = []  # the compiler knows best what its baseline is
+            objects += self.compiler.compile(
+                [str(KERNELS / "isa.c")],
+                output_dir=os.path.join(self.build_temp, f"isa-{name}"),
+                macros=[("LR_ISA", name), ("LR_BYTES", str(width))],
+                extra_postargs=[*COMMON, *WARNINGS, *flags],
+                depends=HEADERS,
+            )
+            have.append((f"LR_HAVE_{name.upper()}", "1"))
+        objects += self.compiler.compile(
+            [str(KERNELS / "dispatch.c")],
+            output_dir=self.build_temp,
+            macros=have,
+            extra_postargs=[*COMMON, *WARNINGS, *openmp],
+            depends=HEADERS,
         )
-        objects = []
-        for name, (width, attempts) in LEVELS.items():
-            flags = next((a for a in attempts if self.compiles(COMMON + a)), None)
-            if flags is None:
-                print(f"lowrank: the compiler has no {name}: left out")
-                continue
-            source = str(HERE / "isa.c")
-            target = Path(self.build_temp) / f"isa-{name}"
-            (made,) = self.compiler.object_filenames([source], output_dir=str(target))
-            if self.force or is_older(made, [*ext.depends, "setup.py"]):
-                self.compiler.compile(
-                    [source],
-                    output_dir=str(target),
-                    macros=[("LR_ISA", name), ("LR_BYTES", str(width))],
-                    include_dirs=[str(HERE)],
-                    extra_postargs=COMMON + flags,
-                )
-            objects.append(made)
-            if name == "baseline":
-                ext.extra_compile_args = COMMON + flags
-            else:
-                ext.define_macros.append((f"LR_HAVE_{name.upper()}", "1"))
         ext.extra_objects = objects
-        if self.compiles(["-fopenmp"], link=True):
-            ext.extra_compile_args.append("-fopenmp")
-            ext.extra_link_args = ["-fopenmp"]
-        else:
-            print("lowrank: the compiler has no OpenMP: one thread")
+        ext.extra_compile_args = COMMON
+        ext.extra_link_args = openmp
         super().build_extension(ext)
 
-    def compiles(self, flags, link=False):
-        """Whether the compiler takes `flags`, all of them."""
+    def _first_that_works(self, choices):
+        return next((c for c in choices if self._works(c)), [])
+
+    def _works(self, flags):
+        """Whether a small program compiles and links with these flags, without a warning."""
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "probe.c"
+            source = Path(folder, "probe.c")
             source.write_text("int main(void) { return 0; }\n")
+            quiet = os.dup(2)
             try:
-                made = self.compiler.compile(
-                    [str(source)], output_dir=folder, extra_postargs=[*flags, "-Werror"]
-                )
-                if link:
-                    self.compiler.link_executable(
-                        made, str(Path(folder) / "probe"), extra_postargs=flags
+                with open(os.devnull, "w") as nowhere:
+                    sys.stderr.flush()
+                    os.dup2(nowhere.fileno(), 2)
+                    objects = self.compiler.compile(
+                        [str(source)], output_dir=folder, extra_postargs=["-Werror", *flags]
                     )
-            except Exception:  # compilers and linkers each raise what they like
+                    self.compiler.link_executable(
+                        objects, str(Path(folder, "probe")), extra_postargs=flags
+                    )
+            except Exception:
                 return False
+            finally:
+                os.dup2(quiet, 2)
+                os.close(quiet)
         return True
 
 
-def is_older(made, sources):
-    """Whether `made` is missing or older than one of `sources`."""
-    made = Path(made)
-    return not made.exists() or made.stat().st_mtime < max(Path(s).stat().st_mtime for s in sources)
-
-
-core = Extension(
+extension = Extension(
     "lowrank._kernels._core",
-    [str(HERE / name) for name in ("_core.pyx", "dispatch.c", "plan.c")],
-    include_dirs=[str(HERE)],
+    [str(KERNELS / "_core.pyx")],
+    depends=[*HEADERS, str(KERNELS / "isa.c"), str(KERNELS / "dispatch.c")],
 )
-setup(
-    ext_modules=cythonize([core], compiler_directives={"language_level": 3}),
-    cmdclass={"build_ext": BuildExt},
-)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
