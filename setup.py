@@ -79,7 +79,10 @@ class Build(build_ext):
                         [str(source)], output_dir=folder, extra_postargs=["-Werror", *flags]
                     )
                     self.compiler.link_executable(
-                        objects, str(Path(folder, "probe")), extra_postargs=flags
+                        objects,
+                        str(Path(folder, "probe")),
+                        # sanitizers are asked for there, and want to be linked as well
+                        extra_postargs=[*flags, *os.environ.get("CFLAGS", "").split()],
                     )
             except Exception:
                 return False
