@@ -258,9 +258,24 @@ def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -
     return [np.stack(f) for f in zip(*found)]
 
 
-def _cp_build(parts: Parts, rank: Ints) -> tuple[Stage, ...]:
-    factors, core = refined(parts, rank[:2])
-    return _cp_chain(parts, rank, factors, _cp_terms(core, rank[2], None, 10 * CP_SWEEPS))
+def _cp_build(
+    parts: Parts, rank: Ints, terms: Sequence[Array] | None = None
+) -> tuple[Stage, ...]:
+    """From the core that HOOI finds; and, from a sweep's `terms`, on its own core: the better."""
+    t, s, r = rank
+    cores = [(*refined(parts, rank[:2]), None)]
+    if terms is not None:
+        cut = [f[:, :, :n] for f, n in zip(parts.factors, (t, s))]
+        cores.append((cut, parts.core[:, :t, :s], terms))
+    tried = []
+    for factors, core, start in cores:
+        found = _cp_terms(core, r, start, 10 * CP_SWEEPS)
+        norm = float(np.linalg.norm(core))
+        # What the core keeps of the norm, less what its CP sum misses.
+        missed = (_als.batched_error(core, found) * norm) ** 2 - norm**2
+        tried.append((missed, factors, found))
+    _, factors, found = min(tried, key=lambda candidate: candidate[0])
+    return _cp_chain(parts, rank, factors, found)
 
 
 def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
@@ -284,7 +299,7 @@ def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
                 error,
                 min(float(bound), error),
                 _cp_chain(parts, (t, s, r), None, None),
-                partial(_cp_build, parts, (t, s, r)),
+                partial(_cp_build, parts, (t, s, r), terms),
             )
 
 
