@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank._typing import Array, Ints
+from lowrank._typing import Array, Ints, trailing
 from lowrank.geometry import Geometry
 from lowrank.stage import Stage
 
@@ -76,8 +76,8 @@ def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
     out = np.zeros((g, o // g, stage.left, stage.right, inner, *grown), kernel.dtype)
     for tap in itertools.product(*map(range, stage.kernel)):
         at = [slice(i * s, i * s + t) for i, s, t in zip(tap, step, taps)]
-        y = w[(..., *tap)] @ x
-        out[(..., *at)] += y.reshape(g, o // g, stage.left, stage.right, inner, *taps)
+        y = w[trailing(*tap)] @ x
+        out[trailing(*at)] += y.reshape(g, o // g, stage.left, stage.right, inner, *taps)
     out = np.moveaxis(out, 2, 0)
     return out.reshape(stage.out_channels, inner, *grown)
 
@@ -159,5 +159,5 @@ def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Arra
 def tails_of(singular_values: Array) -> Array:
     """Relative tail norms of singular values, (..., n), cut at one rank in every batch."""
     energy = np.square(singular_values).reshape(-1, singular_values.shape[-1]).sum(axis=0)
-    tail = np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0))
-    return tail / tail[0] if tail[0] else tail
+    tail: Array = np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0))
+    return tail / (tail[0] or 1.0)

@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 
 from lowrank import algebra, backends
-from lowrank._typing import Array, Ints, PaddingMode
+from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.geometry import Geometry
 from lowrank.stage import Stage
@@ -130,7 +130,8 @@ class Factorization:
         True
         """
         kernel = algebra.compose(self.stages, self.groups)
-        return kernel[(..., *(slice(None, None, d) for d in self.geometry.dilation))]
+        every = (slice(None, None, d) for d in self.geometry.dilation)
+        return np.asarray(kernel[trailing(*every)])
 
     def error(self, weight: Array) -> float:
         """Relative Frobenius error ``||to_dense() - weight|| / ||weight||``.

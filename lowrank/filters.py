@@ -250,7 +250,12 @@ def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
 
 
 def gabor(
-    sigma: float, wavelength: float, *, angle: float = 0.0, phase: float = 0.0, truncate: float = 3.0
+    sigma: float,
+    wavelength: float,
+    *,
+    angle: float = 0.0,
+    phase: float = 0.0,
+    truncate: float = 3.0,
 ) -> Array:
     """Gabor filter: a wave of `wavelength` samples along `angle` (radians) under a Gaussian.
 

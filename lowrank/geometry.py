@@ -69,8 +69,7 @@ class Geometry:
             )
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(
-                f"padding_mode must be one of {', '.join(PADDING_MODES)}, "
-                f"got {self.padding_mode!r}"
+                f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}"
             )
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank._typing import Array, Ints, Pads
+from lowrank._typing import Array, Ints, Pads, trailing
 from lowrank.stage import Stage
 
 _NUMPY_MODE = {
@@ -76,7 +76,7 @@ def _correlate(stage: Stage, weight: Array, x: Array, out: Ints, stride: Ints) -
             slice(t * d, t * d + s * (n - 1) + 1, s)
             for t, d, s, n in zip(tap, stage.geometry.dilation, stride, out)
         ]
-        y += np.einsum("goc,blgcr...->blgor...", w[(..., *tap)], x[(..., *at)])
+        y += np.einsum("goc,blgcr...->blgor...", w[trailing(*tap)], x[trailing(*at)])
     return y.reshape(len(x), -1, *out)
 
 
@@ -93,7 +93,7 @@ def _spread(stage: Stage, x: Array, out: Ints) -> Array:
             slice(t * d, t * d + s * (n - 1) + 1, s)
             for t, d, s, n in zip(tap, geometry.dilation, geometry.stride, size)
         ]
-        y[(..., *at)] += np.einsum("goc,blgor...->blgcr...", w[(..., *tap)], x)
+        y[trailing(*at)] += np.einsum("goc,blgor...->blgcr...", w[trailing(*tap)], x)
     inside = [slice(before, before + n) for (before, _), n in zip(geometry.padding, out)]
-    y = y.reshape(len(x), -1, *whole)[(..., *inside)]
+    y = np.asarray(y.reshape(len(x), -1, *whole)[trailing(*inside)])
     return y[:, np.argsort(stage.source())]

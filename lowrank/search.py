@@ -227,8 +227,15 @@ def frontier(
                 if getattr(cost, axis) < getattr(whole, axis):
                     found.append(
                         Candidate(
-                            name, form, point.rank, point.error, point.bound, cost,
-                            family.exact, conv, point,
+                            name,
+                            form,
+                            point.rank,
+                            point.error,
+                            point.bound,
+                            cost,
+                            family.exact,
+                            conv,
+                            point,
                         )
                     )
     # Rounding must not decide: an error of 1e-16 and one of 3e-17 are both nothing.
@@ -292,7 +299,12 @@ def approximate(
     ((12,), 0.5)
     """
     return choose(
-        conv, input_shape, max_error=max_error, rank=rank, macs=macs, params=params,
+        conv,
+        input_shape,
+        max_error=max_error,
+        rank=rank,
+        macs=macs,
+        params=params,
         families=families,
     )[1].build()
 

@@ -21,12 +21,20 @@ from typing import Any
 import numpy as np
 
 from lowrank import reference
-from lowrank._kernels import _core
 from lowrank._kernels.spec import StageSpec
-from lowrank._typing import Array, Ints
+from lowrank._typing import Array, Ints, trailing
 from lowrank.backends import tiling
 from lowrank.cost import chain_shapes
 from lowrank.stage import Stage
+
+try:
+    from lowrank._kernels import _core
+except ImportError as missing:
+    raise ImportError(
+        "lowrank's compiled engine is not there. In a checkout, build it with "
+        "'python setup.py build_ext --inplace' or 'pip install -e .'; a folder named lowrank in "
+        "the current directory hides an installed one"
+    ) from missing
 
 AXES = 3  # spatial axes of the engine
 
@@ -112,7 +120,9 @@ def _cut(stages: Sequence[Stage]) -> list[list[Stage]]:
     for stage in stages:
         earlier = parts[-1]
         full = len(earlier) == _core.MAX_STAGES
-        if earlier and (full or _woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)):
+        if earlier and (
+            full or _woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)
+        ):
             parts.append([])
         parts[-1].append(stage)
     return parts
@@ -157,9 +167,7 @@ def _segment(
     g = part[0].geometry
     if _padded(part[0]) and g.padding_mode == "constant" and np.ptp(outside):
         # Each channel has a constant of its own here: padded in NumPy.
-        before = partial(
-            reference.pad, padding=g.padding, mode=g.padding_mode, outside=outside
-        )
+        before = partial(reference.pad, padding=g.padding, mode=g.padding_mode, outside=outside)
         size_in = tuple(n + sum(p) for n, p in zip(size_in, g.padding))
         part = [replace(part[0], geometry=replace(g, padding=((0, 0),) * g.ndim)), *part[1:]]
     specs = [_lower(s) for s in part]
@@ -312,7 +320,7 @@ def _weave(stage: Stage, y: Array, size: Ints) -> Array:
         y = y.transpose(0, 1, 2, *order)
         whole = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
         y = y.reshape(len(y), -1, *whole)
-        y = y[(..., *(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
+        y = y[trailing(*(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
     return np.ascontiguousarray(y[:, np.argsort(stage.source())])
 
 

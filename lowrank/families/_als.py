@@ -19,7 +19,7 @@ RIDGE = 1e-10  # of the mean diagonal: only where the normal equations are singu
 def ranks(largest: int, most: int = 12) -> Ints:
     """At most `most` ranks from 1 to `largest`, in geometric steps."""
     spaced = np.geomspace(1, max(largest, 1), most)
-    return tuple(sorted({int(round(r)) for r in spaced}))
+    return tuple(sorted({int(r) for r in np.rint(spaced)}))
 
 
 def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
@@ -34,7 +34,7 @@ def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
             if 2 * n < len(modes) or modes[0] in rows:  # halves only once
                 found.append(algebra.tails(tensor, rows, batch))
     longest = max(map(len, found))
-    return np.max([np.pad(f, (0, longest - len(f))) for f in found], axis=0)
+    return np.asarray(np.max([np.pad(f, (0, longest - len(f))) for f in found], axis=0))
 
 
 def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
@@ -89,9 +89,11 @@ def cp(
 def balanced(factors: Sequence[Array], scale: float = 1.0) -> list[Array]:
     """The same terms, times `scale`, with columns of equal norm in every factor."""
     norms = [np.linalg.norm(f, axis=-2, keepdims=True) for f in factors]
-    product = math.prod(norms) * scale  # type: ignore[arg-type]
+    product = math.prod(norms) * scale
     even = np.abs(product) ** (1 / len(factors))
-    return [f * np.divide(even, n, out=np.zeros_like(n), where=n > 0) for f, n in zip(factors, norms)]
+    return [
+        f * np.divide(even, n, out=np.zeros_like(n), where=n > 0) for f, n in zip(factors, norms)
+    ]
 
 
 def error(tensor: Array, factors: Sequence[Array]) -> float:

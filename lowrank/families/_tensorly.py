@@ -86,7 +86,7 @@ def _fast_mttkrp() -> Iterator[None]:
 def _backend() -> Any:
     from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 
-    class GemmFirst(CoreTenalgBackend, backend_name="lowrank_gemm_first"):  # type: ignore[misc]
+    class GemmFirst(CoreTenalgBackend, backend_name="lowrank_gemm_first"):  # type: ignore[misc, call-arg]
         """CoreTenalgBackend with another MTTKRP."""
 
     GemmFirst.unfolding_dot_khatri_rao = staticmethod(mttkrp)

@@ -177,12 +177,12 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
 def _improve(
     tensors: Array, rank: int, factors: Sequence[Array] | None, iterations: int
 ) -> list[Array]:
-    """ALS on every tensor of the batch: TensorLy's for the few large, our own for the many small."""
+    """ALS on each tensor: TensorLy's for a few large ones, our own for many small ones."""
     if tensors[0].ndim == 1:
         return [tensors[:, :, None] * (np.arange(rank) == 0)]
     if len(tensors) > 8:
         if factors is not None:
-            wide = [_als.grown([f for f in some], rank) for some in zip(*factors)]
+            wide = [_als.grown(list(some), rank) for some in zip(*factors)]
             factors = [np.stack(f) for f in zip(*wide)]
         return _als.batched_cp(tensors, rank, iterations, factors)
     found = []

@@ -105,7 +105,7 @@ class Kernel:
     @property
     def pointwise(self) -> bool:
         """Whether there is one tap only."""
-        return self.tensor[0, 0, 0].size == 1
+        return int(self.tensor[0, 0, 0].size) == 1
 
     @property
     def letters(self) -> str:
@@ -130,8 +130,8 @@ def kernel_of(conv: Factorization) -> Kernel:
     letters = LETTERS[3 - len(taps) :]
     long = [a for a, k in zip(letters, taps) if k > 1]
     unit = "".join(a for a, k in zip(letters, taps) if k == 1)
-    axes = tuple(sorted(long[0] + unit) if i == 0 else a for i, a in enumerate(long))
-    axes = tuple("".join(a) for a in axes) or (letters,)
+    joined = ("".join(sorted(a + unit * (i == 0))) for i, a in enumerate(long))
+    axes = tuple(joined) or (letters,)
     return Kernel(tensor.reshape(g, -1, *tensor.shape[1:]), scale, axes)
 
 
@@ -153,9 +153,7 @@ def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) -> Ints:
     """`rank` as a tuple of integers between 1 and `largest`."""
     try:
-        ranks = tuple(
-            operator.index(r) for r in (rank if isinstance(rank, Sequence) else (rank,))
-        )
+        ranks = tuple(operator.index(r) for r in (rank if isinstance(rank, Sequence) else (rank,)))
     except TypeError:
         raise TypeError(f"rank must be {names}, integers, got {rank!r}") from None
     if len(ranks) != len(largest):

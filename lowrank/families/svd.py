@@ -203,10 +203,6 @@ class _Parts(NamedTuple):
         """The two stages at `rank`, blank or with their weights."""
         sizes = self.sizes | {"r": rank, "": 1}
         root = np.sqrt(self.s[:, :rank] * self.kernel.scale)  # shared evenly by the stages
-        factors = {
-            "L": (self.split.batch + self.split.left + "r", lambda: self.u[:, :, :rank] * root[:, None]),
-            "R": (self.split.batch + "r" + self.split.right, lambda: self.vt[:, :rank] * root[..., None]),
-        }
 
         def size(modes: str) -> int:
             return math.prod(sizes[m] for m in modes)
@@ -217,8 +213,13 @@ class _Parts(NamedTuple):
             shape = (size(layout.rows), size(layout.columns), *self._space(layout, sizes))
             weight = blank(shape)
             if real:
-                modes, factor = factors[layout.factor]
-                tensor = factor().reshape([sizes[m] for m in modes])
+                if layout.factor == "L":
+                    modes = self.split.batch + self.split.left + "r"
+                    factor = self.u[:, :, :rank] * root[:, None]
+                else:
+                    modes = self.split.batch + "r" + self.split.right
+                    factor = self.vt[:, :rank] * root[..., None]
+                tensor = factor.reshape([sizes[m] for m in modes])
                 weight = tensor.transpose([modes.index(m) for m in target]).reshape(shape)
             a, b = (size(m) for m in layout.shuffle)
             stages.append(
@@ -258,7 +259,9 @@ def decompose(conv: Factorization, family: str, form: str) -> _Parts:
     return _Parts(conv, kernel, split, sizes, _geometries(conv, split, sizes), u, s, vt)
 
 
-def _geometries(conv: Factorization, split: Split, sizes: dict[str, int]) -> tuple[Geometry, Geometry]:
+def _geometries(
+    conv: Factorization, split: Split, sizes: dict[str, int]
+) -> tuple[Geometry, Geometry]:
     """Each axis to the stage that runs along it; along a shared one see the notes of kronecker."""
     ndim = conv.geometry.ndim
     early, late = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -41,9 +41,7 @@ class Train(NamedTuple):
     def largest(self) -> Ints:
         """Largest useful rank at each joint."""
         sizes = self.tensor.shape[1:]
-        return tuple(
-            min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes))
-        )
+        return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
 def train(conv: Factorization, form: str) -> Train:
@@ -101,9 +99,7 @@ def _chain(parts: Train, rank: Ints, cores: Sequence[Array] | None) -> tuple[Sta
         w = blank(shape)
         if cores is not None:
             # (g, before, s, space, t, after) to (g, after or t, before or s, space)
-            core = cores[i].reshape(
-                g, before, kernel.ins if "s" in car else 1, math.prod(taps), -1
-            )
+            core = cores[i].reshape(g, before, kernel.ins if "s" in car else 1, math.prod(taps), -1)
             w = core.transpose(0, 4, 1, 2, 3).reshape(shape) * each
         stages.append(Stage(w, conv.geometry.only(index(axes, conv.geometry.ndim)), g))
     return oriented(conv, stages)
@@ -163,7 +159,7 @@ def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
 
 
 def _truncated_error(tensor: Array, rank: Ints) -> float:
-    """Relative error of TT-SVD at these ranks: what is left of the norm, since cores are orthonormal.
+    """Relative error of TT-SVD at these ranks: cores are orthonormal, so norms tell.
 
     Gram matrices in place of SVDs: only the subspaces and norms are wanted.
     """
@@ -182,21 +178,17 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
                 roots = np.sqrt(values[:, -r:].clip(min=0))
                 rest = roots[:, :, None] * vectors[:, :, -r:].swapaxes(1, 2)
         elif r < rest.shape[1]:
-            rest = np.linalg.qr(rest, mode="r")
+            rest = np.asarray(np.linalg.qr(rest, mode="r"))
         before = rest.shape[1]
     return math.sqrt(max(0.0, 1 - float(np.square(rest).sum()) / total))
 
 
-def _fit(
-    conv: Factorization, rank: Sequence[int], form: str | None = None
-) -> Factorization:
+def _fit(conv: Factorization, rank: Sequence[int], form: str | None = None) -> Factorization:
     form = checked_form(form, _forms(conv))
     parts = train(conv, form)
     ranks = checked_rank(rank, parts.largest(), "one a joint of " + form)
     ranks = _consistent(ranks, parts.tensor.shape[1:])
-    return replace(
-        conv, stages=_build(parts, ranks), family="tensor_train", form=form, rank=ranks
-    )
+    return replace(conv, stages=_build(parts, ranks), family="tensor_train", form=form, rank=ranks)
 
 
 FAMILIES = {"tensor_train": Family(_forms, _sweep, _fit, exact=False)}

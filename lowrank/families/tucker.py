@@ -258,12 +258,12 @@ def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -
     return [np.stack(f) for f in zip(*found)]
 
 
-def _cp_build(
-    parts: Parts, rank: Ints, terms: Sequence[Array] | None = None
-) -> tuple[Stage, ...]:
+def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) -> tuple[Stage, ...]:
     """From the core that HOOI finds; and, from a sweep's `terms`, on its own core: the better."""
     t, s, r = rank
-    cores = [(*refined(parts, rank[:2]), None)]
+    cores: list[tuple[list[Array], Array, Sequence[Array] | None]] = [
+        (*refined(parts, rank[:2]), None)
+    ]
     if terms is not None:
         cut = [f[:, :, :n] for f, n in zip(parts.factors, (t, s))]
         cores.append((cut, parts.core[:, :t, :s], terms))
