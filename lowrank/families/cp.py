@@ -154,14 +154,15 @@ def _largest(tensors: Array) -> int:
 
 
 def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
-    """At most a dozen ranks up to the dense parameter count, each started from the one before."""
+    """At most a dozen ranks, each started from the one before."""
     kernel = kernel_of(conv)
     modes = MODES[family](kernel)
     tensors = modes.tensors
     bounds = _als.bound(tensors)
-    each = tensors[0].size // sum(tensors.shape[1:])
+    # Above three quarters of the dense parameters there is little left to save.
+    most = 3 * tensors[0].size // (4 * sum(tensors.shape[1:]))
     factors = None
-    for rank in _als.ranks(min(max(each, 1), _largest(tensors))):
+    for rank in _als.ranks(min(max(most, 1), _largest(tensors))):
         factors = _improve(tensors, rank, factors, SWEEPS)
         error = _als.batched_error(tensors, factors)
         bound = float(bounds[rank]) if rank < len(bounds) else 0.0
