@@ -73,7 +73,7 @@ def separate(
     >>> from lowrank import filters
     >>> sobel = [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
     >>> [s.weight.shape for s in filters.separate(sobel).stages]
-    [(1, 1, 1, 3), (1, 1, 3, 1)]
+    [(1, 1, 3, 1), (1, 1, 1, 3)]
     """
     k = _kernel(kernel)
     if rank is not None and max_error is not None:

@@ -200,7 +200,7 @@ def frontier(
     >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
     >>> blur = lowrank.dense(np.outer(g, g)[None, None])
     >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32))]
-    [('spatial w-h', (1,), 10556), ('dense', (), 33124)]
+    [('spatial h-w', (1,), 10556), ('dense', (), 33124)]
     """
     names = list(FAMILIES) if families is None else list(families)
     if axis not in AXES:
@@ -240,7 +240,7 @@ def frontier(
                     )
     # Rounding must not decide: an error of 1e-16 and one of 3e-17 are both nothing.
     rounding = 1e-12
-    found.sort(key=lambda c: (getattr(c.cost, axis), c.error, len(c.shapes)))
+    found.sort(key=lambda c: (getattr(c.cost, axis), round(c.error / rounding), len(c.shapes)))
     kept: list[Candidate] = []
     for c in found:
         if not kept or c.error < kept[-1].error - rounding or c.family == "dense":
@@ -358,10 +358,9 @@ def _at_rank(
             except (ValueError, TypeError) as reason:
                 why.append(f"{name}: {reason}")
                 continue
-            error = f.error(conv.to_dense())
-            exact = FAMILIES[name].exact
-            stages = f.stages
-            point = Point(f.rank, error, error if exact else 0.0, stages, lambda s=stages: s)  # type: ignore[misc]
+            exact, stages = FAMILIES[name].exact, f.stages
+            error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, form)
+            point = Point(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
             cost = f.cost(found.input_shape)
             tried.append(
                 Candidate(name, form, f.rank, error, point.bound, cost, exact, conv, point)

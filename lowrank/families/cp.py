@@ -223,8 +223,19 @@ def _fit(
     return replace(conv, stages=stages, family=family, form=form, rank=ranks)
 
 
+def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+    bounds = _als.bound(MODES[family](kernel_of(conv)).tensors)
+    return float(bounds[rank[0]]) if rank[0] < len(bounds) else 0.0
+
+
 FAMILIES = {
-    name: Family(partial(_forms, name), partial(_sweep, name), partial(_fit, name), exact=False)
+    name: Family(
+        partial(_forms, name),
+        partial(_sweep, name),
+        partial(_fit, name),
+        partial(_bound, name),
+        exact=False,
+    )
     for name in MODES
 }
 

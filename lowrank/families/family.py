@@ -58,6 +58,8 @@ class Family(NamedTuple):
         ``sweep(conv, form)``: yields a Point a rank, from one decomposition.
     fit : callable
         ``fit(conv, rank, form)``: the chain at one rank.
+    bound : callable
+        ``bound(conv, rank, form)``: no chain of that form and rank has a smaller error.
     exact : bool
         Whether the sweep holds every rank, each with the smallest error possible.
     """
@@ -65,6 +67,7 @@ class Family(NamedTuple):
     forms: Callable[[Factorization], tuple[str, ...]]
     sweep: Callable[[Factorization, str], Iterator[Point]]
     fit: Callable[[Factorization, Ints, str], Factorization]
+    bound: Callable[[Factorization, Ints, str], float]
     exact: bool
 
 

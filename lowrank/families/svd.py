@@ -329,6 +329,11 @@ def _fit(
     return replace(conv, stages=stages, family=family, form=form, rank=ranks)
 
 
+def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+    """The error of the best chain: Eckart and Young's."""
+    return float(algebra.tails_of(decompose(conv, family, form).s)[rank[0]])
+
+
 def _check_split(kernel: Kernel, form: str) -> None:
     """A Kronecker form is the shape of B, dividing the kernel's, and which factor runs first."""
     shape = kernel.tensor.shape[1:]
@@ -349,7 +354,13 @@ def _check_split(kernel: Kernel, form: str) -> None:
 
 
 FAMILIES = {
-    name: Family(partial(_forms, name), partial(_sweep, name), partial(_fit, name), exact=True)
+    name: Family(
+        partial(_forms, name),
+        partial(_sweep, name),
+        partial(_fit, name),
+        partial(_bound, name),
+        exact=True,
+    )
     for name in ROWS
 }
 

@@ -128,8 +128,7 @@ def _balanced(cores: Sequence[Array]) -> list[Array]:
 def _sweep(conv: Factorization, form: str) -> Iterator[Point]:
     """TT-SVD cut at a dozen levels, every joint at the same share of the norm."""
     parts = train(conv, form)
-    joints = range(1, parts.tensor.ndim - 1)
-    tails = [algebra.tails(parts.tensor, range(1, k + 1), (0,)) for k in joints]
+    tails = _tails(parts)
     seen = set()
     for level in np.linspace(0.95, 0.0, LEVELS):
         rank = tuple(max(1, int(np.argmax(t <= level + 1e-12))) for t in tails)
@@ -146,6 +145,16 @@ def _sweep(conv: Factorization, form: str) -> Iterator[Point]:
             _chain(parts, rank, None),
             partial(_build, parts, rank),
         )
+
+
+def _tails(parts: Train) -> list[Array]:
+    """For each joint, how far off any train with a rank there is: that unfolding's tail."""
+    joints = range(1, parts.tensor.ndim - 1)
+    return [algebra.tails(parts.tensor, range(1, k + 1), (0,)) for k in joints]
+
+
+def _bound(conv: Factorization, rank: Ints, form: str) -> float:
+    return float(max(t[r] for t, r in zip(_tails(train(conv, form)), rank)))
 
 
 def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
@@ -191,7 +200,7 @@ def _fit(conv: Factorization, rank: Sequence[int], form: str | None = None) -> F
     return replace(conv, stages=_build(parts, ranks), family="tensor_train", form=form, rank=ranks)
 
 
-FAMILIES = {"tensor_train": Family(_forms, _sweep, _fit, exact=False)}
+FAMILIES = {"tensor_train": Family(_forms, _sweep, _fit, _bound, exact=False)}
 
 
 def tensor_train(

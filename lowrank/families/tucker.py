@@ -319,12 +319,28 @@ def _cp_fit(
     return replace(conv, stages=_cp_build(parts, ranks), family=family, form=form, rank=ranks)
 
 
+def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+    return _parts(family, conv).bound(rank)
+
+
+def _cp_bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+    parts = _parts(family, conv)
+    bounds = _als.bound(parts.tensor)
+    return max(parts.bound(rank[:2]), float(bounds[rank[2]]) if rank[2] < len(bounds) else 0.0)
+
+
 FAMILIES = {
-    name: Family(partial(_forms, name), partial(sweep, name), partial(fit, name), exact=False)
-    for name, sweep, fit in (
-        ("tucker", _sweep, _fit),
-        ("tucker_full", _sweep, _fit),
-        ("tucker_cp", _cp_sweep, _cp_fit),
+    name: Family(
+        partial(_forms, name),
+        partial(sweep, name),
+        partial(fit, name),
+        partial(bound, name),
+        exact=False,
+    )
+    for name, sweep, fit, bound in (
+        ("tucker", _sweep, _fit, _bound),
+        ("tucker_full", _sweep, _fit, _bound),
+        ("tucker_cp", _cp_sweep, _cp_fit, _cp_bound),
     )
 }
 
