@@ -22,6 +22,8 @@ from lowrank.families.tucker import tucker as tucker
 from lowrank.families.tucker import tucker_cp as tucker_cp
 from lowrank.families.tucker import tucker_full as tucker_full
 from lowrank.geometry import Geometry as Geometry
+from lowrank.io import load as load
+from lowrank.io import save as save
 from lowrank.search import Candidate as Candidate
 from lowrank.search import Frontier as Frontier
 from lowrank.search import approximate as approximate

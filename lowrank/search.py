@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final, overload
 
@@ -57,6 +57,13 @@ class Candidate:
             form=self.form,
             rank=self.rank,
         )
+
+    def built(self, f: Factorization) -> Candidate:
+        """This candidate with the error, rank and cost that `f`, made by :meth:`build`, has."""
+        if self._point is None:
+            return self
+        error = f.error(self._conv.to_dense())
+        return replace(self, rank=f.rank, error=error, bound=min(self.bound, error))
 
     @property
     def name(self) -> str:
@@ -162,6 +169,7 @@ def frontier(
     families: Iterable[str] | None = None,
     *,
     axis: str = "macs",
+    progress: Callable[[str], object] | None = None,
 ) -> Frontier:
     """Every candidate that no other beats on both error and cost.
 
@@ -176,6 +184,8 @@ def frontier(
         to the convolution are left out.
     axis : str
         What is compared: ``"macs"``, ``"params"``, ``"traffic"``, ``"fused"`` or ``"peak"``.
+    progress : callable, optional
+        Called with each family's name before its turn.
 
     Returns
     -------
@@ -216,6 +226,8 @@ def frontier(
     left_out = {}
     for name in names:
         family = FAMILIES[name]
+        if progress is not None:
+            progress(name)
         try:
             forms = family.forms(conv)
         except NotApplicable as why:
@@ -318,6 +330,8 @@ def choose(
     macs: float | int | str | None = None,
     params: float | int | str | None = None,
     families: Iterable[str] | None = None,
+    axis: str | None = None,
+    progress: Callable[[str], object] | None = None,
 ) -> tuple[Frontier, Candidate]:
     """The frontier and the pick of :func:`approximate`, not yet built."""
     wanted = {"max_error": max_error, "rank": rank, "macs": macs, "params": params}
@@ -329,13 +343,16 @@ def choose(
         )
     if max_error is not None and not max_error >= 0:
         raise ValueError(f"max_error must be at least 0, got {max_error!r}")
-    axis = "params" if params is not None else "macs"
+    if axis is None:
+        axis = "params" if params is not None else "macs"
+    elif (macs is not None and axis != "macs") or (params is not None and axis != "params"):
+        raise ValueError(f"a budget is compared on its own axis, {given[0]}, not on {axis!r}")
     budget = macs if macs is not None else params
     # Before the work: a wrong amount should not take a minute to refuse.
     amount = None
     if budget is not None:
         amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
-    found = frontier(conv, input_shape, families, axis=axis)
+    found = frontier(conv, input_shape, families, axis=axis, progress=progress)
     if max_error is not None:
         return found, found.within(max_error)
     if amount is not None:

@@ -106,9 +106,7 @@ def problems(draw):
         )
         if first is not None:
             inputs = first
-        at = [
-            (n + b + a - e) // s + 1 for n, b, a, e, s in zip(at, before, after, need, stride)
-        ]
+        at = [(n + b + a - e) // s + 1 for n, b, a, e, s in zip(at, before, after, need, stride)]
         channels = tie * rows * right
     border, fill = None, 0.0
     if draw(st.booleans()):
@@ -127,9 +125,8 @@ def problems(draw):
         for s in stages:
             need = [d * (k - 1) + 1 for d, k in zip(s.dilation, s.weight.shape[2:])]
             for axis in range(3):  # the first stage may give more now: never less
-                at[axis] = (
-                    at[axis] + s.before[axis] + s.after[axis] - need[axis]
-                ) // s.stride[axis] + 1
+                spare = at[axis] + s.before[axis] + s.after[axis] - need[axis]
+                at[axis] = spare // s.stride[axis] + 1
     x = rng.standard_normal((draw(st.integers(1, 2)), inputs, *size)).astype(dtype)
     bias = rng.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
     tile = [draw(st.integers(1, max(1, n))) for n in at]
@@ -150,7 +147,7 @@ def run(isa, stages, x, bias, relu, border, fill, tile, threads=1):
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
 def test_every_chain_agrees_with_numpy(isa, problem):
-    stages, x, bias, relu, border, fill, tile = problem
+    stages, x, bias, relu, border, fill, _ = problem
     expected, magnitude, terms = plain(stages, x, bias, relu, border, fill)
     actual = run(isa, *problem)
     assert actual.shape == expected.shape
@@ -179,9 +176,7 @@ def test_the_answer_depends_neither_on_tiles_nor_on_threads_nor_on_strides(isa, 
 
 def stage(weight, padding=0, groups=1, stride=1):
     three = (0, *(p if n > 1 else 0 for p, n in zip((padding,) * 2, weight.shape[3:])))
-    return StageSpec(
-        weight, 1, groups, 1, (1, stride, stride), (1, 1, 1), three, three
-    )
+    return StageSpec(weight, 1, groups, 1, (1, stride, stride), (1, 1, 1), three, three)
 
 
 @pytest.fixture
@@ -216,7 +211,9 @@ def test_many_python_threads_share_a_plan(pair):
     stages, x = pair
     plan = _core.Plan(stages, x.shape[1:], dtype="float32")
     outs = [np.empty((3, *plan.out_shape), "f4") for _ in range(8)]
-    workers = [threading.Thread(target=lambda o=o: [plan(x, o, 2) for _ in range(20)]) for o in outs]
+    workers = [
+        threading.Thread(target=lambda o=o: [plan(x, o, 2) for _ in range(20)]) for o in outs
+    ]
     for w in workers:
         w.start()
     for w in workers:

@@ -6,7 +6,8 @@ import os
 from array import array
 from math import prod
 
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport free
 
@@ -142,7 +143,8 @@ cdef class Plan:
             self.plan.tiles[a] = -(-self.out_shape[1 + a] // self.tile[a])
             if border is not None and border[a] is not None:
                 padded = shape[1 + a] + stages[0].before[a] + stages[0].after[a]
-                if len(border[a]) != padded or not -1 <= min(border[a]) <= max(border[a]) < shape[1 + a]:
+                low, high = min(border[a]), max(border[a])
+                if len(border[a]) != padded or not -1 <= low <= high < shape[1 + a]:
                     raise ValueError(
                         f"border of axis {a} must hold {padded} indices from -1 to "
                         f"{shape[1 + a] - 1}"
@@ -224,7 +226,9 @@ cdef class Plan:
                     status = lr_run(&self.plan, self.kernels, &arrays, batch, self.itemsize,
                                     threads, &self.cache)
                 if status != LR_OK:
-                    raise MemoryError(f"no memory for a workspace of {self.workspace} bytes a thread")
+                    raise MemoryError(
+                        f"no memory for a workspace of {self.workspace} bytes a thread"
+                    )
             finally:
                 PyBuffer_Release(&b)
         finally:
@@ -235,7 +239,8 @@ cdef class Plan:
             raise TypeError(f"{name} must be a {self.dtype} array in native byte order")
         got = tuple(v.shape[i] for i in range(v.ndim))
         if got[1:] != shape or len(got) != 5 or (batch >= 0 and got[0] != batch):
-            raise ValueError(f"{name} must have shape (batch, {', '.join(map(str, shape))}), got {got}")
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape (batch, {wanted}), got {got}")
         return got[0]
 
 

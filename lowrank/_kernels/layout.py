@@ -27,10 +27,7 @@ class Sizes(NamedTuple):
         """Where tap (c, d, h, w) of an output sample lies in the buffer, from its place."""
         steps = (self.plane[1] * self.plane[2], self.plane[2], 1)
         along = [
-            [
-                t * d % s * phase + t * d // s * step
-                for t in range(k)
-            ]
+            [t * d % s * phase + t * d // s * step for t in range(k)]
             for k, d, s, phase, step in zip(
                 spec.weight.shape[2:], spec.dilation, spec.stride, self.phase, steps
             )

@@ -1,0 +1,633 @@
+"""The command ``lowrank``: what a weights file holds, how cheap it can be; filters of images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+try:
+    import typer
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError:  # the library works without; the command does not
+    raise SystemExit("the command needs typer and rich: pip install 'lowrank[cli]'") from None
+
+from lowrank import filters, io, plots, report, search
+from lowrank._typing import Array, Ints
+from lowrank.cost import Cost
+from lowrank.factorization import Factorization, dense
+from lowrank.families import FAMILIES, NotApplicable
+from lowrank.geometry import PADDING_MODES
+from lowrank.weights import Layer, layers, read_weights
+
+app = typer.Typer(
+    help="Separable and low-rank convolution: what it costs and what it saves.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+# Click's base of all usage errors; newer typers carry a copy of click of their own.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Size = Annotated[
+    str | None, typer.Option("--input", metavar="HxW", help="Spatial size of the input, as 56x56.")
+]
+
+
+class Name(StrEnum):
+    """Filters that the command knows by name."""
+
+    gauss = "gauss"
+    sobel = "sobel"
+    log = "log"
+    gabor = "gabor"
+    disk = "disk"
+    motion = "motion"
+
+
+def main() -> None:
+    """Run the command; a mistake of the caller's gets one line and exit code 2."""
+    try:
+        status = app(standalone_mode=False)
+        raise SystemExit(status if isinstance(status, int) else 0)
+    except _UsageError as why:
+        _fail(why.format_message())
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as why:
+        _fail(f"{why.filename}: {why.strerror}" if why.strerror else str(why))
+    except (ValueError, TypeError, ImportError) as why:
+        _fail(str(why))
+    except (KeyboardInterrupt, typer.Abort):
+        raise SystemExit(130) from None
+
+
+def _fail(message: str) -> None:
+    print(f"lowrank: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lowrank {version('lowrank')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help=".safetensors, .npz, .npy, .pt or .pth")],
+    input: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the convolutions of a weights file: shape, cost, and how separable each is.
+
+    The last columns are the relative error that is left when a layer keeps half of its
+    multiply-adds (of its parameters, where no input size is known), by the best spatially
+    separable, depthwise separable and channel-wise form.
+
+    With --input every layer is priced at that size; without it, each at the size that the
+    description NAME.json beside the file gives.
+    """
+    size = _size(input)
+    found = layers(file)
+    rows = []
+    with _progress(len(found)) as step:
+        for layer in found:
+            step(layer.name)
+            rows.append(_inspected(layer, size or layer.input_size))
+    if as_json:
+        _print_json({"file": str(file), "layers": rows})
+        return
+    if not rows:
+        print(f"{file}: no convolutions")
+        return
+    head = ("layer", "weight", "geometry", "input", "params", "macs", *_SEPARABLE)
+    table = []
+    for row in rows:
+        errors = row["error_at_half"]
+        table.append(
+            (
+                row["layer"],
+                " -> ".join("x".join(map(str, s)) for s in row["stages"]),
+                row["geometry"],
+                "x".join(map(str, row["input"] or ())) or "-",
+                f"{row['params']:,}",
+                "-" if row["macs"] is None else f"{row['macs']:,}",
+                *("-" if errors.get(k) is None else f"{errors[k]:.3f}" for k in _SEPARABLE),
+            )
+        )
+    params, macs = (sum(r[k] or 0 for r in rows) for k in ("params", "macs"))
+    table.append(("total", "", "", "", f"{params:,}", f"{macs:,}" if macs else "-", "", "", ""))
+    print(f"{file.name}: {len(rows)} convolutions; errors are at half of the cost")
+    _print_table(head, table, left=3)
+    if not macs:
+        print("Give --input, as 56x56, to see multiply-adds.")
+
+
+#: Columns of `inspect`, and the families behind each.
+_SEPARABLE = {
+    "spatial": ("spatial",),
+    "depthwise": ("decouple",),
+    "channel": ("encode", "decode"),
+}
+
+
+def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
+    """One row of `inspect`."""
+    conv = layer.conv
+    cost: Cost | None = None
+    if size is not None:
+        try:
+            cost = conv.cost(size)
+        except ValueError as why:
+            raise ValueError(f"layer {layer.name!r}: {why}") from None
+    errors: dict[str, float | None] = {}
+    if conv.family == "dense":
+        axis = "params" if size is None else "macs"
+        at = size or tuple(conv.geometry.extent(conv.stages[0].kernel))
+        half = getattr(conv.cost(at), axis) / 2
+        for column, families in _SEPARABLE.items():
+            if not all(_applies(f, conv) for f in families):
+                errors[column] = None
+                continue
+            front = search.frontier(conv, at, families, axis=axis)
+            below = [c.error for c in front if getattr(c.cost, axis) <= half]
+            errors[column] = min(below, default=1.0)
+    return {
+        "layer": layer.name,
+        "family": conv.family,
+        "stages": [list(s.weight.shape) for s in conv.stages],
+        "geometry": _geometry(conv),
+        "input": None if size is None else list(size),
+        "output": None if size is None else list(conv.output_shape(size)),
+        "params": conv.params,
+        "macs": None if cost is None else cost.macs,
+        "error_at_half": errors,
+    }
+
+
+def _applies(family: str, conv: Factorization) -> bool:
+    try:
+        return bool(FAMILIES[family].forms(conv))
+    except NotApplicable:
+        return False
+
+
+def _geometry(conv: Factorization) -> str:
+    """Stride, padding and so on, in as few letters as say it."""
+    g = conv.geometry
+    short = {
+        "s": g.stride if set(g.stride) != {1} else (),
+        "p": [a if a == b else f"{a}:{b}" for a, b in g.padding]
+        if any(map(any, g.padding))
+        else (),
+        "d": g.dilation if set(g.dilation) != {1} else (),
+        "g": (conv.groups,) if conv.groups > 1 else (),
+    }
+    words = [k + ",".join(map(str, v if len(set(v)) > 1 else v[:1])) for k, v in short.items() if v]
+    if g.padding_mode != "zeros":
+        words.append(g.padding_mode)
+    return " ".join([*words, *(["transposed"] if conv.transposed else [])])
+
+
+@app.command()
+def approximate(
+    file: Annotated[Path, typer.Argument(help=".safetensors, .npz, .npy, .pt or .pth")],
+    layer: Annotated[
+        str | None, typer.Option(help="Name of the layer, as inspect lists it.")
+    ] = None,
+    input: Size = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Pick the cheapest chain within this relative error.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option(help="Pick the best chain of this rank, as 8 or 8,12.")
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option(help="Pick the best within these multiply-adds: 0.25 or 20M.")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Pick the best within these parameters: 0.25 or 30k.")
+    ] = None,
+    families: Annotated[
+        str | None, typer.Option(help=f"Only these, by commas: {', '.join(FAMILIES)}.")
+    ] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="Cost to compare: macs, params, traffic, fused or peak.")
+    ] = None,
+    stride: Annotated[str | None, typer.Option(help="As 2 or 2,1.")] = None,
+    padding: Annotated[
+        str | None, typer.Option(help="As 1 or 1,0 or 0:1,0:1 (before:after), same or valid.")
+    ] = None,
+    dilation: Annotated[str | None, typer.Option(help="As 2 or 2,1.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of the layer.")] = None,
+    padding_mode: Annotated[str | None, typer.Option(help=", ".join(PADDING_MODES) + ".")] = None,
+    transposed: Annotated[bool | None, typer.Option(help="A transposed convolution.")] = None,
+    output_padding: Annotated[str | None, typer.Option(help="Of a transposed one.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows of the table, at most; 0 for all.")] = 24,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw error against cost: .svg, .png or .pdf.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Save the pick: .safetensors.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a layer can be turned into, and pick one.
+
+    The table holds the chains that nothing beats on both error and cost.  With one of
+    --max-error, --rank, --macs and --params one of them is picked and built.
+    """
+    chosen = _layer(file, layer)
+    size = _size(input) or chosen.input_size
+    if size is None:
+        raise ValueError(f"the input size of layer {chosen.name!r} is not known: give --input HxW")
+    given = {
+        "stride": _numbers("--stride", stride),
+        "padding": _padding(padding),
+        "dilation": _numbers("--dilation", dilation),
+        "groups": groups,
+        "padding_mode": padding_mode,
+        "transposed": transposed,
+        "output_padding": _numbers("--output-padding", output_padding),
+    }
+    conv = _overridden(chosen.conv, {k: v for k, v in given.items() if v is not None})
+    if plot is not None:
+        plots.check_path(plot)
+    if save is not None and save.suffix != ".safetensors":
+        raise ValueError(f"--save: {save} must end in .safetensors")
+    wanted: dict[str, Any] = {
+        "max_error": max_error,
+        "rank": None if rank is None else _rank(rank),
+        "macs": _budget(macs),
+        "params": _budget(params),
+    }
+    wanted = {k: v for k, v in wanted.items() if v is not None}
+    if len(wanted) > 1:
+        options = ", ".join("--" + k.replace("_", "-") for k in wanted)
+        raise ValueError(f"give one of --max-error, --rank, --macs and --params, not {options}")
+    if save is not None and not wanted:
+        raise ValueError("--save needs a pick: give --max-error, --rank, --macs or --params")
+    names = None if families is None else [f.strip() for f in families.split(",") if f.strip()]
+    if names is not None and not names:
+        raise ValueError(f"--families must name some of {', '.join(FAMILIES)}")
+    pick: search.Candidate | None = None
+    with _progress(len(names or FAMILIES)) as step:
+        if wanted:
+            front, pick = search.choose(
+                conv, size, families=names, axis=axis, progress=step, **wanted
+            )
+            step("building the pick")
+            f = pick.build()
+            pick = pick.built(f)
+        else:
+            front = search.frontier(conv, size, names, axis=axis or "macs", progress=step)
+    if plot is not None:
+        plots.error_against_cost([front], plot, title=f"{file.stem}, {chosen.name}", pick=pick)
+    if save is not None:
+        io.save(save, {chosen.name: f})
+    if as_json:
+        _print_json(
+            {
+                "layer": chosen.name,
+                "input": list(front.input_shape),
+                "axis": front.axis,
+                "dense": front.dense.as_dict(),
+                "front": [c.as_dict() for c in front],
+                "pick": None if pick is None else pick.as_dict(),
+                "left_out": front.left_out,
+            }
+        )
+        return
+    whole = front.dense.cost.macs
+    shown = list(front) if rows < 1 else report.thinned(list(front), max(rows, 2))
+    print(f"{chosen.name}: {conv!r}\n{report.title(front, len(shown))}")
+    _print_table(report.HEAD, [report.row(c, whole) for c in shown])
+    if any(not c.exact for c in shown):
+        print(report.NOTE)
+    if pick is not None:
+        print(f"pick: {_said(pick, front.dense)}")
+        for stage, cost in zip(f.stages, f.stage_costs(size)):
+            shape = "x".join(map(str, stage.weight.shape))
+            tied = f", tied {stage.left}x{stage.right}" if stage.left * stage.right > 1 else ""
+            print(f"  {stage.kind:9}  {shape:>16}  {report.amount(cost.macs):>6} macs{tied}")
+    for path in (plot, save):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+def _said(pick: search.Candidate, whole: search.Candidate) -> str:
+    """The pick in one sentence."""
+    if pick.family == "dense":
+        return "the dense kernel itself; nothing cheaper is within the error"
+    rank = ",".join(map(str, pick.rank))
+    return (
+        f"{pick.name} of rank {rank}: error {pick.error:.4f} (at least {pick.bound:.4f} "
+        f"for any of its kind), {whole.cost.macs / pick.cost.macs:.2f} times fewer multiply-adds, "
+        f"{whole.cost.params / pick.cost.params:.2f} times fewer parameters"
+    )
+
+
+def _layer(file: Path, name: str | None) -> Layer:
+    found = layers(file)
+    names = [x.name for x in found]
+    if not found:
+        raise ValueError(f"{file}: no convolutions")
+    if name is None:
+        if len(found) == 1:
+            return found[0]
+        raise ValueError(f"--layer must be one of {', '.join(names)}")
+    for layer in found:
+        if layer.name == name:
+            return layer
+    raise ValueError(f"--layer must be one of {', '.join(names)}, got {name!r}")
+
+
+def _overridden(conv: Factorization, given: dict[str, Any]) -> Factorization:
+    """`conv` with the geometry that options ask for."""
+    if conv.family != "dense":
+        raise ValueError(f"the layer is a chain already: {conv!r}")
+    if not given:
+        return conv
+    g = conv.geometry
+    options: dict[str, Any] = {
+        "stride": g.stride,
+        "padding": g.padding,
+        "dilation": g.dilation,
+        "groups": conv.groups,
+        "padding_mode": g.padding_mode,
+        "value": g.value,
+        "transposed": conv.transposed,
+        "output_padding": g.output_padding,
+    } | given
+    return dense(conv.stages[0].weight, conv.bias, **options)
+
+
+@app.command("filter")
+def filter_image(
+    image: Annotated[Path, typer.Argument(help="A picture, or a .npy: image, volume or series.")],
+    kernel: Annotated[
+        str, typer.Option(help=f"{', '.join(Name)}, or a .npy with a kernel over 1 to 3 axes.")
+    ],
+    sigma: Annotated[float, typer.Option(help="Samples: gauss, log, gabor.")] = 2.0,
+    radius: Annotated[float, typer.Option(help="Samples: disk.")] = 5.0,
+    length: Annotated[int, typer.Option(help="Samples: motion.")] = 15,
+    wavelength: Annotated[float, typer.Option(help="Samples: gabor.")] = 6.0,
+    angle: Annotated[float, typer.Option(help="Degrees: gabor, motion.")] = 0.0,
+    rank: Annotated[int | None, typer.Option(help="Use the best sum of so many terms.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Use the cheapest form within this relative error.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"Border: {', '.join(filters.MODES)}.")] = "reflect",
+    cval: Annotated[float, typer.Option(help="Value outside, for mode constant.")] = 0.0,
+    convolve: Annotated[bool, typer.Option("--convolve", help="Flip the kernel.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Filtered picture, or .npy [IMAGE.KERNEL.png here]")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the filter and its form: .svg, .png or .pdf.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Filter a picture by a separable form of a kernel, and say what that form is.
+
+    A filter that sums to zero, such as sobel, has results below zero: its picture is drawn
+    around mid-grey.  A .npy holds the values as they are.
+    """
+    taps = _kernel(kernel, sigma, radius, length, wavelength, math.radians(angle))
+    picture = _image(image)
+    if taps.ndim > picture.ndim:
+        raise ValueError(
+            f"--kernel: a kernel over {taps.ndim} axes does not fit {image} of shape "
+            f"{picture.shape}"
+        )
+    if out is None:
+        name = f"{image.stem}.{Path(kernel).stem}"
+        out = Path(name + (".npy" if image.suffix == ".npy" else ".png"))
+    if out.suffix != ".npy":
+        plots.check_path(out.with_suffix(".png"))
+    if plot is not None:
+        plots.check_path(plot)
+    shape = picture.shape[: taps.ndim]
+    # Of a whole picture, the terms that are cheaper than the kernel: the same as correlate finds.
+    chain = filters.separate(
+        np.flip(taps) if convolve else taps,
+        rank=rank,
+        max_error=max_error,
+        shape=shape,
+        mode=mode,
+        cval=cval,
+    )
+    whole = taps.size * math.prod(shape)
+    work = picture if picture.dtype.kind == "f" else picture.astype(np.float32)
+    result = filters.correlate(
+        work, taps, rank=rank, max_error=max_error, mode=mode, cval=cval, convolve=convolve
+    )
+    centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
+    _write_image(out, result, picture, centred)
+    if plot is not None:
+        plots.filter_and_form(np.flip(taps) if convolve else taps, chain, plot, title=kernel)
+    macs = chain.cost(shape).macs
+    spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
+    said = {
+        "image": str(image),
+        "shape": list(picture.shape),
+        "kernel": kernel,
+        "taps": list(taps.shape),
+        "family": chain.family,
+        "form": chain.form,
+        "rank": _terms(chain),
+        "kernel_rank": None if spectrum is None else int((spectrum > 1e-6 * spectrum[0]).sum()),
+        "error": chain.error((np.flip(taps) if convolve else taps)[None, None]),
+        "stages": [list(s.weight.shape) for s in chain.stages],
+        "macs": macs,
+        "dense_macs": whole,
+        "out": str(out),
+    }
+    if as_json:
+        _print_json(said)
+        return
+    print(f"{kernel}: {'x'.join(map(str, taps.shape))} taps", end="")
+    print("" if spectrum is None else f", rank {said['kernel_rank']}")
+    form = " ".join(filter(None, (chain.family, chain.form)))
+    passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
+    print(
+        f"form: {form} of rank {said['rank']}, {passes}, error {said['error']:.2g}, "
+        f"{whole / macs:.2f} times fewer multiply-adds"
+    )
+    if chain.family == "dense":
+        print("No separable form within that error is cheaper; try --rank or --max-error.")
+    print(f"wrote {out}" + (f"\nwrote {plot}" if plot is not None else ""))
+
+
+def _terms(chain: Factorization) -> int:
+    return chain.rank[0] if chain.rank else 1
+
+
+def _kernel(
+    kernel: str, sigma: float, radius: float, length: int, wavelength: float, angle: float
+) -> Array:
+    match kernel:
+        case Name.gauss:
+            return filters.gauss(sigma)
+        case Name.sobel:
+            return filters.sobel()
+        case Name.log:
+            return filters.log(sigma)
+        case Name.gabor:
+            return filters.gabor(sigma, wavelength, angle=angle)
+        case Name.disk:
+            return filters.disk(radius)
+        case Name.motion:
+            return filters.motion(length, angle=angle)
+    if not kernel.endswith(".npy"):
+        raise ValueError(f"--kernel must be one of {', '.join(Name)}, or a .npy, got {kernel!r}")
+    (taps,) = read_weights(kernel).values()
+    return taps
+
+
+def _image(path: Path) -> Array:
+    if path.suffix == ".npy":
+        (picture,) = read_weights(path).values()
+        return picture
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ImportError("pictures need Pillow: pip install 'lowrank[cli]'") from None
+    try:
+        with Image.open(path) as opened:
+            plain = opened.mode in ("L", "RGB", "I;16", "I", "F")
+            return np.asarray(opened if plain else opened.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that can be read") from None
+
+
+def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> None:
+    """Values as they are into a .npy, 8-bit grey or colour into a picture."""
+    if path.suffix == ".npy":
+        np.save(path, result)
+        return
+    from PIL import Image
+
+    flat = result.ndim == 2 or (result.ndim == 3 and result.shape[2] == 3)
+    if not flat:
+        raise ValueError(f"--out: {path} cannot hold shape {result.shape}; give a .npy")
+    white = np.iinfo(picture.dtype).max if picture.dtype.kind in "iu" else float(picture.max())
+    shown = result.astype(np.float64) * (255 / (white or 1))
+    if centred:
+        shown = 127.5 + shown * (127.5 / max(float(np.abs(shown).max()), 1e-30))
+    Image.fromarray(np.clip(np.rint(shown), 0, 255).astype(np.uint8)).save(path)
+
+
+def _size(text: str | None) -> Ints | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]+(x[0-9]+){0,2}", text) or "0" in text.split("x"):
+        raise ValueError(f"--input must be 1 to 3 sizes, as 56x56, got {text!r}")
+    return tuple(map(int, text.split("x")))
+
+
+def _numbers(option: str, text: str | None) -> int | list[int] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option} must be one number or one an axis, as 2,1, got {text!r}"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _padding(text: str | None) -> int | str | list[Any] | None:
+    if text is None or text in ("same", "valid"):
+        return text
+    try:
+        parts = [[int(n) for n in part.split(":")] for part in text.split(",")]
+    except ValueError:
+        parts = [[]]
+    if any(len(p) not in (1, 2) for p in parts):
+        raise ValueError(
+            f"--padding must be as 1 or 1,0 or 0:1,0:1 (before:after), same or valid, got {text!r}"
+        )
+    pairs = [[p[0], p[-1]] for p in parts]
+    return pairs if len(pairs) > 1 or len(parts[0]) > 1 else parts[0][0]
+
+
+def _rank(text: str) -> int | Sequence[int]:
+    try:
+        ranks = tuple(int(r) for r in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rank must be integers, as 8 or 8,12, got {text!r}") from None
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _budget(text: str | None) -> float | str | None:
+    """A share, or an amount with its unit."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """A table as wide as it needs: a narrow terminal wraps lines, but no number is cut."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    wide = Console(width=1000)
+    need = wide.measure(table).maximum
+    Console(width=max(need, wide.options.min_width), highlight=False).print(table)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on stderr, gone when done; calling what it gives begins the next part."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=total)
+        started = False
+
+        def step(name: str) -> None:
+            nonlocal started
+            bar.update(task, description=name, advance=int(started))
+            started = True
+
+        yield step
+
+
+if __name__ == "__main__":
+    main()

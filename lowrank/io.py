@@ -1,0 +1,306 @@
+"""Chains in ``.safetensors`` files: saved under honest names, loaded exactly as they were."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization
+from lowrank.geometry import Geometry
+from lowrank.stage import Stage
+
+#: Number of the record's form; a reader refuses those that it does not know.
+FORMAT = 1
+_RECORD = "lowrank"
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_NAMES = {np.dtype(v): k for k, v in _DTYPES.items() if k != "BF16"}
+_LONGEST_HEADER = 100_000_000  # bytes: the limit of the format's own reader
+
+
+def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> None:
+    """Write chains to a ``.safetensors`` file.
+
+    Any reader of that format sees the tensors ``NAME.0.weight``, ``NAME.1.weight``, ...,
+    ``NAME.bias``; what makes chains of them stands in the file's metadata, under ``"lowrank"``.
+
+    Parameters
+    ----------
+    path : path
+        Replaced as a whole or not at all, if it is there.
+    chains : mapping of str to Factorization
+        By name, such as a layer's.
+
+    Raises
+    ------
+    TypeError
+        If `chains` is not a mapping of names to chains.
+    OSError
+        If the file cannot be written.
+
+    References
+    ----------
+    .. [1] safetensors, "Format", https://huggingface.co/docs/safetensors
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> import lowrank
+    >>> f = lowrank.spatial(lowrank.dense(np.ones((4, 2, 3, 3)), padding=1), rank=1)
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "edges.safetensors")
+    >>> lowrank.save(path, {"edges": f})
+    >>> lowrank.load(path)["edges"]
+    <Factorization spatial h-w rank 1: 1x2x3x1 -> 4x1x1x3, 18 params>
+    """
+    tensors: dict[str, Array] = {}
+    layers = {}
+    if not isinstance(chains, Mapping):
+        raise TypeError(f"chains must be a dict of names to chains, got {type(chains).__name__}")
+    for name, f in chains.items():
+        if not isinstance(name, str) or not isinstance(f, Factorization):
+            raise TypeError(f"chains must be a dict of names to chains, got {name!r}: {f!r}")
+        layers[name] = {
+            "family": f.family,
+            "form": f.form,
+            "rank": list(f.rank),
+            "groups": f.groups,
+            "geometry": _record(f.geometry),
+            "stages": [
+                {
+                    "groups": s.groups,
+                    "left": s.left,
+                    "right": s.right,
+                    "shuffle": list(s.shuffle),
+                    "transposed": s.transposed,
+                    "geometry": _record(s.geometry),
+                }
+                for s in f.stages
+            ],
+        }
+        for i, stage in enumerate(f.stages):
+            tensors[f"{name}.{i}.weight"] = stage.weight
+        if f.bias is not None:
+            tensors[f"{name}.bias"] = f.bias
+    record = json.dumps({"format": FORMAT, "layers": layers}, separators=(",", ":"))
+    write_tensors(path, tensors, {_RECORD: record})
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Factorization]:
+    """Read the chains that :func:`save` wrote.
+
+    Parameters
+    ----------
+    path : path
+        A ``.safetensors`` file.
+
+    Returns
+    -------
+    dict of str to Factorization
+        By name, in the order in which they were saved; weights bit for bit as they were.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or was not written by :func:`save`, or by a newer version.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    See :func:`save`.
+    """
+    tensors, metadata = read_tensors(path)
+    if _RECORD not in metadata:
+        raise ValueError(
+            f"{path}: holds tensors, but no chains saved by lowrank; "
+            "make a convolution of one with lowrank.dense(weight)"
+        )
+    try:
+        record = json.loads(metadata[_RECORD])
+        version, layers = record["format"], record["layers"].items()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: the record of its chains is damaged") from None
+    if version != FORMAT:
+        raise ValueError(
+            f"{path}: chains of format {version!r}; this version of lowrank reads {FORMAT}"
+        )
+    return {name: _chain(path, name, entry, tensors) for name, entry in layers}
+
+
+def holds_chains(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata was written by :func:`save`."""
+    return _RECORD in metadata
+
+
+def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Factorization:
+    """One chain from its record."""
+    try:
+        stages = tuple(
+            Stage(
+                tensors[f"{name}.{i}.weight"],
+                _geometry(s["geometry"]),
+                operator.index(s["groups"]),
+                operator.index(s["left"]),
+                operator.index(s["right"]),
+                _pair(s["shuffle"]),
+                bool(s["transposed"]),
+            )
+            for i, s in enumerate(entry["stages"])
+        )
+        bias = tensors.get(f"{name}.bias")
+        f = Factorization(
+            stages,
+            _geometry(entry["geometry"]),
+            operator.index(entry["groups"]),
+            bias,
+            str(entry["family"]),
+            str(entry["form"]),
+            tuple(operator.index(r) for r in entry["rank"]),
+        )
+    except KeyError as key:
+        raise ValueError(f"{path}: chain {name!r} lacks {key}") from None
+    except (ValueError, TypeError, AttributeError) as why:
+        raise ValueError(f"{path}: chain {name!r} is damaged: {why}") from None
+    for weight in (*(s.weight for s in stages), *(() if bias is None else (bias,))):
+        if weight.dtype.kind != "f" or not np.isfinite(weight).all():
+            raise ValueError(f"{path}: chain {name!r} has weights that are not finite numbers")
+    return f
+
+
+def _record(g: Geometry) -> dict[str, Any]:
+    return {
+        "stride": list(g.stride),
+        "padding": [list(p) for p in g.padding],
+        "dilation": list(g.dilation),
+        "padding_mode": g.padding_mode,
+        "value": g.value,
+        "output_padding": list(g.output_padding),
+    }
+
+
+def _geometry(record: Any) -> Geometry:
+    return Geometry.of(
+        len(record["stride"]),
+        record["stride"],
+        record["padding"],
+        record["dilation"],
+        record["padding_mode"],
+        record["value"],
+        record["output_padding"],
+    )
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    a, b = (operator.index(v) for v in values)
+    return a, b
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors and metadata of a ``.safetensors`` file; bfloat16 becomes float32.
+
+    Nothing in the file is trusted: sizes, names and offsets are checked before they are used.
+    """
+    data = Path(path).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, _LONGEST_HEADER):
+        raise ValueError(f"{path}: not a safetensors file, or cut short")
+    try:
+        header = json.loads(data[8 : 8 + length].decode())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not a safetensors file: its header is not JSON") from None
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: not a safetensors file: its header is no table of tensors")
+    body = memoryview(data)[8 + length :]
+    tensors = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=_start):
+        dtype, shape, (first, last) = _entry(path, name, entry)
+        if first != end or last > len(body):
+            raise ValueError(f"{path}: tensor {name!r} lies outside the data, or over another")
+        end = last
+        tensors[name] = _tensor(body[first:last], dtype, shape)
+    if end != len(body):
+        raise ValueError(f"{path}: {len(body) - end} bytes belong to no tensor")
+    # as the header names them: the order of the data is a matter of alignment
+    return {name: tensors[name] for name in header}, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _start(item: tuple[str, Any]) -> tuple[int, int]:
+    """Where a tensor's data begin and end; 0 for an entry that will be refused."""
+    try:
+        first, last = item[1]["data_offsets"]
+        return operator.index(first), operator.index(last)
+    except (LookupError, TypeError, ValueError):
+        return 0, 0
+
+
+def _entry(path: Any, name: str, entry: Any) -> tuple[str, Ints, tuple[int, int]]:
+    """dtype, shape and offsets of a tensor, checked against each other."""
+    try:
+        dtype, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
+        first, last = (operator.index(n) for n in entry["data_offsets"])
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{path}: the header's entry of tensor {name!r} is damaged") from None
+    if dtype not in _DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} is of type {dtype}, which cannot be read")
+    size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+    if min(shape, default=0) < 0 or not 0 <= first <= last or last - first != size:
+        raise ValueError(
+            f"{path}: tensor {name!r} of shape {shape} has {last - first} bytes, not {size}"
+        )
+    return dtype, shape, (first, last)
+
+
+def _tensor(data: memoryview, dtype: str, shape: Ints) -> Array:
+    flat = np.frombuffer(data, _DTYPES[dtype])
+    if dtype == "BF16":  # the upper half of a float32
+        flat = (flat.astype("<u4") << 16).view("<f4")
+    return flat.reshape(shape)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Array], metadata: Mapping[str, str]
+) -> None:
+    """Write a ``.safetensors`` file, whole or not at all."""
+    # The longest elements first, as the format asks: then every tensor lies aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        dtype = _NAMES.get(tensor.dtype.newbyteorder("<"))
+        if dtype is None:
+            raise TypeError(f"tensor {name!r} of type {tensor.dtype} cannot be written")
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(part, "xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                tensor = tensors[name]
+                file.write(tensor.astype(tensor.dtype.newbyteorder("<"), order="C").tobytes())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

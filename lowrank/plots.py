@@ -1,0 +1,212 @@
+"""Pictures: error against cost, and a filter with its separable form.  Needs matplotlib."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank._typing import Array
+from lowrank.factorization import Factorization
+from lowrank.search import Candidate, Frontier
+
+#: A colour and a mark a family: Okabe and Ito's palette, which the colour-blind tell apart,
+#: and the mark for those that share a colour.
+LOOK = {
+    "dense": ("#555555", "*"),
+    "encode": ("#0072b2", "o"),
+    "decode": ("#0072b2", "s"),
+    "spatial": ("#d55e00", "o"),
+    "basis": ("#d55e00", "s"),
+    "decouple": ("#009e73", "o"),
+    "kronecker": ("#e69f00", "o"),
+    "cp": ("#cc79a7", "o"),
+    "cp3": ("#cc79a7", "s"),
+    "jaderberg": ("#cc79a7", "^"),
+    "filter": ("#cc79a7", "D"),
+    "tucker": ("#56b4e9", "o"),
+    "tucker_full": ("#56b4e9", "s"),
+    "tucker_cp": ("#56b4e9", "^"),
+    "tensor_train": ("#000000", "o"),
+}
+
+#: The same data give the same file, byte for byte.
+_STEADY: dict[str, dict[str, Any]] = {
+    ".svg": {"Date": None},
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None, "ModDate": None},
+}
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "lowrank",
+    "pdf.fonttype": 42,
+}
+_AXIS_LABELS = {
+    "macs": "multiply-adds",
+    "params": "parameters",
+    "traffic": "elements moved, stage by stage",
+    "fused": "elements moved, fused",
+    "peak": "elements held at once",
+}
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """`path`, if a picture can be written there; before the work, not after it."""
+    path = Path(path)
+    if path.suffix.lower() not in _STEADY:
+        raise ValueError(f"{path}: a picture ends in {', '.join(_STEADY)}, not {path.suffix!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    return path
+
+
+def error_against_cost(
+    fronts: Sequence[Frontier],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    pick: Candidate | None = None,
+) -> None:
+    """Draw frontiers into one picture, each candidate with the look of its family.
+
+    Parameters
+    ----------
+    fronts : sequence of Frontier
+        Such as one of each family, which draws what every family can do.
+    path : path
+        ``.svg``, ``.png`` or ``.pdf``.
+    title : str
+        Above the picture.
+    pick : Candidate, optional
+        Ringed and named.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or the ending is unknown.
+    ImportError
+        If matplotlib is missing.
+    """
+    path = check_path(path)
+    if not fronts:
+        raise ValueError("there are no frontiers to draw")
+    axis = fronts[0].axis
+    figure, axes = _figure(6.4, 4.2)
+    whole = getattr(fronts[0].dense.cost, axis)
+    curves: dict[tuple[str, str], list[Candidate]] = {}
+    for front in fronts:
+        for c in front:
+            curves.setdefault((c.family, c.form), []).append(c)
+    seen: set[str] = set()
+    for (family, _), candidates in curves.items():
+        colour, mark = LOOK[family]
+        points = sorted((getattr(c.cost, axis) / whole, c.error) for c in candidates)
+        axes.plot(
+            *zip(*points),
+            color=colour,
+            marker=mark,
+            markersize=9 if family == "dense" else 3.5,
+            linewidth=0.8 if len(fronts) > 1 else 0,
+            alpha=0.9,
+            clip_on=family != "dense",
+            label="_" if family in seen else family,
+            zorder=3 if family == "dense" else 2,
+        )
+        seen.add(family)
+    if pick is not None:
+        x, y = getattr(pick.cost, axis) / whole, pick.error
+        axes.plot(
+            [x], [y], "o", markersize=12, fillstyle="none", color="black", clip_on=False,
+            zorder=4, label="_",
+        )  # fmt: skip
+        rank = ",".join(map(str, pick.rank))
+        axes.annotate(
+            f"{pick.name} {rank}".strip(), (x, y), (9, 9), textcoords="offset points", zorder=4
+        )
+    axes.set(
+        xscale="log",
+        xlim=(None, 1.0),
+        ylim=(0, None),
+        xlabel=f"{_AXIS_LABELS[axis]}, share of the dense kernel's {whole:,}",
+        ylabel="relative error of the weights",
+        title=title,
+    )
+    ticks = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    low = axes.get_xlim()[0]
+    axes.set_xticks([t for t in ticks if t >= low], minor=False)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
+
+
+def filter_and_form(
+    kernel: Array, chain: Factorization, path: str | os.PathLike[str], *, title: str = ""
+) -> None:
+    """Draw a 2-D filter, its separable form multiplied out, and what is left between them.
+
+    Parameters
+    ----------
+    kernel : ndarray, shape (h, w)
+        The filter.
+    chain : Factorization
+        From :func:`lowrank.filters.separate`.
+    path : path
+        ``.svg``, ``.png`` or ``.pdf``.
+    title : str
+        Above the picture.
+
+    Raises
+    ------
+    ValueError
+        If the kernel has not two axes, or the ending is unknown.
+    ImportError
+        If matplotlib is missing.
+    """
+    path = check_path(path)
+    kernel = np.asarray(kernel, np.float64)
+    if kernel.ndim != 2:
+        raise ValueError(f"only filters over two axes are drawn, got shape {kernel.shape}")
+    form = chain.to_dense()[0, 0]
+    figure, axes = _figure(7.0, 2.9, 3)
+    largest = float(np.abs(kernel).max()) or 1.0
+    passes = " + ".join("x".join(map(str, s.weight.shape[2:])) for s in chain.stages)
+    parts = {
+        f"filter, {kernel.shape[0]}x{kernel.shape[1]}": kernel,
+        f"passes {passes}": form,
+        f"difference, {chain.error(kernel[None, None]):.2g} of it": form - kernel,
+    }
+    for ax, (name, values) in zip(axes, parts.items()):
+        shown = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        ax.set_title(name, fontsize=9)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    figure.colorbar(shown, ax=list(axes), shrink=0.8)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of its own, which no global state of matplotlib knows of."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'lowrank[cli]'") from None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((width, height), layout="constrained")
+        axes = figure.subplots(1, columns)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(path, dpi=150, metadata=_STEADY[path.suffix.lower()])

@@ -1,0 +1,62 @@
+"""The kernel tests once more, with the engine built under the address and undefined-behaviour
+sanitizers: nothing is read or written out of bounds."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def library(name):
+    """Path of a run-time library of gcc, or None."""
+    if not shutil.which("gcc"):
+        return None
+    path = subprocess.run(
+        ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return path if os.path.isabs(path) else None
+
+
+@pytest.mark.full
+def test_the_kernels_stay_in_bounds(tmp_path):
+    libraries = [library("libasan.so"), library("libubsan.so")]
+    if None in libraries:
+        pytest.skip("gcc has no sanitizers here")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("lowrank", "tests"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "_core.c")
+        )
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=os.environ | {"CFLAGS": flags, "LDFLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode == 0, build.stderr[-2000:]
+    # A sanitized process that forks with threads about waits for its parent's locks.
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "not forked"]
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "LD_PRELOAD": " ".join(map(str, libraries)),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "PYTHONPATH": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert " passed" in run.stdout
