@@ -179,7 +179,7 @@ def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
                 continue
             front = search.frontier(conv, at, families, axis=axis)
             below = [c.error for c in front if getattr(c.cost, axis) <= half]
-            errors[column] = min(below, default=1.0)
+            errors[column] = min(below, default=None)  # None: no chain costs so little
     return {
         "layer": layer.name,
         "family": conv.family,
@@ -617,7 +617,10 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 def _progress(total: int) -> Iterator[Any]:
     """A bar on stderr, gone when done; calling what it gives begins the next part."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("reading", total=total)
         started = False
 
