@@ -64,9 +64,9 @@ def set_up(groups: list[str]) -> None:
         if not own_pip:
             run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "-q", "pip")
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "install", "-q", "--upgrade", "pip>=25.1")
+    quietly(*pip, "install", "--upgrade", "pip>=25.1")
     wanted = [word for group in groups for word in ("--group", group)]
-    run(*pip, "install", "-q", "-e", ".", *wanted)
+    quietly(*pip, "install", "-e", ".", *wanted)
     stamp.write_text(digest.hexdigest())
 
 
@@ -78,6 +78,14 @@ def run(*command: str | Path) -> None:
     status = subprocess.run(words, cwd=ROOT, env=env, check=False).returncode
     if status:
         raise SystemExit(status)
+
+
+def quietly(*command: str | Path) -> None:
+    """The same, but what it says is shown only if it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}{done.stderr}\nfailed: {' '.join(words)}")
 
 
 def main(arguments: list[str]) -> None:

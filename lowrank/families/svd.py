@@ -128,8 +128,8 @@ def _spatial_forms(kernel: Kernel) -> tuple[str, ...]:
 
 
 def _basis_forms(kernel: Kernel) -> tuple[str, ...]:
-    if kernel.pointwise:
-        raise NotApplicable("basis needs a spatial kernel")
+    if kernel.pointwise or kernel.outs * kernel.ins < 2:
+        raise NotApplicable("basis needs a spatial kernel and two filters a group")
     return tuple(
         _joined(some)
         for n in range(len(kernel.axes), 0, -1)

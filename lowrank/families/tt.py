@@ -68,12 +68,14 @@ def _with_units(car: str, kernel: Kernel) -> str:
 
 def _forms(conv: Factorization) -> tuple[str, ...]:
     kernel = kernel_of(conv)
-    if kernel.pointwise or min(kernel.outs, kernel.ins) < 2:
-        raise NotApplicable(
-            "tensor_train needs a spatial kernel and two channels in and out of a group"
-        )
     long = ["".join(a for a in axes if _taps(kernel, a) > 1) for axes in kernel.axes]
-    forms = ["-".join(("s", *long, "t"))]
+    channels = min(kernel.outs, kernel.ins) > 1
+    if kernel.pointwise or not (channels or len(long) > 2):
+        raise NotApplicable(
+            "tensor_train needs a spatial kernel, and two channels in and out of a group "
+            "or three axes"
+        )
+    forms = ["-".join(("s", *long, "t"))] if channels else []
     if len(long) > 2:
         forms.append("-".join(("s" + long[0], *long[1:-1], long[-1] + "t")))
     return tuple(forms)

@@ -1,0 +1,237 @@
+"""What every family promises, on every kind of convolution that it takes."""
+
+import numpy as np
+import pytest
+
+import lowrank as lr
+from lowrank import reference
+from lowrank.cost import chain_cost
+from lowrank.families import FAMILIES, NotApplicable
+
+# Fits are made in float64 from a kernel of norm about 1, by a few matrix products of at most
+# a few thousand terms: 1e-12 is room enough.
+TIGHT = 1e-12
+# Errors come as the root of a difference of squares, which loses half of the digits at 0.
+ROOT = 5e-7
+
+
+def random(*shape, seed=0, **options):
+    return lr.dense(np.random.default_rng(seed).standard_normal(shape), **options)
+
+
+#: One convolution of each kind, with an input size.
+CONVS = {
+    "2-D": (random(6, 8, 3, 3, padding=1), (7, 8)),
+    "1-D": (random(6, 8, 5, stride=2, padding=(((1, 3),))), (11,)),
+    "3-D": (random(4, 6, 3, 3, 3, padding=1, stride=(1, 2, 1)), (5, 6, 7)),
+    "oblong": (random(6, 4, 2, 5, stride=(2, 1), dilation=(1, 2), padding=(1, (3, 2))), (8, 9)),
+    "grouped": (random(8, 4, 3, 3, groups=2, stride=2, padding=1), (8, 7)),
+    "depthwise": (random(8, 1, 3, 5, groups=8, padding="same"), (6, 7)),
+    "pointwise": (random(6, 8, 1, 1), (5, 5)),
+    "one axis": (random(6, 8, 1, 5, stride=2), (5, 9)),
+    "one in": (random(8, 1, 5, 5), (9, 9)),
+    "one out": (random(1, 8, 5, 5, padding=2), (9, 9)),
+    "one filter": (random(1, 1, 5, 7), (9, 9)),
+    "one volume filter": (random(1, 1, 3, 5, 3), (6, 6, 6)),
+    "transposed": (random(6, 8, 3, 3, stride=2, padding=1, transposed=True), (4, 5)),
+    "transposed, grouped": (random(8, 3, 3, 3, stride=2, groups=2, transposed=True), (4, 5)),
+    "reflected": (random(6, 4, 3, 5, padding=(1, 2), padding_mode="reflect", stride=2), (7, 8)),
+    "circular": (random(6, 4, 3, 3, padding=2, padding_mode="circular", dilation=2), (7, 8)),
+    "symmetric": (random(6, 4, 3, 5, padding=(1, 2), padding_mode="symmetric"), (7, 8)),
+    "replicated": (random(6, 4, 4, 4, padding=((1, 2), (2, 1)), padding_mode="replicate"), (7, 8)),
+    "constant": (random(6, 4, 3, 3, padding=1, padding_mode="constant", value=-1.5), (7, 8)),
+}  # fmt: skip
+
+MANY = {"cp", "cp3", "tucker", "tucker_full", "tucker_cp", "tensor_train", "kronecker"}
+ONE_AXIS = {"spatial", "cp3", "jaderberg", "filter"}
+#: Families that have nothing to offer, and where; everywhere else all but `filter` must.
+LEFT_OUT = {
+    "1-D": ONE_AXIS,
+    "one axis": ONE_AXIS,
+    "depthwise": set(FAMILIES) - {"spatial"},
+    "pointwise": set(FAMILIES) - {"encode", "kronecker"},
+    "one in": MANY | {"decode", "filter"},
+    "one out": MANY | {"encode", "jaderberg", "filter"},
+    "one filter": set(FAMILIES) - {"spatial"},
+    "one volume filter": set(FAMILIES) - {"spatial", "tensor_train", "filter"},
+    "transposed, grouped": {"kronecker", "filter"},  # three channels do not split
+}
+
+
+def applicable():
+    """(convolution, family, form) of all that applies."""
+    for kind, (conv, _) in CONVS.items():
+        for name, family in FAMILIES.items():
+            try:
+                forms = family.forms(conv)
+            except NotApplicable:
+                continue
+            for form in forms:
+                yield pytest.param(kind, name, form, id=f"{kind}, {name} {form}".strip())
+
+
+PAIRS = list(applicable())
+
+
+def some(points, most=6):
+    """At most `most` of a sweep, its ends among them."""
+    points = list(points)
+    at = np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))
+    return [points[i] for i in at]
+
+
+@pytest.mark.parametrize(("kind", "name", "form"), PAIRS)
+def test_a_sweep_tells_the_truth(kind, name, form):
+    conv, size = CONVS[kind]
+    family, weight = FAMILIES[name], conv.to_dense()
+    points = list(family.sweep(conv, form))
+    assert points
+    assert len({p.rank for p in points}) == len(points)
+    for p in some(points):
+        stages = p.build()
+        f = lr.chain(stages, groups=conv.groups)
+        error = lr.Factorization(stages, conv.geometry, conv.groups).error(weight)
+        if family.exact:
+            assert error == pytest.approx(p.error, abs=ROOT)
+            assert p.bound == p.error
+        else:
+            assert error <= p.error + ROOT
+        assert p.bound <= error + ROOT
+        assert p.bound == pytest.approx(family.bound(conv, p.rank, form), abs=ROOT)
+        # priced without weights as with them
+        assert all(np.isnan(s.weight.flat[0]) for s in p.stages)
+        shape = (conv.in_channels, *size)
+        assert chain_cost(p.stages, shape) == chain_cost(stages, shape)
+        assert f.output_shape(size) == conv.output_shape(size)
+
+
+@pytest.mark.parametrize(("kind", "name", "form"), PAIRS)
+def test_stages_are_the_dense_kernel_that_they_multiply_out_to(rng, kind, name, form):
+    conv, size = CONVS[kind]
+    x = rng.standard_normal((2, conv.in_channels, *size))
+    p = some(FAMILIES[name].sweep(conv, form), 3)[1]
+    f = FAMILIES[name].fit(conv, p.rank, form)
+    g = conv.geometry
+    same = lr.dense(
+        f.to_dense(), stride=g.stride, padding=g.padding, dilation=g.dilation,
+        groups=conv.groups, padding_mode=g.padding_mode, value=g.value,
+        transposed=conv.transposed, output_padding=g.output_padding,
+    )  # fmt: skip
+    expected = reference.run_chain(same.stages, x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(reference.run_chain(f.stages, x), expected, atol=TIGHT * scale)
+    np.testing.assert_allclose(f(x), expected, atol=TIGHT * scale)
+    assert (f.family, f.form, f.rank) == (name, form, p.rank)
+    assert f.geometry == conv.geometry
+
+
+@pytest.mark.parametrize(("kind", "name", "form"), PAIRS)
+def test_full_rank_is_exact(kind, name, form):
+    conv, _ = CONVS[kind]
+    family = FAMILIES[name]
+    if not family.exact and name not in ("tucker", "tucker_full", "tensor_train"):
+        pytest.skip("CP of full rank is exact in theory; iterations need not get there")
+    if name == "tensor_train":
+        # large enough for any train; what is too large is refused with the limits
+        with pytest.raises(ValueError, match="rank") as refusal:
+            family.fit(conv, (10**9,) * form.count("-"), form)
+        limits = str(refusal.value).split("from ")[1].split(", got")[0]
+        rank = tuple(int(limit.split(" to ")[1]) for limit in limits.split(", "))
+    else:
+        rank = max(p.rank for p in family.sweep(conv, form))
+        if name in ("tucker", "tucker_full"):
+            rank = tuple(max(p.rank[k] for p in family.sweep(conv, form)) for k in range(len(rank)))
+    assert family.fit(conv, rank, form).error(conv.to_dense()) < ROOT
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_who_does_not_apply_says_so(kind):
+    conv, size = CONVS[kind]
+    left_out = lr.frontier(conv, size).left_out
+    for name in FAMILIES:
+        if name in left_out:
+            with pytest.raises(NotApplicable, match=name):
+                FAMILIES[name].fit(conv, 1, None)
+    assert set(left_out) == LEFT_OUT.get(kind, {"filter"})
+
+
+# Powers of two near 1e-30 and 1e30: exact, so that iterations take the same path.
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scale_changes_nothing(name, scale):
+    shape = (1, 1, 3, 3, 3) if name == "filter" else (6, 8, 3, 3)
+    conv = random(*shape)
+    scaled = lr.dense(conv.to_dense() * scale)
+    for form in FAMILIES[name].forms(conv):
+        pairs = zip(FAMILIES[name].sweep(conv, form), FAMILIES[name].sweep(scaled, form))
+        for a, b in some(pairs, 3):
+            assert a.rank == b.rank
+            assert a.error == b.error
+            f = lr.Factorization(b.build(), scaled.geometry)
+            assert f.error(scaled.to_dense()) <= b.error + ROOT
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_constant_kernels_have_rank_one(name, value):
+    shape = (1, 1, 3, 3, 3) if name == "filter" else (6, 8, 3, 3)
+    conv = lr.dense(np.full(shape, value))
+    for form in FAMILIES[name].forms(conv):
+        p = next(iter(FAMILIES[name].sweep(conv, form)))
+        f = FAMILIES[name].fit(conv, p.rank, form)
+        assert all(np.isfinite(s.weight).all() for s in f.stages)
+        assert f.error(conv.to_dense()) < ROOT
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_stays_float32_and_inputs_stay_as_they_were(name):
+    shape = (1, 1, 3, 3, 3) if name == "filter" else (6, 8, 3, 3)
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    before = weight.copy()
+    conv = lr.dense(weight, np.ones(shape[0], np.float32))
+    form = FAMILIES[name].forms(conv)[0]
+    p = some(FAMILIES[name].sweep(conv, form), 3)[1]
+    f = FAMILIES[name].fit(conv, p.rank, form)
+    assert f.dtype == np.float32
+    np.testing.assert_array_equal(f.bias, conv.bias)
+    np.testing.assert_array_equal(weight, before)
+    x = np.ones((1, shape[1], *(6,) * (len(shape) - 2)), np.float32)
+    assert f(x).dtype == np.float32
+
+
+def test_singular_values_are_split_evenly(rng):
+    f = lr.spatial(random(16, 16, 3, 3), 8)
+    a, b = (np.linalg.norm(s.weight.astype(float)) for s in f.stages)
+    assert a == pytest.approx(b)
+
+
+def test_spatial_error_is_the_tail_of_the_spectrum():
+    conv = random(6, 4, 3, 3)
+    matrix = conv.to_dense().transpose(1, 2, 0, 3).reshape(12, 18)
+    s = np.linalg.svd(matrix, compute_uv=False)
+    for rank in (1, 5, 12):
+        tail = np.sqrt((s[rank:] ** 2).sum() / (s**2).sum())
+        assert lr.spatial(conv, rank, "h-w").error(conv.to_dense()) == pytest.approx(tail, abs=ROOT)
+
+
+def test_a_kronecker_sum_is_found_again(rng):
+    # two terms of (3, 4, 1, 3) (x) (2, 2, 3, 1): B's tap (i, j) inside A's (I, J)
+    a, b = rng.standard_normal((2, 3, 4, 1, 3)), rng.standard_normal((2, 2, 2, 3, 1))
+    weight = sum(np.kron(a[r], b[r]) for r in range(2))
+    f = lr.kronecker(lr.dense(weight), 2, "2x2x3x1 first")
+    assert f.error(weight) < ROOT
+    assert f.params == a.size + b.size
+
+
+def test_a_cp_sum_is_found_again(rng):
+    factors = [rng.standard_normal((n, 3)) for n in (12, 10, 3, 3)]
+    weight = np.einsum("ar,br,cr,dr->abcd", *factors)
+    assert lr.cp(lr.dense(weight), 3).error(weight) < 1e-3
+
+
+def test_weights_are_built_only_on_demand(monkeypatch):
+    # of the frontier of a large layer no candidate may hold its weights
+    front = lr.frontier(random(64, 64, 3, 3), (8, 8), ["spatial", "encode", "kronecker"])
+    held = [s.weight for c in front if c._point for s in c._point.stages]
+    assert len(held) > 20
+    assert all(w.strides == (0,) * w.ndim for w in held)
