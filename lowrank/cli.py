@@ -29,7 +29,7 @@ from lowrank import filters, io, plots, report, search
 from lowrank._typing import Array, Ints
 from lowrank.cost import Cost
 from lowrank.factorization import Factorization, dense
-from lowrank.families import FAMILIES, NotApplicable
+from lowrank.families import FAMILIES, applicable
 from lowrank.geometry import PADDING_MODES
 from lowrank.weights import Layer, layers, read_weights
 
@@ -173,8 +173,10 @@ def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
         axis = "params" if size is None else "macs"
         at = size or tuple(conv.geometry.extent(conv.stages[0].kernel))
         half = getattr(conv.cost(at), axis) / 2
-        for column, families in _SEPARABLE.items():
-            if not all(_applies(f, conv) for f in families):
+        known = applicable(conv)
+        for column, wanted in _SEPARABLE.items():
+            families = [f for f in wanted if f in known]
+            if not families:
                 errors[column] = None
                 continue
             front = search.frontier(conv, at, families, axis=axis)
@@ -191,13 +193,6 @@ def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
         "macs": None if cost is None else cost.macs,
         "error_at_half": errors,
     }
-
-
-def _applies(family: str, conv: Factorization) -> bool:
-    try:
-        return bool(FAMILIES[family].forms(conv))
-    except NotApplicable:
-        return False
 
 
 def _geometry(conv: Factorization) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from lowrank.factorization import Factorization
 from lowrank.families import cp as _cp
 from lowrank.families import svd as _svd
 from lowrank.families import tt as _tt
 from lowrank.families import tucker as _tucker
 from lowrank.families.family import Family, NotApplicable, Point
 
-__all__ = ["FAMILIES", "Family", "NotApplicable", "Point"]
+__all__ = ["FAMILIES", "Family", "NotApplicable", "Point", "applicable"]
 
 #: Every family by name, in the order in which tables show them.
 FAMILIES: dict[str, Family] = {
@@ -17,3 +18,23 @@ FAMILIES: dict[str, Family] = {
     **_tucker.FAMILIES,
     **_tt.FAMILIES,
 }
+
+
+def applicable(conv: Factorization) -> dict[str, tuple[str, ...]]:
+    """Families that have something to offer for a convolution, with their forms.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.families import applicable
+    >>> applicable(lowrank.dense(np.ones((8, 1, 3, 3)), groups=8))
+    {'spatial': ('h-w', 'w-h')}
+    """
+    found = {}
+    for name, family in FAMILIES.items():
+        try:
+            found[name] = family.forms(conv)
+        except NotApplicable:
+            continue
+    return found
