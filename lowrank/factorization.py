@@ -12,7 +12,7 @@ import numpy as np
 from lowrank import algebra, backends
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
-from lowrank.geometry import Geometry
+from lowrank.geometry import Geometry, integers
 from lowrank.stage import Stage
 
 
@@ -376,7 +376,8 @@ def dense(
         raise ValueError("output_padding belongs to transposed convolutions")
     if not math.isfinite(value):
         raise ValueError(f"value must be finite, got {value}")
-    if not isinstance(groups, int) or groups < 1 or w.shape[0] % groups:
+    (groups,) = integers("groups", groups, 1)
+    if groups < 1 or w.shape[0] % groups:
         raise ValueError(
             f"groups must be at least 1 and divide the {w.shape[0]} channels of the "
             f"weight's first axis, got {groups!r}"
@@ -438,7 +439,7 @@ def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     array = np.asarray(value)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)
-    if array.dtype not in (np.float32, np.float64):
+    if array.dtype.newbyteorder("=") not in (np.float32, np.float64):
         raise TypeError(
             f"{name} must be float32 or float64 (or a half precision), got {array.dtype}: "
             "convert it first, for example with .astype('float32')"

@@ -12,6 +12,7 @@ from lowrank import search
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.factorization import Factorization, dense
 from lowrank.families import FAMILIES
+from lowrank.geometry import integers
 
 #: scipy.ndimage's names of the border modes, and ours.
 MODES: dict[str, PaddingMode] = {
@@ -207,7 +208,7 @@ def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.
     >>> filters.gauss(1.0).shape, filters.gauss([1.0, 2.0, 2.0]).shape
     ((9, 9), (9, 17, 17))
     """
-    sigmas = [sigma] * ndim if isinstance(sigma, int | float) else list(sigma)
+    sigmas = [float(s) for s in np.broadcast_to(sigma, ndim)]
     lines = [_bell(_positive("sigma", s), truncate) for s in sigmas]
     return _outer([g / g.sum() for g in lines])
 
@@ -333,6 +334,7 @@ def _kernel(kernel: Any) -> Array:
     k = np.asarray(kernel)
     if k.dtype.kind in "iub":
         k = k.astype(np.float64)
+    k = k.astype(k.dtype.newbyteorder("="), copy=False)
     if k.dtype not in (np.float32, np.float64):
         raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
     if k.ndim not in (1, 2, 3) or k.size == 0:
@@ -347,9 +349,7 @@ def _mode(mode: str) -> PaddingMode:
 
 
 def _origins(origin: int | Sequence[int], taps: Ints) -> Ints:
-    origins = (origin,) * len(taps) if isinstance(origin, int) else tuple(origin)
-    if len(origins) != len(taps):
-        raise ValueError(f"origin must have {len(taps)} entries, got {origin!r}")
+    origins = integers("origin", origin, len(taps))
     for o, n in zip(origins, taps):
         if not -(n // 2) <= o <= (n - 1) // 2:
             raise ValueError(
@@ -359,8 +359,9 @@ def _origins(origin: int | Sequence[int], taps: Ints) -> Ints:
 
 
 def _work_dtype(image: Array) -> np.dtype[Any]:
-    if image.dtype in (np.float32, np.float64):
-        return image.dtype.newbyteorder("=")
+    native = image.dtype.newbyteorder("=")
+    if native in (np.float32, np.float64):
+        return native
     if image.dtype.kind in "iu":
         return np.dtype(np.float32 if image.dtype.itemsize <= 2 else np.float64)
     raise TypeError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, SupportsIndex, get_args
 
 from lowrank._typing import Ints, PaddingMode, Pads
 
@@ -114,17 +115,14 @@ class Geometry:
         >>> Geometry.of(2, padding=[1, (0, 2)]).padding
         ((1, 1), (0, 2))
         """
-        pads = [padding] * ndim if isinstance(padding, int) else list(padding)
-        if len(pads) != ndim:
-            raise ValueError(f"padding must have {ndim} entries, got {padding!r}")
-        pairs = [_ints("padding", p, 2) for p in pads]
+        pairs = [integers("padding", p, 2) for p in _entries("padding", padding, ndim)]
         return cls(
-            _ints("stride", stride, ndim),
+            integers("stride", stride, ndim),
             tuple((a, b) for a, b in pairs),
-            _ints("dilation", dilation, ndim),
+            integers("dilation", dilation, ndim),
             padding_mode,
             float(value),
-            _ints("output_padding", output_padding, ndim),
+            integers("output_padding", output_padding, ndim),
         )
 
     @property
@@ -209,13 +207,21 @@ class Geometry:
         return out
 
 
-def _ints(name: str, value: object, n: int) -> Ints:
-    """`value` as `n` integers; one integer stands for all."""
-    values = [value] * n if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-    if len(values) != n:
+def _entries(name: str, value: Any, n: int) -> list[Any]:
+    """`value` as `n` entries; one integer stands for all."""
+    if isinstance(value, SupportsIndex) and not getattr(value, "shape", ()):
+        return [value] * n
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be an integer or {n} of them, got {value!r}")
+    entries = list(value)
+    if len(entries) != n:
         raise ValueError(f"{name} must have {n} entries, got {value!r}")
+    return entries
+
+
+def integers(name: str, value: Any, n: int) -> Ints:
+    """`value` as `n` integers; one integer stands for all."""
     try:
-        exact = tuple(v.__index__() for v in values)
-    except AttributeError:
-        raise TypeError(f"{name} must be integers, got {value!r}") from None
-    return exact
+        return tuple(operator.index(v) for v in _entries(name, value, n))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or {n} of them, got {value!r}") from None

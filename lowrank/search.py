@@ -140,7 +140,12 @@ class Frontier(Sequence[Candidate]):
         return self._candidates[-1]
 
     def within(self, error: float) -> Candidate:
-        """The cheapest candidate with at most this error; the dense kernel always is one."""
+        """The cheapest candidate with at most this error; the dense kernel always is one.
+
+        Raises ValueError if `error` is negative or NaN.
+        """
+        if not error >= 0:
+            raise ValueError(f"max_error must be at least 0, got {error!r}")
         return next(c for c in self if c.error <= error)
 
     def affordable(self, amount: float) -> Candidate:
@@ -384,7 +389,15 @@ def _at_rank(
             )
     if not tried:
         raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(why))
-    return min(tried, key=lambda c: (c.error, c.cost.macs))
+    axis, whole = found.axis, getattr(found.dense.cost, found.axis)
+    cheaper = [c for c in tried if getattr(c.cost, axis) < whole]
+    if not cheaper:
+        least = min(tried, key=lambda c: float(getattr(c.cost, axis)))
+        raise ValueError(
+            f"nothing of rank {rank!r} saves {axis}: {least.name} takes "
+            f"{getattr(least.cost, axis)}, the dense kernel {whole}; ask for a lower rank"
+        )
+    return min(cheaper, key=lambda c: (c.error, c.cost.macs))
 
 
 def _amount(axis: str, budget: float | int | str, whole: int) -> float:

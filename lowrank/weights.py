@@ -147,8 +147,9 @@ def layers(path: str | os.PathLike[str]) -> list[Layer]:
     found = []
     for name, tensor in tensors.items():
         if tensor.ndim in (3, 4, 5) and tensor.dtype.kind == "f" and tensor.size:
-            short = name.removesuffix(".weight")
-            bias = tensors.get(f"{short}.bias")
+            stem = name.removesuffix("weight")
+            short = stem.rstrip(".") or path.stem
+            bias = tensors.get(stem + "bias") if stem != name else None
             if bias is not None and bias.shape != tensor.shape[:1]:
                 bias = None
             conv = _conv(f"{path}: {name}", tensor, bias, {"padding": "same"})

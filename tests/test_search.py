@@ -85,6 +85,11 @@ def test_the_pick_by_rank_is_of_that_rank(conv):
     assert lr.approximate(conv, SIZE, rank=(4, 3), families=["tucker"]).rank == (4, 3)
 
 
+def test_a_rank_that_saves_nothing_is_refused(conv):
+    with pytest.raises(ValueError, match="lower rank"):
+        lr.approximate(conv, SIZE, rank=48, families=["spatial"])
+
+
 def test_choose_takes_an_axis(conv):
     front, pick = choose(conv, SIZE, max_error=0.3, axis="params")
     assert front.axis == "params"

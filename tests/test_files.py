@@ -1,0 +1,313 @@
+"""Chains and weights in files: exact round trips, and what hostile or foreign files get."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+import lowrank as lr
+from lowrank import io
+from lowrank.weights import layers, read_weights
+
+
+@pytest.fixture
+def chains(rng):
+    w = rng.standard_normal((8, 6, 3, 3))
+    conv = lr.dense(w, rng.standard_normal(8), stride=2, padding=((1, 0), (2, 1)), dilation=2)
+    odd = lr.dense(w, padding=1, padding_mode="constant", value=0.1)
+    up = lr.dense(w, stride=2, transposed=True, output_padding=1)
+    stage = lr.Stage(rng.standard_normal((6, 2, 1)), lr.Geometry.of(1), 3, shuffle=(3, 2))
+    return {
+        "dense": conv,
+        "tucker": lr.tucker(conv, (4, 3)).astype(np.float32),
+        "tied": lr.kronecker(odd, 2, "2x2x1x1 last"),
+        "up": lr.cp(up, 5).astype(np.float16),
+        "shuffled": lr.chain([stage]),
+        "layer.1.conv": lr.spatial(conv, 3, "w-h"),
+    }
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path, chains):
+    path = tmp_path / "chains.safetensors"
+    lr.save(path, chains)
+    loaded = lr.load(path)
+    assert list(loaded) == list(chains)
+    for name, f in chains.items():
+        g = loaded[name]
+        assert repr(g) == repr(f)
+        assert (g.geometry, g.groups, g.form, g.dtype) == (f.geometry, f.groups, f.form, f.dtype)
+        for a, b in zip(g.stages, f.stages):
+            np.testing.assert_array_equal(a.weight, b.weight)
+            for field in ("geometry", "groups", "left", "right", "shuffle", "transposed"):
+                assert getattr(a, field) == getattr(b, field)
+        if f.bias is None:
+            assert g.bias is None
+        else:
+            np.testing.assert_array_equal(g.bias, f.bias)
+    assert [p.name for p in tmp_path.iterdir()] == ["chains.safetensors"]
+
+
+def test_loaded_chains_run(tmp_path, chains, rng):
+    path = tmp_path / "chains.safetensors"
+    lr.save(path, chains)
+    x = rng.standard_normal((1, 6, 12, 12)).astype(np.float32)
+    f = lr.load(path)["tucker"]
+    np.testing.assert_array_equal(f(x), chains["tucker"](x))
+
+
+@pytest.mark.full
+def test_other_readers_see_the_tensors(tmp_path, chains):
+    theirs = pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "chains.safetensors"
+    lr.save(path, chains)
+    seen = theirs.load_file(path)
+    ours, _ = io.read_tensors(path)
+    assert seen.keys() == ours.keys()
+    assert {"tucker.0.weight", "tucker.2.weight", "tucker.bias"} < seen.keys()
+    for name, tensor in seen.items():
+        np.testing.assert_array_equal(tensor, ours[name])
+
+
+def header(entries, body=b"", length=None):
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + body
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HOSTILE = {
+    "empty": b"",
+    "short": b"abc",
+    "text": b"this is no file of tensors, but it is long enough",
+    "length beyond the file": header({}, length=2**63),
+    "huge length": header({}, length=10**8),
+    "not JSON": header(b"{'a'"),
+    "not UTF-8": header(b"\xff\xfe{}"),
+    "deep": header(b"[" * 100_000),
+    "a list": header(b"[1, 2]"),
+    "a number": header(b"7"),
+    "metadata is a list": header({"__metadata__": [1]}),
+    "entry is a number": header({"a": 1}),
+    "no shape": header({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8)),
+    "unknown type": header({"a": entry("F8_E4M3", (8,))}, bytes(8)),
+    "shape is text": header({"a": entry(shape="ab")}, bytes(8)),
+    "shape of halves": header({"a": entry(shape=(0.5, 4))}, bytes(8)),
+    "negative shape": header({"a": entry(shape=(-1, -2))}, bytes(8)),
+    "overflowing shape": header({"a": entry(shape=(2**62, 2**62))}, bytes(8)),
+    "too few bytes": header({"a": entry(offsets=(0, 4))}, bytes(8)),
+    "beyond the data": header({"a": entry(offsets=(8, 16))}, bytes(8)),
+    "backwards": header({"a": entry(offsets=(8, 0))}, bytes(8)),
+    "negative offsets": header({"a": entry(offsets=(-8, 0))}, bytes(8)),
+    "overlap": header({"a": entry(), "b": entry()}, bytes(8)),
+    "hole": header({"a": entry(), "b": entry(offsets=(16, 24))}, bytes(24)),
+    "bytes left over": header({"a": entry()}, bytes(16)),
+    "cut short": header({"a": entry()}, bytes(7)),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_files_are_refused(tmp_path, what):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(HOSTILE[what])
+    for read in (lr.load, read_weights, layers):
+        with pytest.raises(ValueError, match=r"bad\.safetensors"):
+            read(path)
+
+
+def test_bfloat16_and_float16_are_read(tmp_path):
+    halves = np.array([1.5, -2.25], np.float32)
+    bits = (halves.view(np.uint32) >> 16).astype(np.uint16)
+    body = bits.tobytes() + halves.astype(np.float16).tobytes()
+    path = tmp_path / "half.safetensors"
+    entries = {"a": entry("BF16", (2,), (0, 4)), "b": entry("F16", (2,), (4, 8))}
+    path.write_bytes(header(entries, body))
+    found = read_weights(path)
+    assert found["a"].dtype == np.float32
+    np.testing.assert_array_equal(found["a"], halves)
+    np.testing.assert_array_equal(found["b"], halves)
+
+
+def record(path, change):
+    """The file's record of its chains, changed."""
+    tensors, metadata = io.read_tensors(path)
+    known = json.loads(metadata["lowrank"])
+    changed = change(known)
+    text = changed if isinstance(changed, str) else json.dumps(known)
+    io.write_tensors(path, tensors, {"lowrank": text})
+
+
+DAMAGE = {
+    "not JSON": (lambda r: "{", "damaged"),
+    "a list": (lambda r: "[]", "damaged"),
+    "a newer format": (lambda r: r.update(format=2), "format 2"),
+    "no stages": (lambda r: r["layers"]["f"].update(stages=[]), "stage"),
+    "a stage too many": (lambda r: r["layers"]["f"]["stages"].append({}), "lacks"),
+    "no geometry": (lambda r: r["layers"]["f"].pop("geometry"), "lacks 'geometry'"),
+    "groups of 0": (lambda r: r["layers"]["f"]["stages"][0].update(groups=0), "groups"),
+    "groups of text": (lambda r: r["layers"]["f"]["stages"][0].update(groups="2"), "damaged"),
+    "a long shuffle": (
+        lambda r: r["layers"]["f"]["stages"][0].update(shuffle=[1, 1, 1]),
+        "damaged",
+    ),
+    "a stride of 0": (lambda r: r["layers"]["f"]["geometry"].update(stride=[0, 1]), "stride"),
+    "an unknown border": (lambda r: r["layers"]["f"]["geometry"].update(padding_mode="x"), "mode"),
+    "layers in a list": (lambda r: r.update(layers=[1]), "damaged"),
+    "a layer of text": (lambda r: r["layers"].update(f="x"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_records_are_refused(tmp_path, rng, what):
+    path = tmp_path / "f.safetensors"
+    f = lr.spatial(lr.dense(rng.standard_normal((4, 4, 3, 3))), 2)
+    lr.save(path, {"f": f})
+    change, message = DAMAGE[what]
+    record(path, change)
+    with pytest.raises(ValueError, match=message):
+        lr.load(path)
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
+    path = tmp_path / "f.safetensors"
+    lr.save(path, {"f": lr.dense(np.ones((1, 1, 3)))})
+    tensors, metadata = io.read_tensors(path)
+    io.write_tensors(path, {k: v * np.nan for k, v in tensors.items()}, metadata)
+    with pytest.raises(ValueError, match="not finite"):
+        lr.load(path)
+
+
+def test_tensors_without_chains_say_what_to_do(tmp_path):
+    path = tmp_path / "w.safetensors"
+    io.write_tensors(path, {"w": np.ones((2, 2, 3))}, {})
+    with pytest.raises(ValueError, match=r"lowrank\.dense"):
+        lr.load(path)
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path):
+    path = tmp_path / "f.safetensors"
+    lr.save(path, {"f": lr.dense(np.ones((1, 1, 3)))})
+    before = path.read_bytes()
+    broken = np.array([None])
+    with pytest.raises(TypeError, match="'bad'"):
+        io.write_tensors(path, {"bad": broken}, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
+    with pytest.raises(TypeError, match="dict"):
+        lr.save(path, lr.dense(np.ones((1, 1, 3))))
+
+
+def test_layers_without_a_description(tmp_path, rng):
+    tensors = {
+        "a.weight": rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
+        "a.bias": np.ones(8, np.float32),
+        "fc.weight": np.ones((10, 8), np.float32),
+        "steps": np.array(7),
+        "line": np.ones((4, 8, 5)),
+        "counts": np.ones((2, 2, 3), np.int64),
+    }
+    np.savez(tmp_path / "net.npz", **tensors)
+    found = layers(tmp_path / "net.npz")
+    assert [x.name for x in found] == ["a", "line"]
+    assert found[0].conv.bias is not None
+    assert found[0].conv.output_shape((20, 21)) == (8, 20, 21)
+    np.save(tmp_path / "one.npy", tensors["line"])
+    assert [x.name for x in layers(tmp_path / "one.npy")] == ["one"]
+
+
+def test_layers_as_described(tmp_path):
+    np.savez(tmp_path / "net.npz", w=np.ones((4, 2, 3, 3)), v=np.ones((4, 2, 3, 3)), b=np.ones(2))
+    about = {
+        "conv_layers": [
+            {"weight": "w", "stride": [2, 1], "padding": [[0, 1], [1, 1]], "in_size": [8, 9]},
+            {
+                "name": "up", "weight": "v", "bias": "b", "stride": 2, "transposed": True,
+                "in_size": [4, 4], "out_size": [8, 8],
+            },
+        ]
+    }  # fmt: skip
+    (tmp_path / "net.json").write_text(json.dumps(about))
+    first, up = layers(tmp_path / "net.npz")
+    assert (first.name, first.input_size) == ("w", (8, 9))
+    assert first.conv.output_shape((8, 9)) == (4, 4, 9)
+    assert up.conv.output_shape((4, 4)) == (2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not describe"),
+        ("[]", "does not describe"),
+        ('{"conv_layers": [{}]}', "does not describe"),
+        ('{"conv_layers": [{"weight": "x"}]}', "'x'"),
+        ('{"conv_layers": [{"weight": "w", "bias": "x"}]}', "'x'"),
+        ('{"conv_layers": [{"weight": "w", "groups": 3}]}', "groups"),
+        ('{"conv_layers": [{"weight": "w", "stride": 0}]}', "stride"),
+        ('{"conv_layers": [{"weight": "w", "padding_mode": "odd"}]}', "padding_mode"),
+    ],
+)
+def test_wrong_descriptions_are_refused(tmp_path, text, message):
+    np.savez(tmp_path / "net.npz", w=np.ones((4, 2, 3, 3)))
+    (tmp_path / "net.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        layers(tmp_path / "net.npz")
+
+
+def test_files_that_are_not_what_their_ending_says(tmp_path):
+    for name in ("a.npy", "a.npz"):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(ValueError, match=name):
+            read_weights(tmp_path / name)
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=name):
+            read_weights(tmp_path / name)
+    np.save(tmp_path / "o.npy", np.array([{}], object))
+    with pytest.raises(ValueError, match="Python objects"):
+        read_weights(tmp_path / "o.npy")
+    with pytest.raises(ValueError, match=r"\.txt"):
+        read_weights(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"gone\.npy"):
+        read_weights(tmp_path / "gone.npy")
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        read_weights(tmp_path / "folder.npy")
+
+
+@pytest.mark.full
+def test_state_dicts_of_pytorch(tmp_path):
+    torch = pytest.importorskip("torch")
+    conv = torch.nn.Conv2d(3, 8, 3)
+    plain, wrapped, whole = (tmp_path / n for n in ("a.pt", "b.pth", "c.pt"))
+    torch.save(conv.state_dict(), plain)
+    torch.save({"epoch": 3, "state_dict": {"c.weight": conv.weight.bfloat16()}}, wrapped)
+    torch.save(conv, whole)
+    (found,) = layers(plain)
+    np.testing.assert_array_equal(found.conv.to_dense(), conv.weight.detach().numpy())
+    assert found.conv.bias is not None
+    assert [x.name for x in layers(wrapped)] == ["c"]
+    with pytest.raises(ValueError, match="state_dict"):
+        read_weights(whole)
+    (tmp_path / "d.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"d\.pt"):
+        read_weights(tmp_path / "d.pt")
+
+
+def test_without_pytorch_its_files_say_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    (tmp_path / "a.pt").write_bytes(b"x")
+    with pytest.raises(ImportError, match=r"lowrank\[torch\]"):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_every_net_reads_as_described(data):
+    count = 0
+    for path in sorted((data / "weights").glob("*.safetensors")):
+        about = json.loads(path.with_suffix(".json").read_text())["conv_layers"]
+        for layer, entry in zip(layers(path), about, strict=True):
+            count += 1
+            shape = layer.conv.output_shape(layer.input_size)
+            assert list(shape[1:]) == entry["out_size"]
+            assert layer.conv.cost(layer.input_size).macs == entry["macs"]
+    assert count > 80

@@ -1,0 +1,231 @@
+"""Filters in scipy.ndimage's manners, against scipy.ndimage."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.ndimage as ndi
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowrank as lr
+from lowrank import filters
+
+MODES = ["reflect", "constant", "nearest", "mirror", "wrap"]
+# Sums of at most 400 products of order 1: rounding of eps * 400, here with room.
+FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@given(
+    taps=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    mode=st.sampled_from(MODES),
+    convolve=st.booleans(),
+    draw=st.data(),
+)
+def test_correlate_is_that_of_scipy(taps, mode, convolve, draw):
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal(taps)
+    # scipy's mirror and wrap want an input as long as the border they make
+    x = rng.standard_normal(tuple(n + draw.draw(st.integers(0, 6)) for n in taps))
+    origin = [draw.draw(st.integers(-(n // 2), (n - 1) // 2)) for n in taps]
+    theirs = (ndi.convolve if convolve else ndi.correlate)(
+        x, kernel, mode=mode, cval=1.5, origin=origin
+    )
+    ours = filters.correlate(x, kernel, mode=mode, cval=1.5, origin=origin, convolve=convolve)
+    np.testing.assert_allclose(ours, theirs, **FLOAT64)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["gauss", "sobel", "log", "gabor", "disk", "motion"])
+def test_named_filters_are_exact_in_their_separable_form(rng, mode, name):
+    kernel = {
+        "gauss": filters.gauss(1.5),
+        "sobel": filters.sobel(),
+        "log": filters.log(1.2),
+        "gabor": filters.gabor(2.0, 5.0, angle=0.6),
+        "disk": filters.disk(4.0),
+        "motion": filters.motion(9, angle=0.4),
+    }[name]
+    x = rng.standard_normal((30, 33))
+    np.testing.assert_allclose(
+        filters.correlate(x, kernel, mode=mode), ndi.correlate(x, kernel, mode=mode), **FLOAT64
+    )
+
+
+def test_named_filters_are_those_of_scipy(rng):
+    x = rng.standard_normal((40, 41))
+    options = {"mode": "reflect"}
+    np.testing.assert_allclose(
+        filters.correlate(x, filters.gauss(2.0)), ndi.gaussian_filter(x, 2.0), **FLOAT64
+    )
+    for axis in (0, 1):
+        np.testing.assert_allclose(
+            filters.correlate(x, filters.sobel(axis)), ndi.sobel(x, axis, **options), **FLOAT64
+        )
+    v = rng.standard_normal((12, 13, 14))
+    np.testing.assert_allclose(
+        filters.correlate(v, filters.gauss([1.0, 2.0, 0.7], ndim=3)),
+        ndi.gaussian_filter(v, [1.0, 2.0, 0.7]),
+        **FLOAT64,
+    )
+    np.testing.assert_allclose(
+        filters.correlate(v, filters.sobel(1, ndim=3)), ndi.sobel(v, 1), **FLOAT64
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rank"),
+    [
+        (filters.gauss(2.0), 1),
+        (filters.sobel(), 1),
+        (filters.log(2.0), 2),
+        (filters.gabor(3.0, 6.0), 1),
+        (filters.gabor(3.0, 6.0, angle=0.5), 2),
+        (filters.motion(9), 1),
+    ],
+)
+def test_ranks_of_named_filters(kernel, rank):
+    assert filters.separate(kernel).rank == (rank,)
+
+
+def test_kernels_add_up_to_what_they_should():
+    assert filters.gauss(1.7).sum() == pytest.approx(1)
+    assert filters.disk(6.3).sum() == pytest.approx(1)
+    for angle in (0, 0.3, 1.2, 2.5):
+        assert filters.motion(11, angle=angle).sum() == pytest.approx(1)
+        kernel = filters.motion(11, angle=angle)
+        np.testing.assert_allclose(kernel, np.flip(kernel))  # does not shift the image
+    assert filters.log(2.0).sum() == pytest.approx(0, abs=1e-15)
+    np.testing.assert_array_equal(filters.disk(3), filters.disk(3).T)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.int32])
+def test_integers_round_to_even_and_saturate(rng, dtype):
+    limits = np.iinfo(dtype)
+    low, high = max(limits.min, -40_000), min(limits.max, 70_000)
+    x = rng.integers(low, high, (20, 21), dtype=dtype, endpoint=True)
+    kernel = np.array([[0.0, 0.5, 0.0], [0.5, 0.5, 0.5], [0.0, 0.5, 0.0]])
+    exact = ndi.correlate(x.astype(np.float64), kernel)
+    expected = np.clip(np.rint(exact), limits.min, limits.max).astype(dtype)
+    got = filters.correlate(x, kernel)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, expected)
+    assert (got == limits.max).any() or dtype == np.int32
+
+
+def test_float32_is_computed_in_float32(rng):
+    x = rng.standard_normal((20, 21)).astype(np.float32)
+    got = filters.correlate(x, filters.disk(3.0))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, ndi.correlate(x, filters.disk(3.0)), **FLOAT32)
+
+
+def test_axes_say_where_the_kernel_runs(rng):
+    colours = rng.standard_normal((12, 13, 3))
+    got = filters.correlate(colours, filters.gauss(1.0))
+    for c in range(3):
+        np.testing.assert_allclose(
+            got[..., c], ndi.gaussian_filter(colours[..., c], 1.0), **FLOAT64
+        )
+    stack = rng.standard_normal((5, 12, 13))
+    for axes in ((1, 2), (-2, -1), (0, 2), (2, 1)):
+        kernel = rng.standard_normal((3, 4))
+        got = filters.correlate(stack, kernel, axes=axes)
+        moved = np.moveaxis(stack, axes, (-2, -1))
+        planes = [ndi.correlate(p, kernel) for p in moved]
+        np.testing.assert_allclose(np.moveaxis(got, axes, (-2, -1)), planes, **FLOAT64)
+
+
+def test_a_cube_is_filtered_in_space_and_spectrum(rng):
+    # a rank-2 spatial filter times a spectral one: 2-D + 1-D, which no sum of 3 passes beats
+    space = filters.disk(2.0)
+    spectrum = np.array([1.0, 2.0, 4.0, 2.0, 1.0])
+    kernel = np.multiply.outer(space, spectrum)
+    cube = rng.standard_normal((15, 16, 20))
+    f = filters.separate(kernel, max_error=1e-9, shape=cube.shape)
+    assert f.error(kernel[None, None]) < 1e-9
+    assert f.cost(cube.shape).macs < lr.dense(kernel[None, None]).params * cube.size / 2
+    np.testing.assert_allclose(
+        filters.correlate(cube, kernel), ndi.correlate(cube, kernel), **FLOAT64
+    )
+
+
+def test_a_rank_gives_the_best_filter_of_that_rank(rng):
+    kernel = filters.disk(5.5)
+    s = np.linalg.svd(kernel, compute_uv=False)
+    for rank in (1, 2, 4):
+        f = filters.separate(kernel, rank=rank)
+        best = np.sqrt((s[rank:] ** 2).sum() / (s**2).sum())
+        assert f.error(kernel[None, None]) == pytest.approx(best, abs=1e-7)
+        x = rng.standard_normal((30, 31))
+        np.testing.assert_allclose(
+            filters.correlate(x, kernel, rank=rank),
+            ndi.correlate(x, f.to_dense()[0, 0]),
+            **FLOAT64,
+        )
+
+
+def test_max_error_takes_fewer_terms():
+    kernel = filters.disk(7.5)
+    exact, close = filters.separate(kernel), filters.separate(kernel, max_error=0.1)
+    assert close.error(kernel[None, None]) <= 0.1
+    assert close.cost((64, 64)).macs < exact.cost((64, 64)).macs
+
+
+def test_out_and_odd_layouts(rng):
+    x = rng.standard_normal((20, 21))
+    kernel = filters.gauss(1.0)
+    expected = filters.correlate(x, kernel)
+    out = np.empty_like(x)
+    assert filters.correlate(x, kernel, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+    for odd in (np.asfortranarray(x), x[::-1][::-1], x.astype(">f8"), x.T.copy().T):
+        np.testing.assert_array_equal(filters.correlate(odd, kernel), expected)
+    twice = np.repeat(x, 2, 1)[:, ::2]
+    np.testing.assert_array_equal(filters.correlate(twice, kernel), expected)
+    assert filters.correlate(np.empty((0, 5)), [[1.0, 2.0]]).shape == (0, 5)
+
+
+def test_series(rng):
+    x = rng.standard_normal(50)
+    for mode, origin in itertools.product(MODES, (-1, 0, 1)):
+        np.testing.assert_allclose(
+            filters.correlate(x, [1.0, 2.0, 4.0], mode=mode, origin=origin),
+            ndi.correlate1d(x, [1.0, 2.0, 4.0], mode=mode, origin=origin),
+            **FLOAT64,
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "mirrored"}, "'mirrored'"),
+        ({"origin": 2}, "origin"),
+        ({"origin": (0, 0, 0)}, "origin"),
+        ({"axes": (0, 0)}, "axes"),
+        ({"axes": (0,)}, "axes"),
+        ({"axes": (0, 5)}, "axes"),
+        ({"rank": 0}, "rank"),
+        ({"rank": 9}, "rank"),
+        ({"max_error": -1.0}, "max_error"),
+        ({"max_error": float("nan")}, "max_error"),
+        ({"kernel": np.ones((2, 2, 2))}, "axes"),
+        ({"kernel": np.ones((0, 3))}, "kernel"),
+        ({"kernel": np.ones((2, 2, 2, 2))}, "kernel"),
+        ({"kernel": [[np.nan]]}, "NaN"),
+        ({"out": np.empty((2, 2))}, "out"),
+    ],
+)
+def test_what_is_refused(change, message):
+    options = {"kernel": np.ones((3, 3)), **change}
+    with pytest.raises(ValueError, match=message):
+        filters.correlate(np.ones((8, 9)), **options)
+
+
+@pytest.mark.parametrize("dtype", [complex, bool, object, np.float16])
+def test_types_that_are_refused(dtype):
+    with pytest.raises(TypeError, match="image must be"):
+        filters.correlate(np.ones((8, 9), dtype), np.ones((3, 3)))
+    with pytest.raises(TypeError, match="rank or max_error"):
+        filters.correlate(np.ones((8, 9)), np.ones((3, 3)), rank=1, max_error=0.1)
