@@ -264,7 +264,9 @@ def mobilenet_v1(
     Parameters
     ----------
     depthwise : ndarray, shape (in, 1, \*kernel)
+        One filter a channel.
     pointwise : ndarray, shape (out, in, 1, ...)
+        Mixes the channels.
     stride : int
         Of the depthwise stage.
     norms : sequence of BatchNorm or None
@@ -301,7 +303,9 @@ def inverted_residual(
     expand : ndarray, shape (wide, in, 1, 1), or None
         None where the block does not expand.
     depthwise : ndarray, shape (wide, 1, \*kernel)
+        One filter a channel.
     project : ndarray, shape (out, wide, 1, 1)
+        Down to the block's outputs.
     stride : int
         Of the depthwise stage.
     activation : str

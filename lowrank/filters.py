@@ -55,8 +55,12 @@ def separate(
     shape : sequence of int, optional
         Size of the images that it is meant for, which costs are compared at; twice the kernel
         if not given.
-    mode, cval, origin
-        As for :func:`correlate`.
+    mode : str
+        Border; this and the next two as for :func:`correlate`.
+    cval : float
+        The constant of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter.
 
     Returns
     -------

@@ -1,0 +1,99 @@
+"""The engine on single stages and fused chains, beside NumPy's matrix product.
+
+    python asv_benchmarks/benchmarks/engine.py      prints the rates as a table
+
+A share of 1 would be the rate of a large float32 matrix product on the same threads, measured
+in turns: what the machine gives to a library that has been tuned for it.
+"""
+
+import os
+import statistics
+import time
+
+import numpy as np
+
+#: Spatial size of the input, then the stages: (out, in, kernel, stride, groups).
+PROBLEMS = {
+    "3x3 64 at 56": ((56, 56), (64, 64, (3, 3), 1, 1)),
+    "1x1 64 at 56": ((56, 56), (64, 64, (1, 1), 1, 1)),
+    "1x1, 3x3 fused, 64 at 56": ((56, 56), (64, 64, (1, 1), 1, 1), (64, 64, (3, 3), 1, 1)),
+    "3x1, 1x3 fused, 64 at 56": ((56, 56), (64, 64, (3, 1), 1, 1), (64, 64, (1, 3), 1, 1)),
+    "CP of rank 64, 64 at 56": (
+        (56, 56),
+        (64, 64, (1, 1), 1, 1),
+        (64, 64, (3, 1), 1, 64),
+        (64, 64, (1, 3), 1, 64),
+        (64, 64, (1, 1), 1, 1),
+    ),
+    "3x3 stride 2, 64 at 56": ((56, 56), (64, 64, (3, 3), 2, 1)),
+    "3x3 depthwise 64 at 56": ((56, 56), (64, 64, (3, 3), 1, 64)),
+    "3x3 256 at 14": ((14, 14), (256, 256, (3, 3), 1, 1)),
+    "3x3 512 at 7": ((7, 7), (512, 512, (3, 3), 1, 1)),
+    "9 taps, 64 series of 4096": ((4096,), (64, 64, (9,), 1, 1)),
+    "3x3x3 20 at 48": ((48, 48, 48), (20, 20, (3, 3, 3), 1, 1)),
+}
+
+
+def problem(name):
+    """(chain, input shape) of one of the above."""
+    import lowrank as lr
+
+    size, *specs = PROBLEMS[name]
+    stages = [
+        lr.Stage(
+            np.ones((out, channels // groups, *kernel), np.float32),
+            lr.Geometry.of(len(kernel), stride, [(k - 1) // 2 for k in kernel]),
+            groups,
+        )
+        for out, channels, kernel, stride, groups in specs
+    ]
+    return lr.chain(stages), (specs[0][1], *size)
+
+
+class Rate:
+    """Time of the engine over that of a matrix product with as many multiply-adds."""
+
+    params = (list(PROBLEMS),)
+    param_names = ["problem"]
+    timeout = 120
+
+    def setup(self, name):
+        self.f, self.shape = problem(name)
+
+    def track_time_over_gemm(self, name):
+        return 1 / measured(self.f, self.shape, threads=1)[0]
+
+    track_time_over_gemm.unit = "times a matrix product of as many multiply-adds"
+
+
+def measured(f, shape, threads, seconds=0.5):
+    """(share of the rate of a matrix product, GFLOP/s): medians of runs that take turns."""
+    x = np.ones((1, *shape), np.float32)
+    run = f.compile(shape, np.float32, threads=threads)
+    out = run(x)
+    n = 768
+    a, b, c = (np.ones((n, n), np.float32) for _ in range(3))
+    ours, theirs = [], []
+    np.matmul(a, b, out=c)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ours) < 5:
+        start = time.perf_counter()
+        run(x, out)
+        middle = time.perf_counter()
+        np.matmul(a, b, out=c)
+        ours.append(middle - start)
+        theirs.append(time.perf_counter() - middle)
+    rate = 2e-9 * f.cost(shape).macs / statistics.median(ours)
+    return rate / (2e-9 * n**3 / statistics.median(theirs)), rate
+
+
+def main():
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    print(f"{'problem':26}  GFLOP/s  share of a matrix product, {threads} thread(s)")
+    for name in PROBLEMS:
+        share, rate = measured(*problem(name), threads)
+        print(f"{name:26}  {rate:7.1f}  {share:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Blocks of well-known networks, against the same computed stage by stage in plain NumPy."""
+
+import numpy as np
+import pytest
+
+import lowrank as lr
+from lowrank import blocks, reference
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def norm(rng, channels):
+    return blocks.BatchNorm(
+        *(rng.standard_normal(channels) for _ in range(3)), rng.uniform(0.5, 2, channels)
+    )
+
+
+def normalised(y, n):
+    scale, shift, mean, variance = (a[:, None, None] for a in n[:4])
+    return (y - mean) / np.sqrt(variance + n.eps) * scale + shift
+
+
+def conv(x, w, stride=1, groups=1, dilation=1, transposed=False):
+    """Same padding, by the slow reference."""
+    reach = [dilation * (k - 1) for k in w.shape[2:]]
+    pads = [(n // 2, n - n // 2) for n in reach]
+    f = lr.dense(
+        w, stride=stride, groups=groups, dilation=dilation, transposed=transposed,
+        padding=0 if transposed else pads,
+    )  # fmt: skip
+    return reference.run_chain(f.stages, x)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def relu6(x):
+    return np.clip(x, 0, 6)
+
+
+WORDS = {"relu": relu, "relu6": relu6, "silu": lambda x: x / (1 + np.exp(-x))}
+
+
+def run(block, x, skip=None):
+    """The block, its words carried out."""
+    start = x
+    for part in block.parts:
+        if not isinstance(part, str):
+            x = part(x)
+            continue
+        for word in part.split(", "):
+            if word == "add input":
+                x = x + start
+            elif word == "concatenate skip":
+                x = np.concatenate([x, skip], 1)
+            elif word != "squeeze-excite":
+                x = WORDS[word](x)
+    return x
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal((2, 8, 10, 11))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_mobilenet_v1(rng, x, stride):
+    d, p = rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((12, 8, 1, 1))
+    a, b = norm(rng, 8), norm(rng, 12)
+    block = blocks.mobilenet_v1(d, p, stride=stride, norms=(a, b))
+    y = relu(normalised(conv(x, d, stride, 8), a))
+    np.testing.assert_allclose(run(block, x), relu(normalised(conv(y, p), b)), **TIGHT)
+    by_hand = (8 * 9 + 12 * 8) * (110 if stride == 1 else 5 * 6)
+    assert block.macs((8, 10, 11)) == by_hand
+
+
+@pytest.mark.parametrize(("stride", "outs", "se"), [(1, 8, False), (2, 12, False), (1, 8, True)])
+def test_inverted_residual(rng, x, stride, outs, se):
+    e, d = rng.standard_normal((24, 8, 1, 1)), rng.standard_normal((24, 1, 5, 5))
+    p = rng.standard_normal((outs, 24, 1, 1))
+    norms = norm(rng, 24), norm(rng, 24), norm(rng, outs)
+    word = "silu" if se else "relu6"
+    block = blocks.inverted_residual(
+        e, d, p, stride=stride, norms=norms, activation=word, squeeze_excite=se
+    )
+    act = WORDS[word]
+    y = act(normalised(conv(x, e), norms[0]))
+    y = act(normalised(conv(y, d, stride, 24), norms[1]))
+    y = normalised(conv(y, p), norms[2])
+    skips = stride == 1 and outs == 8
+    np.testing.assert_allclose(run(block, x), y + x if skips else y, **TIGHT)
+    assert ("squeeze-excite" in block.parts) == se
+    assert ("add input" in block.parts) == skips
+
+
+def test_xception(rng, x):
+    weights = [
+        (rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((8, 8, 1, 1))) for _ in "abc"
+    ]
+    norms = [norm(rng, 8) for _ in "abc"]
+    y = x
+    for (d, p), n in zip(weights, norms):
+        y = normalised(conv(conv(relu(y), d, groups=8), p), n)
+    np.testing.assert_allclose(run(blocks.xception(weights, norms), x), y + x, **TIGHT)
+
+
+def test_unet_step(rng, x):
+    up = rng.standard_normal((8, 4, 2, 2))
+    skip = rng.standard_normal((2, 6, 20, 22))
+    d, p = rng.standard_normal((10, 1, 3, 3)), rng.standard_normal((4, 10, 1, 1))
+    n = norm(rng, 4)
+    y = conv(x, up, stride=2, transposed=True)
+    y = relu(normalised(conv(conv(np.concatenate([y, skip], 1), d, groups=10), p), n))
+    block = blocks.unet_step(up, [(d, p)], [n])
+    np.testing.assert_allclose(run(block, x, skip), y, **TIGHT)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shuffle_unit(rng, x, stride):
+    r, e = rng.standard_normal((12, 4, 1, 1)), rng.standard_normal((8, 6, 1, 1))
+    d = rng.standard_normal((12, 1, 3, 3))
+    norms = norm(rng, 12), norm(rng, 12), norm(rng, 8)
+    block = blocks.shuffle_unit(r, d, e, groups=2, stride=stride, norms=norms)
+    y = relu(normalised(conv(x, r, groups=2), norms[0]))
+    y = y.reshape(2, 2, 6, *y.shape[2:]).swapaxes(1, 2).reshape(y.shape)
+    y = normalised(conv(y, d, stride, 12), norms[1])
+    y = normalised(conv(y, e, groups=2), norms[2])
+    np.testing.assert_allclose(run(block, x), relu(y + x) if stride == 1 else relu(y), **TIGHT)
+
+
+def test_flattened(rng, x):
+    # one lateral pass over the channels, then one along each axis
+    lateral, v, h = (rng.standard_normal(s) for s in ((6, 8, 1, 1), (6, 1, 3, 1), (6, 1, 1, 5)))
+    y = conv(conv(conv(x, lateral), v, groups=6), h, groups=6)
+    f = blocks.flattened([lateral, v, h])
+    np.testing.assert_allclose(f(x), y, **TIGHT)
+    assert f.cost((10, 11)).macs == 6 * (8 + 3 + 5) * 110
+
+
+def test_separable_dilated_with_multiplier(rng, x):
+    d, p = rng.standard_normal((16, 1, 3, 3)), rng.standard_normal((5, 16, 1, 1))
+    f = blocks.separable(d, p, stride=2, dilation=2, multiplier=2)
+    np.testing.assert_allclose(f(x), conv(conv(x, d, 2, 8, 2), p), **TIGHT)
+
+
+def test_grouped_pointwise_dilated_and_transposed_are_chains(rng, x):
+    grouped = lr.dense(rng.standard_normal((12, 2, 1, 1)), groups=4)
+    assert grouped.cost((10, 11)).macs == 12 * 2 * 110
+    dilated = lr.dense(rng.standard_normal((12, 8, 3, 3)), dilation=3, padding=3)
+    assert dilated.output_shape((10, 11)) == (12, 10, 11)
+    for f in (
+        grouped,
+        dilated,
+        lr.dense(rng.standard_normal((8, 6, 4, 4)), stride=2, transposed=True),
+    ):
+        np.testing.assert_allclose(f(x), reference.run_chain(f.stages, x), **TIGHT)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norm_is_folded_exactly(rng, x, bias):
+    b = rng.standard_normal(6) if bias else None
+    f = lr.tucker(lr.dense(rng.standard_normal((6, 8, 3, 3)), b, padding=1), (4, 4))
+    n = norm(rng, 6)
+    np.testing.assert_allclose(blocks.fold_batch_norm(f, n)(x), normalised(f(x), n), **TIGHT)
+
+
+def test_impossible_blocks_are_refused(rng):
+    d, p = np.ones((8, 1, 3, 3)), np.ones((4, 8, 1, 1))
+    with pytest.raises(ValueError, match="pointwise"):
+        blocks.separable(d, np.ones((4, 8, 3, 3)))
+    with pytest.raises(ValueError, match="depthwise"):
+        blocks.separable(np.ones((8, 2, 3, 3)), p)
+    with pytest.raises(ValueError, match=r"6 channels|8 channels"):
+        blocks.separable(d, np.ones((4, 6, 1, 1)))
+    with pytest.raises(ValueError, match="norms"):
+        blocks.mobilenet_v1(d, p, norms=(None,))
+    with pytest.raises(ValueError, match=r"channels|norm|shape"):
+        blocks.fold_batch_norm(lr.dense(np.ones((4, 4, 3))), norm(rng, 5))

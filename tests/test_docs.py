@@ -1,0 +1,124 @@
+"""Every public name is documented in numpydoc's form; the README's and docs' code runs."""
+
+import inspect
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import lowrank
+from lowrank import blocks, families, filters, plots, weights
+
+ROOT = Path(lowrank.__file__).parents[1]
+PAGES = [
+    p
+    for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    if p.exists()
+]
+
+#: One line is enough for what the class, or the function that it goes with, explains.
+SHORT = {
+    "gauss", "sobel", "gabor", "disk", "motion", "log", "applicable", "check_path",
+    "Geometry.only", "Geometry.extent", "Geometry.transposed_size", "Stage.output_shape",
+    "Stage.source", "Stage.adjoint", "Factorization.stage_costs", "Factorization.output_shape",
+    "Factorization.shape", "Factorization.astype", "Factorization.adjoint", "Cost.share_of",
+    "Frontier.within", "Frontier.affordable", "Candidate.build", "Candidate.built",
+    "Candidate.as_dict", "Block.costs", "Block.macs",
+}  # fmt: skip
+
+
+def public():
+    """(name, object) of everything public that is called or made."""
+    for module in (lowrank, blocks, families, filters, plots, weights):
+        for name, thing in vars(module).items():
+            home = getattr(thing, "__module__", "")
+            ours = home.startswith(module.__name__)  # not what it imports from elsewhere
+            if name.startswith("_") or not ours or not callable(thing):
+                continue
+            yield name, thing
+            if inspect.isclass(thing) and not issubclass(thing, tuple | Exception):
+                for method, value in vars(thing).items():
+                    if not method.startswith("_") and inspect.isroutine(value):
+                        yield f"{name}.{method}", getattr(thing, method)
+
+
+PUBLIC = dict(public())
+
+# What numpydoc's checks are about: a summary that says what, on one line, with its full stop;
+# parameters that are those of the signature, each with a type and a description; returns.
+CHECKS = {"GL08", "SS02", "SS03", "SS04", "SS06", "PR01", "PR02", "PR04", "PR07", "RT01", "EX01"}
+
+
+def test_the_list_of_public_names_is_not_empty():
+    assert {"dense", "Factorization.compile", "correlate", "spatial", "layers"} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_docstrings_are_numpydoc(name):
+    validate = pytest.importorskip("numpydoc.validate")
+    thing = PUBLIC[name]
+    full = f"{thing.__module__}.{thing.__qualname__}"
+    wanted = CHECKS
+    if name in SHORT:
+        wanted = {"GL08", "SS02", "SS04"}
+    elif inspect.isclass(thing):
+        wanted = CHECKS - {"PR01"}  # fields are described as attributes
+    found = [(code, text) for code, text in validate.validate(full)["errors"] if code in wanted]
+    # optional pieces: an example of what needs files or a display, of what a class already shows
+    exempt = {"EX01"} if name in NO_EXAMPLE else set()
+    assert [e for e in found if e[0] not in exempt] == []
+
+
+#: Shown by an example elsewhere, or needing a file that is written.
+NO_EXAMPLE = {
+    "Layer", "Certificate", "Candidate", "Frontier", "BatchNorm", "mobilenet_v1", "xception",
+    "unet_step", "error_against_cost", "filter_and_form", "Family", "Point", "NotApplicable",
+    "load",
+}  # fmt: skip
+
+
+def test_families_name_their_source():
+    for name in families.FAMILIES:
+        doc = inspect.getdoc(getattr(lowrank, name))
+        for section in ("Parameters", "Returns", "Raises", "Notes", "References", "Examples"):
+            assert f"\n{section}\n---" in doc, (name, section)
+
+
+def blocks_of(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_on_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, block in enumerate(blocks_of(page, "python")):
+        script = tmp_path / f"{i}.py"
+        script.write_text(block)
+        runpy.run_path(str(script))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_on_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    local = [link for link in links if "://" not in link]
+    assert all((page.parent / link).exists() for link in local), local
+
+
+def test_commands_on_the_front_page_are_real(monkeypatch, tmp_path, capsys):
+    import sys
+
+    from lowrank import cli
+
+    photo = tmp_path / "photo.png"
+    pytest.importorskip("PIL.Image").new("L", (30, 20)).save(photo)
+    lines = [x for b in blocks_of(ROOT / "README.md", "sh") for x in b.splitlines()]
+    commands = [x.split() for x in lines if x.startswith("lowrank ")]
+    assert len(commands) == 3
+    for words in commands:
+        words = [w.replace("lowrank/", f"{ROOT}/lowrank/") if "/" in w else w for w in words]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, capsys.readouterr()
