@@ -82,6 +82,21 @@ def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
     return out.reshape(stage.out_channels, inner, *grown)
 
 
+def block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
+    """Whether a chain keeps `groups` equal blocks of channels apart, in order."""
+    if stages[0].transposed:
+        stages = [s.adjoint() for s in reversed(stages)]
+    block: Array = np.repeat(np.arange(groups), stages[0].inner[1] // groups)
+    for s in stages:
+        if s.transposed:
+            return False  # a chain that goes both ways is no one kernel
+        block = block[s.source()].reshape(s.left, s.groups, -1, s.right)
+        if (block != block[:, :, :1]).any():
+            return False
+        block = np.repeat(block[:, :, :1], s.weight.shape[0] // s.groups, 2).reshape(-1)
+    return bool((block == np.repeat(np.arange(groups), len(block) // groups)).all())
+
+
 def chain_geometry(stages: Sequence[Stage]) -> Geometry:
     """Geometry of the one convolution that a plain chain stands for.
 

@@ -65,7 +65,8 @@ class Block:
         return sum(c.macs for c in self.costs(input_shape))
 
     def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
-        size = tuple(shape)[1:]
+        first = self.chains[0]
+        size = first.shape(shape)[1:]
         for f in self.chains:  # a concatenated skip changes the channels, not the size
             yield f, (f.in_channels, *size)
             size = f.output_shape(size)[1:]
@@ -77,7 +78,7 @@ def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
     Parameters
     ----------
     f : Factorization
-        Plain, its last stage untied.
+        Its last stage untied.
     norm : BatchNorm
         Over the output channels of `f`.
 
@@ -89,7 +90,7 @@ def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
     Raises
     ------
     ValueError
-        If the last stage is tied or transposed, a shape is wrong or a variance negative.
+        If the last stage is tied, a shape is wrong, or a variance plus eps not above 0.
 
     Examples
     --------
@@ -102,8 +103,8 @@ def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
     array([-5., -5.])
     """
     last = f.stages[-1]
-    if last.left * last.right > 1 or last.transposed:
-        raise ValueError("a tied or transposed last stage has no channels of its own to scale")
+    if last.left * last.right > 1 or (last.transposed and last.shuffle != (1, 1)):
+        raise ValueError("a tied or shuffled last stage has no channels of its own to scale")
     arrays = [np.asarray(a, np.float64) for a in norm[:4]]
     if any(a.shape != (f.out_channels,) for a in arrays):
         raise ValueError(
@@ -111,10 +112,17 @@ def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
             f"got {', '.join(str(a.shape) for a in arrays)}"
         )
     scale, shift, mean, variance = arrays
-    if variance.min() + norm.eps <= 0:
-        raise ValueError(f"variance plus eps must be above 0, got {variance.min() + norm.eps}")
+    if not (np.isfinite(arrays).all() and variance.min() + norm.eps > 0):
+        raise ValueError(
+            "the batch norm must be finite, with variance plus eps above 0, "
+            f"got a variance of {variance.min()}"
+        )
     factor = scale / np.sqrt(variance + norm.eps)
-    weight = (last.weight * factor.reshape(-1, *(1,) * (last.weight.ndim - 1))).astype(f.dtype)
+    # (groups, rows, columns, *kernel): plain stages put out rows, transposed ones columns.
+    rows, columns = last.weight.shape[0] // last.groups, last.weight.shape[1]
+    split = (1, columns) if last.transposed else (rows, 1)
+    parts = last.weight.reshape(last.groups, rows, columns, -1) * factor.reshape(-1, *split, 1)
+    weight = parts.reshape(last.weight.shape).astype(f.dtype)
     bias = (0.0 if f.bias is None else f.bias) * factor + shift - mean * factor
     return replace(
         f, stages=(*f.stages[:-1], replace(last, weight=weight)), bias=bias.astype(f.dtype)
@@ -249,7 +257,10 @@ def shuffle_unit(
     spatial = replace(_depthwise(depthwise, stride), shuffle=(groups, channels // groups))
     middle, last = chain([spatial]), chain([_pointwise(expand, groups)])
     a, b, c = _folded((first, middle, last), norms)
-    return Block((a, "relu", b, c, "relu" if stride > 1 else "add input, relu"))
+    if stride > 1:
+        return Block((a, "relu", b, c, "concatenate pooled input, relu"))
+    fits = reduce.shape[1] * groups == expand.shape[0]
+    return Block((a, "relu", b, c, "add input, relu" if fits else "relu"))
 
 
 def mobilenet_v1(

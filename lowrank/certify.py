@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
+from lowrank.families.family import kernel_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     >>> 0 < c.bound < c.error < 1
     True
     """
+    kernel_of(conv)
     error = f.error(conv.to_dense())
     if f.family == "dense":
         return Certificate(error, 0.0)

@@ -74,6 +74,8 @@ def main() -> None:
         _fail(f"{why.filename}: {why.strerror}" if why.strerror else str(why))
     except (ValueError, TypeError, ImportError) as why:
         _fail(str(why))
+    except MemoryError as why:
+        _fail(f"not enough memory: {why}")
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
 
@@ -271,11 +273,13 @@ def approximate(
         "transposed": transposed,
         "output_padding": _numbers("--output-padding", output_padding),
     }
-    conv = _overridden(chosen.conv, {k: v for k, v in given.items() if v is not None})
+    conv = _overridden(chosen, {k: v for k, v in given.items() if v is not None})
     if plot is not None:
         plots.check_path(plot)
     if save is not None and save.suffix != ".safetensors":
         raise ValueError(f"--save: {save} must end in .safetensors")
+    if save is not None and not save.parent.is_dir():
+        raise FileNotFoundError(f"--save: {save}: there is no folder {save.parent}")
     wanted: dict[str, Any] = {
         "max_error": max_error,
         "rank": None if rank is None else _rank(rank),
@@ -349,22 +353,23 @@ def _said(pick: search.Candidate, whole: search.Candidate) -> str:
 
 
 def _layer(file: Path, name: str | None) -> Layer:
-    found = layers(file)
+    found = layers(file, only=name)
     names = [x.name for x in found]
-    if not found:
+    if not found and name is None:
         raise ValueError(f"{file}: no convolutions")
     if name is None:
         if len(found) == 1:
             return found[0]
         raise ValueError(f"--layer must be one of {', '.join(names)}")
-    for layer in found:
-        if layer.name == name:
-            return layer
-    raise ValueError(f"--layer must be one of {', '.join(names)}, got {name!r}")
+    if not found:
+        names = [x.name for x in layers(file)]
+        raise ValueError(f"--layer must be one of {', '.join(names)}, got {name!r}")
+    return found[0]
 
 
-def _overridden(conv: Factorization, given: dict[str, Any]) -> Factorization:
-    """`conv` with the geometry that options ask for."""
+def _overridden(layer: Layer, given: dict[str, Any]) -> Factorization:
+    """The layer with the geometry that options ask for."""
+    conv = layer.conv
     if conv.family != "dense":
         raise ValueError(f"the layer is a chain already: {conv!r}")
     if not given:
@@ -380,7 +385,7 @@ def _overridden(conv: Factorization, given: dict[str, Any]) -> Factorization:
         "transposed": conv.transposed,
         "output_padding": g.output_padding,
     } | given
-    return dense(conv.stages[0].weight, conv.bias, **options)
+    return dense(conv.stages[0].weight, layer.bias, **options)
 
 
 @app.command("filter")
@@ -424,8 +429,7 @@ def filter_image(
     if out is None:
         name = f"{image.stem}.{Path(kernel).stem}"
         out = Path(name + (".npy" if image.suffix == ".npy" else ".png"))
-    if out.suffix != ".npy":
-        plots.check_path(out.with_suffix(".png"))
+    _check_out(out)
     if plot is not None:
         plots.check_path(plot)
     shape = picture.shape[: taps.ndim]
@@ -439,7 +443,7 @@ def filter_image(
         cval=cval,
     )
     whole = taps.size * math.prod(shape)
-    work = picture if picture.dtype.kind == "f" else picture.astype(np.float32)
+    work = picture.astype(np.float32) if picture.dtype.kind in "iub" else picture
     result = filters.correlate(
         work, taps, rank=rank, max_error=max_error, mode=mode, cval=cval, convolve=convolve
     )
@@ -522,6 +526,18 @@ def _image(path: Path) -> Array:
         raise ValueError(f"{path}: not a picture that can be read") from None
 
 
+def _check_out(path: Path) -> None:
+    """Refuse an output that cannot be written; before the work, not after it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out: {path}: there is no folder {path.parent}")
+    if path.suffix != ".npy":
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
+            raise ValueError(f"--out: {path}: a picture cannot end in {path.suffix!r}")
+
+
 def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> None:
     """Values as they are into a .npy, 8-bit grey or colour into a picture."""
     if path.suffix == ".npy":
@@ -532,10 +548,15 @@ def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> No
     flat = result.ndim == 2 or (result.ndim == 3 and result.shape[2] == 3)
     if not flat:
         raise ValueError(f"--out: {path} cannot hold shape {result.shape}; give a .npy")
-    white = np.iinfo(picture.dtype).max if picture.dtype.kind in "iu" else float(picture.max())
-    shown = result.astype(np.float64) * (255 / (white or 1))
+    low, high = 0.0, 1.0
+    if picture.dtype.kind in "iu":
+        high = np.iinfo(picture.dtype).max
+    elif picture.dtype.kind == "f" and picture.size:
+        low, high = min(0.0, float(picture.min())), max(0.0, float(picture.max()))
     if centred:
-        shown = 127.5 + shown * (127.5 / max(float(np.abs(shown).max()), 1e-30))
+        high = max(float(np.abs(result).max(initial=0)), 1e-30)
+        low = -high
+    shown = (result.astype(np.float64) - low) * (255 / (high - low or 1))
     Image.fromarray(np.clip(np.rint(shown), 0, 255).astype(np.uint8)).save(path)
 
 

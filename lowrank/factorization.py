@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
 import numpy as np
@@ -13,7 +13,7 @@ from lowrank import algebra, backends
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.geometry import Geometry, integers
-from lowrank.stage import Stage
+from lowrank.stage import Stage, frozen
 
 
 @final
@@ -65,14 +65,22 @@ class Factorization:
                 raise ValueError(
                     f"a stage gives {a.out_channels} channels but the next takes {b.in_channels}"
                 )
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"groups must be at least 1 and divide {self.in_channels} and "
+                f"{self.out_channels} channels, got {self.groups}"
+            )
+        if self.groups > 1 and not algebra.block_diagonal(self.stages, self.groups):
+            raise ValueError(f"the stages mix the channels of {self.groups} groups")
         if self.bias is not None:
             if self.bias.shape != (self.out_channels,):
                 raise ValueError(
                     f"bias must have shape ({self.out_channels},), got {self.bias.shape}"
                 )
-            frozen = self.bias.view()
-            frozen.flags.writeable = False
-            object.__setattr__(self, "bias", frozen)
+            object.__setattr__(self, "bias", frozen(self.bias))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def in_channels(self) -> int:
@@ -200,13 +208,17 @@ class Factorization:
 
     def shape(self, input_shape: Sequence[int]) -> Ints:
         """`input_shape` with the channels in front, added if only the spatial size is given."""
-        shape = tuple(int(n) for n in input_shape)
+        sizes = input_shape if isinstance(input_shape, Iterable) else (input_shape,)
+        try:
+            shape = tuple(operator.index(n) for n in sizes)
+        except TypeError:
+            raise TypeError(f"input_shape must be integers, got {input_shape!r}") from None
         if len(shape) == self.ndim:
             shape = (self.in_channels, *shape)
         if len(shape) != self.ndim + 1 or shape[0] != self.in_channels:
             raise ValueError(
                 f"input_shape must be ({self.in_channels}, and {self.ndim} spatial sizes), "
-                f"got {tuple(input_shape)}"
+                f"got {shape}"
             )
         return shape
 
@@ -274,12 +286,16 @@ class Factorization:
         dtype = np.dtype(self.dtype if dtype is None else dtype)
         if dtype not in (np.float32, np.float64):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        if threads is not None:
+            (threads,) = integers("threads", threads, 1)
+            if threads < 1:
+                raise ValueError(f"threads must be at least 1, got {threads}")
         return backends.plan(self.stages, self.shape(input_shape), dtype, self.bias, threads)
 
     def astype(self, dtype: Any) -> Factorization:
-        """The same chain in another precision; a new object."""
+        """The same chain in another floating-point precision; a new object."""
+        if np.dtype(dtype).kind != "f":
+            raise TypeError(f"dtype must be a floating-point type, got {np.dtype(dtype)}")
         return replace(
             self,
             stages=tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages),
@@ -374,15 +390,13 @@ def dense(
     geometry = Geometry.of(n, stride, padding, dilation, padding_mode, value, output_padding)
     if not transposed and any(geometry.output_padding):
         raise ValueError("output_padding belongs to transposed convolutions")
-    if not math.isfinite(value):
-        raise ValueError(f"value must be finite, got {value}")
     (groups,) = integers("groups", groups, 1)
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(
             f"groups must be at least 1 and divide the {w.shape[0]} channels of the "
             f"weight's first axis, got {groups!r}"
         )
-    stage = Stage(w.copy(), geometry, groups, transposed=transposed)
+    stage = Stage(w, geometry, groups, transposed=transposed)
     if bias is not None:
         bias = _floating("bias", bias).astype(w.dtype)
         if not np.isfinite(bias).all():
@@ -390,7 +404,9 @@ def dense(
     return Factorization((stage,), geometry, groups, bias)
 
 
-def chain(stages: Sequence[Stage], bias: Array | None = None, groups: int = 1) -> Factorization:
+def chain(
+    stages: Sequence[Stage], bias: Array | None = None, groups: int | None = None
+) -> Factorization:
     """Any stages, one after another, as one object that runs, prices and saves like the others.
 
     Parameters
@@ -399,8 +415,9 @@ def chain(stages: Sequence[Stage], bias: Array | None = None, groups: int = 1) -
         In the order in which they run; each takes the channels that the one before gives.
     bias : ndarray, shape (out,), optional
         Added after the last stage.
-    groups : int
-        Groups of the chain as a whole, for :meth:`Factorization.to_dense`.
+    groups : int, optional
+        Groups of the chain as a whole, for :meth:`Factorization.to_dense`; if not given those
+        of the stage for a chain of one, else 1.
 
     Returns
     -------
@@ -411,7 +428,7 @@ def chain(stages: Sequence[Stage], bias: Array | None = None, groups: int = 1) -
     Raises
     ------
     ValueError
-        If there is no stage, or channels do not match.
+        If there is no stage, channels do not match, or a stage mixes the groups.
 
     Examples
     --------
@@ -427,15 +444,24 @@ def chain(stages: Sequence[Stage], bias: Array | None = None, groups: int = 1) -
     if not stages:
         raise ValueError("a chain needs at least one stage")
     one_way = len({s.transposed for s in stages}) == 1
-    plain = [s.adjoint() for s in reversed(stages)] if stages[0].transposed else list(stages)
-    geometry = algebra.chain_geometry(plain if one_way else list(stages))
-    return Factorization(stages, geometry, groups, bias, "chain")
+    # Of a chain that goes both ways the geometry is a list of what its stages say, no more.
+    plain = list(stages)
+    if one_way and stages[0].transposed:
+        plain = [s.adjoint() for s in reversed(stages)]
+    if groups is None:
+        first = stages[0]
+        plain_one = len(stages) == first.left == first.right == 1 and first.shuffle == (1, 1)
+        groups = first.groups if plain_one else 1
+    (groups,) = integers("groups", groups, 1)
+    if bias is not None:
+        bias = _floating("bias", bias)
+    return Factorization(stages, algebra.chain_geometry(plain), groups, bias, "chain")
 
 
 def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     """`value` as a float32 or float64 array; of the library of the weights if there are any."""
     if stages:
-        backends.check(value, stages)
+        backends.check(name, value, stages)
     array = np.asarray(value)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)

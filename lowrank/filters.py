@@ -124,9 +124,9 @@ def correlate(
     Parameters
     ----------
     image : ndarray
-        Real.  float32 and float64 are computed in their own precision, 8- and 16-bit integers
-        in float32, wider ones in float64; integer results are rounded to nearest, halves to
-        even, and saturate.
+        Real.  float32 and float64 are computed in their own precision, float16 and 8- and
+        16-bit integers in float32, wider ones in float64; integer results are rounded to
+        nearest, halves to even, and saturate.
     kernel : array_like
         The filter, over 1, 2 or 3 axes; see :func:`separate`.
     rank : int, optional
@@ -174,6 +174,8 @@ def correlate(
         origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
     work = _work_dtype(image)
     along = _axes(axes, image.ndim, k.ndim)
+    if out is not None and not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
     if out is not None and (out.shape != image.shape or out.dtype != image.dtype):
         raise ValueError(
             f"out must have shape {image.shape} and dtype {image.dtype}, "
@@ -195,12 +197,24 @@ def correlate(
     y = chain(np.ascontiguousarray(x, work).reshape(-1, 1, *spatial)).reshape(x.shape)
     y = np.moveaxis(y, range(-k.ndim, 0), along)
     if image.dtype.kind in "iu":
-        limits = np.iinfo(image.dtype)
-        y = np.clip(np.rint(y), limits.min, limits.max)
+        y = _saturated(y, image.dtype)
     if out is None:
         return np.ascontiguousarray(y.astype(image.dtype, copy=False))
     out[...] = y
     return out
+
+
+def _saturated(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Integers nearest to `values`, halves to even; what is out of range at its end."""
+    limits = np.iinfo(dtype)
+    rounded = np.rint(values)
+    # The largest 64-bit integers are no floating-point numbers: stay below, then set them.
+    high = float(limits.max)
+    if int(high) > limits.max:
+        high = float(np.nextafter(high, 0))
+    whole = np.clip(rounded, limits.min, high).astype(dtype)
+    whole[rounded >= limits.max] = limits.max
+    return whole
 
 
 def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:
@@ -212,7 +226,8 @@ def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.
     >>> filters.gauss(1.0).shape, filters.gauss([1.0, 2.0, 2.0]).shape
     ((9, 9), (9, 17, 17))
     """
-    sigmas = [float(s) for s in np.broadcast_to(sigma, ndim)]
+    sigmas = [float(s) for s in np.atleast_1d(sigma)]
+    sigmas *= ndim if np.ndim(sigma) == 0 else 1
     lines = [_bell(_positive("sigma", s), truncate) for s in sigmas]
     return _outer([g / g.sum() for g in lines])
 
@@ -339,10 +354,14 @@ def _kernel(kernel: Any) -> Array:
     if k.dtype.kind in "iub":
         k = k.astype(np.float64)
     k = k.astype(k.dtype.newbyteorder("="), copy=False)
+    if k.dtype == np.float16:
+        k = k.astype(np.float32)
     if k.dtype not in (np.float32, np.float64):
         raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
     if k.ndim not in (1, 2, 3) or k.size == 0:
         raise ValueError(f"kernel must have 1 to 3 axes and no empty one, got shape {k.shape}")
+    if not np.isfinite(k).all():
+        raise ValueError("kernel holds NaN or infinite values")
     return k
 
 
@@ -366,19 +385,19 @@ def _work_dtype(image: Array) -> np.dtype[Any]:
     native = image.dtype.newbyteorder("=")
     if native in (np.float32, np.float64):
         return native
+    if native == np.float16:
+        return np.dtype(np.float32)
     if image.dtype.kind in "iu":
         return np.dtype(np.float32 if image.dtype.itemsize <= 2 else np.float64)
     raise TypeError(
-        f"image must be float32, float64 or integers, got {image.dtype}: convert it first"
+        f"image must be floating-point or integers, got {image.dtype}: convert it first"
     )
 
 
 def _axes(axes: Sequence[int] | None, image: int, kernel: int) -> Ints:
     if kernel > image:
         raise ValueError(f"a kernel over {kernel} axes does not fit an image with {image}")
-    along = tuple(range(kernel)) if axes is None else tuple(axes)
-    if len(along) != kernel:
-        raise ValueError(f"axes must name {kernel} axes, got {axes!r}")
+    along = tuple(range(kernel)) if axes is None else integers("axes", axes, kernel)
     if any(not -image <= a < image for a in along) or len({a % image for a in along}) < kernel:
         raise ValueError(f"axes must be different and from {-image} to {image - 1}, got {axes!r}")
     return tuple(a % image for a in along)

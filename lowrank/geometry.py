@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -53,8 +54,15 @@ class Geometry:
 
     def __post_init__(self) -> None:
         n = len(self.stride)
+        if not 1 <= n <= 3:
+            raise ValueError(f"a convolution has 1 to 3 spatial axes, got {n}")
         if not self.output_padding:
             object.__setattr__(self, "output_padding", (0,) * n)
+        for name in ("stride", "dilation", "output_padding"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, integers(name, values, len(values)))
+        pairs = tuple(integers("padding", pair, 2) for pair in self.padding)
+        object.__setattr__(self, "padding", pairs)
         if not n == len(self.padding) == len(self.dilation) == len(self.output_padding):
             raise ValueError(
                 f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} "
@@ -72,6 +80,8 @@ class Geometry:
             raise ValueError(
                 f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {self.padding_mode!r}"
             )
+        if not math.isfinite(self.value):
+            raise ValueError(f"value must be finite, got {self.value}")
 
     @classmethod
     def of(

@@ -294,6 +294,8 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "xb") as file:

@@ -77,7 +77,7 @@ def _correlate(stage: Stage, weight: Array, x: Array, out: Ints, stride: Ints) -
             for t, d, s, n in zip(tap, stage.geometry.dilation, stride, out)
         ]
         y += np.einsum("goc,blgcr...->blgor...", w[trailing(*tap)], x[trailing(*at)])
-    return y.reshape(len(x), -1, *out)
+    return y.reshape(len(x), stage.inner[0], *out)
 
 
 def _spread(stage: Stage, x: Array, out: Ints) -> Array:
@@ -95,5 +95,5 @@ def _spread(stage: Stage, x: Array, out: Ints) -> Array:
         ]
         y[trailing(*at)] += np.einsum("goc,blgor...->blgcr...", w[trailing(*tap)], x)
     inside = [slice(before, before + n) for (before, _), n in zip(geometry.padding, out)]
-    y = np.asarray(y.reshape(len(x), -1, *whole)[trailing(*inside)])
+    y = np.asarray(y.reshape(len(x), stage.inner[1], *whole)[trailing(*inside)])
     return y[:, np.argsort(stage.source())]

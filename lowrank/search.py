@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final, overload
+
+import numpy as np
 
 from lowrank import report
 from lowrank._typing import Ints
@@ -144,8 +147,7 @@ class Frontier(Sequence[Candidate]):
 
         Raises ValueError if `error` is negative or NaN.
         """
-        if not error >= 0:
-            raise ValueError(f"max_error must be at least 0, got {error!r}")
+        _check_error(error)
         return next(c for c in self if c.error <= error)
 
     def affordable(self, amount: float) -> Candidate:
@@ -217,12 +219,9 @@ def frontier(
     >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32))]
     [('spatial h-w', (1,), 10556), ('dense', (), 33124)]
     """
-    names = list(FAMILIES) if families is None else list(families)
+    names = _names(families)
     if axis not in AXES:
         raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
-    for name in names:
-        if name not in FAMILIES:
-            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
     kernel_of(conv)
     shape = conv.shape(input_shape)
     whole = conv.cost(shape)
@@ -256,13 +255,29 @@ def frontier(
                         )
                     )
     # Rounding must not decide: an error of 1e-16 and one of 3e-17 are both nothing.
-    rounding = 1e-12
-    found.sort(key=lambda c: (getattr(c.cost, axis), round(c.error / rounding), len(c.shapes)))
+    exact = float(np.finfo(float).eps) * math.sqrt(conv.stages[0].weight.size)
+
+    def error(c: Candidate) -> float:
+        return c.error if c.error > exact else 0.0
+
+    found.sort(key=lambda c: (getattr(c.cost, axis), error(c), len(c.shapes)))
     kept: list[Candidate] = []
     for c in found:
-        if not kept or c.error < kept[-1].error - rounding or c.family == "dense":
+        if not kept or error(c) < error(kept[-1]) or c.family == "dense":
             kept.append(c)
     return Frontier(kept, axis, shape, left_out)
+
+
+def _names(families: Iterable[str] | None) -> list[str]:
+    """The families asked for, checked."""
+    names = list(FAMILIES if families is None else families)
+    for name in names:
+        if isinstance(families, str) or name not in FAMILIES:
+            raise ValueError(
+                f"families must be some of {', '.join(FAMILIES)}, in a list, "
+                f"got {families if isinstance(families, str) else name!r}"
+            )
+    return names
 
 
 def approximate(
@@ -315,6 +330,8 @@ def approximate(
     >>> f.rank, f.cost((16, 16)).macs / conv.cost((16, 16)).macs
     ((12,), 0.5)
     """
+    if rank is not None and (max_error, macs, params) == (None, None, None):
+        return _at_rank(conv, input_shape, rank, _names(families)).build()
     return choose(
         conv,
         input_shape,
@@ -339,6 +356,7 @@ def choose(
     progress: Callable[[str], object] | None = None,
 ) -> tuple[Frontier, Candidate]:
     """The frontier and the pick of :func:`approximate`, not yet built."""
+    kernel_of(conv)
     wanted = {"max_error": max_error, "rank": rank, "macs": macs, "params": params}
     given = [k for k, v in wanted.items() if v is not None]
     if len(given) != 1:
@@ -346,8 +364,8 @@ def choose(
             "give exactly one of max_error, rank, macs and params, got "
             + (", ".join(given) or "none")
         )
-    if max_error is not None and not max_error >= 0:
-        raise ValueError(f"max_error must be at least 0, got {max_error!r}")
+    if max_error is not None:
+        _check_error(max_error)
     if axis is None:
         axis = "params" if params is not None else "macs"
     elif (macs is not None and axis != "macs") or (params is not None and axis != "params"):
@@ -357,24 +375,29 @@ def choose(
     amount = None
     if budget is not None:
         amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
-    found = frontier(conv, input_shape, families, axis=axis, progress=progress)
+    names = _names(families)
+    found = frontier(conv, input_shape, names, axis=axis, progress=progress)
     if max_error is not None:
         return found, found.within(max_error)
     if amount is not None:
         return found, found.affordable(amount)
-    return found, _at_rank(conv, found, rank, families)
+    return found, _at_rank(conv, input_shape, rank, names, axis)
 
 
 def _at_rank(
-    conv: Factorization, found: Frontier, rank: Any, families: Iterable[str] | None
+    conv: Factorization, input_shape: Sequence[int], rank: Any, names: list[str], axis: str = "macs"
 ) -> Candidate:
     """The best candidate of exactly this rank, fitted directly, whether on the front or not."""
+    kernel_of(conv)
+    shape = conv.shape(input_shape)
     tried, why = [], []
-    for name in FAMILIES if families is None else families:
-        if name in found.left_out:
-            why.append(f"{name}: {found.left_out[name]}")
+    for name in names:
+        try:
+            forms = FAMILIES[name].forms(conv)
+        except NotApplicable as reason:
+            why.append(str(reason))
             continue
-        for form in FAMILIES[name].forms(conv):
+        for form in forms:
             try:
                 f = FAMILIES[name].fit(conv, rank, form)
             except (ValueError, TypeError) as reason:
@@ -383,13 +406,12 @@ def _at_rank(
             exact, stages = FAMILIES[name].exact, f.stages
             error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, form)
             point = Point(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
-            cost = f.cost(found.input_shape)
             tried.append(
-                Candidate(name, form, f.rank, error, point.bound, cost, exact, conv, point)
+                Candidate(name, form, f.rank, error, point.bound, f.cost(shape), exact, conv, point)
             )
     if not tried:
-        raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(why))
-    axis, whole = found.axis, getattr(found.dense.cost, found.axis)
+        raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(dict.fromkeys(why)))
+    whole = getattr(conv.cost(shape), axis)
     cheaper = [c for c in tried if getattr(c.cost, axis) < whole]
     if not cheaper:
         least = min(tried, key=lambda c: float(getattr(c.cost, axis)))
@@ -400,20 +422,26 @@ def _at_rank(
     return min(cheaper, key=lambda c: (c.error, c.cost.macs))
 
 
+def _check_error(value: float) -> None:
+    if not isinstance(value, int | float | np.number) or not value >= 0:
+        raise ValueError(f"max_error must be a number, at least 0, got {value!r}")
+
+
 def _amount(axis: str, budget: float | int | str, whole: int) -> float:
     """A budget as an amount: a share of `whole`, or a number with a unit."""
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)\s*", budget)
+        number = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+        match = re.fullmatch(rf"\s*({number})\s*([kKMGT]?)\s*", budget)
         if not match:
             raise ValueError(
                 f"{axis} must be a share in (0, 1] or an amount such as '20M', got {budget!r}"
             )
-        number = float(match[1])
-        amount = number * _UNITS[match[2]]
-        if not match[2] and number <= 1:
-            amount = number * whole
+        given = float(match[1])
+        amount = given * (whole if given <= 1 and not match[2] else _UNITS[match[2]])
+    elif isinstance(budget, int | float | np.number):
+        amount = float(budget * whole if budget <= 1 else budget)
     else:
-        amount = budget * whole if budget <= 1 else float(budget)
+        raise TypeError(f"{axis} must be a number or a string such as '20M', got {budget!r}")
     if not amount > 0:
         raise ValueError(f"{axis} must be above 0, got {budget!r}")
     return amount

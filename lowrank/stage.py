@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.geometry import Geometry
+from lowrank.geometry import Geometry, integers
 
 Kind = Literal["pointwise", "depthwise", "grouped", "dense"]
 
@@ -21,7 +21,7 @@ class Stage:
     Attributes
     ----------
     weight : ndarray, shape (groups * out, in, \*kernel)
-        One cross-correlation kernel a group; read-only.
+        One cross-correlation kernel a group; floating-point, copied, read-only.
     geometry : Geometry
         Stride, padding and dilation along the axes that this stage runs along.
     groups : int
@@ -39,8 +39,8 @@ class Stage:
 
     Raises
     ------
-    ValueError
-        If groups, left, right or shuffle do not fit the weight.
+    ValueError, TypeError
+        If the weight is no floating-point array, or groups, left, right or shuffle do not fit it.
 
     Examples
     --------
@@ -60,6 +60,11 @@ class Stage:
     transposed: bool = False
 
     def __post_init__(self) -> None:
+        if getattr(getattr(self.weight, "dtype", None), "kind", "") != "f":
+            raise TypeError(f"weight must be a floating-point array, got {self.weight!r:.80}")
+        for name in ("groups", "left", "right"):
+            object.__setattr__(self, name, *integers(name, getattr(self, name), 1))
+        object.__setattr__(self, "shuffle", integers("shuffle", self.shuffle, 2))
         if self.weight.ndim != 2 + self.geometry.ndim:
             raise ValueError(
                 f"weight of shape {self.weight.shape} must have two channel axes and "
@@ -85,9 +90,10 @@ class Stage:
                 "a transposed convolution crops its output, so its padding_mode must be "
                 f"zeros, got {self.geometry.padding_mode}"
             )
-        frozen = self.weight.view()
-        frozen.flags.writeable = False
-        object.__setattr__(self, "weight", frozen)
+        object.__setattr__(self, "weight", frozen(self.weight))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def kernel(self) -> Ints:
@@ -142,3 +148,15 @@ class Stage:
 def blank(shape: Ints) -> Array:
     """A weight of this shape that takes no memory, for stages that are priced but not run."""
     return np.broadcast_to(np.float32(np.nan), shape)
+
+
+def is_blank(weight: Array) -> bool:
+    """Whether a weight came from :func:`blank`."""
+    return not any(weight.strides)
+
+
+def frozen(array: Array) -> Array:
+    """`array`, read-only, and a copy if anybody could still write to it."""
+    held = array.copy() if array.flags.writeable else array.view()
+    held.flags.writeable = False
+    return held

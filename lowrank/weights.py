@@ -15,6 +15,7 @@ import numpy as np
 from lowrank import io
 from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization, dense
+from lowrank.geometry import integers
 
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 
@@ -31,11 +32,15 @@ class Layer:
         One dense stage, or a chain that lowrank saved.
     input_size : tuple of int or None
         Spatial size of its input in the network, where the description says so.
+    bias : ndarray or None
+        As the file holds it; `conv` is without it where its length does not fit, such as that
+        of a transposed convolution that nothing describes.
     """
 
     name: str
     conv: Factorization
     input_size: Ints | None
+    bias: Array | None
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -100,7 +105,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
         raise ValueError(f"{path}: not a file that {ending} promises: {why}") from None
 
 
-def layers(path: str | os.PathLike[str]) -> list[Layer]:
+def layers(path: str | os.PathLike[str], only: str | None = None) -> list[Layer]:
     """Find the convolutions of a weights file.
 
     Parameters
@@ -110,7 +115,9 @@ def layers(path: str | os.PathLike[str]) -> list[Layer]:
         layers: ``{"conv_layers": [{"name", "weight", "bias", "stride", "padding", "dilation",
         "groups", "transposed", "in_size", "out_size"}]}``, of which all but the weight's tensor
         name may be missing; ``padding`` is one number or a [before, after] pair an axis, and
-        the output of a transposed convolution is cut at the end to ``out_size``.
+        the output of a transposed convolution is cut or grown at the end to ``out_size``.
+    only : str, optional
+        The layer of this name alone, if there is one; the others are not looked at.
 
     Returns
     -------
@@ -138,26 +145,28 @@ def layers(path: str | os.PathLike[str]) -> list[Layer]:
     if path.suffix.lower() == ".safetensors" and path.is_file():
         tensors, metadata = io.read_tensors(path)
         if io.holds_chains(metadata):
-            return [Layer(name, f, None) for name, f in io.load(path).items()]
+            chains = io.load(path).items()
+            return [Layer(n, f, None, f.bias) for n, f in chains if only in (None, n)]
     else:
         tensors = read_weights(path)
     about = path.with_suffix(".json")
     if about.exists():
-        return _described(about, tensors)
+        return _described(about, tensors, only)
     found = []
     for name, tensor in tensors.items():
         if tensor.ndim in (3, 4, 5) and tensor.dtype.kind == "f" and tensor.size:
             stem = name.removesuffix("weight")
             short = stem.rstrip(".") or path.stem
+            if only not in (None, short):
+                continue
             bias = tensors.get(stem + "bias") if stem != name else None
-            if bias is not None and bias.shape != tensor.shape[:1]:
-                bias = None
-            conv = _conv(f"{path}: {name}", tensor, bias, {"padding": "same"})
-            found.append(Layer(short, conv, None))
+            fits = bias is not None and bias.shape == tensor.shape[:1]
+            conv = _conv(f"{path}: {name}", tensor, bias if fits else None, {"padding": "same"})
+            found.append(Layer(short, conv, None, bias))
     return found
 
 
-def _described(about: Path, tensors: Mapping[str, Array]) -> list[Layer]:
+def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> list[Layer]:
     """Layers as the file `about` describes them."""
     try:
         entries = json.loads(about.read_text())["conv_layers"]
@@ -168,6 +177,8 @@ def _described(about: Path, tensors: Mapping[str, Array]) -> list[Layer]:
         ) from None
     found = []
     for name, entry in names:
+        if only not in (None, name):
+            continue
         for key in ("weight", "bias"):
             if entry.get(key) is not None and entry[key] not in tensors:
                 raise ValueError(
@@ -183,18 +194,33 @@ def _described(about: Path, tensors: Mapping[str, Array]) -> list[Layer]:
             if entry.get(key) is not None
         }  # fmt: skip
         conv = _conv(f"{about}: layer {name!r}", tensors[entry["weight"]], bias, options)
-        size = None if entry.get("in_size") is None else tuple(map(int, entry["in_size"]))
-        if size and conv.transposed and entry.get("out_size"):
-            conv = _cropped(conv, size, tuple(map(int, entry["out_size"])))
-        found.append(Layer(name, conv, size))
+        size, wanted = (
+            _entry_size(about, name, entry, k, conv.ndim) for k in ("in_size", "out_size")
+        )
+        if size and wanted and conv.transposed:
+            conv = _fitted(conv, size, wanted)
+        found.append(Layer(name, conv, size, conv.bias))
     return found
 
 
-def _cropped(conv: Factorization, size: Ints, wanted: Ints) -> Factorization:
-    """A transposed convolution whose output is cut at the end, as TensorFlow's SAME does."""
+def _entry_size(about: Path, name: str, entry: Any, key: str, ndim: int) -> Ints | None:
+    if entry.get(key) is None:
+        return None
+    try:
+        return integers(key, entry[key], ndim)
+    except (ValueError, TypeError) as why:
+        raise ValueError(f"{about}: layer {name!r}: {why}") from None
+
+
+def _fitted(conv: Factorization, size: Ints, wanted: Ints) -> Factorization:
+    """A transposed convolution whose output is cut or grown at the end: TensorFlow's SAME."""
     spare = [n - m for n, m in zip(conv.output_shape(size)[1:], wanted)]
-    padding = [(a, b + max(n, 0)) for (a, b), n in zip(conv.geometry.padding, spare)]
-    geometry = replace(conv.geometry, padding=tuple(padding))
+    g = conv.geometry
+    geometry = replace(
+        g,
+        padding=tuple((a, b + max(n, 0)) for (a, b), n in zip(g.padding, spare)),
+        output_padding=tuple(o + max(-n, 0) for o, n in zip(g.output_padding, spare)),
+    )
     stage = replace(conv.stages[0], geometry=geometry)
     return replace(conv, stages=(stage,), geometry=geometry)
 

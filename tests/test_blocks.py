@@ -39,6 +39,12 @@ def relu6(x):
     return np.clip(x, 0, 6)
 
 
+def pooled(x):
+    """ShuffleNet's shortcut where a unit halves its input: the mean of 3 x 3, stride 2."""
+    n = x.shape[1]
+    return conv(x, np.full((n, 1, 3, 3), 1 / 9), 2, n)
+
+
 WORDS = {"relu": relu, "relu6": relu6, "silu": lambda x: x / (1 + np.exp(-x))}
 
 
@@ -52,6 +58,8 @@ def run(block, x, skip=None):
         for word in part.split(", "):
             if word == "add input":
                 x = x + start
+            elif word == "concatenate pooled input":
+                x = np.concatenate([x, pooled(start)], 1)
             elif word == "concatenate skip":
                 x = np.concatenate([x, skip], 1)
             elif word != "squeeze-excite":
@@ -126,7 +134,10 @@ def test_shuffle_unit(rng, x, stride):
     y = y.reshape(2, 2, 6, *y.shape[2:]).swapaxes(1, 2).reshape(y.shape)
     y = normalised(conv(y, d, stride, 12), norms[1])
     y = normalised(conv(y, e, groups=2), norms[2])
-    np.testing.assert_allclose(run(block, x), relu(y + x) if stride == 1 else relu(y), **TIGHT)
+    expected = y + x if stride == 1 else np.concatenate([y, pooled(x)], 1)
+    np.testing.assert_allclose(run(block, x), relu(expected), **TIGHT)
+    with pytest.raises(ValueError, match="input_shape"):
+        block.macs((7, 10, 11))
 
 
 def test_flattened(rng, x):
@@ -165,6 +176,17 @@ def test_batch_norm_is_folded_exactly(rng, x, bias):
     np.testing.assert_allclose(blocks.fold_batch_norm(f, n)(x), normalised(f(x), n), **TIGHT)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norm_folds_into_transposed_convolutions(rng, x, groups):
+    up = lr.dense(rng.standard_normal((8, 3, 2, 2)), stride=2, transposed=True, groups=groups)
+    n = norm(rng, 3 * groups)
+    expected = normalised(up(x), n)
+    np.testing.assert_allclose(blocks.fold_batch_norm(up, n)(x), expected, **TIGHT)
+    cheaper = lr.encode(up, 3)
+    expected = normalised(cheaper(x), n)
+    np.testing.assert_allclose(blocks.fold_batch_norm(cheaper, n)(x), expected, **TIGHT)
+
+
 def test_impossible_blocks_are_refused(rng):
     d, p = np.ones((8, 1, 3, 3)), np.ones((4, 8, 1, 1))
     with pytest.raises(ValueError, match="pointwise"):
@@ -175,5 +197,9 @@ def test_impossible_blocks_are_refused(rng):
         blocks.separable(d, np.ones((4, 6, 1, 1)))
     with pytest.raises(ValueError, match="norms"):
         blocks.mobilenet_v1(d, p, norms=(None,))
+    for variance in (-1.0, np.nan):
+        bad = blocks.BatchNorm(*np.ones((3, 4)), np.full(4, variance))
+        with pytest.raises(ValueError, match="variance"):
+            blocks.fold_batch_norm(lr.dense(np.ones((4, 4, 3))), bad)
     with pytest.raises(ValueError, match=r"channels|norm|shape"):
         blocks.fold_batch_norm(lr.dense(np.ones((4, 4, 3))), norm(rng, 5))

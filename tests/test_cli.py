@@ -203,7 +203,11 @@ MISTAKES = [
     (("filter", "photo.png", "--kernel", "gauss", "--rank", "99"), "rank"),
     (("filter", "photo.png", "--kernel", "gauss", "--rank", "1", "--max-error", "1"), "not both"),
     (("filter", "photo.png", "--kernel", "gauss", "--mode", "mirrored"), "'mirrored'"),
-    (("filter", "photo.png", "--kernel", "gauss", "--out", "a.txt"), "a"),
+    (("filter", "photo.png", "--kernel", "gauss", "--out", "a.txt"), r"--out.*\.txt"),
+    (("filter", "photo.png", "--kernel", "gauss", "--out", "no/a.png"), "--out.*folder"),
+    (("filter", "photo.png", "--kernel", "disk", "--max-error", "-1"), "max_error.*-1"),
+    (("filter", "photo.png", "--kernel", "gauss", "--sigma", "1e9"), "memory|large"),
+    ((*A, "--macs", "."), "'.'"),
 ]
 
 

@@ -217,6 +217,21 @@ def test_layers_without_a_description(tmp_path, rng):
     assert [x.name for x in layers(tmp_path / "one.npy")] == ["one"]
 
 
+def test_one_bad_tensor_does_not_hide_the_others(tmp_path):
+    np.savez(tmp_path / "net.npz", a=np.ones((2, 2, 3)), b=np.full((2, 2, 3), np.nan))
+    assert [x.name for x in layers(tmp_path / "net.npz", only="a")] == ["a"]
+    with pytest.raises(ValueError, match=r"net\.npz: b.*NaN"):
+        layers(tmp_path / "net.npz")
+
+
+def test_a_bias_that_fits_only_transposed_is_kept(tmp_path):
+    weights = {"up.weight": np.ones((8, 4, 2, 2)), "up.bias": np.arange(4.0)}
+    np.savez(tmp_path / "net.npz", **weights)
+    (up,) = layers(tmp_path / "net.npz")
+    assert up.conv.bias is None
+    np.testing.assert_array_equal(up.bias, np.arange(4.0))
+
+
 def test_layers_as_described(tmp_path):
     np.savez(tmp_path / "net.npz", w=np.ones((4, 2, 3, 3)), v=np.ones((4, 2, 3, 3)), b=np.ones(2))
     about = {
@@ -233,6 +248,9 @@ def test_layers_as_described(tmp_path):
     assert (first.name, first.input_size) == ("w", (8, 9))
     assert first.conv.output_shape((8, 9)) == (4, 4, 9)
     assert up.conv.output_shape((4, 4)) == (2, 8, 8)
+    about["conv_layers"][1]["out_size"] = [10, 9]
+    (tmp_path / "net.json").write_text(json.dumps(about))
+    assert layers(tmp_path / "net.npz")[1].conv.output_shape((4, 4)) == (2, 10, 9)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +264,7 @@ def test_layers_as_described(tmp_path):
         ('{"conv_layers": [{"weight": "w", "groups": 3}]}', "groups"),
         ('{"conv_layers": [{"weight": "w", "stride": 0}]}', "stride"),
         ('{"conv_layers": [{"weight": "w", "padding_mode": "odd"}]}', "padding_mode"),
+        ('{"conv_layers": [{"weight": "w", "in_size": [8]}]}', "in_size.*2 entries"),
     ],
 )
 def test_wrong_descriptions_are_refused(tmp_path, text, message):

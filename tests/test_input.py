@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
+from lowrank import reference
 from lowrank.families import FAMILIES
 
 W = np.random.default_rng(0).standard_normal((6, 4, 3, 3))
@@ -130,7 +131,7 @@ def test_impossible_ranks_are_refused(name, rank):
         (lambda c: lr.kronecker(c, 2, "2x2x1x1 sideways"), "form|sideways"),
         (lambda c: lr.kronecker(c, 2, ""), "form"),
         (lambda c: lr.tensor_train(c, (2, 2, 2), "t-w-h-s"), "form"),
-        (lambda c: lr.frontier(c, (8, 8), ["svd"]), "family.*'svd'"),
+        (lambda c: lr.frontier(c, (8, 8), ["svd"]), "families.*'svd'"),
         (lambda c: lr.frontier(c, (8, 8), axis="time"), "axis.*'time'"),
         (lambda c: lr.frontier(c, (8, 8, 8, 8)), "input_shape"),
         (lambda c: lr.frontier(c, (5, 8, 8)), "input_shape"),
@@ -211,9 +212,11 @@ def test_an_input_is_computed_in_its_own_precision(dtype):
 
 
 def test_an_empty_batch_gives_an_empty_output():
-    for f in (dense(), lr.cp(dense(), 2), lr.dense(W, transposed=True)):
+    up = lr.dense(W, transposed=True, stride=2)
+    for f in (dense(), lr.cp(dense(), 2), lr.kronecker(dense(), 2), up, lr.cp(up, 2)):
         x = np.empty((0, f.in_channels, 8, 8))
-        assert f(x).shape == (0, *f.output_shape((8, 8)))
+        shape = (0, *f.output_shape((8, 8)))
+        assert f(x).shape == reference.run_chain(f.stages, x).shape == shape
 
 
 def test_inputs_are_never_changed(rng):
@@ -241,3 +244,74 @@ def test_what_is_public_is_immutable():
     front = lr.frontier(f if f.family == "dense" else dense(), (8, 8), ["spatial"])
     with pytest.raises(AttributeError):
         front[0].error = 0.0
+
+
+def test_stages_are_copies_and_stay_read_only_when_copied(rng):
+    import copy
+    import pickle
+
+    weight = rng.standard_normal((4, 4, 3))
+    stage = lr.Stage(weight, lr.Geometry.of(1))
+    kept = weight.copy()
+    weight[:] = 0
+    np.testing.assert_array_equal(stage.weight, kept)
+    f = lr.spatial(dense(W, bias=np.ones(6)), 2)
+    for again in (pickle.loads(pickle.dumps(f)), copy.deepcopy(f)):
+        assert repr(again) == repr(f)
+        for s in again.stages:
+            assert not s.weight.flags.writeable
+        np.testing.assert_array_equal(again.to_dense(), f.to_dense())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda g: lr.Stage([[[1.0]]], g), "weight.*floating"),
+        (lambda g: lr.Stage(np.ones((1, 1, 1), int), g), "weight.*floating"),
+        (lambda g: lr.Stage(np.ones((1, 1, 1), complex), g), "weight.*floating"),
+        (lambda g: lr.Stage(np.ones((2, 1, 1)), g, 2.0), "groups.*2.0"),
+        (lambda g: lr.Geometry((1.5,), ((0, 0),), (1,)), "stride.*1.5"),
+        (lambda g: dense().astype(int), "dtype.*int64"),
+        (lambda g: dense().compile((8, 8), threads=1.5), "threads.*1.5"),
+        (lambda g: dense()([[1.0]]), "x must be a NumPy array, got list"),
+        (lambda g: dense()(np.ma.ones((1, 4, 8, 8))), "x must be a NumPy array, got Masked"),
+        (lambda g: dense().cost((8.7, 8)), "input_shape.*8.7"),
+        (lambda g: lr.approximate(W, (8, 8), macs=0.5), "conv must come from"),
+        (lambda g: lr.certificate(W, dense()), "conv must come from"),
+        (lambda g: lr.approximate(dense(), (8, 8), macs=[1]), "macs"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_named(make, message):
+    with pytest.raises(TypeError, match=re.compile(message, re.DOTALL)):
+        make(lr.Geometry.of(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda g: lr.Geometry.of(4), "1 to 3"),
+        (lambda g: lr.Geometry.of(0), "1 to 3"),
+        (lambda g: lr.Geometry.of(1, value=np.nan), "value"),
+        (lambda g: lr.Stage(np.ones((1, 1, 1)), g, shuffle=(2,)), "shuffle"),
+        (lambda g: lr.chain([lr.Stage(np.ones((8, 4, 1)), g)], groups=2), "mix"),
+        (lambda g: lr.chain([lr.Stage(np.ones((8, 4, 1)), g)], groups=3), "groups.*3"),
+        (lambda g: lr.approximate(dense(), (8, 8), macs=0.5, families="spatial"), "in a list"),
+        (lambda g: lr.approximate(dense(), (8, 8), macs="."), "'.'"),
+        (lambda g: lr.approximate(dense(), (8, 8), max_error="0.1"), "max_error.*'0.1'"),
+    ],
+)
+def test_what_is_out_of_range_is_named(make, message):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        make(lr.Geometry.of(1))
+
+
+def test_a_chain_of_one_grouped_stage_has_its_groups():
+    stage = lr.Stage(W[:, :1], lr.Geometry.of(2), groups=6)
+    f = lr.chain([stage])
+    assert f.groups == 6
+    assert lr.spatial(f, 1).in_channels == 6
+
+
+def test_families_may_be_any_iterable():
+    f = lr.approximate(dense(), (8, 8), rank=2, families=iter(["spatial"]))
+    assert f.rank == (2,)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol
 
+import numpy as np
+
 from lowrank._typing import Array, Ints
 from lowrank.stage import Stage
 
@@ -33,23 +35,21 @@ def plan(
     )
 
 
-def check(x: object, stages: Sequence[Stage]) -> None:
+def check(name: str, x: object, stages: Sequence[Stage]) -> None:
     """Refuse arrays that no backend runs, and arrays that live elsewhere than the weights."""
-    _backend(x)
-    if _library(x) != _library(stages[0].weight):
+    library = _library(x)
+    if library not in _MODULES or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(x).__qualname__}")
+    if library != _library(stages[0].weight):
         raise TypeError(
-            f"the input is a {_library(x)} array but the weights are "
-            f"{_library(stages[0].weight)} arrays"
+            f"{name} is a {library} array but the weights are {_library(stages[0].weight)} arrays"
         )
 
 
 def _library(x: object) -> str:
-    return type(x).__module__.partition(".")[0]
+    return "numpy" if isinstance(x, np.ndarray) else type(x).__module__.partition(".")[0]
 
 
 def _backend(x: object) -> ModuleType:
     """The module that runs arrays of the type of `x`, imported when first needed."""
-    library = _library(x)
-    if library not in _MODULES:
-        raise TypeError(f"expected a NumPy array, got {type(x).__module__}.{type(x).__qualname__}")
-    return importlib.import_module(_MODULES[library])
+    return importlib.import_module(_MODULES[_library(x)])

@@ -319,7 +319,7 @@ def _weave(stage: Stage, y: Array, size: Ints) -> Array:
         order = [axis for a in range(n) for axis in (3 + n + a, 3 + a)]
         y = y.transpose(0, 1, 2, *order)
         whole = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
-        y = y.reshape(len(y), -1, *whole)
+        y = y.reshape(len(y), per * stage.right, *whole)
         y = y[trailing(*(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
     return np.ascontiguousarray(y[:, np.argsort(stage.source())])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from lowrank import algebra
 from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization
-from lowrank.stage import Stage
+from lowrank.stage import Stage, is_blank
 
 #: Names of the spatial axes, last ones first taken: 1-D has w, 2-D h and w.
 LETTERS = "dhw"
@@ -123,7 +123,8 @@ def kernel_of(conv: Factorization) -> Kernel:
             f"conv must come from lowrank.dense(weight, ...), got {type(conv).__qualname__}"
         )
     stage = conv.stages[0]
-    if len(conv.stages) != 1 or stage.left * stage.right != 1 or stage.shuffle != (1, 1):
+    tied = stage.left * stage.right > 1 or stage.shuffle != (1, 1)
+    if len(conv.stages) != 1 or tied or stage.groups != conv.groups:
         raise ValueError(
             f"conv must be one dense stage, from lowrank.dense(weight, ...), got {conv!r}"
         )
@@ -146,7 +147,7 @@ def index(letters: str, ndim: int) -> tuple[int, ...]:
 def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """`stages`, fitted to the weight as a plain convolution, in the direction of `conv`."""
     dtype = conv.dtype
-    if not np.isnan(stages[0].weight.flat[0]):
+    if not is_blank(stages[0].weight):
         stages = [replace(s, weight=np.ascontiguousarray(s.weight, dtype)) for s in stages]
     if conv.transposed:
         stages = [s.adjoint() for s in reversed(stages)]
@@ -156,7 +157,7 @@ def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
 def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) -> Ints:
     """`rank` as a tuple of integers between 1 and `largest`."""
     try:
-        ranks = tuple(operator.index(r) for r in (rank if isinstance(rank, Sequence) else (rank,)))
+        ranks = tuple(operator.index(r) for r in (rank if isinstance(rank, Iterable) else (rank,)))
     except TypeError:
         raise TypeError(f"rank must be {names}, integers, got {rank!r}") from None
     if len(ranks) != len(largest):
