@@ -27,7 +27,7 @@ class Candidate:
     Attributes
     ----------
     family, form, rank : str, str, tuple of int
-        How to make it again: ``FAMILIES[family].fit(conv, rank, form)``.
+        What it is; ``FAMILIES[family].fit(conv, rank, form)`` fits the same anew.
     error : float
         Relative Frobenius error.  For the families fitted by iteration (`exact` is False) that
         of the sweep's short fit; what :meth:`build` returns is refined and not worse.

@@ -50,11 +50,10 @@ LEFT_OUT = {
     "one axis": ONE_AXIS,
     "depthwise": set(FAMILIES) - {"spatial"},
     "pointwise": set(FAMILIES) - {"encode", "kronecker"},
-    "one in": MANY | {"decode", "filter"},
-    "one out": MANY | {"encode", "jaderberg", "filter"},
+    "one in": MANY - {"tucker_full", "kronecker"} | {"decode", "filter"},
+    "one out": MANY - {"tucker_full", "kronecker", "cp"} | {"encode", "jaderberg", "filter"},
     "one filter": set(FAMILIES) - {"spatial"},
     "one volume filter": set(FAMILIES) - {"spatial", "tensor_train", "filter"},
-    "transposed, grouped": {"kronecker", "filter"},  # three channels do not split
 }
 
 
@@ -194,10 +193,50 @@ def test_float32_stays_float32_and_inputs_stay_as_they_were(name):
     assert f(x).dtype == np.float32
 
 
-def test_singular_values_are_split_evenly(rng):
-    f = lr.spatial(random(16, 16, 3, 3), 8)
-    a, b = (np.linalg.norm(s.weight.astype(float)) for s in f.stages)
-    assert a == pytest.approx(b)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: lr.spatial(c, 8),
+        lambda c: lr.tucker(c, (6, 5)),
+        lambda c: lr.tucker_full(c, (6, 5, 2, 2)),
+        lambda c: lr.tensor_train(c, (4, 5, 6)),
+        lambda c: lr.tucker_cp(c, (6, 5, 12)),
+    ],
+)
+def test_what_is_large_is_split_evenly_over_the_stages(make):
+    norms = [np.linalg.norm(s.weight) for s in make(random(16, 16, 3, 3)).stages]
+    np.testing.assert_allclose(norms, norms[0])
+
+
+@pytest.mark.parametrize("name", ["cp", "tucker_full"])
+def test_one_channel_in_or_out_is_enough_with_two_axes(name, rng):
+    for shape in ((8, 1, 5, 5), (1, 8, 5, 5)):
+        conv = random(*shape, padding=2)
+        if name in applicable(conv):
+            rank = 4 if name == "cp" else (min(3, shape[0]), min(3, shape[1]), 2, 3)
+            f = FAMILIES[name].fit(conv, rank, None)
+            x = rng.standard_normal((2, shape[1], 7, 8))
+            np.testing.assert_allclose(f(x), lr.dense(f.to_dense(), padding=2)(x), atol=TIGHT * 100)
+            assert min(min(s.weight.shape[:2]) for s in f.stages) >= 1
+            assert f.error(conv.to_dense()) < 1
+
+
+def test_any_kronecker_split_can_be_asked_for(rng):
+    for shape, form in (
+        ((9, 3, 3, 3), "3x3x1x1 first"),
+        ((64, 3, 9, 9), "8x1x3x3 last"),
+        ((1, 1, 9, 9), "1x1x3x3 first"),
+        ((15, 7, 5, 1), "5x7x1x1 last"),
+    ):
+        b = tuple(map(int, form.split()[0].split("x")))
+        a = tuple(n // m for n, m in zip(shape, b))
+        weight = np.kron(rng.standard_normal(a), rng.standard_normal(b))
+        f = lr.kronecker(lr.dense(weight), 1, form)
+        assert f.error(weight) < ROOT
+        assert f.params == np.prod(a) + np.prod(b)
+    for form in ("3x3x1x1  first", "\uff13x3x1x1 first", "3x3x1x1", "3x3x1x1 first "):
+        with pytest.raises(ValueError, match="form"):
+            lr.kronecker(lr.dense(np.ones((9, 3, 3, 3))), 1, form)
 
 
 def test_spatial_error_is_the_tail_of_the_spectrum():

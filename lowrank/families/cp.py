@@ -39,13 +39,19 @@ class Modes(NamedTuple):
     """Which tensors are decomposed: (batch, \\*modes), and what the modes are."""
 
     tensors: Array
-    channels: str  # "ts", "t" or "": channel modes ahead of the spatial ones
+    channels: str  # "ts", "t", "s" or "": channel modes ahead of the spatial ones
     axes: tuple[str, ...]  # spatial modes
+    joined: bool = False  # whether the last axis's stage adds the terms up: none pointwise follows
 
 
 def _cp_modes(kernel: Kernel) -> Modes:
+    if kernel.outs == 1 and kernel.ins > 1 and len(kernel.axes) > 1:
+        return Modes(_merged(kernel, kernel.axes)[:, 0], "s", kernel.axes, joined=True)
     if kernel.pointwise or min(kernel.outs, kernel.ins) < 2:
-        raise NotApplicable("cp needs a spatial kernel and two channels in and out of a group")
+        raise NotApplicable(
+            "cp needs a spatial kernel and two channels in a group, and two out or two axes with "
+            "more than one tap"
+        )
     return Modes(_merged(kernel, kernel.axes), "ts", kernel.axes)
 
 
@@ -75,8 +81,8 @@ def _filter_modes(kernel: Kernel) -> Modes:
         )
     merged = _merged(kernel, kernel.axes)[:, :, 0]
     if kernel.outs == 1:
-        return Modes(merged[:, 0], "", kernel.axes)
-    return Modes(merged, "t", kernel.axes)
+        return Modes(merged[:, 0], "", kernel.axes, joined=True)
+    return Modes(merged, "t", kernel.axes, joined=True)
 
 
 def _merged(kernel: Kernel, axes: Sequence[str]) -> Array:
@@ -99,7 +105,6 @@ def _stages(
     conv: Factorization,
     kernel: Kernel,
     modes: Modes,
-    family: str,
     rank: int,
     factors: Sequence[Array] | None,
 ) -> tuple[Stage, ...]:
@@ -119,12 +124,12 @@ def _stages(
     if "s" in modes.channels:
         w = weight((b * rank, kernel.ins, *one), lambda: factor["s"].swapaxes(1, 2))
         stages.append(Stage(w, still, g))
-    for axes in modes.axes if family != "filter" else modes.axes[:-1]:
+    for axes in modes.axes[:-1] if modes.joined else modes.axes:
         w = weight((b * rank, 1, *taps(axes)), lambda: factor[axes].swapaxes(1, 2))  # noqa: B023
         # Without a pointwise stage ahead, the first depthwise one spreads each channel out.
         groups = b * rank if stages else b
         stages.append(Stage(w, conv.geometry.only(index(axes, ndim)), groups))
-    if family == "filter":
+    if modes.joined:
         axes = modes.axes[-1]
         out = factor.get("t", np.ones((b, 1, rank)))
         w = weight(
@@ -170,8 +175,8 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
             (rank,),
             error,
             min(bound, error),
-            _stages(conv, kernel, modes, family, rank, None),
-            partial(_refined, conv, kernel, modes, family, rank, factors),
+            _stages(conv, kernel, modes, rank, None),
+            partial(_refined, conv, kernel, modes, rank, factors),
         )
 
 
@@ -201,7 +206,6 @@ def _refined(
     conv: Factorization,
     kernel: Kernel,
     modes: Modes,
-    family: str,
     rank: int,
     factors: Sequence[Array] | None,
 ) -> tuple[Stage, ...]:
@@ -209,7 +213,7 @@ def _refined(
     starts = [None] if factors is None else [factors, None]
     tried = [_improve(modes.tensors, rank, f, REFINE) for f in starts]
     best = min(tried, key=lambda f: _als.batched_error(modes.tensors, f))
-    return _stages(conv, kernel, modes, family, rank, best)
+    return _stages(conv, kernel, modes, rank, best)
 
 
 def _fit(
@@ -219,7 +223,10 @@ def _fit(
     modes = MODES[family](kernel)
     form = checked_form(form, ("",))
     ranks = checked_rank(rank, (_largest(modes.tensors),), "one number")
-    stages = _refined(conv, kernel, modes, family, ranks[0], None)
+    factors = None
+    for r in _als.ranks(ranks[0], 6)[:-1]:  # a ladder of warm starts, as in a sweep
+        factors = _improve(modes.tensors, r, factors, SWEEPS)
+    stages = _refined(conv, kernel, modes, ranks[0], factors)
     return replace(conv, stages=stages, family=family, form=form, rank=ranks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,6 +153,15 @@ def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     if conv.transposed:
         stages = [s.adjoint() for s in reversed(stages)]
     return tuple(stages)
+
+
+def evened(stages: Sequence[Stage]) -> list[Stage]:
+    """The same chain with weights of equal norm: no stage runs into the range of half floats."""
+    norms = [float(np.linalg.norm(s.weight)) for s in stages]
+    if not all(norms):
+        return list(stages)
+    each = math.exp(sum(map(math.log, norms)) / len(norms))
+    return [replace(s, weight=s.weight * (each / n)) for s, n in zip(stages, norms)]
 
 
 def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) -> Ints:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -147,20 +148,37 @@ def _decouple_forms(kernel: Kernel) -> tuple[str, ...]:
 
 
 def _kronecker_forms(kernel: Kernel) -> tuple[str, ...]:
-    """Splits worth a sweep: B square in channels, with all or none of each axis's taps."""
+    """Splits worth a sweep: B about square in channels, with all, none or a part of the taps."""
     forms = []
-    taps = [(1, k) if k > 1 else (1,) for k in kernel.tensor.shape[3:]]
-    for n in (2, 4, 8, 16, 32):
-        for space in itertools.product(*taps):
-            inner = n * n * math.prod(space)
+    outs, ins, *taps = kernel.tensor.shape[1:]
+    parts = itertools.zip_longest(*(_divisors(k)[1:-1] for k in taps))
+    spaces = {
+        *itertools.product(*({1, k} for k in taps)),
+        *(tuple(d or k for d, k in zip(part, taps)) for part in parts),
+    }
+    channels = {(_nearest(outs, n), _nearest(ins, n)) for n in (1, 2, 4, 8, 16, 32)}
+    for t, s in sorted(channels):
+        for space in sorted(spaces):
+            inner = t * s * math.prod(space)
             outer = kernel.tensor[0].size // inner
-            if kernel.outs % n or kernel.ins % n or min(inner, outer) > _LARGEST or outer == 1:
+            if 1 in (inner, outer) or min(inner, outer) > _LARGEST:
                 continue
-            shape = "x".join(map(str, (n, n, *space)))
+            if t == s == 1 and all(b in (1, k) for b, k in zip(space, taps)):
+                continue  # shared filters along some of the axes: that is `basis`
+            shape = "x".join(map(str, (t, s, *space)))
             forms += [f"{shape} first"] + [f"{shape} last"] * (kernel.groups == 1)
     if not forms:
-        raise NotApplicable("kronecker needs an even number of channels in and out of a group")
+        raise NotApplicable("kronecker needs channels of a group, or taps of an axis, that split")
     return tuple(forms)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _nearest(n: int, target: int) -> int:
+    """The divisor of `n` whose ratio to `target` is nearest to 1, the larger if two are."""
+    return min(_divisors(n), key=lambda d: (max(d, target) / min(d, target), -d))
 
 
 _LARGEST = 600  # small side of the matrices that a sweep over Kronecker splits decomposes
@@ -318,11 +336,10 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
 def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:
-    forms = _forms(family, conv)
     if family == "kronecker" and form is not None:
-        _check_split(kernel_of(conv), form)
+        _check_split(kernel_of(conv), form)  # any split, whether a sweep tries it or not
     else:
-        form = checked_form(form, forms)
+        form = checked_form(form, _forms(family, conv))
     parts = decompose(conv, family, form)
     ranks = checked_rank(rank, (parts.s.shape[-1],), "one number")
     stages = parts.stages(ranks[0], True)
@@ -337,19 +354,16 @@ def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
 def _check_split(kernel: Kernel, form: str) -> None:
     """A Kronecker form is the shape of B, dividing the kernel's, and which factor runs first."""
     shape = kernel.tensor.shape[1:]
-    try:
-        sizes, order = form.split()
-        inner = [int(n) for n in sizes.split("x")]
-        fits = len(inner) == len(shape) and all(b > 0 and k % b == 0 for k, b in zip(shape, inner))
-    except ValueError:
-        fits, order = False, ""
-    if not fits or order not in ("first", "last"):
+    match = re.fullmatch(r"([0-9]+(?:x[0-9]+)*) (first|last)", form)
+    inner = [int(n) for n in match[1].split("x")] if match else []
+    fits = len(inner) == len(shape) and all(b > 0 and k % b == 0 for k, b in zip(shape, inner))
+    if not fits:
         raise ValueError(
             f"form must be the shape of B, dividing {'x'.join(map(str, shape))}, and 'first' or "
             f"'last', such as '{'x'.join('2' if k % 2 == 0 else '1' for k in shape)} first', "
             f"got {form!r}"
         )
-    if order == "last" and kernel.groups > 1:
+    if form.endswith("last") and kernel.groups > 1:
         raise ValueError("with groups, B runs first: form must end with 'first'")
 
 
@@ -467,7 +481,9 @@ def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factoriz
         Channels in between, a group.
     form : str, optional
         Axes of the first pass and of the second.  2-D: ``"h-w"`` (columns, then rows; the
-        default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.
+        default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.  For a
+        transposed convolution here and in the other families: of its adjoint, whose stages
+        run in reverse.
 
     Returns
     -------
@@ -571,7 +587,8 @@ def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factori
         Terms; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)`` (``"pw-dw"``).
     form : str, optional
         ``"dw-pw"``: depthwise with `rank` filters a channel, then pointwise (MobileNet's order,
-        the default); ``"pw-dw"``: pointwise to `rank` maps an output, then grouped.
+        the default); ``"pw-dw"``: pointwise to `rank` maps an output, then grouped.  Of a
+        transposed convolution the adjoint's order.
 
     Returns
     -------
@@ -616,7 +633,9 @@ def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factor
         Terms; exact at the smaller of the sizes of A and B.
     form : str, optional
         Shape (out, in, \*taps) of B, which divides that of the weight, and which of the two
-        factors' stages runs first or last: ``"4x4x3x3 first"`` runs B first.
+        factors' stages runs first or last: ``"4x4x3x3 first"`` runs B first (in the adjoint of
+        a transposed convolution).  Any shape that divides; the default is the first that a
+        sweep tries.
 
     Returns
     -------

@@ -21,6 +21,7 @@ from lowrank.families.family import (
     Point,
     checked_form,
     checked_rank,
+    evened,
     index,
     kernel_of,
     oriented,
@@ -104,7 +105,7 @@ def _chain(parts: Train, rank: Ints, cores: Sequence[Array] | None) -> tuple[Sta
             core = cores[i].reshape(g, before, kernel.ins if "s" in car else 1, math.prod(taps), -1)
             w = core.transpose(0, 4, 1, 2, 3).reshape(shape) * each
         stages.append(Stage(w, conv.geometry.only(index(axes, conv.geometry.ndim)), g))
-    return oriented(conv, stages)
+    return oriented(conv, stages if cores is None else evened(stages))
 
 
 def _build(parts: Train, rank: Ints) -> tuple[Stage, ...]:

@@ -26,6 +26,7 @@ from lowrank.families.family import (
     Point,
     checked_form,
     checked_rank,
+    evened,
     index,
     kernel_of,
     oriented,
@@ -110,7 +111,27 @@ def refined(parts: Parts, rank: Ints) -> tuple[list[Array], Array]:
     core = parts.tensor
     for mode, factor in enumerate(stacked, start=1):
         core = _projected(core, factor, mode)
-    return stacked, core
+    return _shared(stacked, core)
+
+
+def _shared(factors: list[Array], core: Array) -> tuple[list[Array], Array]:
+    """The core's norm along each mode moved to the factors by its square root.
+
+    For a diagonal core that is what a truncated SVD gives; a mode of one channel, which gets no
+    stage of its own, gives all that it has to the core.
+    """
+    norms = []
+    for mode in range(1, len(factors) + 1):
+        others = tuple(a for a in range(1, core.ndim) if a != mode)
+        norms.append(np.sqrt(np.sqrt(np.square(core).sum(others))))
+    for mode, (factor, norm) in enumerate(zip(list(factors), norms), start=1):
+        along = (slice(None), *(None,) * (mode - 1), slice(None), *(None,) * (core.ndim - 1 - mode))
+        if factor.shape[1] == 1:
+            core, factors[mode - 1] = core * factor[:, :1, 0][along], np.ones_like(factor)
+        else:
+            safe = np.where(norm > 0, norm, 1)
+            core, factors[mode - 1] = core / safe[along], factor * safe[:, None]
+    return factors, core
 
 
 def _grid(largest: Ints) -> Iterator[Ints]:
@@ -132,7 +153,9 @@ def _chain(
     conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
     ndim = conv.geometry.ndim
     one, still = (1,) * ndim, conv.geometry.only(())
-    each = kernel.scale ** (1 / (2 + len(rank) - 1))
+    each = kernel.scale ** (
+        1 / (1 + sum(n > 1 for n in (kernel.outs, kernel.ins)) + len(parts.axes))
+    )
 
     def weight(shape: Ints, make: Callable[[], Array]) -> Array:
         return blank(shape) if factors is None else make().reshape(shape) * each
@@ -141,8 +164,10 @@ def _chain(
         return tuple(k if a in axes else 1 for a, k in zip(kernel.letters, kernel.tensor.shape[3:]))
 
     outs, ins, *within = rank
-    w = weight((g * ins, kernel.ins, *one), lambda: factors[1].swapaxes(1, 2))  # type: ignore[index]
-    stages = [Stage(w, still, g)]
+    stages = []
+    if kernel.ins > 1:
+        w = weight((g * ins, kernel.ins, *one), lambda: factors[1].swapaxes(1, 2))  # type: ignore[index]
+        stages.append(Stage(w, still, g))
     spread = ins
     for i, (axes, q) in enumerate(zip(parts.axes, within)):
         geometry = conv.geometry.only(index(axes, ndim))
@@ -160,17 +185,26 @@ def _chain(
     left = "".join(a for a in kernel.letters if a not in "".join(parts.axes))
     w = weight((g * outs, spread, *taps(left)), lambda: core)  # type: ignore[arg-type,return-value]
     stages.append(Stage(w, conv.geometry.only(index(left, ndim)), g))
-    w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
-    stages.append(Stage(w, still, g))
-    return oriented(conv, stages)
+    if kernel.outs > 1:
+        w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
+        stages.append(Stage(w, still, g))
+    return oriented(conv, stages if factors is None else evened(stages))
 
 
 def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
-    if kernel.pointwise or min(kernel.outs, kernel.ins) < 2:
+    channels = sorted((kernel.outs, kernel.ins))
+    if family == "tucker_full":
+        if kernel.pointwise or channels[1] < 2 or (channels[0] < 2 and len(kernel.axes) < 2):
+            raise NotApplicable(
+                "tucker_full needs a spatial kernel and two channels in and out of a group, or "
+                "in one direction and two axes with more than one tap"
+            )
+        return kernel.axes
+    if kernel.pointwise or channels[0] < 2:
         raise NotApplicable(
             f"{family} needs a spatial kernel and two channels in and out of a group"
         )
-    return kernel.axes if family == "tucker_full" else ()
+    return ()
 
 
 def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
@@ -229,24 +263,22 @@ def _cp_chain(
         return [Stage(w, still, g) for w in kept]
 
     taps = (g * r, 1, *kernel.tensor.shape[3:])
-    return oriented(
-        conv,
-        [
-            *pointwise(
-                [(r, ins), (ins, kernel.ins)],
-                lambda: (terms[1].swapaxes(1, 2) * each, factors[1].swapaxes(1, 2)),  # type: ignore[index]
-            ),
-            Stage(
-                blank(taps) if terms is None else (terms[2].swapaxes(1, 2) * each).reshape(taps),
-                conv.geometry,
-                g * r,
-            ),
-            *pointwise(
-                [(kernel.outs, outs), (outs, r)],
-                lambda: (factors[0], terms[0] * each),  # type: ignore[index]
-            ),
-        ],
-    )
+    stages = [
+        *pointwise(
+            [(r, ins), (ins, kernel.ins)],
+            lambda: (terms[1].swapaxes(1, 2) * each, factors[1].swapaxes(1, 2)),  # type: ignore[index]
+        ),
+        Stage(
+            blank(taps) if terms is None else (terms[2].swapaxes(1, 2) * each).reshape(taps),
+            conv.geometry,
+            g * r,
+        ),
+        *pointwise(
+            [(kernel.outs, outs), (outs, r)],
+            lambda: (factors[0], terms[0] * each),  # type: ignore[index]
+        ),
+    ]
+    return oriented(conv, stages if factors is None else evened(stages))
 
 
 def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
