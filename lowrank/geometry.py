@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex, get_args
+from typing import Any, get_args
 
 from lowrank._typing import Ints, PaddingMode, Pads
 
@@ -219,7 +219,7 @@ class Geometry:
 
 def _entries(name: str, value: Any, n: int) -> list[Any]:
     """`value` as `n` entries; one integer stands for all."""
-    if isinstance(value, SupportsIndex) and not getattr(value, "shape", ()):
+    if hasattr(value, "__index__") and not getattr(value, "shape", ()):
         return [value] * n
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be an integer or {n} of them, got {value!r}")
