@@ -34,12 +34,12 @@ LOOK = {
 }
 
 #: The same data give the same file, byte for byte.
-_STEADY: dict[str, dict[str, Any]] = {
+STEADY: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None},
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "ModDate": None},
 }
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,8 +58,8 @@ _AXIS_LABELS = {
 def check_path(path: str | os.PathLike[str]) -> Path:
     """`path`, if a picture can be written there; before the work, not after it."""
     path = Path(path)
-    if path.suffix.lower() not in _STEADY:
-        raise ValueError(f"{path}: a picture ends in {', '.join(_STEADY)}, not {path.suffix!r}")
+    if path.suffix.lower() not in STEADY:
+        raise ValueError(f"{path}: a picture ends in {', '.join(STEADY)}, not {path.suffix!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     return path
@@ -199,7 +199,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("pictures need matplotlib: pip install 'lowrank[cli]'") from None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         axes = figure.subplots(1, columns)
     return figure, axes
@@ -208,5 +208,5 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(path, dpi=150, metadata=_STEADY[path.suffix.lower()])
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=150, metadata=STEADY[path.suffix.lower()])
