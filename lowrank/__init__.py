@@ -1,5 +1,7 @@
 """Separable and low-rank convolution: the error, the cost, and an engine that runs the chain."""
 
+from lowrank import blocks as blocks
+from lowrank import filters as filters
 from lowrank.certify import Certificate as Certificate
 from lowrank.certify import certificate as certificate
 from lowrank.cost import Cost as Cost

@@ -20,7 +20,24 @@ from lowrank.stage import Stage
 
 
 class BatchNorm(NamedTuple):
-    """What a batch normalisation has learnt and seen: four arrays of shape (channels,)."""
+    """What a batch normalisation has learnt and seen: four arrays of shape (channels,).
+
+    Attributes
+    ----------
+    scale, shift : ndarray, shape (channels,)
+        Learnt.
+    mean, variance : ndarray, shape (channels,)
+        Seen in training.
+    eps : float
+        Added to the variance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank.blocks import BatchNorm
+    >>> BatchNorm(np.ones(8), np.zeros(8), np.zeros(8), np.ones(8)).eps
+    1e-05
+    """
 
     scale: Array
     shift: Array
@@ -57,11 +74,56 @@ class Block:
         return tuple(p for p in self.parts if not isinstance(p, str))
 
     def costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
-        """Cost of each chain for one example of (channels, \\*spatial)."""
+        r"""Cost of each chain for one example.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial).
+
+        Returns
+        -------
+        tuple of Cost
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or a kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import blocks
+        >>> block = blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)))
+        >>> [c.params for c in block.costs((3, 32, 32))]
+        [27, 24]
+        """
         return tuple(f.cost(shape) for f, shape in self._shapes(input_shape))
 
     def macs(self, input_shape: Sequence[int]) -> int:
-        """Multiply-adds of all chains for one example of (channels, \\*spatial)."""
+        r"""Multiply-adds of all chains for one example.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial).
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or a kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import blocks
+        >>> blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1))).macs((3, 32, 32))
+        52224
+        """
         return sum(c.macs for c in self.costs(input_shape))
 
     def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
@@ -237,6 +299,11 @@ def shuffle_unit(
     -------
     Block
 
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
+
     References
     ----------
     .. [1] X. Zhang, X. Zhou, M. Lin, J. Sun, "ShuffleNet: an extremely efficient convolutional
@@ -287,10 +354,23 @@ def mobilenet_v1(
     -------
     Block
 
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
+
     References
     ----------
     .. [1] A. G. Howard et al., "MobileNets: efficient convolutional neural networks for mobile
        vision applications", 2017. :arxiv:`1704.04861`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> block = blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)), stride=2)
+    >>> [f.output_shape((32, 32)) for f in block.chains]
+    [(3, 16, 16), (8, 32, 32)]
     """
     parts = (chain([_depthwise(depthwise, stride)]), chain([_pointwise(pointwise)]))
     a, b = _folded(parts, norms)
@@ -330,6 +410,11 @@ def inverted_residual(
     -------
     Block
         Ends with ``"add input"`` where the shapes allow the skip.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
 
     References
     ----------
@@ -378,10 +463,23 @@ def xception(
     -------
     Block
 
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
+
     References
     ----------
     .. [1] F. Chollet, "Xception: deep learning with depthwise separable convolutions", CVPR
        2017. :arxiv:`1610.02357`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> weights = [(np.ones((8, 1, 3, 3)), np.ones((8, 8, 1, 1)))] * 3
+    >>> [p for p in blocks.xception(weights).parts if isinstance(p, str)]
+    ['relu', 'relu', 'relu', 'add input']
     """
     chains = [separable(d, p) for d, p in separables]
     folded = _folded(chains, norms or [None] * len(chains))
@@ -409,10 +507,25 @@ def unet_step(
     -------
     Block
 
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another.
+
     References
     ----------
     .. [1] O. Ronneberger, P. Fischer, T. Brox, "U-Net: convolutional networks for biomedical
        image segmentation", MICCAI 2015. :arxiv:`1505.04597`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> step = blocks.unet_step(
+    ...     np.ones((8, 4, 2, 2)), [(np.ones((8, 1, 3, 3)), np.ones((4, 8, 1, 1)))]
+    ... )
+    >>> [p for p in step.parts if isinstance(p, str)]
+    ['concatenate skip', 'relu']
     """
     ndim = up.ndim - 2
     rise = chain([Stage(up, Geometry.of(ndim, stride=2), transposed=True)])

@@ -19,6 +19,12 @@ class Certificate:
         Relative Frobenius error that the chain has.
     bound : float
         A lower bound on the error of every chain of that family, form and rank.
+
+    Examples
+    --------
+    >>> from lowrank import Certificate
+    >>> Certificate(error=0.5, bound=0.375).gap
+    0.125
     """
 
     error: float

@@ -43,7 +43,26 @@ class Cost:
     peak: int
 
     def share_of(self, dense: Cost) -> float:
-        """Multiply-adds as a share of those of `dense`."""
+        """Multiply-adds as a share of those of another cost.
+
+        Parameters
+        ----------
+        dense : Cost
+            Such as that of the dense kernel.
+
+        Returns
+        -------
+        float
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((64, 64, 3, 3)))
+        >>> f = lowrank.encode(conv, rank=16)
+        >>> round(f.cost((56, 56)).share_of(conv.cost((56, 56))), 3)
+        0.278
+        """
         return self.macs / dense.macs
 
 

@@ -199,15 +199,85 @@ class Factorization:
         return chain_cost(self.stages, self.shape(input_shape), self.bias is not None)
 
     def stage_costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
-        """Cost of each stage alone, in order; see :meth:`cost`."""
+        r"""Cost of each stage alone, in order.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial) of the chain's input, or the spatial size alone.
+
+        Returns
+        -------
+        tuple of Cost
+            As of :meth:`cost`; biases are left out.
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or the kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> f = lowrank.decouple(lowrank.dense(np.ones((128, 3, 3, 3))), rank=1)
+        >>> [c.macs for c in f.stage_costs((7, 7))]
+        [675, 9600]
+        """
         return stage_costs(self.stages, self.shape(input_shape))
 
     def output_shape(self, input_shape: Sequence[int]) -> Ints:
-        """(channels, \\*spatial) of the output for an input of that form; see :meth:`cost`."""
+        r"""Shape of the output for one example.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial), or the spatial size alone.
+
+        Returns
+        -------
+        tuple of int
+            (channels, \*spatial).
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or the kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> lowrank.dense(np.ones((8, 3, 3, 3)), stride=2, padding=1).output_shape((32, 32))
+        (8, 16, 16)
+        """
         return chain_shapes(self.stages, self.shape(input_shape))[-1]
 
     def shape(self, input_shape: Sequence[int]) -> Ints:
-        """`input_shape` with the channels in front, added if only the spatial size is given."""
+        r"""The shape of an example with its channels in front.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial), or the spatial size alone.
+
+        Returns
+        -------
+        tuple of int
+            (channels, \*spatial).
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the channels or the number of axes do not match, or an entry is no integer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> lowrank.dense(np.ones((8, 3, 3, 3))).shape((32, 32))
+        (3, 32, 32)
+        """
         sizes = input_shape if isinstance(input_shape, Iterable) else (input_shape,)
         try:
             shape = tuple(operator.index(n) for n in sizes)
@@ -293,7 +363,30 @@ class Factorization:
         return backends.plan(self.stages, self.shape(input_shape), dtype, self.bias, threads)
 
     def astype(self, dtype: Any) -> Factorization:
-        """The same chain in another floating-point precision; a new object."""
+        """The same chain in another floating-point precision.
+
+        Parameters
+        ----------
+        dtype : dtype
+            Such as float32; half precisions are for storage, chains run in float32 and float64.
+
+        Returns
+        -------
+        Factorization
+            A new object.
+
+        Raises
+        ------
+        TypeError
+            If `dtype` is not a floating-point type.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> lowrank.dense(np.ones((8, 3, 3, 3))).astype(np.float32).dtype
+        dtype('float32')
+        """
         if np.dtype(dtype).kind != "f":
             raise TypeError(f"dtype must be a floating-point type, got {np.dtype(dtype)}")
         return replace(
@@ -303,9 +396,25 @@ class Factorization:
         )
 
     def adjoint(self) -> Factorization:
-        """The transposed convolution with the same weights, stages in reverse; without bias.
+        """The transposed convolution with the same weights, its stages in reverse; without bias.
 
-        For zero padding ``<f(x), y> == <x, f.adjoint()(y)>`` whenever the shapes agree.
+        Returns
+        -------
+        Factorization
+            For zero padding ``<f(x), y> == <x, f.adjoint()(y)>`` whenever the shapes agree.
+
+        Raises
+        ------
+        ValueError
+            If the border is not zeros.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> f = lowrank.dense(np.ones((8, 3, 3, 3)), stride=2)
+        >>> f.adjoint().output_shape((7, 7))
+        (3, 15, 15)
         """
         return replace(self, stages=tuple(s.adjoint() for s in reversed(self.stages)), bias=None)
 

@@ -218,7 +218,26 @@ def _saturated(values: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:
-    """Gaussian of standard deviation `sigma` samples, one an axis or one for all; sums to 1.
+    """Gaussian filter; rank 1, and sums to 1.
+
+    Parameters
+    ----------
+    sigma : float or sequence of float
+        Standard deviation in samples, above 0: one for all axes, or one an axis.
+    ndim : int
+        Number of axes, for a single `sigma`.
+    truncate : float
+        Where the filter is cut, in standard deviations.
+
+    Returns
+    -------
+    ndarray of float64, shape (2 * n + 1, ...)
+        With ``n = int(truncate * sigma + 0.5)``, as in ``scipy.ndimage.gaussian_filter``.
+
+    Raises
+    ------
+    ValueError
+        If a `sigma` is not above 0.
 
     Examples
     --------
@@ -233,7 +252,28 @@ def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.
 
 
 def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
-    """Sobel's derivative along `axis`, smoothed along the others: rank 1.
+    """Sobel's derivative filter: a difference along one axis, smoothed along the others; rank 1.
+
+    Parameters
+    ----------
+    axis : int
+        Axis of the derivative.
+    ndim : int
+        Number of axes.
+
+    Returns
+    -------
+    ndarray of float64, shape (3, ...)
+        Sums to 0; a slope of 1 gives 8 in two dimensions, as in ``scipy.ndimage.sobel``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such axis.
+
+    References
+    ----------
+    .. [1] I. Sobel, G. Feldman, "A 3x3 isotropic gradient operator for image processing", 1968.
 
     Examples
     --------
@@ -251,7 +291,30 @@ def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
 
 
 def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
-    """Laplacian of a Gaussian: rank 2 over two axes.  Sums to zero.
+    """Laplacian of a Gaussian: as many separable terms as axes, two of them over two axes.
+
+    Parameters
+    ----------
+    sigma : float
+        Standard deviation in samples, above 0.
+    ndim : int
+        Number of axes.
+    truncate : float
+        Where the filter is cut, in standard deviations.
+
+    Returns
+    -------
+    ndarray of float64, shape (2 * n + 1, ...)
+        Sums to 0: blind to constants.
+
+    Raises
+    ------
+    ValueError
+        If `sigma` is not above 0.
+
+    References
+    ----------
+    .. [1] D. Marr, E. Hildreth, "Theory of edge detection", Proc. R. Soc. Lond. B 207, 1980.
 
     Examples
     --------
@@ -277,9 +340,35 @@ def gabor(
     phase: float = 0.0,
     truncate: float = 3.0,
 ) -> Array:
-    """Gabor filter: a wave of `wavelength` samples along `angle` (radians) under a Gaussian.
+    """Gabor filter, a wave under a Gaussian: rank 1 along the axes, 2 at any other angle.
 
-    Rank 1 along the axes, rank 2 at any other angle.
+    Parameters
+    ----------
+    sigma : float
+        Standard deviation of the Gaussian in samples, above 0.
+    wavelength : float
+        Of the wave, in samples, above 0.
+    angle : float
+        Direction of the wave in radians, from the second axis towards the first.
+    phase : float
+        Of the wave at the centre, in radians.
+    truncate : float
+        Where the filter is cut, in standard deviations.
+
+    Returns
+    -------
+    ndarray of float64, shape (2 * n + 1, 2 * n + 1)
+
+    Raises
+    ------
+    ValueError
+        If `sigma` or `wavelength` is not above 0.
+
+    References
+    ----------
+    .. [1] J. G. Daugman, "Uncertainty relation for resolution in space, spatial frequency, and
+       orientation optimized by two-dimensional visual cortical filters", J. Opt. Soc. Am. A 2,
+       1985.
 
     Examples
     --------
@@ -296,7 +385,22 @@ def gabor(
 
 
 def disk(radius: float) -> Array:
-    """Uniform disk of `radius` samples, the bokeh of a lens; sums to 1.  Of high rank.
+    """Uniform disk, the blur of a lens out of focus; sums to 1.  Of high rank.
+
+    Parameters
+    ----------
+    radius : float
+        In samples, above 0.
+
+    Returns
+    -------
+    ndarray of float64, shape (2 * n + 1, 2 * n + 1)
+        With ``n = ceil(radius)``.
+
+    Raises
+    ------
+    ValueError
+        If `radius` is not above 0.
 
     Examples
     --------
@@ -313,7 +417,23 @@ def disk(radius: float) -> Array:
 
 
 def motion(length: int, *, angle: float = 0.0) -> Array:
-    """Motion blur along a line of `length` samples at `angle` (radians); sums to 1.
+    """Motion blur along a line; sums to 1.
+
+    Parameters
+    ----------
+    length : int
+        Of the line, in samples, above 0.
+    angle : float
+        Of the line in radians, from the second axis towards the first.
+
+    Returns
+    -------
+    ndarray of float64, shape (2 * n + 1, 2 * n + 1)
+
+    Raises
+    ------
+    ValueError
+        If `length` is not above 0.
 
     Examples
     --------

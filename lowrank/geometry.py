@@ -141,7 +141,24 @@ class Geometry:
         return len(self.stride)
 
     def only(self, axes: Iterable[int]) -> Geometry:
-        """Keep what concerns `axes`; a chain gives each axis to the stage that runs along it."""
+        """Keep what concerns some axes; a chain gives each axis to the stage that runs along it.
+
+        Parameters
+        ----------
+        axes : iterable of int
+            Axes to keep.
+
+        Returns
+        -------
+        Geometry
+            Elsewhere stride and dilation 1, and no padding.
+
+        Examples
+        --------
+        >>> from lowrank import Geometry
+        >>> Geometry.of(2, stride=2, padding=1).only([0]).stride
+        (2, 1)
+        """
         keep = set(axes)
 
         def kept(values: Ints, neutral: int) -> Ints:
@@ -156,7 +173,24 @@ class Geometry:
         )
 
     def extent(self, kernel: Ints) -> Ints:
-        """Input samples that a kernel of this many taps an axis spans."""
+        """Input samples that a kernel spans.
+
+        Parameters
+        ----------
+        kernel : tuple of int
+            Taps an axis.
+
+        Returns
+        -------
+        tuple of int
+            ``dilation * (taps - 1) + 1``, an axis.
+
+        Examples
+        --------
+        >>> from lowrank import Geometry
+        >>> Geometry.of(2, dilation=(1, 4)).extent((3, 3))
+        (3, 9)
+        """
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, kernel))
 
     def output_size(self, size: Ints, kernel: Ints) -> Ints:
@@ -200,7 +234,31 @@ class Geometry:
         return tuple(out)
 
     def transposed_size(self, size: Ints, kernel: Ints) -> Ints:
-        """Spatial size of the output of a transposed convolution (PyTorch's rule)."""
+        """Spatial size of the output of a transposed convolution, by PyTorch's rule.
+
+        Parameters
+        ----------
+        size : tuple of int
+            Spatial size of the input, in samples.
+        kernel : tuple of int
+            Taps an axis.
+
+        Returns
+        -------
+        tuple of int
+            ``(size - 1) * stride - before - after + extent + output_padding``, an axis.
+
+        Raises
+        ------
+        ValueError
+            If nothing is left of the output.
+
+        Examples
+        --------
+        >>> from lowrank import Geometry
+        >>> Geometry.of(1, stride=2, padding=1).transposed_size((5,), (4,))
+        (10,)
+        """
         if len(size) != self.ndim:
             raise ValueError(f"expected {self.ndim} spatial axes, got size {size}")
         out = tuple(

@@ -120,7 +120,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Factorization]:
 
     Examples
     --------
-    See :func:`save`.
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> import lowrank
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "sobel.safetensors")
+    >>> lowrank.save(path, {"sobel": lowrank.filters.separate(lowrank.filters.sobel())})
+    >>> list(lowrank.load(path))
+    ['sobel']
     """
     tensors, metadata = read_tensors(path)
     if _RECORD not in metadata:

@@ -56,7 +56,30 @@ _AXIS_LABELS = {
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, if a picture can be written there; before the work, not after it."""
+    """Check that a picture can be written to a path; before the work, not after it.
+
+    Parameters
+    ----------
+    path : path
+        ``.svg``, ``.png`` or ``.pdf``.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ValueError
+        If the ending is another one.
+    OSError
+        If the folder is not there.
+
+    Examples
+    --------
+    >>> from lowrank.plots import check_path
+    >>> check_path("front.svg").suffix
+    '.svg'
+    """
     path = Path(path)
     if path.suffix.lower() not in STEADY:
         raise ValueError(f"{path}: a picture ends in {', '.join(STEADY)}, not {path.suffix!r}")
@@ -91,6 +114,18 @@ def error_against_cost(
         If there is nothing to draw, or the ending is unknown.
     ImportError
         If matplotlib is missing.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank import plots
+    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "front.svg")
+    >>> plots.error_against_cost([front], path)
+    >>> path.exists()
+    True
     """
     path = check_path(path)
     if not fronts:
@@ -168,6 +203,16 @@ def filter_and_form(
         If the kernel has not two axes, or the ending is unknown.
     ImportError
         If matplotlib is missing.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from lowrank import filters, plots
+    >>> kernel = filters.disk(5.0)
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "disk.svg")
+    >>> plots.filter_and_form(kernel, filters.separate(kernel, rank=2), path)
+    >>> path.exists()
+    True
     """
     path = check_path(path)
     kernel = np.asarray(kernel, np.float64)

@@ -37,6 +37,14 @@ class Candidate:
         For one example of the frontier's input shape.
     exact : bool
         Whether error equals bound by theory: one SVD, or the dense kernel itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+    >>> front[0].name, front[0].rank, front[0].shapes
+    ('spatial h-w', (1,), ((1, 8, 3, 1), (8, 1, 1, 3)))
     """
 
     family: str
@@ -50,7 +58,20 @@ class Candidate:
     _point: Point | None
 
     def build(self) -> Factorization:
-        """Make the weights; what was fitted by a short iteration is refined."""
+        """Make the weights; what was fitted by a short iteration is refined.
+
+        Returns
+        -------
+        Factorization
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> front[0].build()
+        <Factorization spatial h-w rank 1: 1x8x3x1 -> 8x1x1x3, 48 params>
+        """
         if self._point is None:
             return self._conv
         return replace(
@@ -62,7 +83,26 @@ class Candidate:
         )
 
     def built(self, f: Factorization) -> Candidate:
-        """This candidate with the error, rank and cost that `f`, made by :meth:`build`, has."""
+        """This candidate with the rank and the error of what :meth:`build` made of it.
+
+        Parameters
+        ----------
+        f : Factorization
+            What :meth:`build` returned.
+
+        Returns
+        -------
+        Candidate
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["tucker"])
+        >>> c = front[0]
+        >>> c.built(c.build()).error <= c.error + 1e-9
+        True
+        """
         if self._point is None:
             return self
         error = f.error(self._conv.to_dense())
@@ -80,7 +120,21 @@ class Candidate:
         return tuple(s.weight.shape for s in stages)
 
     def as_dict(self) -> dict[str, Any]:
-        """What the command line prints as JSON."""
+        """What the command line prints as JSON.
+
+        Returns
+        -------
+        dict
+            Plain numbers, strings and lists.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> front[0].as_dict()["stages"]
+        [[1, 8, 3, 1], [8, 1, 1, 3]]
+        """
         return {
             "family": self.family,
             "form": self.form,
@@ -110,6 +164,17 @@ class Frontier(Sequence[Candidate]):
         (channels, \\*spatial) that the costs are for.
     left_out : dict
         Families that do not apply to the convolution, and why.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+    >>> print(front)
+    2 candidates, by macs, input of 8 channels x 16x16
+    family       rank   error   bound   macs   fewer  params  traffic  fused
+    spatial h-w     1  0.0000  0.0000  10.1k  11.20x      48    4.11k  3.66k
+    dense           -  0.0000  0.0000   113k   1.00x     576    4.19k  4.19k
     """
 
     __slots__ = ("_candidates", "axis", "input_shape", "left_out")
@@ -145,15 +210,55 @@ class Frontier(Sequence[Candidate]):
     def within(self, error: float) -> Candidate:
         """The cheapest candidate with at most this error; the dense kernel always is one.
 
-        Raises ValueError if `error` is negative or NaN.
+        Parameters
+        ----------
+        error : float
+            Largest relative Frobenius error.
+
+        Returns
+        -------
+        Candidate
+
+        Raises
+        ------
+        ValueError
+            If `error` is negative or NaN.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16))
+        >>> front.within(0.1).cost.macs < front.dense.cost.macs
+        True
         """
         _check_error(error)
         return next(c for c in self if c.error <= error)
 
     def affordable(self, amount: float) -> Candidate:
-        """The best candidate that costs at most `amount` on this frontier's axis.
+        """The best candidate that costs at most an amount on this frontier's axis.
 
-        Raises ValueError, saying what is possible, if there is none.
+        Parameters
+        ----------
+        amount : float
+            In the units of the axis: multiply-adds, parameters, or elements.
+
+        Returns
+        -------
+        Candidate
+
+        Raises
+        ------
+        ValueError
+            If nothing is so cheap; the message says what is possible.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16))
+        >>> front.affordable(50_000).cost.macs <= 50_000
+        True
         """
         found = [c for c in self if getattr(c.cost, self.axis) <= amount]
         if not found:

@@ -126,7 +126,30 @@ class Stage:
         return "grouped" if self.groups * self.left * self.right > 1 else "dense"
 
     def output_shape(self, shape: Ints) -> Ints:
-        """(channels, *spatial) of the output, for an input of that form."""
+        r"""Shape of the output.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            (channels, \*spatial) of the input.
+
+        Returns
+        -------
+        tuple of int
+            (channels, \*spatial).
+
+        Raises
+        ------
+        ValueError
+            If the channels do not match, or the kernel does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import Geometry, Stage
+        >>> Stage(np.ones((8, 3, 3, 3)), Geometry.of(2)).output_shape((3, 10, 12))
+        (8, 8, 10)
+        """
         if len(shape) != 1 + self.geometry.ndim or shape[0] != self.in_channels:
             raise ValueError(
                 f"stage takes ({self.in_channels}, {'spatial, ' * self.geometry.ndim}) "
@@ -136,12 +159,42 @@ class Stage:
         return (self.out_channels, *size(shape[1:], self.kernel))
 
     def source(self) -> Array:
-        """Index of the input channel that stands at each place after the shuffle."""
+        """Index of the input channel that stands at each place after the shuffle.
+
+        Returns
+        -------
+        ndarray of int, shape (channels,)
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import Geometry, Stage
+        >>> Stage(np.ones((6, 1, 1)), Geometry.of(1), groups=6, shuffle=(2, 3)).source()
+        array([0, 3, 1, 4, 2, 5])
+        """
         a, b = self.shuffle
         return np.arange(self.inner[1]).reshape(a, b, -1).swapaxes(0, 1).reshape(-1)
 
     def adjoint(self) -> Stage:
-        """The transposed stage: rows and columns of its matrix change places."""
+        """The transposed stage: rows and columns of its matrix change places.
+
+        Returns
+        -------
+        Stage
+            With the same weight.
+
+        Raises
+        ------
+        ValueError
+            If its border is not zeros.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import Geometry, Stage
+        >>> Stage(np.ones((8, 3, 3)), Geometry.of(1, stride=2)).adjoint().output_shape((8, 5))
+        (3, 11)
+        """
         return replace(self, transposed=not self.transposed)
 
 

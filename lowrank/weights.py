@@ -35,6 +35,13 @@ class Layer:
     bias : ndarray or None
         As the file holds it; `conv` is without it where its length does not fit, such as that
         of a transposed convolution that nothing describes.
+
+    Examples
+    --------
+    >>> from lowrank import demo
+    >>> from lowrank.weights import layers
+    >>> [(x.name, x.input_size) for x in layers(demo.WEIGHTS)]
+    [('conv1', (8, 8)), ('conv2', (8, 8)), ('conv3', (4, 4))]
     """
 
     name: str

@@ -17,16 +17,6 @@ PAGES = [
     if p.exists()
 ]
 
-#: One line is enough for what the class, or the function that it goes with, explains.
-SHORT = {
-    "gauss", "sobel", "gabor", "disk", "motion", "log", "applicable", "check_path",
-    "Geometry.only", "Geometry.extent", "Geometry.transposed_size", "Stage.output_shape",
-    "Stage.source", "Stage.adjoint", "Factorization.stage_costs", "Factorization.output_shape",
-    "Factorization.shape", "Factorization.astype", "Factorization.adjoint", "Cost.share_of",
-    "Frontier.within", "Frontier.affordable", "Candidate.build", "Candidate.built",
-    "Candidate.as_dict", "Block.costs", "Block.macs",
-}  # fmt: skip
-
 
 def public():
     """(name, object) of everything public that is called or made."""
@@ -60,9 +50,7 @@ def test_docstrings_are_numpydoc(name):
     thing = PUBLIC[name]
     full = f"{thing.__module__}.{thing.__qualname__}"
     wanted = CHECKS
-    if name in SHORT:
-        wanted = {"GL08", "SS02", "SS04"}
-    elif inspect.isclass(thing):
+    if inspect.isclass(thing):
         wanted = CHECKS - {"PR01"}  # fields are described as attributes
     found = [(code, text) for code, text in validate.validate(full)["errors"] if code in wanted]
     # optional pieces: an example of what needs files or a display, of what a class already shows
@@ -70,12 +58,8 @@ def test_docstrings_are_numpydoc(name):
     assert [e for e in found if e[0] not in exempt] == []
 
 
-#: Shown by an example elsewhere, or needing a file that is written.
-NO_EXAMPLE = {
-    "Layer", "Certificate", "Candidate", "Frontier", "BatchNorm", "mobilenet_v1", "xception",
-    "unet_step", "error_against_cost", "filter_and_form", "Family", "Point", "NotApplicable",
-    "load",
-}  # fmt: skip
+#: What is made by the library alone.
+NO_EXAMPLE = {"Family", "Point", "NotApplicable"}
 
 
 def test_families_name_their_source():

@@ -21,7 +21,22 @@ FAMILIES: dict[str, Family] = {
 
 
 def applicable(conv: Factorization) -> dict[str, tuple[str, ...]]:
-    """Families that have something to offer for a convolution, with their forms.
+    """Families that have something to offer for a convolution.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, from :func:`lowrank.dense`.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        Their forms by name, in the order of :data:`FAMILIES`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If `conv` is not one dense stage.
 
     Examples
     --------
