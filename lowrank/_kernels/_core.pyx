@@ -41,6 +41,7 @@ cdef extern from "dispatch.h":
         int relu
         int64_t tile[3]
         int64_t tiles[3]
+        int64_t parts
         int64_t workspace
 
     ctypedef struct lr_arrays:
@@ -109,7 +110,7 @@ cdef class Plan:
         free(self.cache)
 
     def __init__(self, stages, shape, *, dtype, bias=None, relu=False, border=None, fill=0.0,
-                 tile=None, isa=None):
+                 tile=None, parts=1, isa=None):
         if dtype not in ("float32", "float64"):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         isa = default_isa() if isa is None else isa
@@ -134,6 +135,9 @@ cdef class Plan:
                 s[k].source = <const int32_t *>self._ints("i", spec.source)
         self.plan.stages, self.plan.stage = len(stages), s
         self.plan.fill, self.plan.relu = fill, bool(relu)
+        if parts < 1 or (parts > 1 and len(stages) > 1):
+            raise ValueError(f"a plan of {len(stages)} stages cannot have {parts} parts")
+        self.plan.parts = parts
         if bias is not None:
             if bias.shape != (self.out_shape[0],):
                 raise ValueError(f"bias must have shape ({self.out_shape[0]},), got {bias.shape}")
@@ -151,6 +155,11 @@ cdef class Plan:
                     )
                 self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
         self.plan.workspace = layout.workspace
+
+    @property
+    def jobs(self):
+        """Pieces of one example that threads can share: tiles times parts."""
+        return self.tiles * self.plan.parts
 
     @property
     def tiles(self):

@@ -96,7 +96,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
            int64_t itemsize, int threads, void **cache)
 {
     const int64_t tiles = plan->tiles[0] * plan->tiles[1] * plan->tiles[2];
-    const int64_t jobs = batch * tiles;
+    const int64_t each_image = tiles * plan->parts, jobs = batch * each_image;
     if (jobs == 0) return LR_OK;
     if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
     if (threads > jobs) threads = (int)jobs;
@@ -123,10 +123,13 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
         if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t j = 0; j < jobs; j++)
-            kernels->tile(plan, arrays, j / tiles, j % tiles, slices + each * (size_t)omp_get_thread_num());
+            kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
+                          slices + each * (size_t)omp_get_thread_num());
     } else
 #endif
-        for (int64_t j = 0; j < jobs; j++) kernels->tile(plan, arrays, j / tiles, j % tiles, slices);
+        for (int64_t j = 0; j < jobs; j++)
+            kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
+                          slices);
     free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }

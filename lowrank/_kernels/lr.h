@@ -44,6 +44,7 @@ typedef struct {
     const void *bias; /* (out,) or NULL */
     int relu;
     int64_t tile[LR_AXES], tiles[LR_AXES];
+    int64_t parts;     /* of the output channels of a single stage, each a job of its own */
     int64_t workspace; /* elements of each of the two buffers of a thread */
 } lr_plan;
 
@@ -59,7 +60,8 @@ typedef struct {
     int64_t rows;  /* output channels of a block */
     int64_t width; /* samples of the longest run */
     void (*pack)(const void *weight, void *packed, int64_t groups, int64_t cout, int64_t taps);
-    void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, void *work);
+    void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t part,
+                 void *work);
 } lr_kernels;
 
 typedef struct {

@@ -103,8 +103,20 @@ def plan(
 ) -> Plan:
     """Lower `stages` for inputs of `shape` = (channels, *spatial) and let the engine plan them."""
     threads = threads or _core.max_threads()
-    outside = np.full(shape[0], stages[0].geometry.value, dtype)
-    parts, segments, at = _cut(stages), [], shape
+    fused = _planned(_cut(stages), shape, dtype, bias, threads)
+    if min(segment.core.jobs for segment in fused.segments) >= threads or len(stages) == 1:
+        return fused
+    # Too few samples for a tile a thread: stage by stage, where threads share output channels.
+    apart = [[stage] for stage in stages]
+    return _planned(apart, shape, dtype, bias, threads)
+
+
+def _planned(
+    parts: Sequence[Sequence[Stage]], shape: Ints, dtype: Any, bias: Array | None, threads: int
+) -> Plan:
+    """The plan of a chain that is cut into `parts`."""
+    segments, at = [], shape
+    outside = np.full(shape[0], parts[0][0].geometry.value, dtype)
     for part in parts:
         last = part is parts[-1]
         segments.append(_segment(part, at, dtype, bias if last else None, threads, outside))
@@ -214,16 +226,18 @@ def _segment(
         for s in specs
     ]
     engine_in = placed(size_in, 1)
+    whole = (shape[0], *engine_in)
+    itemsize = np.dtype(dtype).itemsize
+    tile = tiling.tile(lowered, whole, threads, itemsize, _core.caches()[1])
     core = _core.Plan(
         lowered,
-        (shape[0], *engine_in),
+        whole,
         dtype=np.dtype(dtype).name,
         bias=None if bias is None else np.ascontiguousarray(bias, dtype),
         border=placed([border.get(a) for a in range(len(size_in))], None) if border else None,
         fill=fill,
-        tile=tiling.tile(
-            lowered, (shape[0], *engine_in), threads, np.dtype(dtype).itemsize, _core.caches()[1]
-        ),
+        tile=tile,
+        parts=tiling.parts(lowered, whole, tile, threads),
     )
     engine_out = core.out_shape[1:]
     spatial = engine_out[lead:]

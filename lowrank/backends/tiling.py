@@ -1,4 +1,4 @@
-"""How large a tile is: from the caches, the shapes and the number of threads."""
+"""How a chain is cut for threads and caches: into tiles of the output, and parts of channels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lowrank._kernels.spec import StageSpec, Three
 SHARE = 0.5  # of the L2 cache for the two buffers of a thread; weights and output take the rest
 PER_THREAD = 3  # tiles a thread, so that one that is late does not keep the others waiting
 HALO = 1.25  # work with borders over work without, at the most, for the sake of more tiles
+ROWS = 8  # output channels that the micro-kernel does at a time
+VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
 
 
 def tile(
@@ -25,6 +27,8 @@ def tile(
     size = list(whole)
     least = 64 if size[0] == size[1] == 1 else 1  # of a single row: pieces of some length
     order = [a for a in range(3) if size[a] > 1] or [2]
+    lanes = VECTOR // itemsize
+    most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
         fits = 2 * layout.workspace * itemsize <= SHARE * cache
@@ -38,19 +42,34 @@ def tile(
             break
         smaller = list(size)
         smaller[axis] = -(-size[axis] // 2)
-        if fits and _work(stages, shape, smaller) > HALO * _work(stages, shape, list(whole)):
+        if fits and _work(stages, shape, smaller, lanes) > most:
             break
         size = smaller
     return size[0], size[1], size[2]
 
 
-def _work(stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int]) -> float:
-    """Multiply-adds of a tile over its output samples: grows with what neighbours do twice."""
+def parts(
+    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], threads: int
+) -> int:
+    """Parts of the output channels of a single stage, where tiles are too few for the threads."""
+    if len(stages) > 1:
+        return 1  # each part would do the stages before the last again
+    tiles = math.prod(-(-n // t) for n, t in zip(Layout(stages, shape, size).out_shape[1:], size))
+    (s,) = stages
+    blocks = s.left * s.right * s.groups * -(-(len(s.weight) // s.groups) // ROWS)
+    return max(1, min(blocks, -(-threads // tiles)))
+
+
+def _work(
+    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], lanes: int
+) -> float:
+    """Multiply-adds over output samples, with what neighbours do twice and what idle lanes do."""
     layout = Layout(stages, shape, size)
     work, out = 0, layout.tile
     for spec, sizes in zip(reversed(stages), reversed(layout.stages)):
         rows, *rest = spec.weight.shape
-        work += math.prod(out) * rows * math.prod(rest) * spec.left * spec.right
+        run = (out[1] - 1) * sizes.plane[2] + out[2]
+        work += out[0] * -(-run // lanes) * lanes * rows * math.prod(rest) * spec.left * spec.right
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))
         out = (a, b, c)
     return work / math.prod(layout.tile)
