@@ -17,39 +17,25 @@
 #define LR_ROWS 4 /* 12 sums of 16 registers */
 #endif
 
+#define LR_WHOLE(name) LR_NAME(LR_JOIN(name, whole))
+#define LR_HALF(name) LR_NAME(LR_JOIN(name, half))
+#define LR_QUARTER(name) LR_NAME(LR_JOIN(name, quarter))
+
 #define T float
+#define I int32_t
 #define L (LR_BYTES / 4)
 #define LR_NAME(name) LR_JOIN(name, f32)
-typedef float vf32 __attribute__((vector_size(LR_BYTES), aligned(4), may_alias));
-typedef float hf32 __attribute__((vector_size(LR_BYTES / 2), aligned(4), may_alias));
-typedef int32_t mf32 __attribute__((vector_size(LR_BYTES)));
-#define V vf32
-#define H hf32
-#define M mf32
-#include "dense.inc"
-#include "depthwise.inc"
-#include "band.inc"
-#include "chain.inc"
+#include "type.inc"
 #undef T
+#undef I
 #undef L
 #undef LR_NAME
-#undef V
-#undef H
-#undef M
 
 #define T double
+#define I int64_t
 #define L (LR_BYTES / 8)
 #define LR_NAME(name) LR_JOIN(name, f64)
-typedef double vf64 __attribute__((vector_size(LR_BYTES), aligned(8), may_alias));
-typedef double hf64 __attribute__((vector_size(LR_BYTES / 2), aligned(8), may_alias));
-typedef int64_t mf64 __attribute__((vector_size(LR_BYTES)));
-#define V vf64
-#define H hf64
-#define M mf64
-#include "dense.inc"
-#include "depthwise.inc"
-#include "band.inc"
-#include "chain.inc"
+#include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
     {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32},
