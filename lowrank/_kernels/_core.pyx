@@ -53,6 +53,7 @@ cdef extern from "dispatch.h":
     ctypedef struct lr_kernels:
         int64_t rows, width
         void (*pack)(const void *, void *, int64_t, int64_t, int64_t) noexcept nogil
+        double (*peak)(int64_t, double) noexcept nogil
 
     ctypedef struct lr_isa:
         lr_kernels f32, f64
@@ -82,6 +83,18 @@ def caches():
     cdef int64_t l1, l2
     lr_caches(&l1, &l2)
     return l1, l2
+
+
+def peak(int64_t n, dtype="float32", isa=None):
+    """Do n rounds of multiply-adds in registers; returns how many operations (two each) it did.
+
+    Time it to know what the machine could do at the most, on one thread.
+    """
+    cdef const lr_isa *table = lr_isa_table(ISAS.index(default_isa() if isa is None else isa))
+    cdef const lr_kernels *kernels = &table.f32 if dtype == "float32" else &table.f64
+    with nogil:
+        kernels.peak(n, 0.5)
+    return 2 * n * 3 * kernels.rows * (kernels.width // 8)
 
 
 def max_threads():

@@ -38,6 +38,6 @@
 #include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
-    {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32},
-    {LR_ROWS, 8 * LR_BYTES / 8, pack_f64, tile_f64},
+    {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32, peak_f32},
+    {LR_ROWS, 8 * LR_BYTES / 8, pack_f64, tile_f64, peak_f64},
 };

@@ -62,6 +62,7 @@ typedef struct {
     void (*pack)(const void *weight, void *packed, int64_t groups, int64_t cout, int64_t taps);
     void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t part,
                  void *work);
+    double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of multiply-adds */
 } lr_kernels;
 
 typedef struct {

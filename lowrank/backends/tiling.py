@@ -12,6 +12,8 @@ SHARE = 0.5  # of the L2 cache for the two buffers of a thread; weights and outp
 PER_THREAD = 3  # tiles a thread, so that one that is late does not keep the others waiting
 HALO = 1.25  # work with borders over work without, at the most, for the sake of more tiles
 ROWS = 8  # output channels that the micro-kernel does at a time
+LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
+RUN = 8  # vectors of a row, at least, where rows are cut
 VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
 
 
@@ -20,31 +22,30 @@ def tile(
 ) -> Three:
     """Size of the output tiles of a chain for inputs of `shape` = (channels, d, h, w).
 
-    Rows are kept whole where there are several; the outermost axis that is longer than one is
-    halved first, until the buffers fit the cache and there is work for all threads.
+    An axis is halved at a time, that which adds the least work at borders, until the buffers fit
+    the cache and there is work for all threads.
     """
     whole = Layout(stages, shape, None).out_shape[1:]
-    size = list(whole)
-    least = 64 if size[0] == size[1] == 1 else 1  # of a single row: pieces of some length
-    order = [a for a in range(3) if size[a] > 1] or [2]
     lanes = VECTOR // itemsize
+    least = (1, 1, RUN * lanes)
+    size = list(whole)
     most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
         fits = 2 * layout.workspace * itemsize <= SHARE * cache
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
-        enough = threads == 1 or count >= PER_THREAD * threads
-        if fits and enough:
+        if fits and (threads == 1 or count >= PER_THREAD * threads):
             break
-        # The last axis is cut only when nothing else is left to cut.
-        axis = next((a for a in order[:-1] or order if size[a] > least), order[-1])
-        if size[axis] <= least:
+        smaller = [
+            [-(-n // 2) if a == axis else n for a, n in enumerate(size)]
+            for axis in range(3)
+            if size[axis] > least[axis]
+        ]
+        # Of equal ones the outermost: its rows stay whole.
+        best = min(smaller, key=lambda s: _work(stages, shape, s, lanes), default=None)
+        if best is None or (fits and _work(stages, shape, best, lanes) > most):
             break
-        smaller = list(size)
-        smaller[axis] = -(-size[axis] // 2)
-        if fits and _work(stages, shape, smaller, lanes) > most:
-            break
-        size = smaller
+        size = best
     return size[0], size[1], size[2]
 
 
@@ -63,7 +64,7 @@ def parts(
 def _work(
     stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], lanes: int
 ) -> float:
-    """Multiply-adds over output samples, with what neighbours do twice and what idle lanes do."""
+    """Multiply-adds and loads over output samples: what neighbours do twice, and idle lanes."""
     layout = Layout(stages, shape, size)
     work, out = 0, layout.tile
     for spec, sizes in zip(reversed(stages), reversed(layout.stages)):
@@ -72,4 +73,5 @@ def _work(
         work += out[0] * -(-run // lanes) * lanes * rows * math.prod(rest) * spec.left * spec.right
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))
         out = (a, b, c)
-    return work / math.prod(layout.tile)
+    loads = shape[0] * math.prod(layout.stages[0].extent)
+    return (work + LOAD * loads) / math.prod(layout.tile)
