@@ -179,7 +179,9 @@ def chain_rows(threads: int, quick: bool) -> Iterator[Case]:
                 "decouple dw-pw 1": [(c, 1, 3, 3), (c, c, 1, 1)],
                 "decouple dw-pw 3": [(3 * c, 1, 3, 3), (c, 3 * c, 1, 1)],
                 "decouple pw-dw 1": [(c, c, 1, 1), (c, 1, 3, 3)],
-                f"tensor train {q},{h},{q}": [(q, c, 1, 1), (h, q, 3, 1), (q, h, 1, 3), (c, q, 1, 1)],
+                f"tensor train {q},{h},{q}": [
+                    (q, c, 1, 1), (h, q, 3, 1), (q, h, 1, 3), (c, q, 1, 1),
+                ],
             }  # fmt: skip
             s = whole.stages[0]
             dense = torch_layouts(lambda t, w, s=s: conv(t, w, s), x, s.weight)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from lowrank._kernels.layout import Layout
 from lowrank._kernels.spec import StageSpec, Three
 
-SHARE = 0.5  # of the L2 cache for the two buffers of a thread; weights and output take the rest
+SHARE = 0.6  # of the L2 cache for the two buffers of a thread; weights and output take the rest
 PER_THREAD = 3  # tiles a thread, so that one that is late does not keep the others waiting
 HALO = 1.25  # work with borders over work without, at the most, for the sake of more tiles
 ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
+ROWS_CUT = 1.1  # price of work in parts of rows
 RUN = 8  # vectors of a row, at least, where rows are cut
 VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
 
@@ -41,12 +42,18 @@ def tile(
             for axis in range(3)
             if size[axis] > least[axis]
         ]
-        # Of equal ones the outermost: its rows stay whole.
-        best = min(smaller, key=lambda s: _work(stages, shape, s, lanes), default=None)
+        best = min(smaller, key=lambda s: _price(stages, shape, s, whole, lanes), default=None)
         if best is None or (fits and _work(stages, shape, best, lanes) > most):
             break
         size = best
     return size[0], size[1], size[2]
+
+
+def _price(
+    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], whole: Three, lanes: int
+) -> float:
+    """Work, and a little more where rows are not whole: memory likes long ones."""
+    return _work(stages, shape, size, lanes) * (ROWS_CUT if size[2] < whole[2] else 1)
 
 
 def parts(
