@@ -29,6 +29,7 @@ class Plan:
         fill: float = 0.0,
         tile: Sequence[int] | None = None,
         parts: int = 1,
+        seconds: float = 1.0,
         isa: str | None = None,
     ) -> None: ...
     @property

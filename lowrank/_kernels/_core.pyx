@@ -42,6 +42,7 @@ cdef extern from "dispatch.h":
         int64_t tile[3]
         int64_t tiles[3]
         int64_t parts
+        double seconds
         int64_t workspace
 
     ctypedef struct lr_arrays:
@@ -123,7 +124,7 @@ cdef class Plan:
         free(self.cache)
 
     def __init__(self, stages, shape, *, dtype, bias=None, relu=False, border=None, fill=0.0,
-                 tile=None, parts=1, isa=None):
+                 tile=None, parts=1, seconds=1.0, isa=None):
         if dtype not in ("float32", "float64"):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         isa = default_isa() if isa is None else isa
@@ -150,7 +151,7 @@ cdef class Plan:
         self.plan.fill, self.plan.relu = fill, bool(relu)
         if parts < 1 or (parts > 1 and len(stages) > 1):
             raise ValueError(f"a plan of {len(stages)} stages cannot have {parts} parts")
-        self.plan.parts = parts
+        self.plan.parts, self.plan.seconds = parts, seconds
         if bias is not None:
             if bias.shape != (self.out_shape[0],):
                 raise ValueError(f"bias must have shape ({self.out_shape[0]},), got {bias.shape}")

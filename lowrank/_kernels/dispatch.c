@@ -92,6 +92,29 @@ int lr_max_threads(void)
 #endif
 }
 
+#ifdef _OPENMP
+/* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
+ * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  Measured once. */
+static double wake(int threads)
+{
+    static double known; /* a race would measure twice, no more */
+    double seconds;
+    __atomic_load(&known, &seconds, __ATOMIC_RELAXED);
+    if (seconds > 0) return seconds;
+    seconds = 1;
+    for (int i = 0; i < 6; i++) {
+        int there = 0;
+        const double start = omp_get_wtime();
+#pragma omp parallel num_threads(threads) reduction(+ : there)
+        there += 1;
+        const double took = omp_get_wtime() - start;
+        if (i && there && took < seconds) seconds = took > 1e-9 ? took : 1e-9;
+    }
+    __atomic_store(&known, &seconds, __ATOMIC_RELAXED);
+    return seconds;
+}
+#endif
+
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arrays, int64_t batch,
            int64_t itemsize, int threads, void **cache)
 {
@@ -100,6 +123,13 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
     if (jobs == 0) return LR_OK;
     if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
     if (threads > jobs) threads = (int)jobs;
+#ifdef _OPENMP
+    if (threads > 1) {
+        if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+        /* What the others could save must be worth calling them. */
+        if (plan->seconds * (double)batch * (threads - 1) / threads < 2 * wake(threads)) threads = 1;
+    }
+#endif
     /* A plan keeps the workspace of its last call; a call that runs beside another gets its own.
      * The first word says for how many threads it is. */
     const size_t head = 64;
@@ -120,7 +150,6 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
     char *slices = work + head;
 #ifdef _OPENMP
     if (threads > 1) {
-        if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t j = 0; j < jobs; j++)
             kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,

@@ -45,6 +45,7 @@ typedef struct {
     int relu;
     int64_t tile[LR_AXES], tiles[LR_AXES];
     int64_t parts;     /* of the output channels of a single stage, each a job of its own */
+    double seconds;    /* a guess of one example on one thread: whether a team pays */
     int64_t workspace; /* elements of each of the two buffers of a thread */
 } lr_plan;
 

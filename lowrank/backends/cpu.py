@@ -238,6 +238,7 @@ def _segment(
         fill=fill,
         tile=tile,
         parts=tiling.parts(lowered, whole, tile, threads),
+        seconds=tiling.seconds(lowered, whole),
     )
     engine_out = core.out_shape[1:]
     spatial = engine_out[lead:]

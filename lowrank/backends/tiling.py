@@ -14,6 +14,7 @@ HALO = 1.25  # work with borders over work without, at the most, for the sake of
 ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
 ROWS_CUT = 1.1  # price of work in parts of rows
+DENSE, DEPTHWISE = 5e10, 1.5e10  # multiply-adds a second of one thread, roughly
 RUN = 8  # vectors of a row, at least, where rows are cut
 VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
 
@@ -47,6 +48,18 @@ def tile(
             break
         size = best
     return size[0], size[1], size[2]
+
+
+def seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float:
+    """A guess of the time of one example on one thread, good enough to tell small from large."""
+    layout = Layout(stages, shape, None)
+    total = 0.0
+    for spec, sizes in zip(stages, layout.stages):
+        rows, *rest = spec.weight.shape
+        done = spec.left * spec.right * rows * math.prod(sizes.size_out)
+        rate = DENSE if rest[0] > 1 else DEPTHWISE
+        total += done * math.prod(rest) / rate
+    return total
 
 
 def _price(
