@@ -27,6 +27,7 @@ cdef extern from "dispatch.h":
         int64_t plane[3]
         int64_t phase[3]
         int64_t channel, buffer
+        const int32_t *fold
         const int32_t *source
         const int32_t *place
         const int64_t *offset
@@ -147,6 +148,13 @@ cdef class Plan:
                 s[k - 1].place = <const int32_t *>self._ints("i", _inverse(spec.source))
             elif spec.source is not None:
                 s[k].source = <const int32_t *>self._ints("i", spec.source)
+            if spec.fold is not None:
+                padded = sizes.size_in[2] + spec.before[2] + spec.after[2]
+                whole = self.tile[2] == self.out_shape[3]
+                if not (k and whole and spec.stride[2] == 1 and len(spec.fold) == padded
+                        and 0 <= min(spec.fold) and max(spec.fold) < sizes.size_in[2]):
+                    raise ValueError(f"fold of stage {k} does not fit its input, or cut rows")
+                s[k].fold = <const int32_t *>self._ints("i", spec.fold)
         self.plan.stages, self.plan.stage = len(stages), s
         self.plan.fill, self.plan.relu = fill, bool(relu)
         if parts < 1 or (parts > 1 and len(stages) > 1):
@@ -220,7 +228,7 @@ cdef class Plan:
             s.in_size[a], s.out_size[a] = sizes.size_in[a], sizes.size_out[a]
             s.extent[a], s.plane[a], s.phase[a] = sizes.extent[a], sizes.plane[a], sizes.phase[a]
         s.channel, s.buffer = sizes.channel, sizes.buffer
-        s.source = s.place = NULL
+        s.source = s.place = s.fold = NULL
         s.offset = <const int64_t *>self._ints("q", sizes.offsets(spec))
         packed = bytearray(max(1, rows * s.taps * self.itemsize) + 64)
         cdef char *to = packed

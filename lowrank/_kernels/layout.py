@@ -92,7 +92,7 @@ def _sizes(stage: StageSpec, size_in: Three, size_out: Three, extent: Three) -> 
     channel = math.prod(stage.stride) * one
     channels = stage.left * stage.groups * stage.weight.shape[1] * stage.right
     # The buffer also serves as the table of offsets where x is read in place (8 bytes each).
-    buffer = max(channels * channel, 2 * stage.weight.shape[1]) + SLACK
+    buffer = max(channels * channel, 2 * math.prod(stage.weight.shape[1:])) + SLACK
     return Sizes(size_in, size_out, extent, plane, phase, channel, buffer)
 
 

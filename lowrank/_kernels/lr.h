@@ -30,6 +30,8 @@ typedef struct {
     int64_t phase[LR_AXES];                   /* distance between phases */
     int64_t channel;                          /* distance between channels */
     int64_t buffer;                           /* elements, slack included */
+    const int32_t *fold;   /* of a later stage, or NULL: column of its input that stands at each padded
+                            * one, where tiles have whole rows */
     const int32_t *source; /* first stage: channel of x at each input channel, or NULL */
     const int32_t *place;  /* input channel of the next stage for each output one, or NULL */
     const int64_t *offset; /* (taps,) */

@@ -20,6 +20,9 @@ class StageSpec(NamedTuple):
         An axis each.
     before, after : (int, int, int)
         Samples ahead of and behind the input; negative ones crop it.
+    fold : ndarray of int32 or None
+        For a stage that is not the first, of stride 1 along the last axis: column of its input
+        that stands at each padded one.  Tiles must then have whole rows.
     source : ndarray of int32 or None
         Input channel j of this stage is channel source[j] of what comes before.
     """
@@ -33,3 +36,4 @@ class StageSpec(NamedTuple):
     before: Three
     after: Three
     source: Any = None
+    fold: Any = None

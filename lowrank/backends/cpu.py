@@ -188,14 +188,22 @@ def _segment(
         bias = None if bias is None else _unwoven(part[-1], bias)
     border: dict[int, Array] = {}
     fill = 0.0
-    for stage in part:
-        if stage.geometry.padding_mode == "zeros":
+    for stage, spec in zip(part, specs):
+        mode = stage.geometry.padding_mode
+        if mode == "zeros":
             continue
         for axis in _padded(stage):
             b, a = stage.geometry.padding[axis]
-            border[axis] = _border(size_in[axis], b, a, stage.geometry.padding_mode)
-            specs[0].before[axis], specs[0].after[axis] = b, a
-            if stage.geometry.padding_mode == "constant":
+            table = _border(size_in[axis], b, a, mode)
+            owner = specs[0]
+            row = axis == len(size_in) - 1 and size_in[axis] > 1
+            if spec is not owner and row and stage.geometry.stride[axis] == 1 and min(table) >= 0:
+                # Rows are whole: their ends can be copied from what the stage before has put there.
+                owner, spec.fold = spec, table
+            else:
+                border[axis] = table
+            owner.before[axis], owner.after[axis] = b, a
+            if mode == "constant":
                 fill = float(outside[0])
     # The engine has three spatial axes; those of length one that nothing happens on go first.
     idle = [
@@ -222,13 +230,14 @@ def _segment(
             placed(s.before, 0),
             placed(s.after, 0),
             s.source,
+            s.fold,
         )
         for s in specs
     ]
     engine_in = placed(size_in, 1)
     whole = (shape[0], *engine_in)
     itemsize = np.dtype(dtype).itemsize
-    tile = tiling.tile(lowered, whole, threads, itemsize, _core.caches()[1])
+    tile = tiling.tile(lowered, whole, threads, itemsize, *_core.caches())
     core = _core.Plan(
         lowered,
         whole,
@@ -261,6 +270,7 @@ class _Spec:
     before: list[int]
     after: list[int]
     source: Array | None = None
+    fold: Array | None = None
 
     @property
     def kernel(self) -> Ints:

@@ -15,26 +15,34 @@ ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
 ROWS_CUT = 1.1  # price of work in parts of rows
 DENSE, DEPTHWISE = 5e10, 1.5e10  # multiply-adds a second of one thread, roughly
+BAND = 4  # rows that a column of taps gives at a time
 RUN = 8  # vectors of a row, at least, where rows are cut
 VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
 
 
 def tile(
-    stages: Sequence[StageSpec], shape: Sequence[int], threads: int, itemsize: int, cache: int
+    stages: Sequence[StageSpec],
+    shape: Sequence[int],
+    threads: int,
+    itemsize: int,
+    l1: int,
+    l2: int,
 ) -> Three:
     """Size of the output tiles of a chain for inputs of `shape` = (channels, d, h, w).
 
     An axis is halved at a time, that which adds the least work at borders, until the buffers fit
-    the cache and there is work for all threads.
+    the L2 cache (of `l2` bytes) and there is work for all threads.  A chain that reads its input
+    where it lies goes on in bands of rows whose intermediates fit `l1`.
     """
     whole = Layout(stages, shape, None).out_shape[1:]
     lanes = VECTOR // itemsize
-    least = (1, 1, RUN * lanes)
+    rows_whole = any(s.fold is not None for s in stages)
+    least = (1, 1, whole[2] if rows_whole else RUN * lanes)
     size = list(whole)
     most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
-        fits = 2 * layout.workspace * itemsize <= SHARE * cache
+        fits = 2 * layout.workspace * itemsize <= SHARE * l2
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
         if fits and (threads == 1 or count >= PER_THREAD * threads):
             break
@@ -47,7 +55,23 @@ def tile(
         if best is None or (fits and _work(stages, shape, best, lanes) > most):
             break
         size = best
+    if _streams(stages) and size[0] == 1:
+        while size[1] > BAND and _held(Layout(stages, shape, size)) * itemsize > SHARE * l1:
+            size[1] = max(BAND, -(-size[1] // 2 // BAND) * BAND)
     return size[0], size[1], size[2]
+
+
+def _streams(stages: Sequence[StageSpec]) -> bool:
+    """Whether the first stage reads rows of x where they lie, and the others take one channel."""
+    first, *rest = stages
+    plain = first.stride == (1, 1, 1) and first.source is None
+    along = first.weight.shape[4] == 1 and first.before[2] == first.after[2] == 0
+    return bool(rest) and plain and along and all(s.weight.shape[1] == 1 for s in stages)
+
+
+def _held(layout: Layout) -> int:
+    """Elements of the buffers of all stages but the first."""
+    return sum(sorted(s.buffer for s in layout.stages[1:])[-2:])
 
 
 def seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float:
