@@ -314,7 +314,7 @@ def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
 
     References
     ----------
-    .. [1] D. Marr, E. Hildreth, "Theory of edge detection", Proc. R. Soc. Lond. B 207, 1980.
+    .. [1] D. Marr, E. Hildreth, "Theory of edge detection", Proc. R. Soc. London B 207, 1980.
 
     Examples
     --------
