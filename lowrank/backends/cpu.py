@@ -37,6 +37,7 @@ except ImportError as missing:
     ) from missing
 
 AXES = 3  # spatial axes of the engine
+BATCHES = 8  # that a plan keeps segments for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,19 +48,40 @@ class Segment:
     engine_in: Ints  # spatial sizes as the engine has them
     engine_out: Ints
     size_out: Ints  # and as the chain has them, before `after`
+    batched: bool  # whether the examples are one of the engine's axes
     before: Callable[[Array], Array] | None
     after: Callable[[Array], Array] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A chain planned for one input shape and precision; immutable, safe from many threads."""
+    """A chain planned for one input shape and precision; safe from many threads.
 
-    segments: tuple[Segment, ...]
+    Where the engine has an axis to spare, the examples of a batch go along it, so that weights
+    that are in the cache serve several of them: a batch has segments of its own, made when it
+    first comes and kept.
+    """
+
+    planned: dict[int, tuple[Segment, ...]]  # by batch
+    make: Callable[[int], tuple[Segment, ...]]
     in_shape: Ints
     out_shape: Ints
     dtype: Any
     threads: int
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Those of a single example."""
+        return self._segments(1)
+
+    def _segments(self, batch: int) -> tuple[Segment, ...]:
+        batch = max(batch, 1)
+        found = self.planned.get(batch)
+        if found is None:
+            if len(self.planned) >= BATCHES:
+                self.planned.clear()
+            found = self.planned[batch] = self.make(batch)
+        return found
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.__call__."""
@@ -71,12 +93,15 @@ class Plan:
         if x.shape[1:] != self.in_shape:
             raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
         shape = (len(x), *self.out_shape)
+        if out is not None and not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
         if out is not None and (out.shape != shape or out.dtype != self.dtype):
             raise ValueError(
                 f"out must be {self.dtype} of shape {shape}, got {out.dtype} of {out.shape}"
             )
-        last = len(self.segments) - 1
-        for i, segment in enumerate(self.segments):
+        segments = self._segments(len(x))
+        last = len(segments) - 1
+        for i, segment in enumerate(segments):
             target = out if i == last and segment.after is None else None
             x = self._run(segment, x, target)
         if out is not None and x is not out:
@@ -87,10 +112,17 @@ class Plan:
     def _run(self, segment: Segment, x: Array, out: Array | None) -> Array:
         if segment.before is not None:
             x = segment.before(x)
-        x = x.reshape(*x.shape[:2], *segment.engine_in)
         if out is None:
             out = np.empty((len(x), segment.core.out_shape[0], *segment.size_out), self.dtype)
-        segment.core(x, out.reshape(*out.shape[:2], *segment.engine_out), self.threads)
+        if segment.batched:
+            x, y = x.swapaxes(0, 1), out.swapaxes(0, 1)
+            x, y = (a.reshape(1, len(a), *size) for a, size in (
+                (x, segment.engine_in), (y, segment.engine_out)
+            ))  # fmt: skip
+        else:
+            x = x.reshape(*x.shape[:2], *segment.engine_in)
+            y = out.reshape(*out.shape[:2], *segment.engine_out)
+        segment.core(x, y, self.threads)
         return out if segment.after is None else segment.after(out)
 
 
@@ -103,27 +135,40 @@ def plan(
 ) -> Plan:
     """Lower `stages` for inputs of `shape` = (channels, *spatial) and let the engine plan them."""
     threads = threads or _core.max_threads()
-    fused = _planned(_cut(stages), shape, dtype, bias, threads)
-    if min(segment.core.jobs for segment in fused.segments) >= threads or len(stages) == 1:
+    make = partial(_segments, stages, shape, dtype, bias, threads)
+    out_shape = chain_shapes(stages, shape)[-1]
+    return Plan({1: make(1)}, make, shape, out_shape, np.dtype(dtype), threads)
+
+
+def _segments(
+    stages: Sequence[Stage], shape: Ints, dtype: Any, bias: Array | None, threads: int, batch: int
+) -> tuple[Segment, ...]:
+    """The segments for a batch of this size."""
+    fused = _planned(_cut(stages), shape, dtype, bias, threads, batch)
+    if min(s.core.jobs for s in fused) >= threads or len(stages) == 1 or batch >= threads:
         return fused
     # Too few samples for a tile a thread: stage by stage, where threads share output channels.
-    apart = [[stage] for stage in stages]
-    return _planned(apart, shape, dtype, bias, threads)
+    return _planned([[stage] for stage in stages], shape, dtype, bias, threads, batch)
 
 
 def _planned(
-    parts: Sequence[Sequence[Stage]], shape: Ints, dtype: Any, bias: Array | None, threads: int
-) -> Plan:
-    """The plan of a chain that is cut into `parts`."""
+    parts: Sequence[Sequence[Stage]],
+    shape: Ints,
+    dtype: Any,
+    bias: Array | None,
+    threads: int,
+    batch: int,
+) -> tuple[Segment, ...]:
+    """The segments of a chain that is cut into `parts`."""
     segments, at = [], shape
     outside = np.full(shape[0], parts[0][0].geometry.value, dtype)
     for part in parts:
         last = part is parts[-1]
-        segments.append(_segment(part, at, dtype, bias if last else None, threads, outside))
+        segments.append(_segment(part, at, dtype, bias if last else None, threads, batch, outside))
         at = chain_shapes(part, at)[-1]
         for stage in part:
             outside = reference.still(stage, outside)
-    return Plan(tuple(segments), shape, at, np.dtype(dtype), threads)
+    return tuple(segments)
 
 
 def _cut(stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -172,6 +217,7 @@ def _segment(
     dtype: Any,
     bias: Array | None,
     threads: int,
+    batch: int,
     outside: Array,
 ) -> Segment:
     size_in, size_out = shape[1:], chain_shapes(part, shape)[-1][1:]
@@ -234,7 +280,13 @@ def _segment(
         )
         for s in specs
     ]
-    engine_in = placed(size_in, 1)
+    batched = batch > 1 and lead > 0
+
+    def sized(values: Sequence[int]) -> Ints:
+        given = placed(values, 1)
+        return (*given[: lead - 1], batch, *given[lead:]) if batched else given
+
+    engine_in = sized(size_in)
     whole = (shape[0], *engine_in)
     itemsize = np.dtype(dtype).itemsize
     tile = tiling.tile(lowered, whole, threads, itemsize, *_core.caches())
@@ -254,7 +306,7 @@ def _segment(
     plain = [1] * len(size_in)
     for a, n in zip(keep, spatial):
         plain[a] = n
-    return Segment(core, engine_in, engine_out, tuple(plain), before, after)
+    return Segment(core, engine_in, engine_out, tuple(plain), batched, before, after)
 
 
 @dataclass(slots=True)
