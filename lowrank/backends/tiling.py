@@ -39,12 +39,14 @@ def tile(
     rows_whole = any(s.fold is not None for s in stages)
     least = (1, 1, whole[2] if rows_whole else RUN * lanes)
     size = list(whole)
+    # A stage of one input channel is shared out by channels: parts cost nothing twice.
+    alone = len(stages) == 1 and stages[0].weight.shape[1] == 1 and _blocks(stages[0]) >= threads
     most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
         fits = 2 * layout.workspace * itemsize <= SHARE * l2
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
-        if fits and (threads == 1 or count >= PER_THREAD * threads):
+        if fits and (alone or threads == 1 or count >= PER_THREAD * threads):
             break
         smaller = [
             [-(-n // 2) if a == axis else n for a, n in enumerate(size)]
@@ -100,9 +102,13 @@ def parts(
     if len(stages) > 1:
         return 1  # each part would do the stages before the last again
     tiles = math.prod(-(-n // t) for n, t in zip(Layout(stages, shape, size).out_shape[1:], size))
-    (s,) = stages
-    blocks = s.left * s.right * s.groups * -(-(len(s.weight) // s.groups) // ROWS)
-    return max(1, min(blocks, -(-threads // tiles)))
+    each = PER_THREAD if stages[0].weight.shape[1] == 1 and threads > 1 else 1
+    return max(1, min(_blocks(stages[0]), -(-each * threads // tiles)))
+
+
+def _blocks(s: StageSpec) -> int:
+    """Blocks of output channels that the micro-kernels do one after another."""
+    return s.left * s.right * s.groups * -(-(len(s.weight) // s.groups) // ROWS)
 
 
 def _work(
