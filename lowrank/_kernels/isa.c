@@ -9,6 +9,7 @@
 #define LR_JOIN_(a, b) a##_##b
 #define LR_JOIN(a, b) LR_JOIN_(a, b)
 #define LR_TAPS 1024 /* of one channel that depthwise.inc takes; dense.inc does the others */
+#define LR_NEAR 16384 /* bytes of channels that a depthwise stage takes at a time, well inside L1 */
 #define LR_STAGES 16 /* of a chain; longer ones are cut by the caller */
 
 #if LR_BYTES == 64
