@@ -343,7 +343,7 @@ def approximate(
 def _said(pick: search.Candidate, whole: search.Candidate) -> str:
     """The pick in one sentence."""
     if pick.family == "dense":
-        return "the dense kernel itself; nothing cheaper is within the error"
+        return "the dense kernel itself; nothing cheaper is as good as asked for"
     rank = ",".join(map(str, pick.rank))
     return (
         f"{pick.name} of rank {rank}: error {pick.error:.4f} (at least {pick.bound:.4f} "
@@ -460,7 +460,7 @@ def filter_image(
         "taps": list(taps.shape),
         "family": chain.family,
         "form": chain.form,
-        "rank": _terms(chain),
+        "rank": None if chain.family == "dense" else chain.rank[0],
         "kernel_rank": None if spectrum is None else int((spectrum > 1e-6 * spectrum[0]).sum()),
         "error": chain.error((np.flip(taps) if convolve else taps)[None, None]),
         "stages": [list(s.weight.shape) for s in chain.stages],
@@ -475,17 +475,15 @@ def filter_image(
     print("" if spectrum is None else f", rank {said['kernel_rank']}")
     form = " ".join(filter(None, (chain.family, chain.form)))
     passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
-    print(
-        f"form: {form} of rank {said['rank']}, {passes}, error {said['error']:.2g}, "
-        f"{whole / macs:.2f} times fewer multiply-adds"
-    )
     if chain.family == "dense":
-        print("No separable form within that error is cheaper; try --rank or --max-error.")
+        print("form: as it is; no separable form so close is cheaper (--rank, --max-error)")
+    else:
+        ranks = ",".join(map(str, chain.rank))
+        print(
+            f"form: {form} of rank {ranks}, {passes}, error {said['error']:.2g}, "
+            f"{whole / macs:.2f} times fewer multiply-adds"
+        )
     print(f"wrote {out}" + (f"\nwrote {plot}" if plot is not None else ""))
-
-
-def _terms(chain: Factorization) -> int:
-    return chain.rank[0] if chain.rank else 1
 
 
 def _kernel(

@@ -101,9 +101,8 @@ def separate(
         return FAMILIES[family].fit(conv, rank, None)  # type: ignore[arg-type]
     if max_error is None:
         max_error = _NOISE * float(np.finfo(k.dtype).eps) * math.sqrt(k.size)
-    found = search.frontier(conv, shape, ("spatial", "filter", "tensor_train"))
-    # What a sweep found by iteration may be within the error only once it is refined.
-    return found.within(max_error).build()
+    families = ("spatial", "filter", "tensor_train")
+    return search.choose(conv, shape, max_error=max_error, families=families)[1].build()
 
 
 def correlate(

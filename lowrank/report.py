@@ -27,7 +27,7 @@ def table(front: Frontier) -> str:
 
 
 #: What the star behind a name says.
-NOTE = "* fitted by iteration: refined when built"
+NOTE = "* not optimal in theory: refined, where it can be, when built"
 
 
 def title(front: Frontier, shown: int) -> str:

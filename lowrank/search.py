@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final, overload
 
 import numpy as np
@@ -17,6 +18,7 @@ from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, Point
 from lowrank.families.family import kernel_of
 
+NEAR = 1.25  # a short fit within this factor of the limit may be within it once refined
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -416,8 +418,8 @@ def approximate(
     Returns
     -------
     Factorization
-        The pick, built; those found by iteration are refined.  The dense kernel itself if
-        nothing cheaper is within `max_error`.
+        The pick, built; those found by iteration are refined, and those whose short fit is near
+        `max_error` tried.  The dense kernel itself if nothing cheaper is within `max_error`.
 
     Raises
     ------
@@ -483,10 +485,24 @@ def choose(
     names = _names(families)
     found = frontier(conv, input_shape, names, axis=axis, progress=progress)
     if max_error is not None:
-        return found, found.within(max_error)
+        return found, _refined_within(found, max_error)
     if amount is not None:
         return found, found.affordable(amount)
     return found, _at_rank(conv, input_shape, rank, names, axis)
+
+
+def _refined_within(found: Frontier, limit: float) -> Candidate:
+    """The cheapest candidate within `limit` once it is built, where a short fit is near it."""
+    for c in found:
+        if c.error <= limit:
+            return c
+        if not c.exact and c.bound <= limit and c.error <= NEAR * limit:
+            f = c.build()
+            refined = c.built(f)
+            if refined.error <= limit and c._point is not None:
+                point = c._point._replace(build=partial(tuple, f.stages))
+                return replace(refined, _point=point)
+    return found.dense
 
 
 def _at_rank(

@@ -63,6 +63,8 @@ def test_the_pick_by_error_is_the_cheapest_within_it(conv, front):
         assert f.error(conv.to_dense()) <= limit
         cheaper = [c for c in front if c.cost.macs < f.cost(SIZE).macs]
         assert all(c.error > limit for c in cheaper)
+        near = [c for c in cheaper if not c.exact and c.bound <= limit and c.error <= 1.25 * limit]
+        assert all(c.build().error(conv.to_dense()) > limit for c in near)
 
 
 @pytest.mark.parametrize("axis", ["macs", "params"])
@@ -93,7 +95,8 @@ def test_a_rank_that_saves_nothing_is_refused(conv):
 def test_choose_takes_an_axis(conv):
     front, pick = choose(conv, SIZE, max_error=0.3, axis="params")
     assert front.axis == "params"
-    assert pick.cost.params == min(c.cost.params for c in front if c.error <= 0.3)
+    assert pick.cost.params <= min(c.cost.params for c in front if c.error <= 0.3)
+    assert pick.build().error(conv.to_dense()) == pick.error <= 0.3
 
 
 def test_progress_names_every_family(conv):

@@ -31,8 +31,8 @@ class Point(NamedTuple):
     rank : tuple of int
         In the order that the family documents.
     error : float
-        Relative Frobenius error of the weights that `build` gives, or, where `refined`, of
-        the start that `build` improves on.
+        Relative Frobenius error of the weights that `build` gives, or, for a family that is not
+        exact, of a start that `build` may improve on.
     bound : float
         No chain of this family, form and rank can have a smaller error.
     stages : tuple of Stage

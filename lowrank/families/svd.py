@@ -1,4 +1,4 @@
-"""The families that are one singular value decomposition: nine tables, one function.
+"""The families that are one singular value decomposition: six tables, one function.
 
 With t, s and the spatial axes as the modes of a kernel, a truncated SVD of any matricisation
 is the best approximation of its rank (Eckart and Young), and each of its two factors is the
