@@ -394,7 +394,7 @@ def disk(radius: float) -> Array:
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, 2 * n + 1)
-        With ``n = ceil(radius)``.
+        With ``n = floor(radius)``.
 
     Raises
     ------
@@ -409,7 +409,7 @@ def disk(radius: float) -> Array:
            [0.2, 0.2, 0.2],
            [0. , 0.2, 0. ]])
     """
-    n = math.ceil(_positive("radius", radius))
+    n = math.floor(_positive("radius", radius))
     t = np.arange(-n, n + 1)
     inside = (t[:, None] ** 2 + t**2 <= radius**2).astype(float)
     return np.asarray(inside / inside.sum())

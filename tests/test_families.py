@@ -6,7 +6,7 @@ import pytest
 import lowrank as lr
 from lowrank import reference
 from lowrank.cost import chain_cost
-from lowrank.families import FAMILIES, NotApplicable, applicable
+from lowrank.families import FAMILIES, NotApplicable, applicable, tucker
 
 # Fits are made in float64 from a kernel of norm about 1, by a few matrix products of at most
 # a few thousand terms: 1e-12 is room enough.
@@ -246,6 +246,16 @@ def test_spatial_error_is_the_tail_of_the_spectrum():
     for rank in (1, 5, 12):
         tail = np.sqrt((s[rank:] ** 2).sum() / (s**2).sum())
         assert lr.spatial(conv, rank, "h-w").error(conv.to_dense()) == pytest.approx(tail, abs=ROOT)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 9, 9, 9), (512, 512), (64, 64, 3, 3), (8, 8, 7, 7, 7)])
+def test_a_tucker_sweep_covers_every_mode_within_its_limit(sizes):
+    found = list(tucker._grid(sizes))
+    assert len(found) <= tucker.POINTS
+    for mode, size in enumerate(sizes):
+        ranks = {rank[mode] for rank in found}
+        assert {1, size} <= ranks or size == 1
+        assert len(ranks) >= min(size, 3)
 
 
 def test_a_kronecker_sum_is_found_again(rng):

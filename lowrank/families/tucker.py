@@ -139,13 +139,14 @@ def _shared(factors: list[Array], core: Array) -> tuple[list[Array], Array]:
 
 
 def _grid(largest: Ints) -> Iterator[Ints]:
-    """Combinations of ranks, at most POINTS of them: all small modes whole, large ones thinned."""
-    small = [m for m in largest if m <= 9]
-    large = len(largest) - len(small)
-    each = int((POINTS / math.prod(small)) ** (1 / large)) if large else 1
+    """Combinations of ranks, at most POINTS of them: the longest modes are thinned first."""
+    counts = list(largest)
+    while math.prod(counts) > POINTS:
+        longest = counts.index(max(counts))
+        counts[longest] = counts[longest] * 9 // 10
     steps = [
-        range(1, m + 1) if m <= 9 else sorted({round(r) for r in np.linspace(1, m, min(m, each))})
-        for m in largest
+        sorted({round(r) for r in np.linspace(1, m, n)}) if n > 1 else [m]
+        for m, n in zip(largest, counts)
     ]
     return itertools.product(*steps)
 
