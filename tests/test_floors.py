@@ -17,9 +17,9 @@ FLOORS = [
     ["certify", "search", "weights"],
     ["filters"],
     ["plots"],
-    ["cli", "demo"],
+    ["cli"],
     ["__init__"],
-    ["data"],
+    ["data", "demo"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ROOT = Path(lowrank.__file__).parent
@@ -32,7 +32,9 @@ def imports():
         tree = ast.parse(path.read_text())
         tree.body = [n for n in tree.body if not ast.unparse(n).startswith("if TYPE_CHECKING")]
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "lowrank":
+            if isinstance(node, ast.Import) and any(a.name == "lowrank" for a in node.names):
+                yield here, "__init__"
+            elif isinstance(node, ast.ImportFrom) and node.module == "lowrank":
                 yield from ((here, a.name) for a in node.names if a.name in FLOOR)
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowrank."):
                 yield here, node.module.split(".")[1]
