@@ -433,9 +433,10 @@ def filter_image(
     if plot is not None:
         plots.check_path(plot)
     shape = picture.shape[: taps.ndim]
+    correlated = np.flip(taps) if convolve else taps
     # Of a whole picture, the terms that are cheaper than the kernel: the same as correlate finds.
     chain = filters.separate(
-        np.flip(taps) if convolve else taps,
+        correlated,
         rank=rank,
         max_error=max_error,
         shape=shape,
@@ -450,7 +451,7 @@ def filter_image(
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:
-        plots.filter_and_form(np.flip(taps) if convolve else taps, chain, plot, title=kernel)
+        plots.filter_and_form(correlated, chain, plot, title=kernel)
     macs = chain.cost(shape).macs
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
     said = {
@@ -462,7 +463,7 @@ def filter_image(
         "form": chain.form,
         "rank": None if chain.family == "dense" else chain.rank[0],
         "kernel_rank": None if spectrum is None else int((spectrum > 1e-6 * spectrum[0]).sum()),
-        "error": chain.error((np.flip(taps) if convolve else taps)[None, None]),
+        "error": chain.error(correlated[None, None]),
         "stages": [list(s.weight.shape) for s in chain.stages],
         "macs": macs,
         "dense_macs": whole,
