@@ -1,22 +1,24 @@
 """The cheap convolutions of well-known networks, as chains that run and can be priced.
 
 A chain is linear.  What lies between the linear parts of a block (activations, squeeze-excite,
-skips) is named in a :class:`Block` by a word, and is the caller's to do.
+skips) is named in a :class:`Block` by a word.  A block whose words are all ``"relu"`` or
+``"relu6"`` runs in one call; other words are the caller's to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.backends import Runner
 from lowrank.cost import Cost
-from lowrank.factorization import Factorization, chain
+from lowrank.factorization import Factorization, as_input, chain, planned
 from lowrank.geometry import Geometry
-from lowrank.stage import Stage
+from lowrank.stage import Activation, Stage
 
 
 class BatchNorm(NamedTuple):
@@ -125,6 +127,74 @@ class Block:
         52224
         """
         return sum(c.macs for c in self.costs(input_shape))
+
+    def compile(
+        self, input_shape: Sequence[int], dtype: Any = None, threads: int | None = None
+    ) -> Runner:
+        r"""Plan the whole block, activations included, to run in one call.
+
+        Parameters
+        ----------
+        input_shape : sequence of int
+            (channels, \*spatial), or the spatial size alone; the batch is free.
+        dtype : dtype, optional
+            float32 or float64; the precision of the weights if not given.
+        threads : int, optional
+            Threads to use; all that OpenMP offers if not given.
+
+        Returns
+        -------
+        callable
+            ``run(x, out=None)``, to be called many times, from any thread.
+
+        Raises
+        ------
+        ValueError
+            If the block has another word than ``"relu"`` and ``"relu6"``; the message names it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import blocks
+        >>> block = blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)), stride=2)
+        >>> run = block.compile((3, 32, 32), threads=1)
+        >>> run(np.ones((1, 3, 32, 32))).shape
+        (1, 8, 16, 16)
+        """
+        links: list[tuple[Factorization, Activation]] = []
+        for part in self.parts:
+            if not isinstance(part, str):
+                links.append((part, "none"))
+            elif links and part in get_args(Activation) and links[-1][1] == "none":
+                links[-1] = (links[-1][0], cast(Activation, part))
+            else:
+                raise ValueError(
+                    f"{part!r} cannot run inside a plan, only relu and relu6 after a chain can: "
+                    "compile the chains of this block one by one"
+                )
+        return planned(links, input_shape, dtype, threads)
+
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        """Run the block; see :meth:`compile`.
+
+        Parameters
+        ----------
+        x : ndarray, shape (batch, channels, \\*spatial)
+            Floating-point; it is computed in its own precision.
+        out : ndarray, optional
+            Where to put the result; must not overlap `x`.
+
+        Returns
+        -------
+        ndarray, shape (batch, out, \\*spatial)
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`compile`, or if `x` does not fit.
+        """
+        x = as_input(self.chains[0], x)
+        return self.compile(x.shape[1:], x.dtype)(x, out)
 
     def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
         first = self.chains[0]
@@ -237,6 +307,92 @@ def separable(
     """
     first = _depthwise(depthwise, stride, padding, dilation, multiplier)
     return chain([first, _pointwise(pointwise)], bias)
+
+
+def fused_separable(
+    depthwise: Array,
+    pointwise: Array,
+    *,
+    bias: Sequence[Array | None] = (None, None),
+    activation: Sequence[Activation] = ("none", "none"),
+    order: Literal["dw-pw", "pw-dw"] = "dw-pw",
+    stride: int | Sequence[int] = 1,
+    padding: int | str = "same",
+    dilation: int | Sequence[int] = 1,
+    multiplier: int = 1,
+) -> Block:
+    r"""Depthwise and pointwise in one pass, each with a bias and an activation.
+
+    Parameters
+    ----------
+    depthwise : ndarray, shape (channels * multiplier, 1, \*kernel)
+        One filter a channel, or `multiplier` of them.
+    pointwise : ndarray, shape (out, in, 1, ...)
+        Mixes the channels.
+    bias : (ndarray or None, ndarray or None)
+        Added after the first and after the second of the two, in the order in which they run.
+    activation : (str, str)
+        What follows each: ``"none"``, ``"relu"`` or ``"relu6"``.
+    order : str
+        ``"dw-pw"``, MobileNet's, or ``"pw-dw"``, blueprint's.
+    stride, dilation : int or sequence of int
+        Of the depthwise stage.
+    padding : int or ``"same"``
+        Zeros around the depthwise stage's input; ``"same"`` keeps half an extent on either side.
+    multiplier : int
+        Filters for each channel that the depthwise stage takes.
+
+    Returns
+    -------
+    Block
+        Call it, or :meth:`Block.compile` it once and call that.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not follow one another, or a word is none of the above.
+
+    References
+    ----------
+    .. [1] A. G. Howard et al., "MobileNets: efficient convolutional neural networks for mobile
+       vision applications", 2017. :arxiv:`1704.04861`.
+    .. [2] D. Haase, M. Amthor, "Rethinking depthwise separable convolutions", CVPR 2020.
+       :arxiv:`2003.13549`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import blocks
+    >>> block = blocks.fused_separable(
+    ...     np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)),
+    ...     bias=(np.zeros(3), np.ones(8)), activation=("relu6", "relu6"), stride=2,
+    ... )
+    >>> block(np.ones((1, 3, 8, 8))).max()
+    np.float64(6.0)
+    """
+    if order not in ("dw-pw", "pw-dw"):
+        raise ValueError(f"order must be dw-pw or pw-dw, got {order!r}")
+    for name, pair in (("bias", bias), ("activation", activation)):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"{name} must have two entries, one a stage, got {pair!r}")
+    stages = [_depthwise(depthwise, stride, padding, dilation, multiplier), _pointwise(pointwise)]
+    if order == "pw-dw":
+        stages.reverse()
+    if stages[0].out_channels != stages[1].in_channels:
+        raise ValueError(
+            f"the first stage gives {stages[0].out_channels} channels but the second takes "
+            f"{stages[1].in_channels}"
+        )
+    parts: list[Factorization | str] = []
+    for stage, b, word in zip(stages, bias, activation):
+        if word not in get_args(Activation):
+            raise ValueError(
+                f"activation must be one of {', '.join(get_args(Activation))}, got {word!r}"
+            )
+        parts.append(chain([stage], b))
+        if word != "none":
+            parts.append(word)
+    return Block(tuple(parts))
 
 
 def flattened(passes: Sequence[Array], bias: Array | None = None) -> Factorization:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, final
+from typing import Any, final, get_args
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lowrank import algebra, backends
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.geometry import Geometry, integers
-from lowrank.stage import Stage, frozen
+from lowrank.stage import Activation, Epilogue, Stage, frozen
 
 
 @final
@@ -313,15 +313,15 @@ class Factorization:
         ValueError
             If its shape does not fit.
         """
-        x = _floating("x", x, self.stages)
-        if x.ndim != self.ndim + 2:
-            raise ValueError(
-                f"x must be (batch, channels, and {self.ndim} spatial axes), got {x.shape}"
-            )
+        x = as_input(self, x)
         return self.compile(x.shape[1:], x.dtype)(x, out)
 
     def compile(
-        self, input_shape: Sequence[int], dtype: Any = None, threads: int | None = None
+        self,
+        input_shape: Sequence[int],
+        dtype: Any = None,
+        threads: int | None = None,
+        activation: Activation = "none",
     ) -> backends.Runner:
         """Plan the chain for one input shape: weights packed, tiles chosen, once.
 
@@ -333,11 +333,15 @@ class Factorization:
             float32 or float64; the precision of the weights if not given.
         threads : int, optional
             Threads to use; all that OpenMP offers if not given.
+        activation : str
+            What follows the chain and its bias: ``"none"``, ``"relu"`` or ``"relu6"``.
 
         Returns
         -------
         callable
-            ``run(x, out=None)``, to be called many times, from any thread.
+            ``run(x, out=None)``, to be called many times, from any thread.  `x` and `out` may
+            also hold 8- or 16-bit integers: those of `out` are rounded to nearest, halves to
+            even, and saturate.  ``run.breakdown(x)`` says where the time goes, stage by stage.
 
         Raises
         ------
@@ -353,14 +357,7 @@ class Factorization:
         >>> run(np.ones((3, 2, 10), np.float32)).shape
         (3, 4, 8)
         """
-        dtype = np.dtype(self.dtype if dtype is None else dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        if threads is not None:
-            (threads,) = integers("threads", threads, 1)
-            if threads < 1:
-                raise ValueError(f"threads must be at least 1, got {threads}")
-        return backends.plan(self.stages, self.shape(input_shape), dtype, self.bias, threads)
+        return planned([(self, activation)], input_shape, dtype, threads)
 
     def astype(self, dtype: Any) -> Factorization:
         """The same chain in another floating-point precision.
@@ -565,6 +562,40 @@ def chain(
     if bias is not None:
         bias = _floating("bias", bias)
     return Factorization(stages, algebra.chain_geometry(plain), groups, bias, "chain")
+
+
+def planned(
+    parts: Sequence[tuple[Factorization, Activation]],
+    input_shape: Sequence[int],
+    dtype: Any = None,
+    threads: int | None = None,
+) -> backends.Runner:
+    """Plan chains, each with what follows it, to run as one; see :meth:`Factorization.compile`."""
+    first = parts[0][0]
+    dtype = np.dtype(np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    if threads is not None:
+        (threads,) = integers("threads", threads, 1)
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+    stages, epilogues = [], []
+    for f, activation in parts:
+        if activation not in get_args(Activation):
+            raise ValueError(
+                f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}"
+            )
+        stages += f.stages
+        epilogues += [Epilogue()] * (len(f.stages) - 1) + [Epilogue(f.bias, activation)]
+    return backends.plan(stages, first.shape(input_shape), dtype, epilogues, threads)
+
+
+def as_input(f: Factorization, x: Array) -> Array:
+    """`x` as the chain takes it: float32 or float64, with a batch axis; else says why not."""
+    x = _floating("x", x, f.stages)
+    if x.ndim != f.ndim + 2:
+        raise ValueError(f"x must be (batch, channels, and {f.ndim} spatial axes), got {x.shape}")
+    return x
 
 
 def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from lowrank import search
+from lowrank import backends, reference, search
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.factorization import Factorization, dense
 from lowrank.families import FAMILIES
 from lowrank.geometry import integers
+from lowrank.stage import Epilogue, Stage
 
 #: scipy.ndimage's names of the border modes, and ours.
 MODES: dict[str, PaddingMode] = {
@@ -26,6 +28,9 @@ MODES: dict[str, PaddingMode] = {
     "grid-wrap": "circular",
 }
 
+# Integers that the engine reads and writes itself.
+_SMALL = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
+_LONG = 64  # numbers that are worth an axis of their own
 # Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
 _NOISE = 4
 
@@ -125,7 +130,8 @@ def correlate(
     image : ndarray
         Real.  float32 and float64 are computed in their own precision, float16 and 8- and
         16-bit integers in float32, wider ones in float64; integer results are rounded to
-        nearest, halves to even, and saturate.
+        nearest, halves to even, and saturate.  8- and 16-bit integers are read and written by
+        the engine itself, and colours that lie together go through in one pass.
     kernel : array_like
         The filter, over 1, 2 or 3 axes; see :func:`separate`.
     rank : int, optional
@@ -180,8 +186,11 @@ def correlate(
             f"out must have shape {image.shape} and dtype {image.dtype}, "
             f"got {out.shape} and {out.dtype}"
         )
-    x = np.moveaxis(image, along, range(-k.ndim, 0))
-    spatial = x.shape[x.ndim - k.ndim :]
+    # What lies behind the filtered axes goes through in one pass: a long row as an axis that
+    # nothing happens on, a few numbers, such as colours, as samples of that many numbers.
+    together = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
+    spatial = [image.shape[a] for a in along]
+    numbers = math.prod(image.shape[k.ndim :]) if together else 1
     chain = separate(
         k.astype(work) if k.dtype != work else k,
         rank=rank,
@@ -191,29 +200,31 @@ def correlate(
         cval=cval,
         origin=origins,
     )
+    out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
-        return image.copy() if out is None else out
-    y = chain(np.ascontiguousarray(x, work).reshape(-1, 1, *spatial)).reshape(x.shape)
-    y = np.moveaxis(y, range(-k.ndim, 0), along)
-    if image.dtype.kind in "iu":
-        y = _saturated(y, image.dtype)
-    if out is None:
-        return np.ascontiguousarray(y.astype(image.dtype, copy=False))
-    out[...] = y
+        return out
+    if np.may_share_memory(image, out):
+        image = image.copy()
+    if image.dtype not in (work, *_SMALL) or not image.dtype.isnative:
+        image = image.astype(work)
+    result = out if out.dtype == image.dtype else np.empty(out.shape, work)
+    stages = chain.stages
+    if numbers >= _LONG and k.ndim < 3:
+        stages, spatial, numbers = tuple(map(_idle_axis, stages)), [*spatial, numbers], 1
+    ends = [Epilogue()] * len(stages)
+    run = backends.plan(stages, (1, *spatial), work, ends, interleaved=numbers)
+    shape = (-1, 1, *spatial[:-1], spatial[-1] * numbers)
+    if together:
+        run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
+    else:
+        x, moved = (np.moveaxis(a, along, range(-k.ndim, 0)) for a in (image, result))
+        y = moved.reshape(shape)
+        run(x.reshape(shape), y)
+        if not np.may_share_memory(y, result):
+            moved[...] = y.reshape(moved.shape)
+    if result is not out:
+        out[...] = reference.saturated(result, out.dtype) if out.dtype.kind in "iu" else result
     return out
-
-
-def _saturated(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Integers nearest to `values`, halves to even; what is out of range at its end."""
-    limits = np.iinfo(dtype)
-    rounded = np.rint(values)
-    # The largest 64-bit integers are no floating-point numbers: stay below, then set them.
-    high = float(limits.max)
-    if int(high) > limits.max:
-        high = float(np.nextafter(high, 0))
-    whole = np.clip(rounded, limits.min, high).astype(dtype)
-    whole[rounded >= limits.max] = limits.max
-    return whole
 
 
 def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:
@@ -482,6 +493,19 @@ def _kernel(kernel: Any) -> Array:
     if not np.isfinite(k).all():
         raise ValueError("kernel holds NaN or infinite values")
     return k
+
+
+def _idle_axis(stage: Stage) -> Stage:
+    """The stage with one more axis, behind the others, that nothing happens on."""
+    g = stage.geometry
+    longer = replace(
+        g,
+        stride=(*g.stride, 1),
+        padding=(*g.padding, (0, 0)),
+        dilation=(*g.dilation, 1),
+        output_padding=(*g.output_padding, 0),
+    )
+    return replace(stage, weight=stage.weight[..., None], geometry=longer)
 
 
 def _mode(mode: str) -> PaddingMode:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lowrank._typing import Array, Ints, Pads, trailing
-from lowrank.stage import Stage
+from lowrank.stage import Epilogue, Stage
 
 _NUMPY_MODE = {
     "reflect": "reflect",
@@ -28,7 +29,17 @@ def run_chain(stages: Sequence[Stage], x: Array, bias: Array | None = None) -> A
     for stage in stages:
         x = run_stage(stage, x, outside)
         outside = still(stage, outside)
-    return x if bias is None else x + bias.reshape(-1, *(1,) * (x.ndim - 2)).astype(x.dtype)
+    return ended(x, Epilogue(bias))
+
+
+def ended(x: Array, epilogue: Epilogue) -> Array:
+    """`x`, (batch, channels, *spatial) or (channels,), with what a stage ends with."""
+    bias, activation = epilogue
+    if bias is not None:
+        x = x + bias.reshape(-1, *(1,) * max(x.ndim - 2, 0)).astype(x.dtype)
+    if activation == "none":
+        return x
+    return np.asarray(np.clip(x, 0, 6 if activation == "relu6" else None))
 
 
 def still(stage: Stage, values: Array) -> Array:
@@ -97,3 +108,16 @@ def _spread(stage: Stage, x: Array, out: Ints) -> Array:
     inside = [slice(before, before + n) for (before, _), n in zip(geometry.padding, out)]
     y = np.asarray(y.reshape(len(x), stage.inner[1], *whole)[trailing(*inside)])
     return y[:, np.argsort(stage.source())]
+
+
+def saturated(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Integers nearest to `values`, halves to even; what is out of range at its end."""
+    limits = np.iinfo(dtype)
+    rounded = np.rint(values)
+    # The largest 64-bit integers are no floating-point numbers: stay below, then set them.
+    high = float(limits.max)
+    if int(high) > limits.max:
+        high = float(np.nextafter(high, 0))
+    whole = np.clip(rounded, limits.min, high).astype(dtype)
+    whole[rounded >= limits.max] = limits.max
+    return whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,29 @@ from lowrank._typing import Array, Ints
 from lowrank.geometry import Geometry, integers
 
 Kind = Literal["pointwise", "depthwise", "grouped", "dense"]
+Activation = Literal["none", "relu", "relu6"]
+
+
+class Epilogue(NamedTuple):
+    """What a stage ends with: a bias, then an activation.  Only plans have them, chains are linear.
+
+    Attributes
+    ----------
+    bias : ndarray or None, shape (out,)
+        Added to each output channel.
+    activation : str
+        ``"none"``, ``"relu"`` or ``"relu6"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank.stage import Epilogue
+    >>> Epilogue(np.zeros(8), "relu6").activation
+    'relu6'
+    """
+
+    bias: Array | None = None
+    activation: Activation = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

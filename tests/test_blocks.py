@@ -203,3 +203,57 @@ def test_impossible_blocks_are_refused(rng):
             blocks.fold_batch_norm(lr.dense(np.ones((4, 4, 3))), bad)
     with pytest.raises(ValueError, match=r"channels|norm|shape"):
         blocks.fold_batch_norm(lr.dense(np.ones((4, 4, 3))), norm(rng, 5))
+
+
+@pytest.mark.parametrize("activation", [("none", "none"), ("relu", "relu6"), ("relu6", "none")])
+@pytest.mark.parametrize("order", ["dw-pw", "pw-dw"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_and_pointwise_run_in_one_call(rng, x, activation, order, stride):
+    mix = rng.standard_normal((6, 8, 1, 1))
+    filters = rng.standard_normal((8 if order == "dw-pw" else 6, 1, 3, 3))
+    biases = [rng.standard_normal(len(w)) for w in (filters, mix)][:: 1 if order == "dw-pw" else -1]
+    block = blocks.fused_separable(
+        filters, mix, bias=biases, activation=activation, order=order, stride=stride
+    )
+    y = 4 * x  # so that 6 is reached
+    for k, word in enumerate(activation):
+        spatial = (k == 0) == (order == "dw-pw")
+        y = conv(y, filters, stride, len(filters)) if spatial else conv(y, mix)
+        y = WORDS.get(word, lambda y: y)(y + biases[k][:, None, None])
+    for threads in (1, 2):
+        run = block.compile(x.shape[1:], threads=threads)
+        np.testing.assert_allclose(run(4 * x), y, **TIGHT)
+    np.testing.assert_allclose(block(4 * x), y, **TIGHT)
+    single = block(4 * x.astype(np.float32))
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_with_plain_activations_runs_whole(rng, x):
+    d, p = rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((6, 8, 1, 1))
+    block = blocks.mobilenet_v1(d, p, norms=(norm(rng, 8), norm(rng, 6)), stride=2)
+    np.testing.assert_allclose(block(x), run(block, x), **TIGHT)
+    with pytest.raises(ValueError, match="'add input' cannot run inside a plan"):
+        blocks.Block((*block.parts, "add input")).compile((8, 10, 11))
+    with pytest.raises(ValueError, match="'relu' cannot run"):
+        blocks.Block(("relu", *block.parts)).compile((8, 10, 11))
+
+
+def test_a_chain_may_end_with_an_activation(rng, x):
+    f = lr.tucker(lr.dense(rng.standard_normal((6, 8, 3, 3)), rng.standard_normal(6)), (4, 4))
+    expected = np.clip(f(x), 0, 6)
+    np.testing.assert_array_equal(f.compile(x.shape[1:], activation="relu6")(x), expected)
+    with pytest.raises(ValueError, match="activation must be one of none, relu, relu6"):
+        f.compile(x.shape[1:], activation="tanh")
+
+
+def test_impossible_fused_blocks_are_refused():
+    d, p = np.ones((8, 1, 3, 3)), np.ones((4, 8, 1, 1))
+    with pytest.raises(ValueError, match="activation must be one of"):
+        blocks.fused_separable(d, p, activation=("relu", "swish"))
+    with pytest.raises(ValueError, match="two entries"):
+        blocks.fused_separable(d, p, activation="relu")
+    with pytest.raises(ValueError, match="dw-pw or pw-dw"):
+        blocks.fused_separable(d, p, order="both")
+    with pytest.raises(ValueError, match="gives 4 channels but the second takes 8"):
+        blocks.fused_separable(d, p, order="pw-dw")

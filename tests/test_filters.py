@@ -153,6 +153,33 @@ def test_axes_say_where_the_kernel_runs(rng):
         np.testing.assert_allclose(np.moveaxis(got, axes, (-2, -1)), planes, **FLOAT64)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("numbers", [2, 3, 70])
+def test_colours_go_through_together(rng, mode, dtype, numbers):
+    image = (rng.random((17, 23, numbers)) * 200).astype(dtype)
+    for kernel in (filters.gauss(0.8), np.array([[1.0, -2.0, 0.5, 0.25]]), rng.random((4, 3))):
+        got = filters.correlate(image, kernel, mode=mode, cval=3.0)
+        assert got.dtype == dtype
+        alone = [
+            filters.correlate(np.ascontiguousarray(image[..., c]), kernel, mode=mode, cval=3.0)
+            for c in range(numbers)
+        ]
+        np.testing.assert_array_equal(got, np.stack(alone, -1))
+        plane = ndi.correlate(image[..., 1].astype(float), kernel, mode=mode, cval=3.0)
+        limits = (0, np.iinfo(dtype).max) if np.dtype(dtype).kind == "u" else (None, None)
+        expected = np.clip(plane, *limits)
+        tolerance = 0.5001 if np.dtype(dtype).kind == "u" else 1e-3  # of sums of up to 2000
+        np.testing.assert_allclose(got[..., 1], expected, rtol=0, atol=tolerance)
+
+
+def test_a_kernel_along_the_first_axis_leaves_the_others_alone(rng):
+    image = rng.standard_normal((20, 5, 30))
+    expected = ndi.correlate1d(image, [1.0, 2.0, 4.0], axis=0, mode="mirror")
+    got = filters.correlate(image, [1.0, 2.0, 4.0], mode="mirror")
+    np.testing.assert_allclose(got, expected, **FLOAT64)
+
+
 def test_a_cube_is_filtered_in_space_and_spectrum(rng):
     # a rank-2 spatial filter times a spectral one: 2-D + 1-D, which no sum of 3 passes beats
     space = filters.disk(2.0)

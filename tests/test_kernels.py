@@ -18,7 +18,7 @@ from lowrank._kernels.spec import StageSpec
 SLACK = 4
 
 
-def plain(stages, x, bias=None, relu=False, border=None, fill=0.0):
+def plain(stages, x, border=None, fill=0.0):
     """The chain by slices and einsum; also the same of all magnitudes, and products a sum."""
     big, terms = np.abs(x), 0
     for k, s in enumerate(stages):
@@ -31,10 +31,13 @@ def plain(stages, x, bias=None, relu=False, border=None, fill=0.0):
         if s.source is not None:
             x, big = x[:, s.source], big[:, s.source]
         x, big = correlated(s, s.weight, x), correlated(s, np.abs(s.weight), big)
-        terms += np.prod(s.weight.shape[1:])
-    if bias is not None:
-        x, big = (a + b[:, None, None, None] for a, b in ((x, bias), (big, np.abs(bias))))
-    return (np.maximum(x, 0) if relu else x), big, terms + 1
+        terms += np.prod(s.weight.shape[1:]) + 1
+        if s.bias is not None:
+            b = s.bias[:, None, None, None]
+            x, big = x + b, big + np.abs(b)
+        if s.activation != "none":  # which makes differences no larger
+            x = np.clip(x, 0, 6 if s.activation == "relu6" else None)
+    return x, big, terms
 
 
 def padded(x, pads):
@@ -100,12 +103,17 @@ def problems(draw):
         rows = groups * draw(st.integers(1, 10))
         source = rng.permutation(channels).astype(np.int32) if draw(st.booleans()) else None
         weight = rng.standard_normal((rows, cin, *kernel)).astype(dtype)
-        first = channels if k == 0 else None
+        if k == 0:
+            inputs = channels
+        out = tie * rows * right
+        bias = rng.standard_normal(out).astype(dtype) if draw(st.booleans()) else None
+        activation = draw(st.sampled_from(["none", "relu", "relu6"]))
         stages.append(
-            StageSpec(weight, tie, groups, right, stride, dilation, before, after, source)
-        )
-        if first is not None:
-            inputs = first
+            StageSpec(
+                weight, tie, groups, right, stride, dilation, before, after, source,
+                bias=bias, activation=activation,
+            )
+        )  # fmt: skip
         at = [(n + b + a - e) // s + 1 for n, b, a, e, s in zip(at, before, after, need, stride)]
         channels = tie * rows * right
     border, fill = None, 0.0
@@ -128,18 +136,22 @@ def problems(draw):
                 spare = at[axis] + s.before[axis] + s.after[axis] - need[axis]
                 at[axis] = spare // s.stride[axis] + 1
     x = rng.standard_normal((draw(st.integers(1, 2)), inputs, *size)).astype(dtype)
-    bias = rng.standard_normal(channels).astype(dtype) if draw(st.booleans()) else None
     tile = [draw(st.integers(1, max(1, n))) for n in at]
-    return stages, x, bias, draw(st.booleans()), border, fill, tile
+    return stages, x, border, fill, tile
 
 
-def run(isa, stages, x, bias, relu, border, fill, tile, threads=1):
+def run(isa, stages, x, border=None, fill=0.0, tile=None, threads=1):
     plan = _core.Plan(
-        stages, x.shape[1:], dtype=x.dtype.name, bias=bias, relu=relu, border=border, fill=fill,
-        tile=tile, isa=isa,
+        stages, x.shape[1:], dtype=x.dtype.name, border=border, fill=fill, tile=tile, isa=isa
     )  # fmt: skip
-    out = np.full((len(x), *plan.out_shape), np.nan, x.dtype)
+    shape = (len(x), *plan.out_shape)
+    n, guard = np.prod(shape, dtype=int), 512  # elements, more than any run of a kernel
+    around = np.full(n + 2 * guard, np.nan, x.dtype)
+    around[:guard] = around[guard + n :] = 7
+    out = around[guard : guard + n].reshape(shape)
     plan(x, out, threads)
+    assert (around[:guard] == 7).all()
+    assert (around[guard + n :] == 7).all()
     return out
 
 
@@ -147,8 +159,8 @@ def run(isa, stages, x, bias, relu, border, fill, tile, threads=1):
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
 def test_every_chain_agrees_with_numpy(isa, problem):
-    stages, x, bias, relu, border, fill, _ = problem
-    expected, magnitude, terms = plain(stages, x, bias, relu, border, fill)
+    stages, x, border, fill, _ = problem
+    expected, magnitude, terms = plain(stages, x, border, fill)
     actual = run(isa, *problem)
     assert actual.shape == expected.shape
     bound = SLACK * terms * np.finfo(x.dtype).eps * magnitude
@@ -159,14 +171,13 @@ def test_every_chain_agrees_with_numpy(isa, problem):
 @given(problem=problems(), threads=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_the_answer_depends_neither_on_tiles_nor_on_threads_nor_on_strides(isa, problem, threads):
-    stages, x, bias, relu, border, fill, tile = problem
-    alone = run(isa, stages, x, bias, relu, border, fill, None)
+    stages, x, border, fill, tile = problem
+    alone = run(isa, stages, x, border, fill)
     np.testing.assert_array_equal(run(isa, *problem, threads), alone)
     last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)  # channels last
-    np.testing.assert_array_equal(run(isa, stages, last, bias, relu, border, fill, tile), alone)
+    np.testing.assert_array_equal(run(isa, stages, last, border, fill, tile), alone)
     plan = _core.Plan(
-        stages, x.shape[1:], dtype=x.dtype.name, bias=bias, relu=relu, border=border, fill=fill,
-        tile=tile, isa=isa,
+        stages, x.shape[1:], dtype=x.dtype.name, border=border, fill=fill, tile=tile, isa=isa
     )  # fmt: skip
     wide = np.full((*alone.shape[:-1], 2 * alone.shape[-1]), 7, x.dtype)
     plan(x, wide[..., ::2], threads)
@@ -190,21 +201,45 @@ def test_read_only_input_is_fine_and_stays_as_it_is(pair):
     stages, x = pair
     kept = x.copy()
     x.flags.writeable = False
-    run(None, stages, x, None, False, None, 0.0, None)
+    run(None, stages, x)
     np.testing.assert_array_equal(x, kept)
 
 
 def test_an_empty_batch_gives_an_empty_result(pair):
     stages, x = pair
-    assert run(None, stages, x[:0], None, False, None, 0.0, None).shape == (0, 5, 1, 20, 21)
+    assert run(None, stages, x[:0]).shape == (0, 5, 1, 20, 21)
 
 
-def test_relu_keeps_nan(pair):
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_activations_keep_nan(pair, activation):
     stages, x = pair
     x[0, 0, 0, 5, 5] = np.nan
-    out = run(None, stages, x, None, True, None, 0.0, None)
+    out = run(None, [s._replace(activation=activation) for s in stages], x)
     assert np.isnan(out[0, :, 0, 5, 5]).all()
     assert (out[1:] >= 0).all()
+    if activation == "relu6":
+        assert out[1:].max() == 6
+
+
+@pytest.mark.parametrize("isa", _core.ISAS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
+@pytest.mark.parametrize("work", [np.float32, np.float64])
+def test_integers_come_in_exactly_and_go_out_rounded_and_saturated(rng, isa, dtype, work):
+    limits = np.iinfo(dtype)
+    x = rng.integers(limits.min, limits.max, (2, 3, 1, 9, 70), endpoint=True).astype(dtype)
+    for weight, groups in (
+        (rng.standard_normal((4, 3, 1, 3, 3)), 1),
+        (np.full((3, 1, 1, 1, 1), 0.5), 3),
+    ):
+        stages = [stage(weight.astype(work), 1, groups, s) for s in (1, 2)]
+        stages = stages[:1] if groups == 1 else stages
+        exact = run(isa, stages, x.astype(work))
+        assert exact.min() < limits.min or groups == 3  # there is something to saturate
+        plan = _core.Plan(stages, x.shape[1:], dtype=np.dtype(work).name, isa=isa, tile=(1, 4, 33))
+        wide = np.zeros((*exact.shape[:-1], 2 * exact.shape[-1]), dtype)
+        for out in (wide[..., : exact.shape[-1]], wide[..., ::2]):
+            plan(x, out, 2)
+            np.testing.assert_array_equal(out, np.clip(np.rint(exact), limits.min, limits.max))
 
 
 def test_many_python_threads_share_a_plan(pair):
@@ -223,13 +258,13 @@ def test_many_python_threads_share_a_plan(pair):
 
 
 def _in_child(queue, stages, x):
-    queue.put(run(None, stages, x, None, False, None, 0.0, None, threads=2))
+    queue.put(run(None, stages, x, threads=2))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
     stages, x = pair
-    expected = run(None, stages, x, None, False, None, 0.0, (1, 5, 21), threads=2)
+    expected = run(None, stages, x, tile=(1, 5, 21), threads=2)
     fork = multiprocessing.get_context("fork")
     queue = fork.Queue()
     child = fork.Process(target=_in_child, args=(queue, stages, x))
@@ -250,10 +285,13 @@ def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
         ({"shape": (3, 1, 20, 21)}, ValueError, "stage 0 takes 4 channels, got 3"),
         ({"shape": (4, 1, 0, 21)}, ValueError, "does not fit an input"),
         ({"bias": np.zeros(3, "f4")}, ValueError, r"bias must have shape \(5,\)"),
+        ({"out": np.zeros((1, 5, 1, 20, 21), "i4")}, TypeError, "or of 8- or 16-bit integers"),
     ],
 )
 def test_says_what_is_wrong(pair, change, error, message):
     stages, _ = pair
+    if "bias" in change:
+        stages[-1] = stages[-1]._replace(bias=change.pop("bias"))
     shape = change.pop("shape", (4, 1, 20, 21))
     x = change.pop("x", np.zeros((1, 4, 1, 20, 21), "f4"))
     out = change.pop("out", np.zeros((1, 5, 1, 20, 21), "f4"))

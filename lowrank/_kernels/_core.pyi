@@ -23,8 +23,6 @@ class Plan:
         shape: Sequence[int],
         *,
         dtype: str,
-        bias: Any = None,
-        relu: bool = False,
         border: Sequence[Any] | None = None,
         fill: float = 0.0,
         tile: Sequence[int] | None = None,
@@ -39,3 +37,6 @@ class Plan:
     @property
     def workspace(self) -> int: ...
     def __call__(self, x: Any, out: Any, threads: int = 0) -> None: ...
+    def breakdown(
+        self, x: Any, out: Any, threads: int = 0
+    ) -> tuple[float, list[tuple[int, str, float, int, int]]]: ...

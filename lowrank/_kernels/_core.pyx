@@ -13,7 +13,7 @@ from libc.stdlib cimport free
 
 
 cdef extern from "dispatch.h":
-    const int LR_OK, LR_SLACK
+    const int LR_OK, LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
 
     ctypedef struct lr_stage:
         int64_t left, groups, right, cin, cout, taps
@@ -32,25 +32,30 @@ cdef extern from "dispatch.h":
         const int32_t *place
         const int64_t *offset
         const void *weight
+        const void *bias
+        int activation
 
     ctypedef struct lr_plan:
         int64_t stages
         const lr_stage *stage
         const int32_t *border[3]
         double fill
-        const void *bias
-        int relu
         int64_t tile[3]
         int64_t tiles[3]
         int64_t parts
         double seconds
-        int64_t workspace
+        int64_t workspace, outputs, result
 
     ctypedef struct lr_arrays:
         const void *x
         void *out
         int64_t xs[5]
         int64_t os[5]
+        int x_type, out_type
+
+    ctypedef struct lr_step:
+        double seconds
+        int64_t macs, bytes
 
     ctypedef struct lr_kernels:
         int64_t rows, width
@@ -65,11 +70,13 @@ cdef extern from "dispatch.h":
     const lr_isa *lr_isa_table(int) nogil
     int lr_max_threads() nogil
     void lr_caches(int64_t *, int64_t *) nogil
-    int lr_run(const lr_plan *, const lr_kernels *, const lr_arrays *, int64_t, int64_t, int,
-               void **) nogil
+    double lr_now() nogil
+    int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
+               lr_step *) nogil
 
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
 MAX_STAGES = 16
+_INTEGERS = {b"B": LR_U8, b"b": LR_I8, b"H": LR_U16, b"h": LR_I16}
 
 
 def default_isa():
@@ -108,6 +115,8 @@ cdef class Plan:
     """A chain of stages, packed for one input shape; see spec.StageSpec for a stage.
 
     x and out of a call are (batch, channels, d, h, w), of any strides; they must not overlap.
+    Either may hold 8- or 16-bit integers in place of the plan's type: those of x are taken as
+    they are, those of out rounded to nearest, halves to even, and saturated.
     """
 
     cdef lr_plan plan
@@ -124,8 +133,8 @@ cdef class Plan:
     def __dealloc__(self):
         free(self.cache)
 
-    def __init__(self, stages, shape, *, dtype, bias=None, relu=False, border=None, fill=0.0,
-                 tile=None, parts=1, seconds=1.0, isa=None):
+    def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, parts=1,
+                 seconds=1.0, isa=None):
         if dtype not in ("float32", "float64"):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         isa = default_isa() if isa is None else isa
@@ -156,14 +165,10 @@ cdef class Plan:
                     raise ValueError(f"fold of stage {k} does not fit its input, or cut rows")
                 s[k].fold = <const int32_t *>self._ints("i", spec.fold)
         self.plan.stages, self.plan.stage = len(stages), s
-        self.plan.fill, self.plan.relu = fill, bool(relu)
+        self.plan.fill = fill
         if parts < 1 or (parts > 1 and len(stages) > 1):
             raise ValueError(f"a plan of {len(stages)} stages cannot have {parts} parts")
         self.plan.parts, self.plan.seconds = parts, seconds
-        if bias is not None:
-            if bias.shape != (self.out_shape[0],):
-                raise ValueError(f"bias must have shape ({self.out_shape[0]},), got {bias.shape}")
-            self.plan.bias = self._floats(bias)
         for a in range(3):
             self.plan.tile[a] = self.tile[a]
             self.plan.tiles[a] = -(-self.out_shape[1 + a] // self.tile[a])
@@ -177,6 +182,8 @@ cdef class Plan:
                     )
                 self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
         self.plan.workspace = layout.workspace
+        self.plan.outputs = prod(self.out_shape)
+        self.plan.result = self.out_shape[0] * prod(self.tile)
 
     @property
     def jobs(self):
@@ -235,9 +242,44 @@ cdef class Plan:
         self.kept.append(packed)
         self.kernels.pack(self._floats(spec.weight), to, s.groups, s.cout, s.taps)
         s.weight = to
+        s.activation = _ACTIVATIONS.index(spec.activation)
+        s.bias = NULL
+        if spec.bias is not None:
+            channels = spec.left * rows * spec.right
+            if spec.bias.shape != (channels,):
+                raise ValueError(f"bias must have shape ({channels},), got {spec.bias.shape}")
+            s.bias = self._floats(spec.bias)
 
     def __call__(self, x, out, int threads=0):
         """Run the chain on x, (batch, channels, d, h, w), into out."""
+        self._run(x, out, threads, NULL)
+
+    def breakdown(self, x, out, int threads=0):
+        """Run it once, with a clock.
+
+        Returns the seconds of the whole run and, for each step, (stage, name, seconds, macs, bytes),
+        added up over threads; `stage` counts from 0, and the last step is that of the chain as a
+        whole.
+        """
+        cdef int most = max(threads, lr_max_threads(), 1)
+        cdef int64_t kinds = self.plan.stages * LR_STEPS + 1
+        space = bytearray(most * kinds * sizeof(lr_step))
+        cdef lr_step *steps = <lr_step *><void *><char *>space
+        cdef double start = lr_now()
+        self._run(x, out, threads, steps)
+        cdef double took = lr_now() - start
+        found = []
+        for k in range(kinds):
+            sums = [0.0, 0, 0]
+            for t in range(most):
+                sums[0] += steps[t * kinds + k].seconds
+                sums[1] += steps[t * kinds + k].macs
+                sums[2] += steps[t * kinds + k].bytes
+            name = "deliver" if k == kinds - 1 else ("bring", "compute")[k % LR_STEPS]
+            found.append((k // LR_STEPS, name, *sums))
+        return took, found
+
+    cdef _run(self, x, out, int threads, lr_step *steps):
         cdef Py_buffer a, b
         cdef lr_arrays arrays
         cdef int64_t batch
@@ -248,14 +290,14 @@ cdef class Plan:
             try:
                 batch = self._check("x", &a, self.shape, -1)
                 self._check("out", &b, self.out_shape, batch)
-                _strides("x", &a, self.itemsize, arrays.xs)
-                _strides("out", &b, self.itemsize, arrays.os)
+                arrays.x_type = _strides("x", &a, arrays.xs)
+                arrays.out_type = _strides("out", &b, arrays.os)
                 if batch and prod(self.out_shape) and _overlap(&a, &b):
                     raise ValueError("out must not overlap x")
                 arrays.x, arrays.out = a.buf, b.buf
                 with nogil:
                     status = lr_run(&self.plan, self.kernels, &arrays, batch, self.itemsize,
-                                    threads, &self.cache)
+                                    threads, &self.cache, steps)
                 if status != LR_OK:
                     raise MemoryError(
                         f"no memory for a workspace of {self.workspace} bytes a thread"
@@ -266,8 +308,10 @@ cdef class Plan:
             PyBuffer_Release(&a)
 
     cdef int64_t _check(self, name, Py_buffer *v, shape, int64_t batch) except -1:
-        if v.format is NULL or v.format != (b"f" if self.itemsize == 4 else b"d"):
-            raise TypeError(f"{name} must be a {self.dtype} array in native byte order")
+        if v.format is NULL or v.format not in ((b"f" if self.itemsize == 4 else b"d"), *_INTEGERS):
+            raise TypeError(
+                f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit integers"
+            )
         got = tuple(v.shape[i] for i in range(v.ndim))
         if got[1:] != shape or len(got) != 5 or (batch >= 0 and got[0] != batch):
             wanted = ", ".join(map(str, shape))
@@ -275,13 +319,15 @@ cdef class Plan:
         return got[0]
 
 
-cdef _strides(name, Py_buffer *v, int64_t itemsize, int64_t *to):
+cdef int _strides(name, Py_buffer *v, int64_t *to) except -1:
+    """The strides in elements; returns the type of the elements."""
     for i in range(5):
-        if v.strides[i] % itemsize:
-            raise ValueError(f"the strides of {name} must be multiples of {itemsize} bytes")
-        to[i] = v.strides[i] // itemsize
-    if <size_t>v.buf % itemsize:
-        raise ValueError(f"{name} must be aligned to {itemsize} bytes")
+        if v.strides[i] % v.itemsize:
+            raise ValueError(f"the strides of {name} must be multiples of {v.itemsize} bytes")
+        to[i] = v.strides[i] // v.itemsize
+    if <size_t>v.buf % <size_t>v.itemsize:
+        raise ValueError(f"{name} must be aligned to {v.itemsize} bytes")
+    return _INTEGERS.get(v.format, LR_OWN)
 
 
 cdef bint _overlap(Py_buffer *a, Py_buffer *b):
@@ -308,3 +354,4 @@ def _inverse(source):
 
 
 from lowrank._kernels.layout import Layout as _Layout  # noqa: E402  (sizes: plain Python)
+from lowrank._kernels.spec import ACTIVATIONS as _ACTIVATIONS  # noqa: E402

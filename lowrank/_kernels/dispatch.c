@@ -7,6 +7,7 @@
 #endif
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -115,8 +116,28 @@ static double wake(int threads)
 }
 #endif
 
-int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache)
+double lr_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Whether out is so large that it is not in the caches when somebody reads it. */
+static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
+{
+    static int64_t l3;
+    if (!l3) {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+        l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+        if (l3 <= 0) l3 = 32 << 20;
+    }
+    return batch * plan->outputs * itemsize >= l3;
+}
+
+int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
+           int64_t itemsize, int threads, void **cache, lr_step *steps)
 {
     const int64_t tiles = plan->tiles[0] * plan->tiles[1] * plan->tiles[2];
     const int64_t each_image = tiles * plan->parts, jobs = batch * each_image;
@@ -130,12 +151,15 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
         if (plan->seconds * (double)batch * (threads - 1) / threads < 2 * wake(threads)) threads = 1;
     }
 #endif
+    arrays->now = steps ? lr_now : NULL;
+    arrays->stream = large(plan, batch, itemsize);
     /* A plan keeps the workspace of its last call; a call that runs beside another gets its own.
-     * The first word says for how many threads it is. */
+     * The first word says how large it is. */
     const size_t head = 64;
-    const size_t each = (size_t)(2 * plan->workspace * itemsize + 63) / 64 * 64;
+    const int64_t elements = 2 * plan->workspace + (arrays->out_type == LR_OWN ? 0 : plan->result);
+    const size_t each = (size_t)(elements * itemsize + 63) / 64 * 64;
     char *work = __atomic_exchange_n(cache, NULL, __ATOMIC_ACQ_REL);
-    if (work && *(int *)work < threads) {
+    if (work && *(size_t *)work < each * (size_t)threads) {
         free(work);
         work = NULL;
     }
@@ -145,20 +169,23 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arra
         work = aligned_alloc(64, (size + 63) / 64 * 64);
         if (!work) return LR_NO_MEMORY;
         memset(work, 0, size); /* no stray denormals in what is computed and thrown away */
-        *(int *)work = threads;
+        *(size_t *)work = each * (size_t)threads;
     }
     char *slices = work + head;
+    const int64_t kinds = plan->stages * LR_STEPS + 1;
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t j = 0; j < jobs; j++)
             kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
-                          slices + each * (size_t)omp_get_thread_num());
+                          slices + each * (size_t)omp_get_thread_num(),
+                          steps ? steps + kinds * omp_get_thread_num() : NULL);
     } else
 #endif
         for (int64_t j = 0; j < jobs; j++)
             kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
-                          slices);
+                          slices, steps);
+    (void)kinds;
     free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }

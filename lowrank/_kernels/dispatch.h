@@ -9,7 +9,9 @@ const char *lr_isa_name(int i);
 const lr_isa *lr_isa_table(int i);
 int lr_max_threads(void);
 void lr_caches(int64_t *l1, int64_t *l2); /* bytes */
-int lr_run(const lr_plan *plan, const lr_kernels *kernels, const lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache);
+double lr_now(void);                      /* seconds */
+/* `steps`, if any, has room for (threads, stages * LR_STEPS + 1). */
+int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
+           int64_t itemsize, int threads, void **cache, lr_step *steps);
 
 #endif

@@ -18,6 +18,22 @@
 #define LR_ROWS 4 /* 12 sums of 16 registers */
 #endif
 
+/* Stores that go past the caches have no name in C; without them, ordinary ones. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define LR_FENCE() _mm_sfence()
+#if LR_BYTES == 64
+#define LR_STREAM(TO, VALUE) _mm512_stream_si512((void *)(TO), (__m512i)(VALUE))
+#elif LR_BYTES == 32
+#define LR_STREAM(TO, VALUE) _mm256_stream_si256((__m256i *)(TO), (__m256i)(VALUE))
+#else
+#define LR_STREAM(TO, VALUE) _mm_stream_si128((__m128i *)(TO), (__m128i)(VALUE))
+#endif
+#else
+#define LR_FENCE() (void)0
+#define LR_STREAM(TO, VALUE) (*(VECTOR *)(TO) = (VALUE))
+#endif
+
 #define LR_WHOLE(name) LR_NAME(LR_JOIN(name, whole))
 #define LR_HALF(name) LR_NAME(LR_JOIN(name, half))
 #define LR_QUARTER(name) LR_NAME(LR_JOIN(name, quarter))

@@ -12,6 +12,9 @@
 #define LR_SLACK 256 /* elements past a buffer that a run of the widest kernel may read */
 
 enum { LR_OK = 0, LR_NO_MEMORY = 1 };
+enum { LR_LINEAR, LR_RELU, LR_RELU6 };         /* what a stage ends with, after its bias */
+enum { LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16 }; /* elements of x and out: the plan's own type, or these */
+enum { LR_BRING, LR_COMPUTE, LR_STEPS };       /* steps of a stage on one band */
 
 /* One stage: out(l, g, o, r) = sum over c, taps of weight[g](o, c, tap) * in(l, g, c, r),
  * shifted by the tap; channel (l, g, c, r) has the number ((l * groups + g) * cin + c) * right + r.
@@ -36,6 +39,8 @@ typedef struct {
     const int32_t *place;  /* input channel of the next stage for each output one, or NULL */
     const int64_t *offset; /* (taps,) */
     const void *weight;    /* packed: for each group and block of rows (taps, rows) */
+    const void *bias;      /* an output channel each, or NULL */
+    int activation;
 } lr_stage;
 
 typedef struct {
@@ -43,20 +48,29 @@ typedef struct {
     const lr_stage *stage;
     const int32_t *border[LR_AXES]; /* first stage: sample at each padded position, -1: fill */
     double fill;
-    const void *bias; /* (out,) or NULL */
-    int relu;
     int64_t tile[LR_AXES], tiles[LR_AXES];
     int64_t parts;     /* of the output channels of a single stage, each a job of its own */
     double seconds;    /* a guess of one example on one thread: whether a team pays */
     int64_t workspace; /* elements of each of the two buffers of a thread */
+    int64_t outputs;   /* elements of the output of one example */
+    int64_t result;    /* and of one tile of it, held where out has another type */
 } lr_plan;
 
-/* Strides (n, c, d, h, w) in elements. */
+/* Where one run reads and writes.  Strides (n, c, d, h, w) in elements. */
 typedef struct {
     const void *x;
     void *out;
     int64_t xs[5], os[5];
+    int x_type, out_type;
+    int stream;          /* out is too large for the caches: store past them where rows are long */
+    double (*now)(void); /* a clock, or NULL: no breakdown */
 } lr_arrays;
+
+/* What one thread did in a step: seconds, multiply-adds, bytes read and written. */
+typedef struct {
+    double seconds;
+    int64_t macs, bytes;
+} lr_step;
 
 /* What one instruction set exports, once per type. */
 typedef struct {
@@ -64,7 +78,7 @@ typedef struct {
     int64_t width; /* samples of the longest run */
     void (*pack)(const void *weight, void *packed, int64_t groups, int64_t cout, int64_t taps);
     void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t part,
-                 void *work);
+                 void *work, lr_step *steps);
     double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of multiply-adds */
 } lr_kernels;
 

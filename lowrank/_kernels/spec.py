@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 Three = tuple[int, int, int]
+ACTIVATIONS = ("none", "relu", "relu6")  # numbered as in lr.h
 
 
 class StageSpec(NamedTuple):
@@ -25,6 +26,10 @@ class StageSpec(NamedTuple):
         that stands at each padded one.  Tiles must then have whole rows.
     source : ndarray of int32 or None
         Input channel j of this stage is channel source[j] of what comes before.
+    bias : ndarray, shape (left * groups * out * right,), or None
+        C-contiguous, of the plan's type; added to what the stage gives.
+    activation : str
+        What follows: one of `ACTIVATIONS`.
     """
 
     weight: Any
@@ -37,3 +42,5 @@ class StageSpec(NamedTuple):
     after: Three
     source: Any = None
     fold: Any = None
+    bias: Any = None
+    activation: str = "none"

@@ -5,14 +5,49 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.stage import Stage
+from lowrank.stage import Epilogue, Stage
 
 _MODULES = {"numpy": "lowrank.backends.cpu"}
+
+
+class Step(NamedTuple):
+    """What a run spent on one step of one stage; see :meth:`Runner.breakdown`.
+
+    Attributes
+    ----------
+    stage : str
+        Number of the stage, from 0, and its weight's shape; ``"run"`` for what belongs to no stage.
+    step : str
+        ``"bring"``: input into padded bands; ``"compute"``: multiply-adds, and results to their
+        places; ``"deliver"``: results to the type of the output; ``"prepare"``: padding and weaving
+        in NumPy; ``"rest"``: the call, and waiting for threads.
+    seconds : float
+        Added up over threads, then divided by them: steps add up to the whole run.
+    macs : int
+        Multiply-adds that were done, those that neighbouring tiles repeat included.
+    bytes : int
+        Read and written, at any level of the memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> f = lowrank.dense(np.ones((4, 2, 3)))
+    >>> steps = f.compile((2, 10), threads=1).breakdown(np.ones((1, 2, 10)))
+    >>> sum(s.macs for s in steps)
+    192
+    """
+
+    stage: str
+    step: str
+    seconds: float
+    macs: int
+    bytes: int
 
 
 class Runner(Protocol):
@@ -21,17 +56,25 @@ class Runner(Protocol):
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`; the result is in `out` if that is given."""
 
+    def breakdown(self, x: Array, repeat: int = 5) -> tuple[Step, ...]:
+        """Run the plan on `x` and say where the time went: medians of `repeat` runs."""
+
 
 def plan(
     stages: Sequence[Stage],
     shape: Ints,
     dtype: object,
-    bias: Array | None = None,
+    epilogues: Sequence[Epilogue],
     threads: int | None = None,
+    interleaved: int = 1,
 ) -> Runner:
-    """Plan `stages` for inputs of `shape` = (channels, *spatial), by the type of the weights."""
+    """Plan `stages` for inputs of `shape` = (channels, *spatial), by the type of the weights.
+
+    With `interleaved`, a sample along the last axis is so many numbers side by side, such as the
+    colours of a pixel, each filtered alike: arrays are that many times as long there.
+    """
     return _backend(stages[0].weight).plan(  # type: ignore[no-any-return]
-        stages, shape, dtype, bias, threads
+        stages, shape, dtype, epilogues, threads, interleaved
     )
 
 

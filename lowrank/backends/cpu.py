@@ -13,6 +13,8 @@ Lowering changes the words, never the meaning:
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +25,10 @@ import numpy as np
 from lowrank import reference
 from lowrank._kernels.spec import StageSpec
 from lowrank._typing import Array, Ints, trailing
-from lowrank.backends import tiling
+from lowrank.backends import Step, tiling
 from lowrank.cost import chain_shapes
-from lowrank.stage import Stage
+from lowrank.geometry import integers
+from lowrank.stage import Epilogue, Stage
 
 try:
     from lowrank._kernels import _core
@@ -37,6 +40,8 @@ except ImportError as missing:
     ) from missing
 
 AXES = 3  # spatial axes of the engine
+INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))  # in and out
+Link = tuple[Stage, Epilogue]  # of a chain
 BATCHES = 8  # that a plan keeps segments for
 
 
@@ -51,6 +56,7 @@ class Segment:
     batched: bool  # whether the examples are one of the engine's axes
     before: Callable[[Array], Array] | None
     after: Callable[[Array], Array] | None
+    names: tuple[str, ...]  # of its stages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,34 +90,77 @@ class Plan:
         return found
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
-        """Run the plan on `x`, (batch, channels, *spatial); see Factorization.__call__."""
-        if not isinstance(x, np.ndarray) or x.dtype != self.dtype:
-            raise TypeError(
-                f"this plan takes {self.dtype} arrays, got "
-                f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
-            )
-        if x.shape[1:] != self.in_shape:
-            raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
-        shape = (len(x), *self.out_shape)
-        if out is not None and not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
-        if out is not None and (out.shape != shape or out.dtype != self.dtype):
-            raise ValueError(
-                f"out must be {self.dtype} of shape {shape}, got {out.dtype} of {out.shape}"
-            )
+        """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
+        x, out = self._checked(x, out)
         segments = self._segments(len(x))
         last = len(segments) - 1
         for i, segment in enumerate(segments):
             target = out if i == last and segment.after is None else None
             x = self._run(segment, x, target)
-        if out is not None and x is not out:
-            out[...] = x
-            return out
-        return x
+        if out is None or x is out:
+            return x
+        out[...] = reference.saturated(x, out.dtype) if out.dtype in INTEGERS else x
+        return out
 
-    def _run(self, segment: Segment, x: Array, out: Array | None) -> Array:
+    def breakdown(self, x: Array, repeat: int = 5) -> tuple[Step, ...]:
+        """Where the time of a run on `x` goes; see Step."""
+        (repeat,) = integers("repeat", repeat, 1)
+        if repeat < 1:
+            raise ValueError(f"repeat must be at least 1, got {repeat}")
+        self(x)
+        runs = [self._timed(x) for _ in range(repeat)]
+        return tuple(
+            steps[0]._replace(seconds=statistics.median(s.seconds for s in steps))
+            for steps in zip(*runs)
+        )
+
+    def _timed(self, x: Array) -> list[Step]:
+        x, _ = self._checked(x, None)
+        found = []
+        for segment in self._segments(len(x)):
+            start = time.perf_counter()
+            clocked: list[Any] = []
+            x = self._run(segment, x, None, clocked)
+            whole = time.perf_counter() - start
+            took, steps = clocked[0]
+            rest = took
+            for stage, name, seconds, macs, moved in steps:
+                seconds /= self.threads
+                rest -= seconds
+                if name != "deliver":
+                    found.append(Step(segment.names[stage], name, seconds, macs, moved))
+                elif moved:
+                    found.append(Step("run", name, seconds, macs, moved))
+            found.append(Step("run", "rest", rest, 0, 0))
+            if segment.before is not None or segment.after is not None:
+                found.append(Step("run", "prepare", whole - took, 0, 0))
+        return found
+
+    def _checked(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
+        if not isinstance(x, np.ndarray) or (x.dtype != self.dtype and x.dtype not in INTEGERS):
+            raise TypeError(
+                f"this plan takes {self.dtype} arrays, or 8- or 16-bit integers, got "
+                f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
+            )
+        if x.shape[1:] != self.in_shape:
+            raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
+        if out is None:
+            return x, out
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
+        shape = (len(x), *self.out_shape)
+        if out.shape != shape or (out.dtype != self.dtype and out.dtype not in INTEGERS):
+            raise ValueError(
+                f"out must be {self.dtype}, or 8- or 16-bit integers, of shape {shape}, got "
+                f"{out.dtype} of {out.shape}"
+            )
+        return x, out
+
+    def _run(
+        self, segment: Segment, x: Array, out: Array | None, clocked: list[Any] | None = None
+    ) -> Array:
         if segment.before is not None:
-            x = segment.before(x)
+            x = segment.before(x.astype(self.dtype, copy=False))
         if out is None:
             out = np.empty((len(x), segment.core.out_shape[0], *segment.size_out), self.dtype)
         if segment.batched:
@@ -122,7 +171,10 @@ class Plan:
         else:
             x = x.reshape(*x.shape[:2], *segment.engine_in)
             y = out.reshape(*out.shape[:2], *segment.engine_out)
-        segment.core(x, y, self.threads)
+        if clocked is None:
+            segment.core(x, y, self.threads)
+        else:
+            clocked.append(segment.core.breakdown(x, y, self.threads))
         return out if segment.after is None else segment.after(out)
 
 
@@ -130,58 +182,64 @@ def plan(
     stages: Sequence[Stage],
     shape: Ints,
     dtype: Any,
-    bias: Array | None = None,
+    epilogues: Sequence[Epilogue],
     threads: int | None = None,
+    interleaved: int = 1,
 ) -> Plan:
     """Lower `stages` for inputs of `shape` = (channels, *spatial) and let the engine plan them."""
     threads = threads or _core.max_threads()
-    make = partial(_segments, stages, shape, dtype, bias, threads)
-    out_shape = chain_shapes(stages, shape)[-1]
-    return Plan({1: make(1)}, make, shape, out_shape, np.dtype(dtype), threads)
+    links = list(zip(stages, epilogues))
+    make = partial(_segments, links, shape, dtype, threads, interleaved)
+    ends = shape, chain_shapes(stages, shape)[-1]
+    (*a, wide_in), (*b, wide_out) = ends
+    in_shape, out_shape = (*a, wide_in * interleaved), (*b, wide_out * interleaved)
+    return Plan({1: make(1)}, make, in_shape, out_shape, np.dtype(dtype), threads)
 
 
 def _segments(
-    stages: Sequence[Stage], shape: Ints, dtype: Any, bias: Array | None, threads: int, batch: int
+    links: Sequence[Link], shape: Ints, dtype: Any, threads: int, interleaved: int, batch: int
 ) -> tuple[Segment, ...]:
     """The segments for a batch of this size."""
-    fused = _planned(_cut(stages), shape, dtype, bias, threads, batch)
-    if min(s.core.jobs for s in fused) >= threads or len(stages) == 1 or batch >= threads:
+    fused = _planned(_cut(links), shape, dtype, threads, interleaved, batch)
+    if min(s.core.jobs for s in fused) >= threads or len(links) == 1 or batch >= threads:
         return fused
     # Too few samples for a tile a thread: stage by stage, where threads share output channels.
-    return _planned([[stage] for stage in stages], shape, dtype, bias, threads, batch)
+    return _planned([[link] for link in links], shape, dtype, threads, interleaved, batch)
 
 
 def _planned(
-    parts: Sequence[Sequence[Stage]],
+    parts: Sequence[Sequence[Link]],
     shape: Ints,
     dtype: Any,
-    bias: Array | None,
     threads: int,
+    interleaved: int,
     batch: int,
 ) -> tuple[Segment, ...]:
     """The segments of a chain that is cut into `parts`."""
     segments, at = [], shape
-    outside = np.full(shape[0], parts[0][0].geometry.value, dtype)
+    first = parts[0][0][0]
+    outside = np.full(shape[0], first.geometry.value, dtype)
+    number = 0
     for part in parts:
-        last = part is parts[-1]
-        segments.append(_segment(part, at, dtype, bias if last else None, threads, batch, outside))
-        at = chain_shapes(part, at)[-1]
-        for stage in part:
-            outside = reference.still(stage, outside)
+        segments.append(_segment(part, at, dtype, threads, interleaved, batch, outside, number))
+        at = chain_shapes([stage for stage, _ in part], at)[-1]
+        for stage, epilogue in part:
+            outside = reference.ended(reference.still(stage, outside), epilogue)
+        number += len(part)
     return tuple(segments)
 
 
-def _cut(stages: Sequence[Stage]) -> list[list[Stage]]:
+def _cut(links: Sequence[Link]) -> list[list[Link]]:
     """Runs of stages that the engine takes in one go: nearly always one run."""
-    parts: list[list[Stage]] = [[]]
-    for stage in stages:
-        earlier = parts[-1]
+    parts: list[list[Link]] = [[]]
+    for link in links:
+        earlier = [stage for stage, _ in parts[-1]]
         full = len(earlier) == _core.MAX_STAGES
         if earlier and (
-            full or _woven(earlier[-1]) or not _reaches(earlier, stage, len(parts) == 1)
+            full or _woven(earlier[-1]) or not _reaches(earlier, link[0], len(parts) == 1)
         ):
             parts.append([])
-        parts[-1].append(stage)
+        parts[-1].append(link)
     return parts
 
 
@@ -212,14 +270,17 @@ def _woven(stage: Stage) -> bool:
 
 
 def _segment(
-    part: Sequence[Stage],
+    links: Sequence[Link],
     shape: Ints,
     dtype: Any,
-    bias: Array | None,
     threads: int,
+    interleaved: int,
     batch: int,
     outside: Array,
+    number: int,
 ) -> Segment:
+    """The engine's plan of `links`, of which the first is stage `number` of the whole chain."""
+    part = [stage for stage, _ in links]
     size_in, size_out = shape[1:], chain_shapes(part, shape)[-1][1:]
     before = after = None
     g = part[0].geometry
@@ -229,9 +290,14 @@ def _segment(
         size_in = tuple(n + sum(p) for n, p in zip(size_in, g.padding))
         part = [replace(part[0], geometry=replace(g, padding=((0, 0),) * g.ndim)), *part[1:]]
     specs = [_lower(s) for s in part]
+    widths = [1] * (len(size_in) - 1) + [interleaved]  # numbers a sample, along each axis
+    for spec in specs:
+        for values in (spec.dilation, spec.before, spec.after):
+            values[-1] *= interleaved
+    size_in = tuple(n * m for n, m in zip(size_in, widths))
+    size_out = tuple(n * m for n, m in zip(size_out, widths))
     if _woven(part[-1]):
         after = partial(_weave, part[-1], size=size_out)
-        bias = None if bias is None else _unwoven(part[-1], bias)
     border: dict[int, Array] = {}
     fill = 0.0
     for stage, spec in zip(part, specs):
@@ -240,7 +306,9 @@ def _segment(
             continue
         for axis in _padded(stage):
             b, a = stage.geometry.padding[axis]
-            table = _border(size_in[axis], b, a, mode)
+            m = widths[axis]
+            table = _border(size_in[axis] // m, b, a, mode, m)
+            b, a = b * m, a * m
             owner = specs[0]
             row = axis == len(size_in) - 1 and size_in[axis] > 1
             if spec is not owner and row and stage.geometry.stride[axis] == 1 and min(table) >= 0:
@@ -277,8 +345,10 @@ def _segment(
             placed(s.after, 0),
             s.source,
             s.fold,
+            _bias(stage, epilogue.bias, dtype),
+            epilogue.activation,
         )
-        for s in specs
+        for s, (stage, epilogue) in zip(specs, links)
     ]
     batched = batch > 1 and lead > 0
 
@@ -294,7 +364,6 @@ def _segment(
         lowered,
         whole,
         dtype=np.dtype(dtype).name,
-        bias=None if bias is None else np.ascontiguousarray(bias, dtype),
         border=placed([border.get(a) for a in range(len(size_in))], None) if border else None,
         fill=fill,
         tile=tile,
@@ -306,7 +375,18 @@ def _segment(
     plain = [1] * len(size_in)
     for a, n in zip(keep, spatial):
         plain[a] = n
-    return Segment(core, engine_in, engine_out, tuple(plain), batched, before, after)
+    names = tuple(f"{number + i}: {_shape(s.weight)}" for i, s in enumerate(part))
+    return Segment(core, engine_in, engine_out, tuple(plain), batched, before, after, names)
+
+
+def _shape(weight: Array) -> str:
+    return "x".join(map(str, weight.shape))
+
+
+def _bias(stage: Stage, bias: Array | None, dtype: Any) -> Array | None:
+    if bias is None:
+        return None
+    return np.ascontiguousarray(_unwoven(stage, bias) if _woven(stage) else bias, dtype)
 
 
 @dataclass(slots=True)
@@ -408,9 +488,13 @@ def _unwoven(stage: Stage, bias: Array) -> Array:
     return np.repeat(each, phases, axis=1).reshape(-1)
 
 
-def _border(n: int, before: int, after: int, mode: str) -> Array:
-    """Index of the sample that stands at each padded position; -1 is the constant."""
+def _border(n: int, before: int, after: int, mode: str, width: int) -> Array:
+    """Index of the number that stands at each padded position; -1 is the constant.
+
+    A sample is `width` numbers.
+    """
     index = np.arange(n, dtype=np.int32).reshape(1, 1, n)
     minus = np.full(1, -1, np.int32)
-    padded: Array = reference.pad(index, ((before, after),), mode, minus)
-    return padded.reshape(-1)
+    padded: Array = reference.pad(index, ((before, after),), mode, minus).reshape(-1, 1)
+    numbers = np.where(padded < 0, -1, padded * width + np.arange(width, dtype=np.int32))
+    return np.ascontiguousarray(numbers.reshape(-1), np.int32)
