@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("lowrank/_kernels")
-HEADERS = [str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc"))]
+HEADERS = ["setup.py", *(str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc")))]
 WARNINGS = ["-Wall", "-Wextra"]
 COMMON = ["-O3", "-g0", "-fvisibility=hidden"]
 
@@ -37,6 +37,9 @@ class Build(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         # Copies of a few vectors are faster as they are than as calls of memcpy.
         plain = self._first_that_works([["-fno-tree-loop-distribute-patterns"]])
+        # A product that two branches share must stay beside its sum: only there is it fused, and
+        # an output must not depend on the branch that computes it.
+        plain += self._first_that_works([["-fno-code-hoisting"]])
         openmp = self._first_that_works([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
         have, objects = [], []
         for name, (width, flags) in (X86 if x86 else PLAIN).items():

@@ -579,7 +579,8 @@ def planned(
         (threads,) = integers("threads", threads, 1)
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-    stages, epilogues = [], []
+    stages: list[Stage] = []
+    epilogues: list[Epilogue] = []
     for f, activation in parts:
         if activation not in get_args(Activation):
             raise ValueError(

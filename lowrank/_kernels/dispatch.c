@@ -133,7 +133,7 @@ static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
 #endif
         if (l3 <= 0) l3 = 32 << 20;
     }
-    return batch * plan->outputs * itemsize >= l3;
+    return 2 * batch * plan->outputs * itemsize >= l3;
 }
 
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
@@ -175,7 +175,9 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     const int64_t kinds = plan->stages * LR_STEPS + 1;
 #ifdef _OPENMP
     if (threads > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        /* Neighbours share rows of input, so a thread takes several; few enough to share out evenly. */
+        const int64_t chunk = jobs / (8 * threads) > 1 ? jobs / (8 * threads) : 1;
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
         for (int64_t j = 0; j < jobs; j++)
             kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
                           slices + each * (size_t)omp_get_thread_num(),

@@ -34,6 +34,13 @@
 #define LR_STREAM(TO, VALUE) (*(VECTOR *)(TO) = (VALUE))
 #endif
 
+/* Samples i .. i + L of the 2 L that two vectors hold, i a constant: one instruction, where there is
+ * one.  Without it loads at any offset do. */
+#if defined(__x86_64__) && LR_BYTES == 64
+#define LR_SHIFT_F32(A, B, I) ((VECTOR)_mm512_alignr_epi32((__m512i)(B), (__m512i)(A), I))
+#define LR_SHIFT_F64(A, B, I) ((VECTOR)_mm512_alignr_epi64((__m512i)(B), (__m512i)(A), I))
+#endif
+
 #define LR_WHOLE(name) LR_NAME(LR_JOIN(name, whole))
 #define LR_HALF(name) LR_NAME(LR_JOIN(name, half))
 #define LR_QUARTER(name) LR_NAME(LR_JOIN(name, quarter))
@@ -42,16 +49,23 @@
 #define I int32_t
 #define L (LR_BYTES / 4)
 #define LR_NAME(name) LR_JOIN(name, f32)
+#ifdef LR_SHIFT_F32
+#define LR_SHIFT LR_SHIFT_F32
+#endif
 #include "type.inc"
 #undef T
 #undef I
 #undef L
 #undef LR_NAME
+#undef LR_SHIFT
 
 #define T double
 #define I int64_t
 #define L (LR_BYTES / 8)
 #define LR_NAME(name) LR_JOIN(name, f64)
+#ifdef LR_SHIFT_F64
+#define LR_SHIFT LR_SHIFT_F64
+#endif
 #include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {

@@ -37,14 +37,21 @@ def tile(
     whole = Layout(stages, shape, None).out_shape[1:]
     lanes = VECTOR // itemsize
     rows_whole = any(s.fold is not None for s in stages)
-    least = (1, 1, whole[2] if rows_whole else RUN * lanes)
+    # What streams reads x where it lies, so that only what follows has to fit the cache.
+    streams = _streams(stages)
+    least = (
+        BAND if streams and stages[0].weight.shape[2] > 1 else 1,
+        1,
+        whole[2] if rows_whole else RUN * lanes,
+    )
     size = list(whole)
     # A stage of one input channel is shared out by channels: parts cost nothing twice.
     alone = len(stages) == 1 and stages[0].weight.shape[1] == 1 and _blocks(stages[0]) >= threads
     most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
-        fits = 2 * layout.workspace * itemsize <= SHARE * l2
+        held = _held(layout) if streams else 2 * layout.workspace
+        fits = held * itemsize <= SHARE * l2
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
         if fits and (alone or threads == 1 or count >= PER_THREAD * threads):
             break
@@ -57,7 +64,7 @@ def tile(
         if best is None or (fits and _work(stages, shape, best, lanes) > most):
             break
         size = best
-    if _streams(stages) and size[0] == 1:
+    if streams and size[0] == 1:
         while size[1] > BAND and _held(Layout(stages, shape, size)) * itemsize > SHARE * l1:
             size[1] = max(BAND, -(-size[1] // 2 // BAND) * BAND)
     return size[0], size[1], size[2]
