@@ -148,7 +148,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     if (threads > 1) {
         if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
         /* What the others could save must be worth calling them. */
-        if (plan->seconds * (double)batch * (threads - 1) / threads < 2 * wake(threads)) threads = 1;
+        if (plan->seconds * (double)batch * (threads - 1) / threads < wake(threads)) threads = 1;
     }
 #endif
     arrays->now = steps ? lr_now : NULL;

@@ -10,6 +10,7 @@
 #define LR_JOIN(a, b) LR_JOIN_(a, b)
 #define LR_TAPS 1024 /* of one channel that depthwise.inc takes; dense.inc does the others */
 #define LR_NEAR 16384 /* bytes of channels that a depthwise stage takes at a time, well inside L1 */
+#define LR_FEW 4 /* samples at the end of a run, at the most, that do not get a vector */
 #define LR_STAGES 16 /* of a chain; longer ones are cut by the caller */
 
 #if LR_BYTES == 64

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lowrank._kernels.spec import StageSpec, Three
 
 SLACK = 256  # elements past a buffer that a run may read, as in lr.h
+NEAR = 16384 // 4  # elements of channels that a first depthwise stage takes at a time, as in isa.c
 
 
 class Sizes(NamedTuple):
@@ -50,8 +51,10 @@ class Layout:
         wanted = sizes[-1] if tile is None else tile
         self.tile = _three(max(1, min(t, n)) for t, n in zip(wanted, sizes[-1]))
         self.stages = [
-            _sizes(s, a, b, e)
-            for s, a, b, e in zip(stages, sizes, sizes[1:], extents(stages, sizes, self.tile))
+            _sizes(s, a, b, e, k == 0)
+            for k, (s, a, b, e) in enumerate(
+                zip(stages, sizes, sizes[1:], extents(stages, sizes, self.tile))
+            )
         ]
         self.workspace = max(s.buffer for s in self.stages)
 
@@ -85,12 +88,16 @@ def extents(stages: Sequence[StageSpec], sizes: Sequence[Three], tile: Three) ->
     return found[::-1]
 
 
-def _sizes(stage: StageSpec, size_in: Three, size_out: Three, extent: Three) -> Sizes:
+def _sizes(
+    stage: StageSpec, size_in: Three, size_out: Three, extent: Three, first: bool
+) -> Sizes:
     plane = _three(-(-e // s) for e, s in zip(extent, stage.stride))
     one = math.prod(plane)
     phase = (stage.stride[1] * stage.stride[2] * one, stage.stride[2] * one, one)
     channel = math.prod(stage.stride) * one
     channels = stage.left * stage.groups * stage.weight.shape[1] * stage.right
+    if first and stage.weight.shape[1] == 1:
+        channels = min(channels, max(16, NEAR // channel))
     # The buffer also serves as the table of offsets where x is read in place (8 bytes each).
     buffer = max(channels * channel, 2 * math.prod(stage.weight.shape[1:])) + SLACK
     return Sizes(size_in, size_out, extent, plane, phase, channel, buffer)

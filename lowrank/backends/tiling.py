@@ -13,8 +13,11 @@ PER_THREAD = 3  # tiles a thread, so that one that is late does not keep the oth
 HALO = 1.25  # work with borders over work without, at the most, for the sake of more tiles
 ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
+WEIGHT = 4  # multiply-adds that a weight, which every tile reads anew, is worth
+FEW = 4, 2  # samples at the end of a run that get no vector, and what each of them is worth
 ROWS_CUT = 1.1  # price of work in parts of rows
-DENSE, DEPTHWISE = 5e10, 1.5e10  # multiply-adds a second of one thread, roughly
+DENSE, DEPTHWISE = 5e10, 2e10  # multiply-adds a second of one thread, roughly
+SAMPLES = 4e9  # samples a second that one thread brings in or takes out, roughly
 BAND = 4  # rows that a column of taps gives at a time
 RUN = 8  # vectors of a row, at least, where rows are cut
 VECTOR = 64  # bytes of the widest vector: what is left of a run at the end of a tile is idle
@@ -45,13 +48,15 @@ def tile(
         whole[2] if rows_whole else RUN * lanes,
     )
     size = list(whole)
-    # A stage of one input channel is shared out by channels: parts cost nothing twice.
-    alone = len(stages) == 1 and stages[0].weight.shape[1] == 1 and _blocks(stages[0]) >= threads
+    # A single stage is shared out by output channels, so that each thread reads its own weights.
+    alone = len(stages) == 1 and _blocks(stages[0]) >= threads
     most = HALO * _work(stages, shape, whole, lanes)
     while True:
         layout = Layout(stages, shape, size)
         held = _held(layout) if streams else 2 * layout.workspace
         fits = held * itemsize <= SHARE * l2
+        if len(stages) == 1 and stages[0].weight.shape[1] == 1:  # its channels go one by one
+            fits = layout.stages[0].channel * itemsize <= SHARE * l1
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
         if fits and (alone or threads == 1 or count >= PER_THREAD * threads):
             break
@@ -86,7 +91,7 @@ def _held(layout: Layout) -> int:
 def seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float:
     """A guess of the time of one example on one thread, good enough to tell small from large."""
     layout = Layout(stages, shape, None)
-    total = 0.0
+    total = (math.prod(shape) + math.prod(layout.out_shape)) / SAMPLES
     for spec, sizes in zip(stages, layout.stages):
         rows, *rest = spec.weight.shape
         done = spec.left * spec.right * rows * math.prod(sizes.size_out)
@@ -98,8 +103,10 @@ def seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float:
 def _price(
     stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], whole: Three, lanes: int
 ) -> float:
-    """Work, and a little more where rows are not whole: memory likes long ones."""
-    return _work(stages, shape, size, lanes) * (ROWS_CUT if size[2] < whole[2] else 1)
+    """Work and weights over output samples; a little more where rows are not whole."""
+    weights = WEIGHT * sum(math.prod(s.weight.shape) for s in stages) / math.prod(size)
+    work = _work(stages, shape, size, lanes) + weights
+    return work * (ROWS_CUT if size[2] < whole[2] else 1)
 
 
 def parts(
@@ -123,11 +130,13 @@ def _work(
 ) -> float:
     """Multiply-adds and loads over output samples: what neighbours do twice, and idle lanes."""
     layout = Layout(stages, shape, size)
-    work, out = 0, layout.tile
+    work, out = 0.0, layout.tile
     for spec, sizes in zip(reversed(stages), reversed(layout.stages)):
         rows, *rest = spec.weight.shape
         run = (out[1] - 1) * sizes.plane[2] + out[2]
-        work += out[0] * -(-run // lanes) * lanes * rows * math.prod(rest) * spec.left * spec.right
+        last = run % lanes
+        run += last * FEW[1] - last if last <= FEW[0] else lanes - last
+        work += out[0] * run * rows * math.prod(rest) * spec.left * spec.right
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))
         out = (a, b, c)
     loads = shape[0] * math.prod(layout.stages[0].extent)
