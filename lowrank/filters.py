@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,9 +29,10 @@ MODES: dict[str, PaddingMode] = {
     "grid-wrap": "circular",
 }
 
+LONG = 64  # numbers that are worth an axis of their own
+PLANS = 32  # that are kept for calls with the same kernel, size and border
 # Integers that the engine reads and writes itself.
 _SMALL = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
-_LONG = 64  # numbers that are worth an axis of their own
 # Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
 _NOISE = 4
 
@@ -186,20 +188,13 @@ def correlate(
             f"out must have shape {image.shape} and dtype {image.dtype}, "
             f"got {out.shape} and {out.dtype}"
         )
-    # What lies behind the filtered axes goes through in one pass: a long row as an axis that
-    # nothing happens on, a few numbers, such as colours, as samples of that many numbers.
     together = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
-    spatial = [image.shape[a] for a in along]
-    numbers = math.prod(image.shape[k.ndim :]) if together else 1
-    chain = separate(
-        k.astype(work) if k.dtype != work else k,
-        rank=rank,
-        max_error=max_error,
-        shape=[max(n, 1) for n in spatial],
-        mode=mode,
-        cval=cval,
-        origin=origins,
-    )
+    k = np.ascontiguousarray(k, work)
+    run, size = _planned(
+        k.tobytes(), k.shape, k.dtype.str, tuple(image.shape[a] for a in along),
+        math.prod(image.shape[k.ndim :]) if together else 1,
+        rank, max_error, mode, cval, origins,
+    )  # fmt: skip
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
         return out
@@ -208,12 +203,7 @@ def correlate(
     if image.dtype not in (work, *_SMALL) or not image.dtype.isnative:
         image = image.astype(work)
     result = out if out.dtype == image.dtype else np.empty(out.shape, work)
-    stages = chain.stages
-    if numbers >= _LONG and k.ndim < 3:
-        stages, spatial, numbers = tuple(map(_idle_axis, stages)), [*spatial, numbers], 1
-    ends = [Epilogue()] * len(stages)
-    run = backends.plan(stages, (1, *spatial), work, ends, interleaved=numbers)
-    shape = (-1, 1, *spatial[:-1], spatial[-1] * numbers)
+    shape = (-1, 1, *size)
     if together:
         run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
     else:
@@ -225,6 +215,44 @@ def correlate(
     if result is not out:
         out[...] = reference.saturated(result, out.dtype) if out.dtype.kind in "iu" else result
     return out
+
+
+@functools.lru_cache(PLANS)
+def _planned(
+    kernel: bytes,
+    taps: Ints,
+    dtype: str,
+    spatial: Ints,
+    numbers: int,
+    rank: int | None,
+    max_error: float | None,
+    mode: str,
+    cval: float,
+    origins: Ints,
+) -> tuple[backends.Runner, Ints]:
+    """A planned filter, and the size of the images that it takes.
+
+    What lies behind the filtered axes, so many `numbers`, goes through in one pass: a long row as an
+    axis that nothing happens on, a few, such as colours, as samples of that many numbers.
+    """
+    chain = separate(
+        np.frombuffer(kernel, dtype).reshape(taps),
+        rank=rank,
+        max_error=max_error,
+        shape=[max(n, 1) for n in spatial],
+        mode=mode,
+        cval=cval,
+        origin=origins,
+    )
+    stages = chain.stages
+    if numbers >= LONG and len(taps) < 3:
+        stages, spatial, numbers = tuple(map(_idle_axis, stages)), (*spatial, numbers), 1
+    size = (*spatial[:-1], spatial[-1] * numbers)
+    if 0 in size:
+        spatial = tuple(max(n, 1) for n in spatial)  # never run
+    ends = [Epilogue()] * len(stages)
+    shape = (1, *spatial)
+    return backends.plan(stages, shape, np.dtype(dtype), ends, interleaved=max(numbers, 1)), size
 
 
 def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:

@@ -76,7 +76,6 @@ cdef extern from "dispatch.h":
 
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
 MAX_STAGES = 16
-_INTEGERS = {b"B": LR_U8, b"b": LR_I8, b"H": LR_U16, b"h": LR_I16}
 
 
 def default_isa():
@@ -126,6 +125,8 @@ cdef class Plan:
     cdef readonly tuple shape, out_shape, tile
     cdef readonly str dtype, isa
     cdef int64_t itemsize
+    cdef int64_t dims[4]
+    cdef int64_t out_dims[4]
 
     def __cinit__(self):
         self.cache = NULL
@@ -148,6 +149,8 @@ cdef class Plan:
         self.dtype, self.isa, self.shape, self.kept = dtype, isa, tuple(shape), []
         layout = _Layout(stages, shape, tile)
         self.tile, self.out_shape = layout.tile, layout.out_shape
+        for a in range(4):
+            self.dims[a], self.out_dims[a] = self.shape[a], self.out_shape[a]
         structs = bytearray(len(stages) * sizeof(lr_stage))
         cdef lr_stage *s = <lr_stage *><void *><char *>structs
         self.kept.append(structs)
@@ -288,11 +291,11 @@ cdef class Plan:
         try:
             PyObject_GetBuffer(out, &b, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
             try:
-                batch = self._check("x", &a, self.shape, -1)
-                self._check("out", &b, self.out_shape, batch)
-                arrays.x_type = _strides("x", &a, arrays.xs)
-                arrays.out_type = _strides("out", &b, arrays.os)
-                if batch and prod(self.out_shape) and _overlap(&a, &b):
+                batch = self._check("x", &a, self.dims, -1)
+                self._check("out", &b, self.out_dims, batch)
+                arrays.x_type = self._place("x", &a, arrays.xs)
+                arrays.out_type = self._place("out", &b, arrays.os)
+                if batch and self.plan.outputs and _overlap(&a, &b):
                     raise ValueError("out must not overlap x")
                 arrays.x, arrays.out = a.buf, b.buf
                 with nogil:
@@ -307,42 +310,68 @@ cdef class Plan:
         finally:
             PyBuffer_Release(&a)
 
-    cdef int64_t _check(self, name, Py_buffer *v, shape, int64_t batch) except -1:
-        if v.format is NULL or v.format not in ((b"f" if self.itemsize == 4 else b"d"), *_INTEGERS):
+    cdef int64_t _check(self, name, Py_buffer *v, const int64_t *dims, int64_t batch) except -1:
+        """The batch of an array, once its type and shape are what the plan takes."""
+        cdef bint fits = v.ndim == 5
+        cdef int i
+        if _kind(v.format, self.itemsize) < 0:
             raise TypeError(
                 f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit integers"
             )
-        got = tuple(v.shape[i] for i in range(v.ndim))
-        if got[1:] != shape or len(got) != 5 or (batch >= 0 and got[0] != batch):
-            wanted = ", ".join(map(str, shape))
+        for i in range(4):
+            fits = fits and v.shape[1 + i] == dims[i]
+        if not fits or (batch >= 0 and v.shape[0] != batch):
+            wanted = ", ".join(str(dims[i]) for i in range(4))
+            got = tuple(v.shape[i] for i in range(v.ndim))
             raise ValueError(f"{name} must have shape (batch, {wanted}), got {got}")
-        return got[0]
+        return v.shape[0]
+
+    cdef int _place(self, name, Py_buffer *v, int64_t *strides) except -1:
+        """The strides in elements; returns the type of the elements."""
+        cdef int i
+        for i in range(5):
+            if v.strides[i] % v.itemsize:
+                raise ValueError(f"the strides of {name} must be multiples of {v.itemsize} bytes")
+            strides[i] = v.strides[i] // v.itemsize
+        if <size_t>v.buf % <size_t>v.itemsize:
+            raise ValueError(f"{name} must be aligned to {v.itemsize} bytes")
+        return _kind(v.format, self.itemsize)
 
 
-cdef int _strides(name, Py_buffer *v, int64_t *to) except -1:
-    """The strides in elements; returns the type of the elements."""
-    for i in range(5):
-        if v.strides[i] % v.itemsize:
-            raise ValueError(f"the strides of {name} must be multiples of {v.itemsize} bytes")
-        to[i] = v.strides[i] // v.itemsize
-    if <size_t>v.buf % <size_t>v.itemsize:
-        raise ValueError(f"{name} must be aligned to {v.itemsize} bytes")
-    return _INTEGERS.get(v.format, LR_OWN)
+cdef int _kind(const char *format, int64_t itemsize) noexcept:
+    """The type that a buffer's format names, or -1."""
+    if format == NULL or format[0] == 0 or format[1] != 0:
+        return -1
+    if format[0] == (c"f" if itemsize == 4 else c"d"):
+        return LR_OWN
+    if format[0] == c"B":
+        return LR_U8
+    if format[0] == c"b":
+        return LR_I8
+    if format[0] == c"H":
+        return LR_U16
+    return LR_I16 if format[0] == c"h" else -1
 
 
-cdef bint _overlap(Py_buffer *a, Py_buffer *b):
+cdef bint _overlap(Py_buffer *a, Py_buffer *b) noexcept:
     """Whether the address ranges of two arrays meet."""
-    a0, a1 = _range(a)
-    b0, b1 = _range(b)
+    cdef int64_t a0, a1, b0, b1
+    _range(a, &a0, &a1)
+    _range(b, &b0, &b1)
     return a0 < b1 and b0 < a1
 
 
-cdef _range(Py_buffer *v):
-    low = high = <size_t>v.buf
+cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
+    cdef int i
+    cdef int64_t step
+    low[0] = high[0] = <int64_t><size_t>v.buf
     for i in range(v.ndim):
         step = (v.shape[i] - 1) * v.strides[i]
-        low, high = low + min(step, 0), high + max(step, 0)
-    return low, high + v.itemsize
+        if step < 0:
+            low[0] += step
+        else:
+            high[0] += step
+    high[0] += v.itemsize
 
 
 def _inverse(source):

@@ -88,9 +88,7 @@ def extents(stages: Sequence[StageSpec], sizes: Sequence[Three], tile: Three) ->
     return found[::-1]
 
 
-def _sizes(
-    stage: StageSpec, size_in: Three, size_out: Three, extent: Three, first: bool
-) -> Sizes:
+def _sizes(stage: StageSpec, size_in: Three, size_out: Three, extent: Three, first: bool) -> Sizes:
     plane = _three(-(-e // s) for e, s in zip(extent, stage.stride))
     one = math.prod(plane)
     phase = (stage.stride[1] * stage.stride[2] * one, stage.stride[2] * one, one)

@@ -43,6 +43,7 @@ AXES = 3  # spatial axes of the engine
 INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))  # in and out
 Link = tuple[Stage, Epilogue]  # of a chain
 BATCHES = 8  # that a plan keeps segments for
+WORTH = 1e-4  # seconds of work that are worth a team for each stage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +58,7 @@ class Segment:
     before: Callable[[Array], Array] | None
     after: Callable[[Array], Array] | None
     names: tuple[str, ...]  # of its stages
+    seconds: float  # a guess of one example on one thread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,7 +203,8 @@ def _segments(
 ) -> tuple[Segment, ...]:
     """The segments for a batch of this size."""
     fused = _planned(_cut(links), shape, dtype, threads, interleaved, batch)
-    if min(s.core.jobs for s in fused) >= threads or len(links) == 1 or batch >= threads:
+    small = sum(s.seconds for s in fused) < WORTH
+    if min(s.core.jobs for s in fused) >= threads or len(links) == 1 or batch >= threads or small:
         return fused
     # Too few samples for a tile a thread: stage by stage, where threads share output channels.
     return _planned([[link] for link in links], shape, dtype, threads, interleaved, batch)
@@ -360,6 +363,7 @@ def _segment(
     whole = (shape[0], *engine_in)
     itemsize = np.dtype(dtype).itemsize
     tile = tiling.tile(lowered, whole, threads, itemsize, *_core.caches())
+    seconds = tiling.seconds(lowered, whole)
     core = _core.Plan(
         lowered,
         whole,
@@ -368,7 +372,7 @@ def _segment(
         fill=fill,
         tile=tile,
         parts=tiling.parts(lowered, whole, tile, threads),
-        seconds=tiling.seconds(lowered, whole),
+        seconds=seconds,
     )
     engine_out = core.out_shape[1:]
     spatial = engine_out[lead:]
@@ -376,7 +380,9 @@ def _segment(
     for a, n in zip(keep, spatial):
         plain[a] = n
     names = tuple(f"{number + i}: {_shape(s.weight)}" for i, s in enumerate(part))
-    return Segment(core, engine_in, engine_out, tuple(plain), batched, before, after, names)
+    return Segment(
+        core, engine_in, engine_out, tuple(plain), batched, before, after, names, seconds
+    )
 
 
 def _shape(weight: Array) -> str:

@@ -15,6 +15,7 @@ ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
 WEIGHT = 4  # multiply-adds that a weight, which every tile reads anew, is worth
 FEW = 4, 2  # samples at the end of a run that get no vector, and what each of them is worth
+BEGIN = 0.4  # vectors that each run of up to three is worth beside them: factors are loaded anew
 ROWS_CUT = 1.1  # price of work in parts of rows
 DENSE, DEPTHWISE = 5e10, 2e10  # multiply-adds a second of one thread, roughly
 SAMPLES = 4e9  # samples a second that one thread brings in or takes out, roughly
@@ -104,9 +105,9 @@ def _price(
     stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], whole: Three, lanes: int
 ) -> float:
     """Work and weights over output samples; a little more where rows are not whole."""
-    weights = WEIGHT * sum(math.prod(s.weight.shape) for s in stages) / math.prod(size)
+    weights = WEIGHT * sum(math.prod(s.weight.shape) for s in stages) / _mean(whole, size)
     work = _work(stages, shape, size, lanes) + weights
-    return work * (ROWS_CUT if size[2] < whole[2] else 1)
+    return float(work * (ROWS_CUT if size[2] < whole[2] else 1))
 
 
 def parts(
@@ -133,11 +134,17 @@ def _work(
     work, out = 0.0, layout.tile
     for spec, sizes in zip(reversed(stages), reversed(layout.stages)):
         rows, *rest = spec.weight.shape
-        run = (out[1] - 1) * sizes.plane[2] + out[2]
-        last = run % lanes
-        run += last * FEW[1] - last if last <= FEW[0] else lanes - last
+        samples = (out[1] - 1) * sizes.plane[2] + out[2]
+        last = samples % lanes
+        run: float = samples - last + (last * FEW[1] if last <= FEW[0] else lanes)
+        run += -(-samples // (3 * lanes)) * BEGIN * lanes
         work += out[0] * run * rows * math.prod(rest) * spec.left * spec.right
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))
         out = (a, b, c)
     loads = shape[0] * math.prod(layout.stages[0].extent)
-    return (work + LOAD * loads) / math.prod(layout.tile)
+    return (work + LOAD * loads) / _mean(layout.out_shape[1:], size)
+
+
+def _mean(whole: Sequence[int], size: Sequence[int]) -> float:
+    """Samples of a tile in the mean: the last ones of an axis are smaller."""
+    return float(math.prod(n / -(-n // t) for n, t in zip(whole, size)))

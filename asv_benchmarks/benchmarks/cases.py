@@ -1,0 +1,522 @@
+"""The work that the engine is compared on, beside the same work in other libraries.
+
+A case is a name and a recipe: arrays and plans are made when it is measured.  Shapes of layers,
+and the ranks of tensor trains and Kronecker products, are those of layers.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.ndimage as ndi
+import scipy.signal
+
+import lowrank as lr
+from lowrank import blocks, filters
+
+try:
+    import torch
+except ImportError:
+    torch = None
+try:
+    import cv2
+except ImportError:
+    cv2 = None
+try:
+    import onnx
+    import onnxruntime
+except ImportError:
+    onnxruntime = None
+
+LAYERS = Path(__file__).parents[1] / "layers.csv"
+Call = Callable[[], object]
+
+
+@dataclass
+class Work:
+    """Our call and the peers' by name; operations, and bytes of input, weights and output."""
+
+    ours: Call
+    peers: dict[str, Call]
+    flops: float = 0.0
+    bytes: float = 0.0
+    dense: dict[str, Call] = field(default_factory=dict)  # PyTorch's dense layer
+    fewer: float = 0.0  # times fewer multiply-adds than the dense layer
+
+
+@dataclass
+class Case:
+    """One row: its name, least speed-ups over the best peer and over PyTorch's NCHW, its work."""
+
+    name: str
+    make: Callable[[], Work]
+    target: float
+    nchw: float | None = None
+
+
+def random(*shape: int) -> np.ndarray:
+    """Normally distributed float32, the same for the same shape."""
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def weight(*shape: int) -> np.ndarray:
+    """A random kernel that keeps the size of its input."""
+    return random(*shape) / np.float32(math.sqrt(math.prod(shape[1:])))
+
+
+# What other libraries make of stages.
+
+
+def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch") -> dict[str, Call]:
+    """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
+    if torch is None:
+        return {}
+    ends = ends or [(None, "none")] * len(stages)
+
+    def call(formats: dict[int, Any]) -> Call:
+        def of(a: np.ndarray | None) -> Any:
+            if a is None:
+                return None
+            t = torch.tensor(a)
+            return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
+
+        given = of(x)
+        layers = [(s, of(s.weight), of(b), a) for s, (b, a) in zip(stages, ends)]
+
+        def go() -> object:
+            t = given
+            with torch.inference_mode():
+                for stage, w, bias, activation in layers:
+                    t = torch_stage(t, stage, w, bias)
+                    if activation == "relu6":
+                        t = torch.nn.functional.relu6(t, inplace=True)
+            return t
+
+        return go
+
+    found = {f"{name} NCHW": call({})}
+    if x.ndim in (4, 5):
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}
+        found[f"{name} NHWC"] = call(last)
+    return found
+
+
+def torch_stage(t: Any, s: lr.Stage, w: Any, bias: Any) -> Any:
+    """One stage; tied copies go along the batch or one more axis, so that nothing is copied."""
+    g, f = s.geometry, torch.nn.functional
+    run = (f.conv1d, f.conv2d, f.conv3d)
+    stride, pads, dilation = list(g.stride), [a for a, _ in g.padding], list(g.dilation)
+    if s.left > 1:
+        n = len(t)
+        t = t.reshape(n * s.left, -1, *t.shape[2:])
+        t = run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
+        return t.reshape(n, -1, *t.shape[2:])
+    if s.right > 1:
+        t = t.reshape(len(t), -1, s.right, *t.shape[2:])
+        if g.ndim == 3:  # no fourth axis: copies along the batch
+            n = len(t)
+            t = t.movedim(2, 1).reshape(n * s.right, -1, *t.shape[3:])
+            t = run[2](t, w, bias, stride, pads, dilation, s.groups)
+            t = t.reshape(n, s.right, -1, *t.shape[2:]).movedim(1, 2)
+            return t.reshape(n, -1, *t.shape[3:])
+        t = run[g.ndim](t, w.unsqueeze(2), bias, [1, *stride], [0, *pads], [1, *dilation], s.groups)
+        return t.reshape(len(t), -1, *t.shape[3:])
+    return run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
+
+
+def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:
+    """The stages as a network of Conv nodes in onnxruntime, its output bound beforehand."""
+    if onnxruntime is None or any(s.left > 1 or s.right > 1 for s in stages):
+        return {}
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes, values, at = [], [], "x"
+    for k, (s, (bias, activation)) in enumerate(
+        zip(stages, ends or [(None, "none")] * len(stages))
+    ):
+        g = s.geometry
+        inputs = [at, f"w{k}"]
+        values.append(onnx.numpy_helper.from_array(np.ascontiguousarray(s.weight), f"w{k}"))
+        if bias is not None:
+            values.append(onnx.numpy_helper.from_array(np.ascontiguousarray(bias), f"b{k}"))
+            inputs.append(f"b{k}")
+        pads = [b for b, _ in g.padding] + [a for _, a in g.padding]
+        nodes.append(
+            helper.make_node(
+                "Conv", inputs, [f"y{k}"], strides=list(g.stride), pads=pads,
+                dilations=list(g.dilation), group=s.groups,
+            )
+        )  # fmt: skip
+        at = f"y{k}"
+        if activation == "relu6":
+            values.append(onnx.numpy_helper.from_array(np.float32(0), f"low{k}"))
+            values.append(onnx.numpy_helper.from_array(np.float32(6), f"high{k}"))
+            nodes.append(helper.make_node("Clip", [at, f"low{k}", f"high{k}"], [f"c{k}"]))
+            at = f"c{k}"
+    given = [helper.make_tensor_value_info("x", kind, x.shape)]
+    graph = helper.make_graph(
+        nodes, "chain", given, [helper.make_tensor_value_info(at, kind, None)], values
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    shape = session.run(None, {"x": x})[0].shape
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    out = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
+    binding.bind_ortvalue_output(at, out)
+    return {"onnxruntime": lambda: session.run_with_iobinding(binding)}
+
+
+def layer(f: lr.Factorization, n: int, size: tuple[int, ...], threads: int) -> Work:
+    """A chain beside the same chain elsewhere, for `n` examples."""
+    x = random(n, f.in_channels, *size)
+    run = f.compile(size, np.float32, threads=threads)
+    out = run(x)
+    cost = f.cost(size)
+    moved = 4.0 * (n * (cost.fused - cost.params) + cost.params)
+    peers = torch_peers(f.stages, x) | onnx_peer(f.stages, x, threads)
+    return Work(lambda: run(x, out), peers, 2.0 * n * cost.macs, moved)
+
+
+# The rows.
+
+
+def layers() -> Iterator[dict[str, Any]]:
+    """The rows of layers.csv, their numbers read."""
+    with LAYERS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            numbers = {k: tuple(map(int, row[k].split("x"))) for k in ("kernel", "size")}
+            batches = tuple(map(int, row["batches"].split()))
+            ranks = tuple(map(int, row["tensor_train"].split()))
+            yield row | numbers | {
+                "channels": int(row["channels"]), "batches": batches, "tensor_train": ranks,
+            }  # fmt: skip
+
+
+def named(values: tuple[int, ...]) -> str:
+    return "x".join(map(str, values))
+
+
+def along(kernel: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The kernel's taps along some axes, one elsewhere."""
+    return tuple(k if a in axes else 1 for a, k in enumerate(kernel))
+
+
+def dense_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for row in layers():
+        for n in row["batches"][:1] if quick else row["batches"]:
+            c, kernel, size = row["channels"], row["kernel"], row["size"]
+
+            def make(c: int = c, kernel: Any = kernel, size: Any = size, n: int = n) -> Work:
+                f = lr.dense(weight(c, c, *kernel), padding=[k // 2 for k in kernel])
+                return layer(f, n, size, threads)
+
+            name = f"dense {named(kernel)}, {c} at {named(size)}, N={n}"
+            yield Case(name, make, 0.9, 1.1)
+
+
+def depthwise_rows(threads: int, quick: bool) -> Iterator[Case]:
+    shapes = [(32, 112, 1), (64, 112, 2), (128, 56, 1), (128, 56, 2), (256, 28, 1), (256, 28, 2),
+              (512, 14, 1), (512, 14, 2), (1024, 7, 1)]  # fmt: skip
+    for k in (3, 5):
+        for c, size, stride in shapes if not quick else shapes[::3]:
+
+            def make(k: int = k, c: int = c, size: int = size, stride: int = stride) -> Work:
+                f = lr.dense(weight(c, 1, k, k), padding=k // 2, stride=stride, groups=c)
+                return layer(f, 1, (size, size), threads)
+
+            yield Case(f"depthwise {k}x{k} stride {stride}, {c} at {size}x{size}", make, 1.0, 2.0)
+
+
+def series_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for c, length in [(64, 4096)] if quick else [(64, 4096), (256, 1024), (16, 100_000)]:
+
+        def make(c: int = c, length: int = length) -> Work:
+            f = lr.dense(weight(c, 1, 9), padding=4, groups=c)
+            return layer(f, 1, (length,), threads)
+
+        yield Case(f"depthwise 9 taps, {c} series of {length}", make, 2.0)
+
+
+#: MobileNetV1's blocks: input channels, output channels, input size, stride, how often.
+MOBILENET = [
+    (32, 64, 112, 1, 1), (64, 128, 112, 2, 1), (128, 128, 56, 1, 1), (128, 256, 56, 2, 1),
+    (256, 256, 28, 1, 1), (256, 512, 28, 2, 1), (512, 512, 14, 1, 5), (512, 1024, 14, 2, 1),
+    (1024, 1024, 7, 1, 1),
+]  # fmt: skip
+
+
+def mobilenet_rows(threads: int, quick: bool) -> Iterator[Case]:
+    """Depthwise, bias, ReLU6, pointwise, bias, ReLU6 in one call; the bare pair; all 13 in a row."""
+
+    def block(c: int, out: int, size: int, stride: int, n: int, ends: bool) -> Work:
+        w = weight(c, 1, 3, 3), weight(out, c, 1, 1)
+        biases = [np.full(len(a), 0.1, np.float32) if ends else None for a in w]
+        words = ["relu6" if ends else "none"] * 2
+        whole = blocks.fused_separable(*w, bias=biases, activation=words, stride=stride)
+        stages = [s for f in whole.chains for s in f.stages]
+        x = random(n, c, size, size)
+        run = whole.compile((size, size), np.float32, threads=threads)
+        result = run(x)
+        given = list(zip(biases, words))
+        peers = torch_peers(stages, x, given) | onnx_peer(stages, x, threads, given)
+        costs = whole.costs((c, size, size))
+        flops = 2.0 * n * sum(k.macs for k in costs)
+        moved = 4.0 * (x.size + result.size + sum(a.size for a in w))
+        return Work(lambda: run(x, result), peers, flops, moved)
+
+    def together(n: int) -> Work:
+        works = [block(*b[:4], n, False) for b in MOBILENET for _ in range(b[4])]
+
+        def all_of(calls: list[Call]) -> Call:
+            def go() -> None:
+                for call in calls:
+                    call()
+
+            return go
+
+        names = works[0].peers
+        return Work(
+            all_of([w.ours for w in works]),
+            {name: all_of([w.peers[name] for w in works]) for name in names},
+            sum(w.flops for w in works),
+            sum(w.bytes for w in works),
+        )
+
+    for n in (1,) if quick else (1, 8):
+        for c, out, size, stride, _ in MOBILENET[::3] if quick else MOBILENET:
+            for ends in (False, True):
+                word = " with bias and ReLU6" if ends else ""
+                name = f"depthwise + pointwise{word} {c} -> {out} at {size} stride {stride}, N={n}"
+
+                def make(
+                    c: int = c, out: int = out, size: int = size, stride: int = stride,
+                    n: int = n, ends: bool = ends,
+                ) -> Work:  # fmt: skip
+                    return block(c, out, size, stride, n, ends)
+
+                yield Case(name, make, 1.15)
+        yield Case(f"all 13 blocks of MobileNetV1, N={n}", lambda n=n: together(n), 1.15, 2.0)
+
+
+def chain_shapes(row: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """Weights of the chains of a layer, by family and rank."""
+    c, kernel = row["channels"], row["kernel"]
+    axes = tuple(range(len(kernel)))
+    q, h, one = c // 4, c // 2, along(kernel, ())
+    passes = [(c, 1, *along(kernel, (a,))) for a in axes]
+    first, others = along(kernel, axes[:1]), along(kernel, axes[1:])
+    ranks = row["tensor_train"]
+    train = [(ranks[0], c, *one)]
+    train += [(b, a, *along(kernel, (k,))) for k, (a, b) in enumerate(itertools.pairwise(ranks))]
+    return {
+        f"tucker {q},{q}": [(q, c, *one), (q, q, *kernel), (c, q, *one)],
+        f"cp {c}": [(c, c, *one), *passes, (c, c, *one)],
+        f"cp3 {c}": [(c, c, *one), (c, 1, *kernel), (c, c, *one)],
+        f"spatial {h}": [(h, c, *first), (c, h, *others)],
+        f"encode {h}": [(h, c, *kernel), (c, h, *one)],
+        "decouple dw-pw 1": [(c, 1, *kernel), (c, c, *one)],
+        "decouple dw-pw 3": [(3 * c, 1, *kernel), (c, 3 * c, *one)],
+        "decouple pw-dw 1": [(c, c, *one), (c, 1, *kernel)],
+        f"tensor train {','.join(map(str, ranks))}": [*train, (c, ranks[-1], *one)],
+    }
+
+
+def chain_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for row in layers():
+        c, kernel, size = row["channels"], row["kernel"], row["size"]
+        *form, rank = row["kronecker"].split()
+        names = [*chain_shapes(row), f"kronecker {' '.join(form)} {rank}"]
+        for n in row["batches"][:1] if quick else row["batches"]:
+            for family in names:
+
+                def make(row: Any = row, n: int = n, family: str = family) -> Work:
+                    return chain_work(row, n, family, threads)
+
+                where = f"{c} {named(kernel)} at {named(size)}, N={n}"
+                yield Case(f"{family}, {where}", make, 1.5)
+
+
+def chain_work(row: dict[str, Any], n: int, family: str, threads: int) -> Work:
+    c, kernel, size = row["channels"], row["kernel"], row["size"]
+    whole = lr.dense(weight(c, c, *kernel), padding=[k // 2 for k in kernel])
+    if family.startswith("kronecker"):
+        *form, rank = row["kronecker"].split()
+        f = lr.kronecker(whole, int(rank), " ".join(form))
+    else:
+        stages, channels = [], c
+        for shape in chain_shapes(row)[family]:
+            pads = [k // 2 for k in shape[2:]]
+            geometry = lr.Geometry.of(len(kernel), padding=pads)
+            stages.append(lr.Stage(weight(*shape), geometry, channels // shape[1]))
+            channels = shape[0]
+        f = lr.chain(stages)
+    work = layer(f, n, size, threads)
+    work.dense = torch_peers(whole.stages, random(n, c, *size), name="dense")
+    work.fewer = whole.cost(size).macs / f.cost(size).macs
+    return work
+
+
+def image_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for taps in (3, 9, 31) if quick else (3, 5, 9, 15, 31):
+        for size in (512, 2048) if quick else (512, 1024, 2048, 4096):
+
+            def make(taps: int = taps, size: int = size) -> Work:
+                line = bell(taps)
+                image = np.random.default_rng(0).random((size, size), dtype=np.float32)
+                peers = opencv_separable(image, line)
+                f = filters.separate(np.outer(line, line), rank=1)
+                return filtered(f, image, peers, 4.0 * taps, threads)
+
+            yield Case(f"filter {taps}x{taps} of rank 1, {size}x{size}", make, 3.5)
+
+
+def type_rows(threads: int, quick: bool) -> Iterator[Case]:
+    """Other images than float32 of one channel."""
+    for taps in (9,) if quick else (3, 9, 31):
+        for shape, dtype in [((2048, 2048), "uint8"), ((2048, 2048), "uint16"),
+                             ((1024, 1024, 3), "float32"), ((1024, 1024, 3), "uint8")]:  # fmt: skip
+
+            def make(taps: int = taps, shape: Any = shape, dtype: str = dtype) -> Work:
+                line = bell(taps)
+                image = (np.random.default_rng(0).random(shape) * 200).astype(dtype)
+                kernel, out = np.outer(line, line), np.empty_like(image)
+                peers = opencv_separable(image, line)
+                moved = 2.0 * image.nbytes
+                return Work(
+                    lambda: filters.correlate(image, kernel, out=out),
+                    peers, 4.0 * taps * image.size, moved,
+                )  # fmt: skip
+
+            yield Case(f"filter {taps}x{taps} of rank 1, {named(shape)} {dtype}", make, 1.0)
+
+
+def rank_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for rank, taps in ((2, 15), (3, 15)):
+        for size in (512,) if quick else (512, 2048):
+
+            def make(rank: int = rank, taps: int = taps, size: int = size) -> Work:
+                image = np.random.default_rng(0).random((size, size), dtype=np.float32)
+                f = filters.separate(random(taps, taps), rank=rank)
+                kernel = f.to_dense()[0, 0]
+                u, s, v = np.linalg.svd(kernel)
+                peers: dict[str, Call] = {}
+                if cv2 is not None:
+                    border = cv2.BORDER_REFLECT
+                    out = np.empty_like(image)
+                    pairs = [(u[:, r] * s[r], v[r]) for r in range(rank)]
+
+                    def sums() -> object:
+                        total = np.zeros_like(image)
+                        for a, b in pairs:
+                            total += cv2.sepFilter2D(image, -1, b, a, borderType=border)
+                        return total
+
+                    peers["cv2.filter2D"] = lambda: cv2.filter2D(
+                        image, -1, kernel, out, borderType=border
+                    )
+                    peers["R x cv2.sepFilter2D"] = sums
+                peers["scipy FFT"] = lambda: scipy.signal.fftconvolve(image, kernel, "same")
+                return filtered(f, image, peers, 4.0 * taps * rank, threads)
+
+            yield Case(f"filter {taps}x{taps} of rank {rank}, {size}x{size}", make, 3.0)
+
+
+def volume_rows(threads: int, quick: bool) -> Iterator[Case]:
+    for taps in (9,) if quick else (3, 9, 15):
+
+        def make(taps: int = taps) -> Work:
+            line = bell(taps)
+            side = 128 if quick else 256
+            volume = np.random.default_rng(0).random((side,) * 3, dtype=np.float32)
+
+            def passes() -> object:
+                result = volume
+                for axis in range(3):
+                    result = ndi.correlate1d(result, line, axis)
+                return result
+
+            f = filters.separate(np.multiply.outer(np.outer(line, line), line), rank=1)
+            peers = {"scipy.ndimage (1 thread)": passes}
+            return filtered(f, volume, peers, 6.0 * taps, threads)
+
+        side = 128 if quick else 256
+        yield Case(f"filter {taps}x{taps}x{taps} of rank 1, {side}^3", make, 15.0)
+
+
+def bell(taps: int) -> np.ndarray:
+    line: np.ndarray = np.hanning(taps + 2)[1:-1].astype(np.float32)
+    return line / line.sum()
+
+
+def opencv_separable(image: np.ndarray, line: np.ndarray) -> dict[str, Call]:
+    if cv2 is None:
+        return {}
+    out, border = np.empty_like(image), cv2.BORDER_REFLECT
+    return {
+        "cv2.sepFilter2D": lambda: cv2.sepFilter2D(image, -1, line, line, out, borderType=border)
+    }
+
+
+def filtered(
+    f: lr.Factorization, image: np.ndarray, peers: dict[str, Call], flops: float, threads: int
+) -> Work:
+    """A filter of one image; `flops` of one sample."""
+    x = image[None, None]
+    run = f.compile(image.shape, np.float32, threads=threads)
+    out = run(x)
+    return Work(lambda: run(x, out), peers, flops * image.size, 8.0 * image.size)
+
+
+def scaling_rows(threads: int, quick: bool) -> Iterator[Case]:
+    """The same call with one thread: for work that is bound by arithmetic."""
+    for row in list(layers())[:2] if quick else layers():
+        c, kernel, size = row["channels"], row["kernel"], row["size"]
+
+        def make(c: int = c, kernel: Any = kernel, size: Any = size) -> Work:
+            f = lr.dense(weight(c, c, *kernel), padding=[k // 2 for k in kernel])
+            work = layer(f, 1, size, threads)
+            one = f.compile(size, np.float32, threads=1)
+            x = random(1, c, *size)
+            out = one(x)
+            return Work(work.ours, {"one thread": lambda: one(x, out)}, work.flops, work.bytes)
+
+        name = f"{threads} threads, dense {named(kernel)}, {c} at {named(size)}"
+        yield Case(name, make, 0.9 * threads)
+
+
+def call_rows(threads: int, quick: bool) -> Iterator[Case]:
+    def make() -> Work:
+        f = lr.spatial(lr.dense(weight(4, 4, 3, 3), padding=1), 2)
+        x = random(1, 4, 4, 4)
+        run = f.compile((4, 4), np.float32, threads=threads)
+        out = run(x)
+        return Work(lambda: run(x, out), {}, 2.0 * f.cost((4, 4)).macs, 4.0 * 2 * x.size)
+
+    yield Case("call of a planned chain on a tiny input, 5 us at the most", make, 5e-6)
+
+
+KINDS: dict[str, Callable[[int, bool], Iterator[Case]]] = {
+    "dense": dense_rows,
+    "depthwise": depthwise_rows,
+    "series": series_rows,
+    "mobilenet": mobilenet_rows,
+    "chain": chain_rows,
+    "image": image_rows,
+    "rank": rank_rows,
+    "volume": volume_rows,
+    "type": type_rows,
+    "threads": scaling_rows,
+    "call": call_rows,
+}
