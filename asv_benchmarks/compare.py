@@ -77,7 +77,8 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             seen = dict(zip([*names, *work.dense], others))
             rivals = [name for name in names if name != "onnxruntime"]
             best = min(rivals, key=seen.__getitem__) if rivals else None
-            if kind == "call":  # a limit in place of a peer
+            limited = not names and kind in ("call", "fit")  # a limit in place of a peer
+            if limited:
                 best, seen["limit"] = "limit", case.target
                 names = [best]
             least = max(
@@ -92,7 +93,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
                 "peer": best,
                 "peer_s": None if best is None else seen[best],
                 "speedup": None if best is None else seen[best] / ours,
-                "target": 1.0 if kind == "call" else case.target,
+                "target": 1.0 if limited else case.target,
                 "nchw_speedup": None if nchw is None else nchw / ours,
                 "nchw_target": case.nchw,
                 "onnxruntime_speedup": None if onnx is None else onnx / ours,

@@ -232,8 +232,8 @@ def _planned(
 ) -> tuple[backends.Runner, Ints]:
     """A planned filter, and the size of the images that it takes.
 
-    What lies behind the filtered axes, so many `numbers`, goes through in one pass: a long row as an
-    axis that nothing happens on, a few, such as colours, as samples of that many numbers.
+    What lies behind the filtered axes, so many `numbers`, goes through in one pass: a long row as
+    an axis that nothing happens on, a few, such as colours, as samples of that many numbers.
     """
     chain = separate(
         np.frombuffer(kernel, dtype).reshape(taps),

@@ -69,6 +69,7 @@ cdef extern from "dispatch.h":
     const char *lr_isa_name(int) nogil
     const lr_isa *lr_isa_table(int) nogil
     int lr_max_threads() nogil
+    double lr_wake(int) nogil
     void lr_caches(int64_t *, int64_t *) nogil
     double lr_now() nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
@@ -108,6 +109,11 @@ def peak(int64_t n, dtype="float32", isa=None):
 def max_threads():
     """Threads that OpenMP offers; 1 without it and in a forked child."""
     return lr_max_threads()
+
+
+def wake(int threads):
+    """Seconds that it takes to start a team of threads and to hear that it is done; measured once."""
+    return lr_wake(min(threads, lr_max_threads()))
 
 
 cdef class Plan:

@@ -96,12 +96,15 @@ int lr_max_threads(void)
 #ifdef _OPENMP
 /* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
  * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  Measured once. */
-static double wake(int threads)
+double lr_wake(int threads)
 {
+    if (threads < 2 || forked) return 0;
+
     static double known; /* a race would measure twice, no more */
     double seconds;
     __atomic_load(&known, &seconds, __ATOMIC_RELAXED);
     if (seconds > 0) return seconds;
+    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
     seconds = 1;
     for (int i = 0; i < 6; i++) {
         int there = 0;
@@ -113,6 +116,12 @@ static double wake(int threads)
     }
     __atomic_store(&known, &seconds, __ATOMIC_RELAXED);
     return seconds;
+}
+#else
+double lr_wake(int threads)
+{
+    (void)threads;
+    return 0;
 }
 #endif
 
@@ -146,9 +155,8 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     if (threads > jobs) threads = (int)jobs;
 #ifdef _OPENMP
     if (threads > 1) {
-        if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
         /* What the others could save must be worth calling them. */
-        if (plan->seconds * (double)batch * (threads - 1) / threads < wake(threads)) threads = 1;
+        if (plan->seconds * (double)batch * (threads - 1) / threads < lr_wake(threads)) threads = 1;
     }
 #endif
     arrays->now = steps ? lr_now : NULL;

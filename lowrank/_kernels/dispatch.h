@@ -8,6 +8,7 @@ int lr_isa_count(void);              /* compiled in and supported by this CPU, b
 const char *lr_isa_name(int i);
 const lr_isa *lr_isa_table(int i);
 int lr_max_threads(void);
+double lr_wake(int threads);         /* seconds that it takes to start a team and to hear from it */
 void lr_caches(int64_t *l1, int64_t *l2); /* bytes */
 double lr_now(void);                      /* seconds */
 /* `steps`, if any, has room for (threads, stages * LR_STEPS + 1). */

@@ -362,7 +362,7 @@ def _segment(
     engine_in = sized(size_in)
     whole = (shape[0], *engine_in)
     itemsize = np.dtype(dtype).itemsize
-    tile = tiling.tile(lowered, whole, threads, itemsize, *_core.caches())
+    tile = tiling.tile(lowered, whole, threads, itemsize, *_core.caches(), _core.wake(threads))
     seconds = tiling.seconds(lowered, whole)
     core = _core.Plan(
         lowered,

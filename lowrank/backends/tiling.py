@@ -11,6 +11,7 @@ from lowrank._kernels.spec import StageSpec, Three
 SHARE = 0.6  # of the L2 cache for the two buffers of a thread; weights and output take the rest
 PER_THREAD = 3  # tiles a thread, so that one that is late does not keep the others waiting
 HALO = 1.25  # work with borders over work without, at the most, for the sake of more tiles
+MOST = 1.6  # the same where the threads would otherwise have to be called for every stage
 ROWS = 8  # output channels that the micro-kernel does at a time
 LOAD = 4  # multiply-adds that bringing one sample into a buffer is worth
 WEIGHT = 4  # multiply-adds that a weight, which every tile reads anew, is worth
@@ -31,12 +32,14 @@ def tile(
     itemsize: int,
     l1: int,
     l2: int,
+    wake: float,
 ) -> Three:
     """Size of the output tiles of a chain for inputs of `shape` = (channels, d, h, w).
 
     An axis is halved at a time, that which adds the least work at borders, until the buffers fit
-    the L2 cache (of `l2` bytes) and there is work for all threads.  A chain that reads its input
-    where it lies goes on in bands of rows whose intermediates fit `l1`.
+    the L2 cache (of `l2` bytes) and there is work for all threads, which take `wake` seconds to
+    start.  A chain that reads its input where it lies goes on in bands of rows whose
+    intermediates fit `l1`.
     """
     whole = Layout(stages, shape, None).out_shape[1:]
     lanes = VECTOR // itemsize
@@ -51,7 +54,10 @@ def tile(
     size = list(whole)
     # A single stage is shared out by output channels, so that each thread reads its own weights.
     alone = len(stages) == 1 and _blocks(stages[0]) >= threads
-    most = HALO * _work(stages, shape, whole, lanes)
+    base = _work(stages, shape, whole, lanes)
+    # Without a tile for each thread a chain runs stage by stage, and starts as many teams.
+    teams = (len(stages) - 1) * wake * threads / seconds(stages, shape)
+    dear = min(max(HALO, 1 + teams), MOST)
     while True:
         layout = Layout(stages, shape, size)
         held = _held(layout) if streams else 2 * layout.workspace
@@ -67,6 +73,7 @@ def tile(
             if size[axis] > least[axis]
         ]
         best = min(smaller, key=lambda s: _price(stages, shape, s, whole, lanes), default=None)
+        most = base * (dear if count < threads else HALO)
         if best is None or (fits and _work(stages, shape, best, lanes) > most):
             break
         size = best
