@@ -112,7 +112,7 @@ def max_threads():
 
 
 def wake(int threads):
-    """Seconds that it takes to start a team of threads and to hear that it is done; measured once."""
+    """Seconds that it takes to start a team and to hear that it is done; measured once."""
     return lr_wake(min(threads, lr_max_threads()))
 
 
@@ -266,9 +266,9 @@ cdef class Plan:
     def breakdown(self, x, out, int threads=0):
         """Run it once, with a clock.
 
-        Returns the seconds of the whole run and, for each step, (stage, name, seconds, macs, bytes),
-        added up over threads; `stage` counts from 0, and the last step is that of the chain as a
-        whole.
+        Returns the seconds of the whole run and, for each step, (stage, name, seconds, macs,
+        bytes), added up over threads; `stage` counts from 0, and the last step is that of the
+        chain as a whole.
         """
         cdef int most = max(threads, lr_max_threads(), 1)
         cdef int64_t kinds = self.plan.stages * LR_STEPS + 1
@@ -322,7 +322,8 @@ cdef class Plan:
         cdef int i
         if _kind(v.format, self.itemsize) < 0:
             raise TypeError(
-                f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit integers"
+                f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit "
+                "integers"
             )
         for i in range(4):
             fits = fits and v.shape[1 + i] == dims[i]
