@@ -17,7 +17,7 @@ from lowrank._typing import Array
 from lowrank.backends import Runner
 from lowrank.cost import Cost
 from lowrank.factorization import Factorization, as_input, chain, planned
-from lowrank.geometry import Geometry
+from lowrank.geometry import Geometry, integers
 from lowrank.stage import Activation, Stage
 
 
@@ -150,7 +150,8 @@ class Block:
         Raises
         ------
         ValueError
-            If the block has another word than ``"relu"`` and ``"relu6"``; the message names it.
+            If the block has another word than ``"relu"`` and ``"relu6"``, which the message names,
+            or a constant border after its first chain.
 
         Examples
         --------
@@ -164,14 +165,22 @@ class Block:
         links: list[tuple[Factorization, Activation]] = []
         for part in self.parts:
             if not isinstance(part, str):
+                modes = {s.geometry.padding_mode for s in part.stages}
+                if links and "constant" in modes:
+                    raise ValueError(
+                        "a constant border after the first chain cannot run inside a plan: compile "
+                        "the chains of this block one by one"
+                    )
                 links.append((part, "none"))
-            elif links and part in get_args(Activation) and links[-1][1] == "none":
+            elif links and part in ("relu", "relu6") and links[-1][1] == "none":
                 links[-1] = (links[-1][0], cast(Activation, part))
             else:
                 raise ValueError(
                     f"{part!r} cannot run inside a plan, only relu and relu6 after a chain can: "
                     "compile the chains of this block one by one"
                 )
+        if not links:
+            raise ValueError("this block has no chain to run")
         return planned(links, input_shape, dtype, threads)
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
@@ -193,6 +202,8 @@ class Block:
         ValueError, TypeError
             As for :meth:`compile`, or if `x` does not fit.
         """
+        if not self.chains:
+            raise ValueError("this block has no chain to run")
         x = as_input(self.chains[0], x)
         return self.compile(x.shape[1:], x.dtype)(x, out)
 
@@ -373,8 +384,17 @@ def fused_separable(
     if order not in ("dw-pw", "pw-dw"):
         raise ValueError(f"order must be dw-pw or pw-dw, got {order!r}")
     for name, pair in (("bias", bias), ("activation", activation)):
-        if isinstance(pair, str) or len(pair) != 2:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"{name} must have two entries, one a stage, got {pair!r}")
+    depthwise, pointwise = np.asarray(depthwise), np.asarray(pointwise)
+    if not 3 <= depthwise.ndim == pointwise.ndim:
+        raise ValueError(
+            "depthwise and pointwise must have two channel axes and the same spatial axes, got "
+            f"shapes {depthwise.shape} and {pointwise.shape}"
+        )
+    (multiplier,) = integers("multiplier", multiplier, 1)
+    if multiplier < 1 or len(depthwise) % multiplier:
+        raise ValueError(f"multiplier must divide {len(depthwise)} filters, got {multiplier}")
     stages = [_depthwise(depthwise, stride, padding, dilation, multiplier), _pointwise(pointwise)]
     if order == "pw-dw":
         stages.reverse()

@@ -577,8 +577,6 @@ def planned(
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
     if threads is not None:
         (threads,) = integers("threads", threads, 1)
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
     stages: list[Stage] = []
     epilogues: list[Epilogue] = []
     for f, activation in parts:

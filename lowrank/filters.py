@@ -31,8 +31,6 @@ MODES: dict[str, PaddingMode] = {
 
 LONG = 64  # numbers that are worth an axis of their own
 PLANS = 32  # that are kept for calls with the same kernel, size and border
-# Integers that the engine reads and writes itself.
-_SMALL = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
 # Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
 _NOISE = 4
 
@@ -124,6 +122,7 @@ def correlate(
     axes: Sequence[int] | None = None,
     convolve: bool = False,
     out: Array | None = None,
+    threads: int | None = None,
 ) -> Array:
     """Filter an image, a volume, a cube or a series.
 
@@ -154,6 +153,8 @@ def correlate(
         Flip the kernel: a convolution in the mathematical sense.
     out : ndarray, optional
         Where to put the result; same shape and dtype as `image`.
+    threads : int, optional
+        Threads to use; all that OpenMP offers if not given.
 
     Returns
     -------
@@ -190,17 +191,23 @@ def correlate(
         )
     together = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
     k = np.ascontiguousarray(k, work)
+    _mode(mode)
+    if rank is not None:
+        (rank,) = integers("rank", rank, 1)
+    cval = _real("cval", cval)
+    max_error = None if max_error is None else _real("max_error", max_error)
+    threads = threads if threads is None else integers("threads", threads, 1)[0]
     run, size = _planned(
         k.tobytes(), k.shape, k.dtype.str, tuple(image.shape[a] for a in along),
         math.prod(image.shape[k.ndim :]) if together else 1,
-        rank, max_error, mode, cval, origins,
+        rank, max_error, mode, cval, origins, threads,
     )  # fmt: skip
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
-    if image.dtype not in (work, *_SMALL) or not image.dtype.isnative:
+    if image.dtype not in (work, *backends.INTEGERS) or not image.dtype.isnative:
         image = image.astype(work)
     result = out if out.dtype == image.dtype else np.empty(out.shape, work)
     shape = (-1, 1, *size)
@@ -229,6 +236,7 @@ def _planned(
     mode: str,
     cval: float,
     origins: Ints,
+    threads: int | None,
 ) -> tuple[backends.Runner, Ints]:
     """A planned filter, and the size of the images that it takes.
 
@@ -252,7 +260,7 @@ def _planned(
         spatial = tuple(max(n, 1) for n in spatial)  # never run
     ends = [Epilogue()] * len(stages)
     shape = (1, *spatial)
-    return backends.plan(stages, shape, np.dtype(dtype), ends, interleaved=max(numbers, 1)), size
+    return backends.plan(stages, shape, np.dtype(dtype), ends, threads, max(numbers, 1)), size
 
 
 def gauss(sigma: float | Sequence[float], *, ndim: int = 2, truncate: float = 4.0) -> Array:
@@ -536,8 +544,15 @@ def _idle_axis(stage: Stage) -> Stage:
     return replace(stage, weight=stage.weight[..., None], geometry=longer)
 
 
+def _real(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+
+
 def _mode(mode: str) -> PaddingMode:
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     return MODES[mode]
 

@@ -111,9 +111,9 @@ def _spread(stage: Stage, x: Array, out: Ints) -> Array:
 
 
 def saturated(values: Array, dtype: np.dtype[Any]) -> Array:
-    """Integers nearest to `values`, halves to even; what is out of range at its end."""
+    """Integers nearest to `values`, halves to even; out of range at its end, NaN the smallest."""
     limits = np.iinfo(dtype)
-    rounded = np.rint(values)
+    rounded = np.rint(np.where(np.isnan(values), limits.min, values))
     # The largest 64-bit integers are no floating-point numbers: stay below, then set them.
     high = float(limits.max)
     if int(high) > limits.max:

@@ -257,3 +257,20 @@ def test_impossible_fused_blocks_are_refused():
         blocks.fused_separable(d, p, order="both")
     with pytest.raises(ValueError, match="gives 4 channels but the second takes 8"):
         blocks.fused_separable(d, p, order="pw-dw")
+    with pytest.raises(ValueError, match="bias must have two entries"):
+        blocks.fused_separable(d, p, bias=None)
+    with pytest.raises(ValueError, match="multiplier must divide 8 filters, got 0"):
+        blocks.fused_separable(d, p, multiplier=0)
+    with pytest.raises(ValueError, match="the same spatial axes"):
+        blocks.fused_separable(d, np.ones((4, 8, 1)))
+
+
+def test_blocks_without_a_chain_or_with_a_constant_border_inside_are_refused():
+    with pytest.raises(ValueError, match="no chain to run"):
+        blocks.Block(()).compile((8, 10, 11))
+    first = lr.dense(np.ones((1, 1, 1)))
+    padded = lr.dense(np.ones((1, 1, 3)), padding=1, padding_mode="constant", value=7.0)
+    with pytest.raises(ValueError, match="a constant border after the first chain"):
+        blocks.Block((first, "relu", padded)).compile((1, 9))
+    alone = blocks.Block((padded, "relu"))(np.array([[[1.0, 2.0, 3.0]]]))
+    np.testing.assert_array_equal(alone, [[[10, 6, 12]]])

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,3 +23,35 @@ def test_compare_prints_json():
     assert row["peer"].startswith("scipy")
     assert 0 < row["ours_s"] < 10
     assert row["speedup"] > 0
+
+
+def close(ours, theirs):
+    """Sums of thousands of products in float32, in other orders."""
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "word",
+    [
+        "depthwise 5x5 stride 2, 128",
+        "with bias and ReLU6 512 -> 512",
+        "64 3x3 at 56x56, N=1",
+        "32 3x3x3 at 16x28x28",
+        "filter 9x9 of rank 1, 512x512",
+    ],
+)
+def test_contestants_compute_the_same(word):
+    pytest.importorskip("torch")
+    from asv_benchmarks.benchmarks import cases
+
+    found = [c for kind in cases.KINDS.values() for c in kind(2, True) if word in c.name]
+    assert found
+    for case in found:
+        work = case.make()
+        ours = np.squeeze(work.ours())
+        for call in work.peers.values():
+            theirs = call()
+            if theirs is not None:  # onnxruntime's stays where it is bound
+                close(ours, np.squeeze(np.asarray(theirs)))

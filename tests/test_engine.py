@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import filters
+from lowrank import filters, reference
 
 
 def chains(rng):
@@ -92,6 +92,82 @@ def test_a_plan_serves_many_threads_and_batches_at_once(case, rng):
         w.join()
     for a, b in zip(found, expected):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "mode", ["zeros", "reflect", "symmetric", "replicate", "circular", "constant"]
+)
+@pytest.mark.parametrize("stride", [(2, 1), (1, 2), (3, 1), (2, 3)])
+@pytest.mark.parametrize("size", [(8, 12), (9, 12), (10, 13), (11, 7)])
+def test_borders_of_a_later_stage_with_uneven_strides(rng, mode, stride, size):
+    w = rng.standard_normal((6, 5, 3, 3))
+    conv = lr.dense(w, stride=stride, padding=((2, 1), (1, 2)), padding_mode=mode, value=3.0)
+    x = rng.standard_normal((2, 5, *size))
+    expected = reference.run_chain(conv.stages, x)
+    for f in (conv, lr.tucker(conv, (6, 5)), lr.encode(conv, 6), lr.cp3(conv, 5)):
+        result = reference.run_chain(f.stages, x)
+        np.testing.assert_allclose(f(x), result, rtol=0, atol=1e-10)
+        if f.error(w) < 1e-12:
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-10)
+
+
+def misaligned(x):
+    """The same numbers one byte further."""
+    room = np.empty(x.nbytes + 1, np.uint8)
+    moved = room[1:].view(x.dtype).reshape(x.shape)
+    moved[...] = x
+    assert not moved.flags.aligned
+    return moved
+
+
+def test_misaligned_arrays_are_right(case, rng):
+    f, size = case
+    x = rng.standard_normal((2, f.in_channels, *size))
+    expected = f(x)
+    np.testing.assert_array_equal(f(misaligned(x)), expected)
+    out = misaligned(np.zeros_like(expected))
+    assert f(x, out=out) is out
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_plans_take_and_give_small_integers(case, rng, dtype):
+    f, size = case
+    x = rng.integers(0, 100, (3, f.in_channels, *size)).astype(dtype)
+    run = f.compile(size, np.float64)
+    exact = run(x.astype(np.float64))
+    np.testing.assert_array_equal(run(x), exact)
+    limits = np.iinfo(dtype)
+    out = np.empty(exact.shape, dtype)
+    run(x, out)
+    np.testing.assert_array_equal(out, np.clip(np.rint(exact), limits.min, limits.max))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_breakdown_counts_every_multiply_add(case, rng, threads):
+    f, size = case
+    run = f.compile(size, threads=threads)
+    x = rng.standard_normal((2, f.in_channels, *size))
+    steps = run.breakdown(x, repeat=1)
+    plain = not f.transposed and max(f.geometry.stride) == 1
+    done = sum(s.macs for s in steps)
+    assert done >= 2 * f.cost(size).macs or not plain
+    if len(f.stages) == 1 and plain:  # nothing is done twice
+        assert done == 2 * f.cost(size).macs
+    assert all(s.seconds >= 0 for s in steps if s.step != "rest")
+    out = np.empty_like(run(x), np.uint8)
+    assert "deliver" in {s.step for s in run.breakdown(x, out)} or f.transposed
+    with pytest.raises(ValueError, match="repeat must be at least 1"):
+        run.breakdown(x, repeat=0)
+
+
+def test_a_plan_keeps_a_few_batches(case, rng):
+    f, size = case
+    run = f.compile(size)
+    for n in range(1, 13):
+        run(np.zeros((n, f.in_channels, *size)))
+    assert 1 in run.planned
+    assert len(run.planned) <= 8
 
 
 @pytest.mark.parametrize(

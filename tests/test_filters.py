@@ -266,6 +266,31 @@ def test_what_is_refused(change, message):
         filters.correlate(np.ones((8, 9)), **options)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 1.5}, "rank must be an integer"),
+        ({"cval": 1j}, "cval must be a real number"),
+        ({"max_error": "a"}, "max_error must be a real number"),
+        ({"threads": 0.5}, "threads must be an integer"),
+    ],
+)
+def test_wrong_words_are_named(rng, change, message):
+    image = rng.standard_normal((9, 9))
+    filters.correlate(image, filters.sobel(), rank=1)
+    with pytest.raises(TypeError, match=message):
+        filters.correlate(image, filters.sobel(), **{"rank": 1, **change})
+
+
+def test_misaligned_images_are_right(rng):
+    image = np.frombuffer(bytearray(rng.bytes(801)), np.float64, 100, 1).reshape(10, 10)
+    image = np.nan_to_num(image, posinf=0, neginf=0) * 0 + 1
+    odd = np.frombuffer(bytearray(801), np.float64, 100, 1).reshape(10, 10)
+    odd[...] = image
+    expected = ndi.correlate(image, filters.sobel())
+    np.testing.assert_allclose(filters.correlate(odd, filters.sobel()), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [complex, bool, object])
 def test_types_that_are_refused(dtype):
     with pytest.raises(TypeError, match="image must be"):

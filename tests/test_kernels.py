@@ -190,6 +190,48 @@ def stage(weight, padding=0, groups=1, stride=1):
     return StageSpec(weight, 1, groups, 1, (1, stride, stride), (1, 1, 1), three, three)
 
 
+@pytest.mark.parametrize("isa", _core.ISAS)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 33)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    channels=st.integers(16, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_many_channels_of_short_rows_are_those_of_a_few(
+    isa, data, dtype, size, kernel, stride, dilation, channels
+):
+    need = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    before = [data.draw(st.integers(0, n)) for n in need]
+    after = [
+        max(0, e - n - b) + data.draw(st.integers(0, 2)) for e, n, b in zip(need, size, before)
+    ]
+    tied = data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    weight = rng.standard_normal((1 if tied else channels, 1, 1, *kernel)).astype(dtype)
+    bias = rng.standard_normal(channels).astype(dtype)
+    x = rng.standard_normal((2, channels, data.draw(st.integers(1, 3)), *size)).astype(dtype)
+
+    def some(of):
+        return StageSpec(
+            weight if tied else weight[of], len(bias[of]) if tied else 1,
+            1 if tied else len(bias[of]), 1, (1, *stride), (1, *dilation), (0, *before),
+            (0, *after), bias=bias[of], activation="relu",
+        )  # fmt: skip
+
+    whole = run(isa, [some(slice(None))], x)
+    for c in range(channels):  # too few for a vector of channels
+        of = slice(c, c + 1)
+        np.testing.assert_array_equal(run(isa, [some(of)], x[:, of]), whole[:, of])
+    plan = _core.Plan([some(slice(None))], x.shape[1:], dtype=x.dtype.name, isa=isa)
+    wide = np.zeros((*whole.shape[:-1], 2 * whole.shape[-1]), dtype)
+    plan(x, wide[..., ::2])
+    np.testing.assert_array_equal(wide[..., ::2], whole)
+
+
 @pytest.fixture
 def pair(rng):
     """Two stages of 3x3 and a matching input."""
@@ -272,6 +314,17 @@ def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
     actual = queue.get(timeout=60)  # GNU's OpenMP would hang here
     child.join(60)
     np.testing.assert_array_equal(actual, expected)
+
+
+def test_a_workspace_that_does_not_fit_is_a_memory_error(rng):
+    weight = rng.standard_normal((1, 1, 1, 1, 3)).astype("f4")
+    wide = StageSpec(weight, 1, 1, 1, (1, 1, 1), (1, 1, 1), (0, 0, 1), (0, 0, 1))
+    n = 1 << 55  # samples that nobody has, of an array that repeats one
+    plan = _core.Plan([wide], (1, 1, 1, n), dtype="float32")
+    x = np.broadcast_to(np.float32(0), (1, 1, 1, 1, n))
+    out = np.lib.stride_tricks.as_strided(np.zeros(1, "f4"), (1, 1, 1, 1, n), (0,) * 5)
+    with pytest.raises(MemoryError, match="no memory for a workspace of"):
+        plan(x, out)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ cdef extern from "dispatch.h":
     void lr_caches(int64_t *, int64_t *) nogil
     double lr_now() nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
-               lr_step *) nogil
+               lr_step *, int *) nogil
 
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
 MAX_STAGES = 16
@@ -266,16 +266,16 @@ cdef class Plan:
     def breakdown(self, x, out, int threads=0):
         """Run it once, with a clock.
 
-        Returns the seconds of the whole run and, for each step, (stage, name, seconds, macs,
-        bytes), added up over threads; `stage` counts from 0, and the last step is that of the
-        chain as a whole.
+        Returns the seconds of the whole run, the threads that it took, and, for each step,
+        (stage, name, seconds, macs, bytes), added up over threads; `stage` counts from 0, and the
+        last step is that of the chain as a whole.
         """
         cdef int most = max(threads, lr_max_threads(), 1)
         cdef int64_t kinds = self.plan.stages * LR_STEPS + 1
         space = bytearray(most * kinds * sizeof(lr_step))
         cdef lr_step *steps = <lr_step *><void *><char *>space
         cdef double start = lr_now()
-        self._run(x, out, threads, steps)
+        cdef int team = self._run(x, out, threads, steps)
         cdef double took = lr_now() - start
         found = []
         for k in range(kinds):
@@ -286,13 +286,13 @@ cdef class Plan:
                 sums[2] += steps[t * kinds + k].bytes
             name = "deliver" if k == kinds - 1 else ("bring", "compute")[k % LR_STEPS]
             found.append((k // LR_STEPS, name, *sums))
-        return took, found
+        return took, team, found
 
-    cdef _run(self, x, out, int threads, lr_step *steps):
+    cdef int _run(self, x, out, int threads, lr_step *steps) except -1:
         cdef Py_buffer a, b
         cdef lr_arrays arrays
         cdef int64_t batch
-        cdef int status
+        cdef int status, team = 1
         PyObject_GetBuffer(x, &a, PyBUF_STRIDES | PyBUF_FORMAT)
         try:
             PyObject_GetBuffer(out, &b, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
@@ -306,15 +306,17 @@ cdef class Plan:
                 arrays.x, arrays.out = a.buf, b.buf
                 with nogil:
                     status = lr_run(&self.plan, self.kernels, &arrays, batch, self.itemsize,
-                                    threads, &self.cache, steps)
+                                    threads, &self.cache, steps, &team)
                 if status != LR_OK:
                     raise MemoryError(
-                        f"no memory for a workspace of {self.workspace} bytes a thread"
+                        f"no memory for a workspace of {self.workspace} bytes a thread, and for "
+                        "a tile of the result where out holds integers"
                     )
             finally:
                 PyBuffer_Release(&b)
         finally:
             PyBuffer_Release(&a)
+        return team
 
     cdef int64_t _check(self, name, Py_buffer *v, const int64_t *dims, int64_t batch) except -1:
         """The batch of an array, once its type and shape are what the plan takes."""
@@ -347,6 +349,8 @@ cdef class Plan:
 
 cdef int _kind(const char *format, int64_t itemsize) noexcept:
     """The type that a buffer's format names, or -1."""
+    if format != NULL and format[0] == c"=":  # native as well, but perhaps not aligned
+        format += 1
     if format == NULL or format[0] == 0 or format[1] != 0:
         return -1
     if format[0] == (c"f" if itemsize == 4 else c"d"):

@@ -95,14 +95,14 @@ int lr_max_threads(void)
 
 #ifdef _OPENMP
 /* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
- * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  Measured once. */
+ * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  Measured once for each number. */
 double lr_wake(int threads)
 {
     if (threads < 2 || forked) return 0;
 
-    static double known; /* a race would measure twice, no more */
-    double seconds;
-    __atomic_load(&known, &seconds, __ATOMIC_RELAXED);
+    static double all[64]; /* by threads; a race would measure twice, no more */
+    double seconds, *known = all + (threads < 64 ? threads : 63);
+    __atomic_load(known, &seconds, __ATOMIC_RELAXED);
     if (seconds > 0) return seconds;
     if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
     seconds = 1;
@@ -114,7 +114,7 @@ double lr_wake(int threads)
         const double took = omp_get_wtime() - start;
         if (i && there && took < seconds) seconds = took > 1e-9 ? took : 1e-9;
     }
-    __atomic_store(&known, &seconds, __ATOMIC_RELAXED);
+    __atomic_store(known, &seconds, __ATOMIC_RELAXED);
     return seconds;
 }
 #else
@@ -146,7 +146,7 @@ static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
 }
 
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache, lr_step *steps)
+           int64_t itemsize, int threads, void **cache, lr_step *steps, int *team)
 {
     const int64_t tiles = plan->tiles[0] * plan->tiles[1] * plan->tiles[2];
     const int64_t each_image = tiles * plan->parts, jobs = batch * each_image;
@@ -180,9 +180,10 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
         *(size_t *)work = each * (size_t)threads;
     }
     char *slices = work + head;
-    const int64_t kinds = plan->stages * LR_STEPS + 1;
+    *team = threads;
 #ifdef _OPENMP
     if (threads > 1) {
+        const int64_t kinds = plan->stages * LR_STEPS + 1;
         /* Neighbours share rows of input, so a thread takes several; few enough to share out evenly. */
         const int64_t chunk = jobs / (8 * threads) > 1 ? jobs / (8 * threads) : 1;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
@@ -195,7 +196,6 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
         for (int64_t j = 0; j < jobs; j++)
             kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
                           slices, steps);
-    (void)kinds;
     free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }

@@ -11,8 +11,8 @@ int lr_max_threads(void);
 double lr_wake(int threads);         /* seconds that it takes to start a team and to hear from it */
 void lr_caches(int64_t *l1, int64_t *l2); /* bytes */
 double lr_now(void);                      /* seconds */
-/* `steps`, if any, has room for (threads, stages * LR_STEPS + 1). */
+/* `steps`, if any, has room for (threads, stages * LR_STEPS + 1); `team` is how many threads it took. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache, lr_step *steps);
+           int64_t itemsize, int threads, void **cache, lr_step *steps, int *team);
 
 #endif

@@ -11,6 +11,8 @@
 #define LR_TAPS 1024 /* of one channel that depthwise.inc takes; dense.inc does the others */
 #define LR_NEAR 16384 /* bytes of channels that a depthwise stage takes at a time, well inside L1 */
 #define LR_FEW 4 /* samples at the end of a run, at the most, that do not get a vector */
+#define LR_SHORT 256 /* samples of a plane that go by lanes of channels */
+#define LR_SHORT_TAPS 64
 #define LR_STAGES 16 /* of a chain; longer ones are cut by the caller */
 
 #if LR_BYTES == 64
@@ -40,6 +42,13 @@
 #if defined(__x86_64__) && LR_BYTES == 64
 #define LR_SHIFT_F32(A, B, I) ((VECTOR)_mm512_alignr_epi32((__m512i)(B), (__m512i)(A), I))
 #define LR_SHIFT_F64(A, B, I) ((VECTOR)_mm512_alignr_epi64((__m512i)(B), (__m512i)(A), I))
+#endif
+
+/* Lanes of two vectors, by numbers from 0 to 2 L - 1. */
+#ifdef __clang__ /* which takes no vector of numbers, unless they are constants */
+#define LR_PICK(A, B, LANE) LR_NAME(pick)(A, B, LANE)
+#else
+#define LR_PICK(A, B, LANE) __builtin_shuffle(A, B, LANE)
 #endif
 
 #define LR_WHOLE(name) LR_NAME(LR_JOIN(name, whole))

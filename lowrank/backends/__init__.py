@@ -12,6 +12,9 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.stage import Epilogue, Stage
 
+#: Beside float32 and float64, what plans read and write, rounded to nearest and saturated.
+INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
+
 _MODULES = {"numpy": "lowrank.backends.cpu"}
 
 
@@ -27,7 +30,8 @@ class Step(NamedTuple):
         places; ``"deliver"``: results to the type of the output; ``"prepare"``: padding and weaving
         in NumPy; ``"rest"``: the call, and waiting for threads.
     seconds : float
-        Added up over threads, then divided by them: steps add up to the whole run.
+        Added up over the threads that took part, then divided by their number: the steps add up
+        to the run.
     macs : int
         Multiply-adds that were done, those that neighbouring tiles repeat included.
     bytes : int
@@ -56,8 +60,8 @@ class Runner(Protocol):
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`; the result is in `out` if that is given."""
 
-    def breakdown(self, x: Array, repeat: int = 5) -> tuple[Step, ...]:
-        """Run the plan on `x` and say where the time went: medians of `repeat` runs."""
+    def breakdown(self, x: Array, out: Array | None = None, repeat: int = 5) -> tuple[Step, ...]:
+        """Where the time of a run on `x` goes: the steps of the median one of `repeat` runs."""
 
 
 def plan(
@@ -73,6 +77,8 @@ def plan(
     With `interleaved`, a sample along the last axis is so many numbers side by side, such as the
     colours of a pixel, each filtered alike: arrays are that many times as long there.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     return _backend(stages[0].weight).plan(  # type: ignore[no-any-return]
         stages, shape, dtype, epilogues, threads, interleaved
     )

@@ -13,7 +13,6 @@ Lowering changes the words, never the meaning:
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ import numpy as np
 from lowrank import reference
 from lowrank._kernels.spec import StageSpec
 from lowrank._typing import Array, Ints, trailing
-from lowrank.backends import Step, tiling
+from lowrank.backends import INTEGERS, Step, tiling
 from lowrank.cost import chain_shapes
 from lowrank.geometry import integers
 from lowrank.stage import Epilogue, Stage
@@ -40,7 +39,6 @@ except ImportError as missing:
     ) from missing
 
 AXES = 3  # spatial axes of the engine
-INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))  # in and out
 Link = tuple[Stage, Epilogue]  # of a chain
 BATCHES = 8  # that a plan keeps segments for
 WORTH = 1e-4  # seconds of work that are worth a team for each stage
@@ -54,7 +52,8 @@ class Segment:
     engine_in: Ints  # spatial sizes as the engine has them
     engine_out: Ints
     size_out: Ints  # and as the chain has them, before `after`
-    batched: bool  # whether the examples are one of the engine's axes
+    spare: bool  # whether the engine has an axis to spare
+    batched: bool  # whether the examples go along it
     before: Callable[[Array], Array] | None
     after: Callable[[Array], Array] | None
     names: tuple[str, ...]  # of its stages
@@ -84,11 +83,14 @@ class Plan:
 
     def _segments(self, batch: int) -> tuple[Segment, ...]:
         batch = max(batch, 1)
+        if not any(s.spare for s in self.planned[1]):  # then only this matters of a batch
+            batch = 1 if batch < self.threads else self.threads
         found = self.planned.get(batch)
         if found is None:
-            if len(self.planned) >= BATCHES:
-                self.planned.clear()
-            found = self.planned[batch] = self.make(batch)
+            found = self.make(batch)
+            if len(self.planned) >= BATCHES:  # the oldest goes, but never that of one example
+                self.planned.pop(next(n for n in list(self.planned) if n > 1), None)
+            self.planned[batch] = found
         return found
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
@@ -97,37 +99,37 @@ class Plan:
         segments = self._segments(len(x))
         last = len(segments) - 1
         for i, segment in enumerate(segments):
-            target = out if i == last and segment.after is None else None
-            x = self._run(segment, x, target)
+            direct = out is not None and out.flags.aligned and segment.after is None
+            x = self._run(segment, x, out if i == last and direct else None)
         if out is None or x is out:
             return x
         out[...] = reference.saturated(x, out.dtype) if out.dtype in INTEGERS else x
         return out
 
-    def breakdown(self, x: Array, repeat: int = 5) -> tuple[Step, ...]:
+    def breakdown(self, x: Array, out: Array | None = None, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes; see Step."""
         (repeat,) = integers("repeat", repeat, 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
-        self(x)
-        runs = [self._timed(x) for _ in range(repeat)]
-        return tuple(
-            steps[0]._replace(seconds=statistics.median(s.seconds for s in steps))
-            for steps in zip(*runs)
-        )
+        out = self(x, out)
+        runs = [self._timed(x, out) for _ in range(repeat)]
+        runs.sort(key=lambda steps: sum(s.seconds for s in steps))
+        return tuple(runs[len(runs) // 2])
 
-    def _timed(self, x: Array) -> list[Step]:
-        x, _ = self._checked(x, None)
+    def _timed(self, x: Array, out: Array) -> list[Step]:
+        x, _ = self._checked(x, out)
         found = []
-        for segment in self._segments(len(x)):
+        segments = self._segments(len(x))
+        for i, segment in enumerate(segments):
+            target = out if i == len(segments) - 1 and segment.after is None else None
             start = time.perf_counter()
             clocked: list[Any] = []
-            x = self._run(segment, x, None, clocked)
+            x = self._run(segment, x, target, clocked)
             whole = time.perf_counter() - start
-            took, steps = clocked[0]
+            took, team, steps = clocked[0]
             rest = took
             for stage, name, seconds, macs, moved in steps:
-                seconds /= self.threads
+                seconds /= team
                 rest -= seconds
                 if name != "deliver":
                     found.append(Step(segment.names[stage], name, seconds, macs, moved))
@@ -146,6 +148,8 @@ class Plan:
             )
         if x.shape[1:] != self.in_shape:
             raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
+        if not x.flags.aligned:
+            x = x.copy()
         if out is None:
             return x, out
         if not isinstance(out, np.ndarray):
@@ -156,6 +160,8 @@ class Plan:
                 f"out must be {self.dtype}, or 8- or 16-bit integers, of shape {shape}, got "
                 f"{out.dtype} of {out.shape}"
             )
+        if not out.flags.writeable:
+            raise ValueError("out is read-only")
         return x, out
 
     def _run(
@@ -381,7 +387,16 @@ def _segment(
         plain[a] = n
     names = tuple(f"{number + i}: {_shape(s.weight)}" for i, s in enumerate(part))
     return Segment(
-        core, engine_in, engine_out, tuple(plain), batched, before, after, names, seconds
+        core,
+        engine_in,
+        engine_out,
+        tuple(plain),
+        lead > 0,
+        batched,
+        before,
+        after,
+        names,
+        seconds,
     )
 
 
