@@ -153,7 +153,8 @@ cdef class Plan:
         self.kernels = &table.f32 if dtype == "float32" else &table.f64
         self.itemsize = 4 if dtype == "float32" else 8
         self.dtype, self.isa, self.shape, self.kept = dtype, isa, tuple(shape), []
-        layout = _Layout(stages, shape, tile)
+        bordered = border is not None and border[2] is not None
+        layout = _Layout(stages, shape, tile, bordered)
         self.tile, self.out_shape = layout.tile, layout.out_shape
         for a in range(4):
             self.dims[a], self.out_dims[a] = self.shape[a], self.out_shape[a]

@@ -38,9 +38,18 @@ class Sizes(NamedTuple):
 
 
 class Layout:
-    """The sizes of a whole chain; ValueError where its parts do not fit."""
+    """The sizes of a whole chain; ValueError where its parts do not fit.
 
-    def __init__(self, stages: Sequence[StageSpec], shape: Sequence[int], tile: Any) -> None:
+    `bordered` says that what stands beside the input's rows is not zeros.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[StageSpec],
+        shape: Sequence[int],
+        tile: Any,
+        bordered: bool = False,
+    ) -> None:
         channels, *size = shape
         sizes = [_three(size)]
         for k, s in enumerate(stages):
@@ -51,7 +60,7 @@ class Layout:
         wanted = sizes[-1] if tile is None else tile
         self.tile = _three(max(1, min(t, n)) for t, n in zip(wanted, sizes[-1]))
         self.stages = [
-            _sizes(s, a, b, e, k == 0)
+            _sizes(s, a, b, e, k == 0, bordered and k == 0)
             for k, (s, a, b, e) in enumerate(
                 zip(stages, sizes, sizes[1:], extents(stages, sizes, self.tile))
             )
@@ -88,8 +97,22 @@ def extents(stages: Sequence[StageSpec], sizes: Sequence[Three], tile: Three) ->
     return found[::-1]
 
 
-def _sizes(stage: StageSpec, size_in: Three, size_out: Three, extent: Three, first: bool) -> Sizes:
-    plane = _three(-(-e // s) for e, s in zip(extent, stage.stride))
+def _sizes(
+    stage: StageSpec, size_in: Three, size_out: Three, extent: Three, first: bool, bordered: bool
+) -> Sizes:
+    d, h, w = (-(-e // s) for e, s in zip(extent, stage.stride))
+    # Runs go over the ends of rows: there the zeros behind one are those ahead of the next.
+    before, after, shared = stage.before[2], stage.after[2], 0
+    if (
+        stage.weight.shape[1] > 1
+        and stage.stride[2] == 1
+        and extent[2] == size_in[2] + before + after
+        and min(before, after) > 0
+        and stage.fold is None
+        and not bordered
+    ):
+        shared = min(before, after, extent[2] - size_out[2])  # a row must hold its outputs
+    plane = d, h, w - shared
     one = math.prod(plane)
     phase = (stage.stride[1] * stage.stride[2] * one, stage.stride[2] * one, one)
     channel = math.prod(stage.stride) * one
@@ -97,7 +120,7 @@ def _sizes(stage: StageSpec, size_in: Three, size_out: Three, extent: Three, fir
     if first and stage.weight.shape[1] == 1:
         channels = min(channels, max(16, NEAR // channel))
     # The buffer also serves as the table of offsets where x is read in place (8 bytes each).
-    buffer = max(channels * channel, 2 * math.prod(stage.weight.shape[1:])) + SLACK
+    buffer = max(channels * channel + shared, 2 * math.prod(stage.weight.shape[1:])) + SLACK
     return Sizes(size_in, size_out, extent, plane, phase, channel, buffer)
 
 
