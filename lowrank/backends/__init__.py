@@ -60,7 +60,7 @@ class Runner(Protocol):
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`; the result is in `out` if that is given."""
 
-    def breakdown(self, x: Array, out: Array | None = None, repeat: int = 5) -> tuple[Step, ...]:
+    def breakdown(self, x: Array, out: Array | None = None, *, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes: the steps of the median one of `repeat` runs."""
 
 

@@ -106,7 +106,7 @@ class Plan:
         out[...] = reference.saturated(x, out.dtype) if out.dtype in INTEGERS else x
         return out
 
-    def breakdown(self, x: Array, out: Array | None = None, repeat: int = 5) -> tuple[Step, ...]:
+    def breakdown(self, x: Array, out: Array | None = None, *, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes; see Step."""
         (repeat,) = integers("repeat", repeat, 1)
         if repeat < 1:
