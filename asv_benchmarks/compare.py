@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 
-from asv_benchmarks.benchmarks.cases import KINDS, cv2, torch
+from asv_benchmarks.benchmarks.cases import KINDS
+from asv_benchmarks.benchmarks.libraries import cv2, torch
 from asv_benchmarks.benchmarks.measure import measured
 from lowrank._kernels import _core
 

@@ -174,6 +174,8 @@ def correlate(
     >>> filters.correlate(step, [[-1, 0, 1]])[0]
     array([0., 1., 1., 0.])
     """
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
     image = np.asarray(image)
     k = _kernel(kernel)
     origins = _origins(origin, k.shape)

@@ -106,6 +106,7 @@ def test_borders_of_a_later_stage_with_uneven_strides(rng, mode, stride, size):
     expected = reference.run_chain(conv.stages, x)
     for f in (conv, lr.tucker(conv, (6, 5)), lr.encode(conv, 6), lr.cp3(conv, 5)):
         result = reference.run_chain(f.stages, x)
+        # sums of some hundred products of numbers near 1, in float64
         np.testing.assert_allclose(f(x), result, rtol=0, atol=1e-10)
         if f.error(w) < 1e-12:
             np.testing.assert_allclose(result, expected, rtol=0, atol=1e-10)

@@ -21,22 +21,9 @@ import scipy.signal
 import lowrank as lr
 from lowrank import blocks, filters
 
-try:
-    import torch
-except ImportError:
-    torch = None
-try:
-    import cv2
-except ImportError:
-    cv2 = None
-try:
-    import onnx
-    import onnxruntime
-except ImportError:
-    onnxruntime = None
+from .libraries import Call, cv2, onnx_peer, opencv_separable, torch_peers
 
 LAYERS = Path(__file__).with_name("compared.csv")
-Call = Callable[[], object]
 
 
 @dataclass
@@ -72,113 +59,6 @@ def weight(*shape: int) -> np.ndarray:
     return random(*shape) / np.float32(math.sqrt(math.prod(shape[1:])))
 
 
-# What other libraries make of stages.
-
-
-def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch") -> dict[str, Call]:
-    """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
-    if torch is None:
-        return {}
-    ends = ends or [(None, "none")] * len(stages)
-
-    def call(formats: dict[int, Any]) -> Call:
-        def of(a: np.ndarray | None) -> Any:
-            if a is None:
-                return None
-            t = torch.tensor(a)
-            return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
-
-        given = of(x)
-        layers = [(s, of(s.weight), of(b), a) for s, (b, a) in zip(stages, ends)]
-
-        def go() -> object:
-            t = given
-            with torch.inference_mode():
-                for stage, w, bias, activation in layers:
-                    t = torch_stage(t, stage, w, bias)
-                    if activation == "relu6":
-                        t = torch.nn.functional.relu6(t, inplace=True)
-            return t
-
-        return go
-
-    found = {f"{name} NCHW": call({})}
-    if x.ndim in (4, 5):
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}
-        found[f"{name} NHWC"] = call(last)
-    return found
-
-
-def torch_stage(t: Any, s: lr.Stage, w: Any, bias: Any) -> Any:
-    """One stage; tied copies go along the batch or one more axis, so that nothing is copied."""
-    g, f = s.geometry, torch.nn.functional
-    run = (f.conv1d, f.conv2d, f.conv3d)
-    stride, pads, dilation = list(g.stride), [a for a, _ in g.padding], list(g.dilation)
-    if s.left > 1:
-        n = len(t)
-        t = t.reshape(n * s.left, -1, *t.shape[2:])
-        t = run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
-        return t.reshape(n, -1, *t.shape[2:])
-    if s.right > 1:
-        t = t.reshape(len(t), -1, s.right, *t.shape[2:])
-        if g.ndim == 3:  # no fourth axis: copies along the batch
-            n = len(t)
-            t = t.movedim(2, 1).reshape(n * s.right, -1, *t.shape[3:])
-            t = run[2](t, w, bias, stride, pads, dilation, s.groups)
-            t = t.reshape(n, s.right, -1, *t.shape[2:]).movedim(1, 2)
-            return t.reshape(n, -1, *t.shape[3:])
-        t = run[g.ndim](t, w.unsqueeze(2), bias, [1, *stride], [0, *pads], [1, *dilation], s.groups)
-        return t.reshape(len(t), -1, *t.shape[3:])
-    return run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
-
-
-def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:
-    """The stages as a network of Conv nodes in onnxruntime, its output bound beforehand."""
-    if onnxruntime is None or any(s.left > 1 or s.right > 1 for s in stages):
-        return {}
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    nodes, values, at = [], [], "x"
-    for k, (s, (bias, activation)) in enumerate(
-        zip(stages, ends or [(None, "none")] * len(stages))
-    ):
-        g = s.geometry
-        inputs = [at, f"w{k}"]
-        values.append(onnx.numpy_helper.from_array(np.ascontiguousarray(s.weight), f"w{k}"))
-        if bias is not None:
-            values.append(onnx.numpy_helper.from_array(np.ascontiguousarray(bias), f"b{k}"))
-            inputs.append(f"b{k}")
-        pads = [b for b, _ in g.padding] + [a for _, a in g.padding]
-        nodes.append(
-            helper.make_node(
-                "Conv", inputs, [f"y{k}"], strides=list(g.stride), pads=pads,
-                dilations=list(g.dilation), group=s.groups,
-            )
-        )  # fmt: skip
-        at = f"y{k}"
-        if activation == "relu6":
-            values.append(onnx.numpy_helper.from_array(np.float32(0), f"low{k}"))
-            values.append(onnx.numpy_helper.from_array(np.float32(6), f"high{k}"))
-            nodes.append(helper.make_node("Clip", [at, f"low{k}", f"high{k}"], [f"c{k}"]))
-            at = f"c{k}"
-    given = [helper.make_tensor_value_info("x", kind, x.shape)]
-    graph = helper.make_graph(
-        nodes, "chain", given, [helper.make_tensor_value_info(at, kind, None)], values
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    shape = session.run(None, {"x": x})[0].shape
-    binding = session.io_binding()
-    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
-    out = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
-    binding.bind_ortvalue_output(at, out)
-    return {"onnxruntime": lambda: session.run_with_iobinding(binding)}
-
-
 def layer(f: lr.Factorization, n: int, size: tuple[int, ...], threads: int) -> Work:
     """A chain beside the same chain elsewhere, for `n` examples."""
     x = random(n, f.in_channels, *size)
@@ -188,9 +68,6 @@ def layer(f: lr.Factorization, n: int, size: tuple[int, ...], threads: int) -> W
     moved = 4.0 * (n * (cost.fused - cost.params) + cost.params)
     peers = torch_peers(f.stages, x) | onnx_peer(f.stages, x, threads)
     return Work(lambda: run(x, out), peers, 2.0 * n * cost.macs, moved)
-
-
-# The rows.
 
 
 def layers() -> Iterator[dict[str, Any]]:
@@ -459,15 +336,6 @@ def volume_rows(threads: int, quick: bool) -> Iterator[Case]:
 def bell(taps: int) -> np.ndarray:
     line: np.ndarray = np.hanning(taps + 2)[1:-1].astype(np.float32)
     return line / line.sum()
-
-
-def opencv_separable(image: np.ndarray, line: np.ndarray) -> dict[str, Call]:
-    if cv2 is None:
-        return {}
-    out, border = np.empty_like(image), cv2.BORDER_REFLECT
-    return {
-        "cv2.sepFilter2D": lambda: cv2.sepFilter2D(image, -1, line, line, out, borderType=border)
-    }
 
 
 def filtered(

@@ -33,7 +33,7 @@ class Compared:
     timeout = 300
 
     def setup(self, name):
-        from .cases import cv2, torch
+        from .libraries import cv2, torch
 
         if torch is not None:
             torch.set_num_threads(THREADS)

@@ -112,7 +112,7 @@ def max_threads():
 
 
 def wake(int threads):
-    """Seconds that it takes to start a team and to hear that it is done; measured once."""
+    """Seconds that it takes to start a team and to hear that it is done, measured."""
     return lr_wake(min(threads, lr_max_threads()))
 
 
