@@ -274,3 +274,19 @@ def test_blocks_without_a_chain_or_with_a_constant_border_inside_are_refused():
         blocks.Block((first, "relu", padded)).compile((1, 9))
     alone = blocks.Block((padded, "relu"))(np.array([[[1.0, 2.0, 3.0]]]))
     np.testing.assert_array_equal(alone, [[[10, 6, 12]]])
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "symmetric", "replicate", "circular"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1), (1, 2)])
+def test_borders_inside_a_block_are_those_of_its_chains(rng, mode, stride):
+    first = lr.dense(rng.standard_normal((6, 4, 1, 1)), rng.standard_normal(6))
+    second = lr.dense(
+        rng.standard_normal((6, 1, 3, 3)), rng.standard_normal(6),
+        groups=6, padding=1, padding_mode=mode, stride=stride,
+    )  # fmt: skip
+    third = lr.dense(rng.standard_normal((5, 6, 3, 3)), padding=1, padding_mode=mode)
+    block = blocks.Block((first, "relu", second, "relu6", third))
+    for size in ((9, 12), (8, 7), (20, 33)):
+        x = rng.standard_normal((2, 4, *size))
+        one_by_one = third(relu6(second(relu(first(x)))))
+        np.testing.assert_array_equal(block(x), one_by_one)
