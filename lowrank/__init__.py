@@ -2,6 +2,8 @@
 
 from lowrank import blocks as blocks
 from lowrank import filters as filters
+from lowrank import machine as machine
+from lowrank import ranks as ranks
 from lowrank.certify import Certificate as Certificate
 from lowrank.certify import certificate as certificate
 from lowrank.cost import Cost as Cost
@@ -23,6 +25,8 @@ from lowrank.families.tt import tensor_train as tensor_train
 from lowrank.families.tucker import tucker as tucker
 from lowrank.families.tucker import tucker_cp as tucker_cp
 from lowrank.families.tucker import tucker_full as tucker_full
+from lowrank.filters import filter_image as filter_image
+from lowrank.filters import plan_filter as plan_filter
 from lowrank.geometry import Geometry as Geometry
 from lowrank.io import load as load
 from lowrank.io import save as save

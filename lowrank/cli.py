@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
@@ -25,7 +25,7 @@ try:
 except ImportError:  # the library works without; the command does not
     raise SystemExit("the command needs typer and rich: pip install 'lowrank[cli]'") from None
 
-from lowrank import filters, io, plots, report, search
+from lowrank import filters, io, machine, plots, report, search
 from lowrank._typing import Array, Ints
 from lowrank.cost import Cost
 from lowrank.factorization import Factorization, dense
@@ -53,8 +53,14 @@ class Name(StrEnum):
     """Filters that the command knows by name."""
 
     gauss = "gauss"
+    box = "box"
     sobel = "sobel"
+    prewitt = "prewitt"
+    scharr = "scharr"
+    laplacian = "laplacian"
     log = "log"
+    dog = "dog"
+    unsharp = "unsharp"
     gabor = "gabor"
     disk = "disk"
     motion = "motion"
@@ -227,6 +233,9 @@ def approximate(
     rank: Annotated[
         str | None, typer.Option(help="Pick the best chain of this rank, as 8 or 8,12.")
     ] = None,
+    seconds: Annotated[
+        str | None, typer.Option(help="Pick the best within this time: 2ms, 300us or 50%.")
+    ] = None,
     macs: Annotated[
         str | None, typer.Option(help="Pick the best within these multiply-adds: 0.25 or 20M.")
     ] = None,
@@ -237,8 +246,14 @@ def approximate(
         str | None, typer.Option(help=f"Only these, by commas: {', '.join(FAMILIES)}.")
     ] = None,
     axis: Annotated[
-        str | None, typer.Option(help="Cost to compare: macs, params, traffic, fused or peak.")
+        str | None,
+        typer.Option(help=f"Cost to compare, seconds if not given: {', '.join(search.COSTS)}."),
     ] = None,
+    batch: Annotated[int, typer.Option(help="Examples at a time, for seconds.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads, for seconds.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="What is to run it: lowrank, torch or 'torch channels-last'.")
+    ] = "lowrank",
     stride: Annotated[str | None, typer.Option(help="As 2 or 2,1.")] = None,
     padding: Annotated[
         str | None, typer.Option(help="As 1 or 1,0 or 0:1,0:1 (before:after), same or valid.")
@@ -258,7 +273,9 @@ def approximate(
     """Show what a layer can be turned into, and pick one.
 
     The table holds the chains that nothing beats on both error and cost.  With one of
-    --max-error, --rank, --macs and --params one of them is picked and built.
+    --max-error, --rank, --seconds, --macs and --params one of them is picked and built.
+
+    Seconds are predicted; 'lowrank calibrate' measures this machine for that.
     """
     chosen = _layer(file, layer)
     size = _size(input) or chosen.input_size
@@ -283,15 +300,21 @@ def approximate(
     wanted: dict[str, Any] = {
         "max_error": max_error,
         "rank": None if rank is None else _rank(rank),
+        "seconds": _budget(seconds),
         "macs": _budget(macs),
         "params": _budget(params),
     }
     wanted = {k: v for k, v in wanted.items() if v is not None}
     if len(wanted) > 1:
         options = ", ".join("--" + k.replace("_", "-") for k in wanted)
-        raise ValueError(f"give one of --max-error, --rank, --macs and --params, not {options}")
+        raise ValueError(
+            f"give one of --max-error, --rank, --seconds, --macs and --params, not {options}"
+        )
     if save is not None and not wanted:
-        raise ValueError("--save needs a pick: give --max-error, --rank, --macs or --params")
+        raise ValueError(
+            "--save needs a pick: give --max-error, --rank, --seconds, --macs or --params"
+        )
+    timed: dict[str, Any] = {"batch": batch, "threads": threads, "engine": engine}
     names = None if families is None else [f.strip() for f in families.split(",") if f.strip()]
     if names is not None and not names:
         raise ValueError(f"--families must name some of {', '.join(FAMILIES)}")
@@ -299,13 +322,15 @@ def approximate(
     with _progress(len(names or FAMILIES)) as step:
         if wanted:
             front, pick = search.choose(
-                conv, size, families=names, axis=axis, progress=step, **wanted
+                conv, size, families=names, axis=axis, progress=step, **wanted, **timed
             )
             step("building the pick")
             f = pick.build()
             pick = pick.built(f)
         else:
-            front = search.frontier(conv, size, names, axis=axis or "macs", progress=step)
+            front = search.frontier(
+                conv, size, names, axis=axis or "seconds", progress=step, **timed
+            )
     if plot is not None:
         plots.error_against_cost([front], plot, title=f"{file.stem}, {chosen.name}", pick=pick)
     if save is not None:
@@ -323,14 +348,16 @@ def approximate(
             }
         )
         return
-    whole = front.dense.cost.macs
     shown = list(front) if rows < 1 else report.thinned(list(front), max(rows, 2))
     print(f"{chosen.name}: {conv!r}\n{report.title(front, len(shown))}")
-    _print_table(report.HEAD, [report.row(c, whole) for c in shown])
+    _print_table(report.HEAD, [report.row(c, front.dense) for c in shown])
     if any(not c.exact for c in shown):
         print(report.NOTE)
     if pick is not None:
-        print(f"pick: {_said(pick, front.dense)}")
+        if pick.family == "dense" and max_error is not None:
+            print(f"pick: the dense kernel; {search.nothing_within(front, max_error)}")
+        else:
+            print(f"pick: {_said(pick, front.dense)}")
         for stage, cost in zip(f.stages, f.stage_costs(size)):
             shape = "x".join(map(str, stage.weight.shape))
             tied = f", tied {stage.left}x{stage.right}" if stage.left * stage.right > 1 else ""
@@ -348,7 +375,8 @@ def _said(pick: search.Candidate, whole: search.Candidate) -> str:
     return (
         f"{pick.name} of rank {rank}: error {pick.error:.4f} (at least {pick.bound:.4f} "
         f"for any of its kind), {whole.cost.macs / pick.cost.macs:.2f} times fewer multiply-adds, "
-        f"{whole.cost.params / pick.cost.params:.2f} times fewer parameters"
+        f"{whole.cost.params / pick.cost.params:.2f} times fewer parameters, predicted "
+        f"{report.time(pick.seconds)}, {whole.seconds / pick.seconds:.2f} times faster"
     )
 
 
@@ -388,21 +416,71 @@ def _overridden(layer: Layer, given: dict[str, Any]) -> Factorization:
     return dense(conv.stages[0].weight, layer.bias, **options)
 
 
+@app.command()
+def calibrate(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Measure only this, of {', '.join(machine.ENGINES)}; may be repeated."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Measure nothing; show what is kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, so that times are predicted; takes less than a minute.
+
+    Run it when the machine has nothing else to do.  The result is kept in the cache folder.
+    """
+    if engine and set(engine) - set(machine.ENGINES):
+        raise ValueError(f"--engine must be one of {', '.join(machine.ENGINES)}, got {engine}")
+    if show:
+        here = machine.current()
+    else:
+        with _share() as step:
+            here = machine.calibrate(step, engine)
+    if as_json:
+        print(here.to_json())
+        return
+    print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
+    rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.rates.items()]
+    _print_table(("engine", "median error", "90th percentile"), rows)
+    print("Errors of predicted seconds, on work that was left out of the fit.")
+    if here.calibrated:
+        print(f"kept in {machine.path()}")
+    else:
+        print("These rates came with lowrank: run 'lowrank calibrate' for those of this machine.")
+
+
 @app.command("filter")
 def filter_image(
     image: Annotated[Path, typer.Argument(help="A picture, or a .npy: image, volume or series.")],
     kernel: Annotated[
         str, typer.Option(help=f"{', '.join(Name)}, or a .npy with a kernel over 1 to 3 axes.")
     ],
-    sigma: Annotated[float, typer.Option(help="Samples: gauss, log, gabor.")] = 2.0,
+    sigma: Annotated[
+        str, typer.Option(help="Samples: gauss, dog and unsharp, also as 2,6; log, gabor.")
+    ] = "2",
+    ratio: Annotated[float, typer.Option(help="Of the wide sigma to the narrow one: dog.")] = 1.6,
+    amount: Annotated[float, typer.Option(help="Of what is added: unsharp.")] = 1.0,
+    size: Annotated[str, typer.Option(help="Samples, also as 3,5: box.")] = "5",
     radius: Annotated[float, typer.Option(help="Samples: disk.")] = 5.0,
     length: Annotated[int, typer.Option(help="Samples: motion.")] = 15,
     wavelength: Annotated[float, typer.Option(help="Samples: gabor.")] = 6.0,
-    angle: Annotated[float, typer.Option(help="Degrees: gabor, motion.")] = 0.0,
+    angle: Annotated[float, typer.Option(help="Degrees: gauss, gabor, motion.")] = 0.0,
+    axis: Annotated[int, typer.Option(help="Of the slope: sobel, prewitt, scharr.")] = -1,
+    connectivity: Annotated[
+        int, typer.Option(help="Axes that a neighbour is off along: laplacian.")
+    ] = 1,
+    ndim: Annotated[
+        int, typer.Option(help="Axes of the kernel, 2 for gabor and motion; a disk over 3: a ball.")
+    ] = 2,
     rank: Annotated[int | None, typer.Option(help="Use the best sum of so many terms.")] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Use the cheapest form within this relative error.")
+    tolerance: Annotated[
+        float | None, typer.Option(help="Use the fastest form within this relative error.")
     ] = None,
+    method: Annotated[
+        str, typer.Option(help="auto: what is predicted to be fastest; direct, separable or fft.")
+    ] = "auto",
     mode: Annotated[str, typer.Option(help=f"Border: {', '.join(filters.MODES)}.")] = "reflect",
     cval: Annotated[float, typer.Option(help="Value outside, for mode constant.")] = 0.0,
     convolve: Annotated[bool, typer.Option("--convolve", help="Flip the kernel.")] = False,
@@ -414,12 +492,25 @@ def filter_image(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Filter a picture by a separable form of a kernel, and say what that form is.
+    """Filter a picture the fastest way within a tolerance, and say which ways there are.
 
     A filter that sums to zero, such as sobel, has results below zero: its picture is drawn
     around mid-grey.  A .npy holds the values as they are.
     """
-    taps = _kernel(kernel, sigma, radius, length, wavelength, math.radians(angle))
+    shape_of: dict[str, Any] = {
+        "sigma": _reals("--sigma", sigma),
+        "ratio": ratio,
+        "amount": amount,
+        "size": _numbers("--size", size),
+        "radius": radius,
+        "length": length,
+        "wavelength": wavelength,
+        "angle": math.radians(angle),
+        "axis": axis,
+        "connectivity": connectivity,
+        "ndim": ndim,
+    }
+    taps = _kernel(kernel, shape_of)
     picture = _image(image)
     if taps.ndim > picture.ndim:
         raise ValueError(
@@ -434,31 +525,27 @@ def filter_image(
         plots.check_path(plot)
     shape = picture.shape[: taps.ndim]
     correlated = np.flip(taps) if convolve else taps
-    # Of a whole picture, the terms that are cheaper than the kernel: the same as correlate finds.
-    chain = filters.separate(
-        correlated,
-        rank=rank,
-        max_error=max_error,
-        shape=shape,
-        mode=mode,
-        cval=cval,
-    )
-    whole = taps.size * math.prod(shape)
     work = picture.astype(np.float32) if picture.dtype.kind in "iub" else picture
-    result = filters.correlate(
-        work, taps, rank=rank, max_error=max_error, mode=mode, cval=cval, convolve=convolve
-    )
+    options: dict[str, Any] = {
+        "rank": rank, "tolerance": tolerance, "method": method, "mode": mode, "cval": cval
+    }  # fmt: skip
+    dtype = np.float64 if work.dtype == np.float64 else np.float32
+    batch = work.size // max(math.prod(shape), 1)
+    ways = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
+    chain = ways.choice.chain
+    result = filters.correlate(work, taps, convolve=convolve, **options)
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:
         plots.filter_and_form(correlated, chain, plot, title=kernel)
-    macs = chain.cost(shape).macs
+    macs, whole = chain.cost(shape).macs, taps.size * math.prod(shape)
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
     said = {
         "image": str(image),
         "shape": list(picture.shape),
         "kernel": kernel,
         "taps": list(taps.shape),
+        "method": ways.choice.method,
         "family": chain.family,
         "form": chain.form,
         "rank": None if chain.family == "dense" else chain.rank[0],
@@ -467,6 +554,16 @@ def filter_image(
         "stages": [list(s.weight.shape) for s in chain.stages],
         "macs": macs,
         "dense_macs": whole,
+        "options": [
+            {
+                "way": o.name,
+                "rank": list(o.rank),
+                "error": o.error,
+                "grey": o.grey,
+                "seconds": o.seconds,
+            }
+            for o in ways.options
+        ],
         "out": str(out),
     }
     if as_json:
@@ -474,39 +571,55 @@ def filter_image(
         return
     print(f"{kernel}: {'x'.join(map(str, taps.shape))} taps", end="")
     print("" if spectrum is None else f", rank {said['kernel_rank']}")
-    form = " ".join(filter(None, (chain.family, chain.form)))
-    passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
-    if chain.family == "dense":
-        print("form: as it is; no separable form so close is cheaper (--rank, --max-error)")
-    else:
-        ranks = ",".join(map(str, chain.rank))
-        print(
-            f"form: {form} of rank {ranks}, {passes}, error {said['error']:.2g}, "
-            f"{whole / macs:.2f} times fewer multiply-adds"
-        )
+    print(ways)
+    if chain.family != "dense":
+        passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
+        print(f"passes: {passes}, {whole / macs:.2f} times fewer multiply-adds")
     print(f"wrote {out}" + (f"\nwrote {plot}" if plot is not None else ""))
 
 
-def _kernel(
-    kernel: str, sigma: float, radius: float, length: int, wavelength: float, angle: float
-) -> Array:
-    match kernel:
-        case Name.gauss:
-            return filters.gauss(sigma)
-        case Name.sobel:
-            return filters.sobel()
-        case Name.log:
-            return filters.log(sigma)
-        case Name.gabor:
-            return filters.gabor(sigma, wavelength, angle=angle)
-        case Name.disk:
-            return filters.disk(radius)
-        case Name.motion:
-            return filters.motion(length, angle=angle)
+#: The function behind every name, and the options that it takes.
+_NAMED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
+    Name.gauss: (filters.gauss, ("sigma", "angle", "ndim")),
+    Name.box: (filters.box, ("size", "ndim")),
+    Name.sobel: (filters.sobel, ("axis", "ndim")),
+    Name.prewitt: (filters.prewitt, ("axis", "ndim")),
+    Name.scharr: (filters.scharr, ("axis", "ndim")),
+    Name.laplacian: (filters.laplacian, ("connectivity", "ndim")),
+    Name.log: (filters.log, ("sigma", "ndim")),
+    Name.dog: (filters.dog, ("sigma", "ratio", "ndim")),
+    Name.unsharp: (filters.unsharp, ("sigma", "amount", "ndim")),
+    Name.gabor: (filters.gabor, ("sigma", "wavelength", "angle")),
+    Name.disk: (filters.disk, ("radius",)),
+    Name.motion: (filters.motion, ("length", "angle")),
+}
+
+
+def _kernel(kernel: str, options: dict[str, Any]) -> Array:
+    if kernel in _NAMED:
+        make, wanted = _NAMED[kernel]
+        if kernel == Name.disk and options["ndim"] == 3:
+            make = filters.ball
+        elif "ndim" not in wanted and options["ndim"] != 2:
+            raise ValueError(f"--ndim must be 2 for {kernel}, got {options['ndim']}")
+        try:
+            return make(**{name: options[name] for name in wanted})
+        except (ValueError, TypeError) as why:  # begins with the argument, which is the option
+            raise ValueError(f"--{why}") from None
     if not kernel.endswith(".npy"):
         raise ValueError(f"--kernel must be one of {', '.join(Name)}, or a .npy, got {kernel!r}")
     (taps,) = read_weights(kernel).values()
     return taps
+
+
+def _reals(option: str, text: str) -> float | list[float]:
+    try:
+        reals = [float(n) for n in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option} must be one number or one an axis, as 2,6, got {text!r}"
+        ) from None
+    return reals[0] if len(reals) == 1 else reals
 
 
 def _image(path: Path) -> Array:
@@ -626,6 +739,22 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     wide = Console(width=1000)
     need = wide.measure(table).maximum
     Console(width=max(need, wide.options.min_width), highlight=False).print(table)
+
+
+@contextmanager
+def _share() -> Iterator[Any]:
+    """A bar on stderr of how much is done, a line for each thing."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:20}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def step(name: str, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0)
+            bar.update(tasks[name], completed=share)
+
+        yield step
 
 
 @contextmanager

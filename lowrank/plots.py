@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank import report
 from lowrank._typing import Array
 from lowrank.factorization import Factorization
 from lowrank.search import Candidate, Frontier
@@ -47,6 +48,7 @@ STYLE = {
     "pdf.fonttype": 42,
 }
 _AXIS_LABELS = {
+    "seconds": "predicted seconds",
     "macs": "multiply-adds",
     "params": "parameters",
     "traffic": "elements moved, stage by stage",
@@ -132,7 +134,7 @@ def error_against_cost(
         raise ValueError("there are no frontiers to draw")
     axis = fronts[0].axis
     figure, axes = _figure(6.4, 4.2)
-    whole = getattr(fronts[0].dense.cost, axis)
+    whole = fronts[0].dense.amount(axis)
     curves: dict[tuple[str, str], list[Candidate]] = {}
     for front in fronts:
         for c in front:
@@ -140,7 +142,7 @@ def error_against_cost(
     seen: set[str] = set()
     for (family, _), candidates in curves.items():
         colour, mark = LOOK[family]
-        points = sorted((getattr(c.cost, axis) / whole, c.error) for c in candidates)
+        points = sorted((c.amount(axis) / whole, c.error) for c in candidates)
         axes.plot(
             *zip(*points),
             color=colour,
@@ -154,7 +156,7 @@ def error_against_cost(
         )
         seen.add(family)
     if pick is not None:
-        x, y = getattr(pick.cost, axis) / whole, pick.error
+        x, y = pick.amount(axis) / whole, pick.error
         axes.plot(
             [x], [y], "o", markersize=12, fillstyle="none", color="black", clip_on=False,
             zorder=4, label="_",
@@ -167,7 +169,7 @@ def error_against_cost(
         xscale="log",
         xlim=(None, 1.0),
         ylim=(0, None),
-        xlabel=f"{_AXIS_LABELS[axis]}, share of the dense kernel's {whole:,}",
+        xlabel=f"{_AXIS_LABELS[axis]}, share of the dense kernel's {_said(axis, whole)}",
         ylabel="relative error of the weights",
         title=title,
     )
@@ -179,6 +181,10 @@ def error_against_cost(
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
+
+
+def _said(axis: str, amount: float) -> str:
+    return report.time(amount) if axis == "seconds" else f"{amount:,.0f}"
 
 
 def filter_and_form(

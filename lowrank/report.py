@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -13,17 +14,42 @@ T = TypeVar("T")
 ROWS = 24  # of a long frontier, evenly chosen, its ends among them
 
 
-HEAD = ("family", "rank", "error", "bound", "macs", "fewer", "params", "traffic", "fused")
+HEAD = (
+    "family", "rank", "error", "bound", "macs", "fewer", "params", "traffic", "fused", "predicted",
+    "faster", "realised",
+)  # fmt: skip
 
 
 def table(front: Frontier) -> str:
     """A frontier as people read it: one candidate a line, the dense kernel last."""
     shown = thinned(list(front))
-    lines = columns([HEAD, *(row(c, front.dense.cost.macs) for c in shown)])
-    notes = []
-    if any(not c.exact for c in front):
-        notes.append(NOTE)
-    return "\n".join([title(front, len(shown)), *lines, *notes])
+    lines = columns([HEAD, *(row(c, front.dense) for c in shown)])
+    return "\n".join([title(front, len(shown)), *lines, *notes(front)])
+
+
+def html(front: Frontier) -> str:
+    """The same for notebooks."""
+    shown = thinned(list(front))
+    rows = [HEAD, *(row(c, front.dense) for c in shown)]
+    return html_table(rows, [title(front, len(shown)), *notes(front)])
+
+
+def html_table(rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
+    """Rows of text, the first of them a head, below what is to be said."""
+    lines = []
+    for i, line in enumerate(rows):
+        tag = "td" if i else "th"
+        cells = (
+            f'<{tag} style="text-align:{"right" if j else "left"}">{escape(cell)}</{tag}>'
+            for j, cell in enumerate(line)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<div><p>{'<br>'.join(map(escape, said))}</p><table>{''.join(lines)}</table></div>"
+
+
+def notes(front: Frontier) -> list[str]:
+    """What has to be said below a table."""
+    return [NOTE] if any(not c.exact for c in front) else []
 
 
 #: What the star behind a name says.
@@ -35,23 +61,30 @@ def title(front: Frontier, shown: int) -> str:
     part = f", {shown} shown" if shown < len(front) else ""
     spatial = "x".join(map(str, front.input_shape[1:]))
     channels = front.input_shape[0]
+    batch = f", batch {front.batch}" if front.batch > 1 else ""
+    threads = f", {front.threads} threads" if front.threads else ""
+    engine = f", run by {front.engine}" if front.engine != "lowrank" else ""
     return (
-        f"{len(front)} candidates{part}, by {front.axis}, input of {channels} channels x {spatial}"
+        f"{len(front)} candidates{part}, by {front.axis}, input of {channels} channels x "
+        f"{spatial}{batch}{threads}{engine}"
     )
 
 
-def row(c: Candidate, whole: int) -> tuple[str, ...]:
-    """A candidate under :data:`HEAD`; `whole` is the dense kernel's multiply-adds."""
+def row(c: Candidate, dense: Candidate) -> tuple[str, ...]:
+    """A candidate under :data:`HEAD`, beside the dense kernel."""
     return (
         c.name + ("" if c.exact else " *"),
         ",".join(map(str, c.rank)) or "-",
         f"{c.error:.4f}",
         f"{c.bound:.4f}",
         amount(c.cost.macs),
-        f"{whole / c.cost.macs:.2f}x",
+        f"{dense.cost.macs / c.cost.macs:.2f}x",
         amount(c.cost.params),
         amount(c.cost.traffic),
         amount(c.cost.fused),
+        time(c.seconds),
+        f"{dense.seconds / c.seconds:.2f}x",
+        f"{c.realised:.0%}",
     )
 
 
@@ -73,6 +106,14 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def time(seconds: float) -> str:
+    """A time with three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.9995 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def amount(n: float) -> str:

@@ -11,15 +11,20 @@ from typing import Any, final, overload
 
 import numpy as np
 
-from lowrank import report
+from lowrank import machine, report
 from lowrank._typing import Ints
 from lowrank.cost import AXES, Cost, chain_cost
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, Point
 from lowrank.families.family import kernel_of
+from lowrank.geometry import integers
 
 NEAR = 1.25  # a short fit within this factor of the limit may be within it once refined
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+#: What candidates can be compared on: predicted seconds, and the fields of :class:`Cost`.
+COSTS = ("seconds", *AXES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +44,11 @@ class Candidate:
         For one example of the frontier's input shape.
     exact : bool
         Whether error equals bound by theory: one SVD, or the dense kernel itself.
+    seconds : float
+        Predicted for the frontier's batch and threads; see :mod:`lowrank.machine`.
+    realised : float
+        Share of the saving in multiply-adds that the predicted time realises: 1 where half the
+        multiply-adds take half the time, less where they do not.
 
     Examples
     --------
@@ -56,6 +66,8 @@ class Candidate:
     bound: float
     cost: Cost
     exact: bool
+    seconds: float
+    realised: float
     _conv: Factorization
     _point: Point | None
 
@@ -110,6 +122,28 @@ class Candidate:
         error = f.error(self._conv.to_dense())
         return replace(self, rank=f.rank, error=error, bound=min(self.bound, error))
 
+    def amount(self, axis: str) -> float:
+        """What it costs on one axis.
+
+        Parameters
+        ----------
+        axis : str
+            ``"seconds"``, or a field of :class:`lowrank.Cost`.
+
+        Returns
+        -------
+        float
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> front[-1].amount("params")
+        576.0
+        """
+        return float(self.seconds if axis == "seconds" else getattr(self.cost, axis))
+
     @property
     def name(self) -> str:
         """Family and form."""
@@ -143,6 +177,8 @@ class Candidate:
             "rank": list(self.rank),
             "error": self.error,
             "bound": self.bound,
+            "seconds": self.seconds,
+            "realised": self.realised,
             "macs": self.cost.macs,
             "params": self.cost.params,
             "traffic": self.cost.traffic,
@@ -161,9 +197,13 @@ class Frontier(Sequence[Candidate]):
     Attributes
     ----------
     axis : str
-        The cost that was compared, a field of :class:`lowrank.Cost`.
+        The cost that was compared: ``"seconds"``, or a field of :class:`lowrank.Cost`.
     input_shape : tuple of int
         (channels, \\*spatial) that the costs are for.
+    batch, threads : int, int or None
+        Examples at a time and threads that the seconds are for.
+    engine : str
+        What runs the chains, as for :func:`lowrank.machine.predict`.
     left_out : dict
         Families that do not apply to the convolution, and why.
 
@@ -171,15 +211,15 @@ class Frontier(Sequence[Candidate]):
     --------
     >>> import numpy as np
     >>> import lowrank
-    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
-    >>> print(front)
-    2 candidates, by macs, input of 8 channels x 16x16
-    family       rank   error   bound   macs   fewer  params  traffic  fused
-    spatial h-w     1  0.0000  0.0000  10.1k  11.20x      48    4.11k  3.66k
-    dense           -  0.0000  0.0000   113k   1.00x     576    4.19k  4.19k
+    >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+    >>> print(lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs"))  # doctest: +ELLIPSIS
+    2 candidates, by macs, input of 8 channels x 16x16...
+    family       rank   error   bound   macs   fewer  params ...
+    spatial h-w     1  0.0000  0.0000  10.1k  11.20x      48 ...
+    dense           -  0.0000  0.0000   113k   1.00x     576 ...
     """
 
-    __slots__ = ("_candidates", "axis", "input_shape", "left_out")
+    __slots__ = ("_candidates", "axis", "batch", "engine", "input_shape", "left_out", "threads")
 
     def __init__(
         self,
@@ -187,9 +227,13 @@ class Frontier(Sequence[Candidate]):
         axis: str,
         input_shape: Ints,
         left_out: dict[str, str],
+        batch: int = 1,
+        threads: int | None = None,
+        engine: str = "lowrank",
     ) -> None:
         self._candidates = tuple(candidates)
         self.axis, self.input_shape, self.left_out = axis, input_shape, dict(left_out)
+        self.batch, self.threads, self.engine = batch, threads, engine
 
     @overload
     def __getitem__(self, at: int) -> Candidate: ...
@@ -243,7 +287,7 @@ class Frontier(Sequence[Candidate]):
         Parameters
         ----------
         amount : float
-            In the units of the axis: multiply-adds, parameters, or elements.
+            In the units of the axis: seconds, multiply-adds, parameters, or elements.
 
         Returns
         -------
@@ -258,16 +302,15 @@ class Frontier(Sequence[Candidate]):
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16))
-        >>> front.affordable(50_000).cost.macs <= 50_000
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> lowrank.frontier(conv, (16, 16), axis="macs").affordable(50_000).cost.macs <= 50_000
         True
         """
-        found = [c for c in self if getattr(c.cost, self.axis) <= amount]
+        found = [c for c in self if c.amount(self.axis) <= amount]
         if not found:
-            least = getattr(self[0].cost, self.axis)
-            whole = getattr(self.dense.cost, self.axis)
+            least, whole = (c.amount(self.axis) for c in (self[0], self.dense))
             raise ValueError(
-                f"nothing costs at most {amount:.6g} {self.axis}; the cheapest is {least} "
+                f"nothing costs at most {amount:.6g} {self.axis}; the cheapest is {least:.6g} "
                 f"({least / whole:.3g} of the dense kernel), {self[0].name} rank "
                 f"{self[0].rank}"
             )
@@ -276,13 +319,19 @@ class Frontier(Sequence[Candidate]):
     def __repr__(self) -> str:
         return report.table(self)
 
+    def _repr_html_(self) -> str:
+        return report.html(self)
+
 
 def frontier(
     conv: Factorization,
     input_shape: Sequence[int],
     families: Iterable[str] | None = None,
     *,
-    axis: str = "macs",
+    axis: str = "seconds",
+    batch: int = 1,
+    threads: int | None = None,
+    engine: str = "lowrank",
     progress: Callable[[str], object] | None = None,
 ) -> Frontier:
     """Every candidate that no other beats on both error and cost.
@@ -297,7 +346,15 @@ def frontier(
         Names from :data:`lowrank.FAMILIES`; all of them if not given.  Those that do not apply
         to the convolution are left out.
     axis : str
-        What is compared: ``"macs"``, ``"params"``, ``"traffic"``, ``"fused"`` or ``"peak"``.
+        What is compared: ``"seconds"``, predicted for this machine, or the same on every one:
+        ``"macs"``, ``"params"``, ``"traffic"``, ``"fused"`` or ``"peak"``.
+    batch : int
+        Examples at a time, which seconds are predicted for.
+    threads : int, optional
+        Threads that seconds are predicted for; all that OpenMP offers if not given.
+    engine : str
+        What is to run the chains: ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``; see
+        :func:`lowrank.machine.predict`.
     progress : callable, optional
         Called with each family's name before its turn.
 
@@ -309,7 +366,7 @@ def frontier(
     Raises
     ------
     ValueError
-        If a family or axis is unknown, or the input shape does not fit.
+        If a family, axis or engine is unknown, or the input shape does not fit.
 
     Notes
     -----
@@ -323,18 +380,30 @@ def frontier(
     >>> import lowrank
     >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
     >>> blur = lowrank.dense(np.outer(g, g)[None, None])
-    >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32))]
-    [('spatial h-w', (1,), 10556), ('dense', (), 33124)]
+    >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (320, 320))]
+    [('spatial h-w', (1,), 1412348), ('dense', (), 4831204)]
     """
     names = _names(families)
-    if axis not in AXES:
-        raise ValueError(f"axis must be one of {', '.join(AXES)}, got {axis!r}")
+    if axis not in COSTS:
+        raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
     kernel_of(conv)
     shape = conv.shape(input_shape)
-    whole = conv.cost(shape)
-    bias = conv.bias is not None
-    found = [Candidate("dense", "", (), 0.0, 0.0, whole, True, conv, None)]
-    left_out = {}
+    (batch,) = integers("batch", batch, 1)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    here = machine.current()
+    whole, bias = conv.cost(shape), conv.bias is not None
+    whole_seconds = here.predict(conv, shape, batch=batch, threads=threads, engine=engine).seconds
+
+    def timed(c: Candidate) -> Candidate:
+        stages = conv.stages if c._point is None else c._point.stages
+        seconds = here.of_stages(stages, shape, batch, threads, engine).seconds
+        realised = whole_seconds / seconds / (whole.macs / c.cost.macs)
+        return replace(c, seconds=seconds, realised=realised)
+
+    none, measure = math.nan, "macs" if axis == "seconds" else axis
+    first = Candidate("dense", "", (), 0.0, 0.0, whole, True, none, none, conv, None)
+    found, left_out = [first], {}
     for name in names:
         family = FAMILIES[name]
         if progress is not None:
@@ -345,34 +414,38 @@ def frontier(
             left_out[name] = str(why)
             continue
         for form in forms:
-            for point in family.sweep(conv, form):
-                cost = chain_cost(point.stages, shape, bias)
-                if getattr(cost, axis) < getattr(whole, axis):
-                    found.append(
-                        Candidate(
-                            name,
-                            form,
-                            point.rank,
-                            point.error,
-                            point.bound,
-                            cost,
-                            family.exact,
-                            conv,
-                            point,
-                        )
-                    )
+            for p in family.sweep(conv, form):
+                cost = chain_cost(p.stages, shape, bias)
+                c = Candidate(
+                    name, form, p.rank, p.error, p.bound, cost, family.exact, none, none, conv, p
+                )
+                # What takes more multiply-adds than the dense kernel is not what anybody is after.
+                if c.amount(measure) < first.amount(measure):
+                    found.append(c)
+    if axis == "seconds":
+        found = [timed(c) for c in found]
+        found = [c for c in found if c.seconds < whole_seconds or c._point is None]
+    kept = _unbeaten(found, axis, conv)
+    return Frontier(
+        kept if axis == "seconds" else map(timed, kept),
+        axis, shape, left_out, batch, threads, engine,
+    )  # fmt: skip
+
+
+def _unbeaten(found: list[Candidate], axis: str, conv: Factorization) -> list[Candidate]:
+    """Those that no other beats on both error and cost, cheapest first; the dense one is last."""
     # Rounding must not decide: an error of 1e-16 and one of 3e-17 are both nothing.
     exact = float(np.finfo(float).eps) * math.sqrt(conv.stages[0].weight.size)
 
     def error(c: Candidate) -> float:
         return c.error if c.error > exact else 0.0
 
-    found.sort(key=lambda c: (getattr(c.cost, axis), error(c), len(c.shapes)))
+    found = sorted(found, key=lambda c: (c.amount(axis), error(c), len(c.shapes)))
     kept: list[Candidate] = []
     for c in found:
         if not kept or error(c) < error(kept[-1]) or c.family == "dense":
             kept.append(c)
-    return Frontier(kept, axis, shape, left_out)
+    return kept
 
 
 def _names(families: Iterable[str] | None) -> list[str]:
@@ -393,9 +466,14 @@ def approximate(
     *,
     max_error: float | None = None,
     rank: int | Sequence[int] | None = None,
+    seconds: float | str | None = None,
     macs: float | int | str | None = None,
     params: float | int | str | None = None,
     families: Iterable[str] | None = None,
+    axis: str | None = None,
+    batch: int = 1,
+    threads: int | None = None,
+    engine: str = "lowrank",
 ) -> Factorization:
     """The cheapest chain within an error, or the best one within a budget.
 
@@ -409,24 +487,37 @@ def approximate(
         Largest relative Frobenius error.
     rank : int or sequence of int, optional
         This rank, of the one family named in `families`, or of the best of those that take it.
+    seconds : float or str, optional
+        Budget of predicted time for a whole batch: seconds, an amount with a unit such as
+        ``"2ms"`` or ``"300us"``, or a share of the dense kernel's time such as ``"50%"``.
     macs, params : float or str, optional
         Budget.  A number in (0, 1] is a share of the dense cost; an amount has a unit:
         ``"20M"`` or ``"300k"``; a whole number above 1 is an amount too.
     families : iterable of str, optional
         Names from :data:`lowrank.FAMILIES`; all of them if not given.
+    axis : str, optional
+        With `max_error`, what is to be cheap: ``"seconds"`` if not given.  With `rank`, what is
+        to be saved: ``"macs"`` if not given.  For this and the next three see :func:`frontier`.
+    batch : int
+        Examples at a time.
+    threads : int, optional
+        Threads to use.
+    engine : str
+        What is to run the chain.
 
     Returns
     -------
     Factorization
         The pick, built; those found by iteration are refined, and those whose short fit is near
-        `max_error` tried.  The dense kernel itself if nothing cheaper is within `max_error`.
+        `max_error` tried.
 
     Raises
     ------
     TypeError
-        If not exactly one of `max_error`, `rank`, `macs` and `params` is given.
+        If not exactly one of `max_error`, `rank`, `seconds`, `macs` and `params` is given.
     ValueError
-        If it is impossible; the message says what is possible.
+        If it is impossible, or nothing within `max_error` is cheaper than the dense kernel; the
+        message says what is possible.  (:meth:`Frontier.within` returns the dense kernel then.)
 
     Examples
     --------
@@ -437,17 +528,44 @@ def approximate(
     >>> f.rank, f.cost((16, 16)).macs / conv.cost((16, 16)).macs
     ((12,), 0.5)
     """
-    if rank is not None and (max_error, macs, params) == (None, None, None):
-        return _at_rank(conv, input_shape, rank, _names(families)).build()
-    return choose(
+    if rank is not None and (max_error, seconds, macs, params) == (None,) * 4:
+        names = _names(families)
+        return _at_rank(conv, input_shape, rank, names, axis or "macs").build()
+    front, pick = choose(
         conv,
         input_shape,
         max_error=max_error,
         rank=rank,
+        seconds=seconds,
         macs=macs,
         params=params,
         families=families,
-    )[1].build()
+        axis=axis,
+        batch=batch,
+        threads=threads,
+        engine=engine,
+    )
+    if max_error is not None and pick is front.dense:
+        raise ValueError(nothing_within(front, max_error))
+    return pick.build()
+
+
+def nothing_within(front: Frontier, limit: float) -> str:
+    """Why the dense kernel was picked, and what a larger error would buy."""
+    said = f"nothing within {limit:g} is cheaper than the dense kernel, by {front.axis}"
+    if len(front) == 1:
+        return said + "; nor is anything at any error"
+    nearest = front[-2]
+    # The next of 1, 2, 5, 10, ...: what somebody would try.
+    scale = 10.0 ** math.floor(math.log10(nearest.error)) if nearest.error > 0 else 1.0
+    more = next((m * scale for m in (1, 2, 5, 10) if m * scale >= nearest.error), nearest.error)
+    c = front.within(more)
+    share = c.amount(front.axis) / front.dense.amount(front.axis)
+    rank = ",".join(map(str, c.rank))
+    return (
+        f"{said}; the cheapest within {more:.3g} is {c.name} of rank {rank}, error {c.error:.3g}, "
+        f"at {share:.3g} of its {front.axis}"
+    )
 
 
 def choose(
@@ -456,34 +574,47 @@ def choose(
     *,
     max_error: float | None = None,
     rank: int | Sequence[int] | None = None,
+    seconds: float | str | None = None,
     macs: float | int | str | None = None,
     params: float | int | str | None = None,
     families: Iterable[str] | None = None,
     axis: str | None = None,
+    batch: int = 1,
+    threads: int | None = None,
+    engine: str = "lowrank",
     progress: Callable[[str], object] | None = None,
 ) -> tuple[Frontier, Candidate]:
     """The frontier and the pick of :func:`approximate`, not yet built."""
     kernel_of(conv)
-    wanted = {"max_error": max_error, "rank": rank, "macs": macs, "params": params}
+    budgets = {"seconds": seconds, "macs": macs, "params": params}
+    wanted = {"max_error": max_error, "rank": rank, **budgets}
     given = [k for k, v in wanted.items() if v is not None]
     if len(given) != 1:
         raise TypeError(
-            "give exactly one of max_error, rank, macs and params, got "
+            "give exactly one of max_error, rank, seconds, macs and params, got "
             + (", ".join(given) or "none")
         )
     if max_error is not None:
         _check_error(max_error)
+    budget = budgets.get(given[0])
     if axis is None:
-        axis = "params" if params is not None else "macs"
-    elif (macs is not None and axis != "macs") or (params is not None and axis != "params"):
+        axis = given[0] if budget is not None else "seconds" if rank is None else "macs"
+    elif budget is not None and axis != given[0]:
         raise ValueError(f"a budget is compared on its own axis, {given[0]}, not on {axis!r}")
-    budget = macs if macs is not None else params
     # Before the work: a wrong amount should not take a minute to refuse.
     amount = None
     if budget is not None:
-        amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
+        if axis == "seconds":
+            here = machine.current()
+            whole = here.predict(conv, input_shape, batch=batch, threads=threads, engine=engine)
+            amount = _time(budget, whole.seconds)
+        else:
+            amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
     names = _names(families)
-    found = frontier(conv, input_shape, names, axis=axis, progress=progress)
+    found = frontier(
+        conv, input_shape, names, axis=axis, batch=batch, threads=threads, engine=engine,
+        progress=progress,
+    )  # fmt: skip
     if max_error is not None:
         return found, _refined_within(found, max_error)
     if amount is not None:
@@ -506,11 +637,13 @@ def _refined_within(found: Frontier, limit: float) -> Candidate:
 
 
 def _at_rank(
-    conv: Factorization, input_shape: Sequence[int], rank: Any, names: list[str], axis: str = "macs"
+    conv: Factorization, input_shape: Sequence[int], rank: Any, names: list[str], axis: str
 ) -> Candidate:
     """The best candidate of exactly this rank, fitted directly, whether on the front or not."""
     kernel_of(conv)
     shape = conv.shape(input_shape)
+    here, whole = machine.current(), conv.cost(shape)
+    dense_seconds = here.predict(conv, shape).seconds
     tried, why = [], []
     for name in names:
         try:
@@ -527,18 +660,23 @@ def _at_rank(
             exact, stages = FAMILIES[name].exact, f.stages
             error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, form)
             point = Point(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
+            cost, seconds = f.cost(shape), here.predict(f, shape).seconds
+            realised = dense_seconds / seconds / (whole.macs / cost.macs)
             tried.append(
-                Candidate(name, form, f.rank, error, point.bound, f.cost(shape), exact, conv, point)
-            )
+                Candidate(
+                    name, form, f.rank, error, point.bound, cost, exact, seconds, realised,
+                    conv, point,
+                )
+            )  # fmt: skip
     if not tried:
         raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(dict.fromkeys(why)))
-    whole = getattr(conv.cost(shape), axis)
-    cheaper = [c for c in tried if getattr(c.cost, axis) < whole]
+    most = dense_seconds if axis == "seconds" else float(getattr(whole, axis))
+    cheaper = [c for c in tried if c.amount(axis) < most]
     if not cheaper:
-        least = min(tried, key=lambda c: float(getattr(c.cost, axis)))
+        least = min(tried, key=lambda c: c.amount(axis))
         raise ValueError(
             f"nothing of rank {rank!r} saves {axis}: {least.name} takes "
-            f"{getattr(least.cost, axis)}, the dense kernel {whole}; ask for a lower rank"
+            f"{least.amount(axis):.6g}, the dense kernel {most:.6g}; ask for a lower rank"
         )
     return min(cheaper, key=lambda c: (c.error, c.cost.macs))
 
@@ -565,4 +703,26 @@ def _amount(axis: str, budget: float | int | str, whole: int) -> float:
         raise TypeError(f"{axis} must be a number or a string such as '20M', got {budget!r}")
     if not amount > 0:
         raise ValueError(f"{axis} must be above 0, got {budget!r}")
+    return amount
+
+
+def _time(budget: float | int | str, whole: float) -> float:
+    """A budget of time in seconds: a number of them, one with a unit, or a share of `whole`."""
+    amount = math.nan
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9.eE+-]+?)\s*(s|ms|us|%)\s*", budget)
+        try:
+            number = float(match[1]) if match else math.nan
+        except ValueError:
+            number = math.nan
+        if match:
+            amount = number * (whole / 100 if match[2] == "%" else _TIMES[match[2]])
+    elif isinstance(budget, int | float | np.number):
+        amount = float(budget)
+    else:
+        raise TypeError(f"seconds must be a number or a string such as '2ms', got {budget!r}")
+    if not 0 < amount < math.inf:
+        raise ValueError(
+            f"seconds must be above 0: a number, or as '2ms', '300us', '50%', got {budget!r}"
+        )
     return amount

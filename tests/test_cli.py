@@ -124,7 +124,7 @@ def test_filter_writes_the_picture(lowrank, photo, tmp_path):
     words = ("filter", "photo.png", "--kernel", "disk", "--radius", "4", "--rank", "3")
     code, out, err = lowrank(*words, "--mode", "nearest", "--plot", "form.png")
     assert (code, err) == (0, "")
-    assert "rank 3" in out
+    assert "> separable h-w" in out
     expected = filters.correlate(photo.astype(np.float32), filters.disk(4), rank=3, mode="nearest")
     written = np.asarray(image.open(tmp_path / "photo.disk.png"))
     np.testing.assert_array_equal(written, np.clip(np.rint(expected), 0, 255))
@@ -201,11 +201,11 @@ MISTAKES = [
     (("filter", "photo.png", "--kernel", "disk", "--radius", "-2"), "radius"),
     (("filter", "photo.png", "--kernel", "motion", "--length", "0"), "length"),
     (("filter", "photo.png", "--kernel", "gauss", "--rank", "99"), "rank"),
-    (("filter", "photo.png", "--kernel", "gauss", "--rank", "1", "--max-error", "1"), "not both"),
+    (("filter", "photo.png", "--kernel", "gauss", "--rank", "1", "--tolerance", "1"), "not both"),
     (("filter", "photo.png", "--kernel", "gauss", "--mode", "mirrored"), "'mirrored'"),
     (("filter", "photo.png", "--kernel", "gauss", "--out", "a.txt"), r"--out.*\.txt"),
     (("filter", "photo.png", "--kernel", "gauss", "--out", "no/a.png"), "--out.*folder"),
-    (("filter", "photo.png", "--kernel", "disk", "--max-error", "-1"), "max_error.*-1"),
+    (("filter", "photo.png", "--kernel", "disk", "--tolerance", "-1"), "tolerance.*-1"),
     (("filter", "photo.png", "--kernel", "gauss", "--sigma", "1e9"), "memory|large"),
     ((*A, "--macs", "."), "'.'"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank import blocks, families, filters, plots, weights
+from lowrank import blocks, families, filters, machine, plots, ranks, weights
 
 ROOT = Path(lowrank.__file__).parents[1]
 PAGES = [
@@ -20,7 +20,7 @@ PAGES = [
 
 def public():
     """(name, object) of everything public that is called or made."""
-    for module in (lowrank, blocks, families, filters, plots, weights):
+    for module in (lowrank, blocks, families, filters, machine, plots, ranks, weights):
         for name, thing in vars(module).items():
             home = getattr(thing, "__module__", "")
             ours = home.startswith(module.__name__)  # not what it imports from elsewhere

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-import lowrank as lr
-
 try:
     import torch
 except ImportError:
@@ -30,57 +28,14 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch")
     """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
     if torch is None:
         return {}
-    ends = ends or [(None, "none")] * len(stages)
+    from lowrank.backends import pytorch
+    from lowrank.stage import Epilogue
 
-    def call(formats: dict[int, Any]) -> Call:
-        def of(a: np.ndarray | None) -> Any:
-            if a is None:
-                return None
-            t = torch.tensor(a)
-            return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
-
-        given = of(x)
-        layers = [(s, of(s.weight), of(b), a) for s, (b, a) in zip(stages, ends)]
-
-        def go() -> object:
-            t = given
-            with torch.inference_mode():
-                for stage, w, bias, activation in layers:
-                    t = torch_stage(t, stage, w, bias)
-                    if activation == "relu6":
-                        t = torch.nn.functional.relu6(t, inplace=True)
-            return t
-
-        return go
-
-    found = {f"{name} NCHW": call({})}
+    epilogues = [Epilogue(*end) for end in ends or [(None, "none")] * len(stages)]
+    found = {f"{name} NCHW": pytorch.call(stages, epilogues, x)}
     if x.ndim in (4, 5):
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}
-        found[f"{name} NHWC"] = call(last)
+        found[f"{name} NHWC"] = pytorch.call(stages, epilogues, x, channels_last=True)
     return found
-
-
-def torch_stage(t: Any, s: lr.Stage, w: Any, bias: Any) -> Any:
-    """One stage; tied copies go along the batch or one more axis, so that nothing is copied."""
-    g, f = s.geometry, torch.nn.functional
-    run = (f.conv1d, f.conv2d, f.conv3d)
-    stride, pads, dilation = list(g.stride), [a for a, _ in g.padding], list(g.dilation)
-    if s.left > 1:
-        n = len(t)
-        t = t.reshape(n * s.left, -1, *t.shape[2:])
-        t = run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
-        return t.reshape(n, -1, *t.shape[2:])
-    if s.right > 1:
-        t = t.reshape(len(t), -1, s.right, *t.shape[2:])
-        if g.ndim == 3:  # no fourth axis: copies along the batch
-            n = len(t)
-            t = t.movedim(2, 1).reshape(n * s.right, -1, *t.shape[3:])
-            t = run[2](t, w, bias, stride, pads, dilation, s.groups)
-            t = t.reshape(n, s.right, -1, *t.shape[2:]).movedim(1, 2)
-            return t.reshape(n, -1, *t.shape[3:])
-        t = run[g.ndim](t, w.unsqueeze(2), bias, [1, *stride], [0, *pads], [1, *dilation], s.groups)
-        return t.reshape(len(t), -1, *t.shape[3:])
-    return run[g.ndim - 1](t, w, bias, stride, pads, dilation, s.groups)
 
 
 def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:

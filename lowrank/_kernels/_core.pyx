@@ -70,7 +70,7 @@ cdef extern from "dispatch.h":
     const lr_isa *lr_isa_table(int) nogil
     int lr_max_threads() nogil
     double lr_wake(int) nogil
-    void lr_caches(int64_t *, int64_t *) nogil
+    void lr_caches(int64_t *) nogil
     double lr_now() nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
                lr_step *, int *) nogil
@@ -88,10 +88,10 @@ def default_isa():
 
 
 def caches():
-    """Bytes of the (L1 data, L2) cache of a core."""
-    cdef int64_t l1, l2
-    lr_caches(&l1, &l2)
-    return l1, l2
+    """Bytes of the L1 data and the L2 cache of a core, and of the L3 cache that cores share."""
+    cdef int64_t sizes[3]
+    lr_caches(sizes)
+    return sizes[0], sizes[1], sizes[2]
 
 
 def peak(int64_t n, dtype="float32", isa=None):

@@ -5,6 +5,7 @@
 #if defined(__linux__)
 #define _GNU_SOURCE
 #endif
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -67,15 +68,36 @@ const lr_isa *lr_isa_table(int i)
     return found[i].table;
 }
 
-void lr_caches(int64_t *l1, int64_t *l2)
+/* What Linux says of a cache that the first core shares with its neighbours, or 0; in a virtual machine
+ * sysconf adds up all those of the host. */
+static int64_t shared_cache(void)
 {
-    *l1 = *l2 = 0;
-#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
-    *l1 = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-    *l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    long kib = 0;
+#ifdef __linux__
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    if (file) {
+        if (fscanf(file, "%ldK", &kib) != 1) kib = 0;
+        fclose(file);
+    }
 #endif
-    if (*l1 <= 0) *l1 = 32 << 10;
-    if (*l2 <= 0) *l2 = 1 << 20;
+    return (int64_t)kib << 10;
+}
+
+void lr_caches(int64_t sizes[3])
+{
+    static const int64_t usual[3] = {32 << 10, 1 << 20, 32 << 20};
+    static int64_t known[3]; /* a race would ask twice, no more */
+    if (!known[0]) {
+        for (int i = 0; i < 3; i++) sizes[i] = 0;
+        sizes[2] = shared_cache();
+#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+        sizes[0] = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+        sizes[1] = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        if (sizes[2] <= 0) sizes[2] = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+        for (int i = 2; i >= 0; i--) known[i] = sizes[i] > 0 ? sizes[i] : usual[i];
+    }
+    for (int i = 0; i < 3; i++) sizes[i] = known[i];
 }
 
 #ifdef _OPENMP
@@ -135,14 +157,9 @@ double lr_now(void)
 /* Whether out is so large that it is not in the caches when somebody reads it. */
 static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
 {
-    static int64_t l3;
-    if (!l3) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-        l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-        if (l3 <= 0) l3 = 32 << 20;
-    }
-    return 2 * batch * plan->outputs * itemsize >= l3;
+    int64_t sizes[3];
+    lr_caches(sizes);
+    return 2 * batch * plan->outputs * itemsize >= sizes[2];
 }
 
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,

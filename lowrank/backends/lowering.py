@@ -225,7 +225,8 @@ def _part(
         sizes = (*sizes[: lead - 1], batch, *sizes[lead:])
     whole = (shape[0], *sizes)
     itemsize = np.dtype(dtype).itemsize
-    tile = tiling.tile(specs_placed, whole, threads, itemsize, *_core.caches(), _core.wake(threads))
+    l1, l2, _ = _core.caches()
+    tile = tiling.tile(specs_placed, whole, threads, itemsize, l1, l2, _core.wake(threads))
     out_shape = Layout(specs_placed, whole, None).out_shape
     plain = [1] * len(size_in)
     for a, n in zip(keep, out_shape[1 + lead :]):

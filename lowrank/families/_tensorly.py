@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,16 @@ from lowrank._typing import Array, Ints
 
 def parafac(
     tensor: Array, start: Sequence[Array], iterations: int, tolerance: float, ridge: float
-) -> list[Array]:
+) -> tuple[list[Array], list[float]]:
     """CP factors, (size, rank) a mode, by alternating least squares from `start`.
 
+    With them the relative errors of the start and after every sweep; none at tolerance 0.
     Raises numpy.linalg.LinAlgError where the normal equations are singular.
     """
     import tensorly as tl
     from tensorly.decomposition import parafac as als
 
+    errors: list[float] = []
     with _fast_mttkrp(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cp = als(
@@ -32,9 +33,10 @@ def parafac(
             n_iter_max=iterations,
             tol=tolerance,
             l2_reg=ridge,
+            callback=(lambda _, error: errors.append(float(error))) if tolerance else None,
         )
     weights, factors = cp
-    return [factors[0] * weights, *factors[1:]]
+    return [factors[0] * weights, *factors[1:]], errors
 
 
 def partial_tucker(
@@ -73,35 +75,42 @@ def _fast_mttkrp() -> Iterator[None]:
     The choice is local to this thread, and so is putting it back.
     """
     import tensorly as tl
+    from tensorly.tenalg.core_tenalg import CoreTenalgBackend
 
+    backend: Any = CoreTenalgBackend()
+    backend.unfolding_dot_khatri_rao = Mttkrp()
     before = tl.tenalg.current_backend()
-    tl.tenalg.set_backend(_backend(), local_threadsafe=True)
+    tl.tenalg.set_backend(backend, local_threadsafe=True)
     try:
         yield
     finally:
         tl.tenalg.set_backend(before, local_threadsafe=True)
 
 
-@functools.cache
-def _backend() -> Any:
-    from tensorly.tenalg.core_tenalg import CoreTenalgBackend
+class Mttkrp:
+    """Contract every mode but one with its factor: the largest first, by one GEMM.
 
-    class GemmFirst(CoreTenalgBackend, backend_name="lowrank_gemm_first"):  # type: ignore[misc, call-arg]
-        """CoreTenalgBackend with another MTTKRP."""
+    For the modes of one tensor in turn: the GEMM is kept until its factor is another one, so
+    that two of them make a sweep over a kernel, not one a mode.
+    """
 
-    GemmFirst.unfolding_dot_khatri_rao = staticmethod(mttkrp)
-    return GemmFirst()
+    def __init__(self) -> None:
+        self.mode = -1
+        self.factor = self.part = np.empty(0)
 
-
-def mttkrp(tensor: Array, cp: tuple[Array, Sequence[Array]], mode: int) -> Array:
-    """Contract every mode but `mode` with its factor: the largest first, by one GEMM."""
-    weights, factors = cp
-    others = [m for m in range(tensor.ndim) if m != mode]
-    largest = max(others, key=lambda m: tensor.shape[m])
-    part = np.tensordot(tensor, factors[largest], axes=(largest, 0))  # (the rest, rank)
-    for m in sorted((m for m in others if m != largest), reverse=True):
-        # Modes after `largest` have moved up by one; contract the last first.
-        axis = m - (m > largest)
-        shape = (1,) * axis + (factors[m].shape[0],) + (1,) * (part.ndim - axis - 2) + (-1,)
-        part = (part * factors[m].reshape(shape)).sum(axis=axis)
-    return part if weights is None else part * weights
+    def __call__(self, tensor: Array, cp: tuple[Array, Sequence[Array]], mode: int) -> Array:
+        """The matricised `tensor` times the Khatri-Rao product of all factors but `mode`'s."""
+        weights, factors = cp
+        others = [m for m in range(tensor.ndim) if m != mode]
+        if self.mode not in others or factors[self.mode] is not self.factor:
+            self.mode = max(others, key=lambda m: tensor.shape[m])
+            self.factor = factors[self.mode]
+            # (the rest, rank)
+            self.part = np.tensordot(tensor, self.factor, axes=(self.mode, 0))
+        part = self.part
+        for m in sorted((m for m in others if m != self.mode), reverse=True):
+            # Modes after the contracted one have moved up by one; contract the last first.
+            axis = m - (m > self.mode)
+            shape = (1,) * axis + (factors[m].shape[0],) + (1,) * (part.ndim - axis - 2) + (-1,)
+            part = (part * factors[m].reshape(shape)).sum(axis=axis)
+        return part if weights is None else part * weights

@@ -3,11 +3,16 @@
 Four families differ in which modes the outer products have: `cp` one for every axis (CP-4 of
 a 2-D kernel, CP-5 of a 3-D one), `cp3` one for all axes together, `jaderberg` a decomposition
 for every input channel on its own, `filter` no channels at all.
+
+Every chain that is returned has gone through the error-preserving correction of
+`_als.corrected`: of the sums near the best one found, it is among the least sensitive.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +38,27 @@ from lowrank.stage import Stage, blank
 
 SWEEPS = 30  # of ALS for a point of a sweep, from the point before
 REFINE = 300  # of ALS for a chain that is returned
+SLACK = 1e-3  # of its error, spent on making it less sensitive
+NOTHING = 1e-7  # an error that closed forms in float64 do not tell from none
+FALLING = 1e-4  # of its error: what a sweep that has converged may still take off
+
+
+class ConvergenceWarning(UserWarning):
+    """Alternating least squares ended while its error was still falling.
+
+    Given by :func:`lowrank.cp`, :func:`lowrank.cp3`, :func:`lowrank.jaderberg` and
+    :func:`lowrank.filter` where the last sweep still took more than 0.01 % off the error: more
+    sweeps find a better chain, or there is no best one and the terms of the sum grow for ever.
+    """
+
+
+class Effort(NamedTuple):
+    """How a fit is looked for, as the keywords of the public functions say."""
+
+    iterations: int = REFINE
+    ridge: float = 0.0
+    restarts: int = 0
+    seed: int = 0
 
 
 class Modes(NamedTuple):
@@ -166,68 +192,140 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
     bounds = _als.bound(tensors)
     # Above three quarters of the dense parameters there is little left to save.
     most = 3 * tensors[0].size // (4 * sum(tensors.shape[1:]))
-    factors = None
+    fit = None
     for rank in _als.ranks(min(max(most, 1), _largest(tensors))):
-        factors = _improve(tensors, rank, factors, SWEEPS)
-        error = _als.batched_error(tensors, factors)
+        fit = _climbed(tensors, rank, fit, Effort())
         bound = float(bounds[rank]) if rank < len(bounds) else 0.0
         yield Point(
             (rank,),
-            error,
-            min(bound, error),
+            fit.error,
+            min(bound, fit.error),
             _stages(conv, kernel, modes, rank, None),
-            partial(_refined, conv, kernel, modes, rank, factors),
+            partial(_build, conv, kernel, modes, rank, fit),
         )
 
 
-def _improve(
-    tensors: Array, rank: int, factors: Sequence[Array] | None, iterations: int
-) -> list[Array]:
-    """ALS on each tensor: TensorLy's for a few large ones, our own for many small ones."""
-    if tensors[0].ndim == 1:
-        return [tensors[:, :, None] * (np.arange(rank) == 0)]
-    if len(tensors) > 8:
-        if factors is not None:
-            wide = [_als.grown(list(some), rank) for some in zip(*factors)]
-            factors = [np.stack(f) for f in zip(*wide)]
-        return _als.batched_cp(tensors, rank, iterations, factors)
-    found = []
-    for i, tensor in enumerate(tensors):
-        first = (
-            _als.start(tensor, rank)
-            if factors is None
-            else _als.grown([f[i] for f in factors], rank)
-        )
-        found.append(_als.cp(tensor, first, iterations)[0])
-    return [np.stack(f) for f in zip(*found)]
+def _climbed(tensors: Array, rank: int, fit: _als.Fit | None, effort: Effort) -> _als.Fit:
+    """A few sweeps of ALS at `rank`, from the fit of a lower one if there is one."""
+    if fit is None:
+        first = _starts(tensors, rank, effort.seed)
+    else:
+        first = _als.grown(fit.factors, rank, effort.seed)
+    return _improved(tensors, first, SWEEPS, effort.ridge)
 
 
-def _refined(
-    conv: Factorization,
-    kernel: Kernel,
-    modes: Modes,
-    rank: int,
-    factors: Sequence[Array] | None,
+def _starts(tensors: Array, rank: int, seed: int) -> list[Array]:
+    return [np.stack(f) for f in zip(*(_als.start(t, rank, seed) for t in tensors))]
+
+
+def _improved(tensors: Array, factors: Sequence[Array], iterations: int, ridge: float) -> _als.Fit:
+    """ALS on each tensor: TensorLy's for a few large ones, our own for many small ones.
+
+    A ridge in the metric of the terms is our own, too.
+    """
+    if len(tensors) > 8 or ridge:
+        return _als.batched_cp(tensors, factors, iterations, ridge)
+    fits = [_als.cp(t, [f[i] for f in factors], iterations) for i, t in enumerate(tensors)]
+    found = [np.stack(f) for f in zip(*(fit.factors for fit in fits))]
+    missed = [(fit.error * float(np.linalg.norm(t))) ** 2 for fit, t in zip(fits, tensors)]
+    falling = sum(m * fit.falling for m, fit in zip(missed, fits)) / (sum(missed) or 1.0)
+    return _als.Fit(found, _als.batched_error(tensors, found), falling)
+
+
+def _refined(tensors: Array, rank: int, fit: _als.Fit | None, effort: Effort) -> _als.Fit:
+    """More ALS from `fit`, from a fresh start, and from random ones: the best of them."""
+    starts = [_starts(tensors, rank, effort.seed)]
+    if fit is not None:
+        starts.insert(0, _als.grown(fit.factors, rank, effort.seed))
+    nothing = [np.empty((len(tensors), n, 0)) for n in tensors.shape[1:]]
+    seeds = range(effort.seed + 1, effort.seed + 1 + effort.restarts)
+    starts += [_als.grown(nothing, rank, seed) for seed in seeds]
+    tried = (_improved(tensors, f, effort.iterations, effort.ridge) for f in starts)
+    return min(tried, key=lambda fit: fit.error)
+
+
+def _spared(fit: _als.Fit) -> float:
+    """The error up to which a fit is made less sensitive by default."""
+    if fit.factors[0].shape[-1] == 1:
+        return fit.error  # one term has nothing that it could cancel
+    return max((1 + SLACK) * fit.error, NOTHING)
+
+
+def _build(
+    conv: Factorization, kernel: Kernel, modes: Modes, rank: int, swept: _als.Fit
 ) -> tuple[Stage, ...]:
-    """The stages, after more ALS from `factors` and from a fresh start: the better of the two."""
-    starts = [None] if factors is None else [factors, None]
-    tried = [_improve(modes.tensors, rank, f, REFINE) for f in starts]
-    best = min(tried, key=lambda f: _als.batched_error(modes.tensors, f))
-    return _stages(conv, kernel, modes, rank, best)
+    """The stages of a sweep's point, refined and corrected; never worse than the sweep said."""
+    fit = _refined(modes.tensors, rank, swept, Effort())
+    limit = max(fit.error, min(_spared(fit), swept.error))
+    factors = _als.corrected(modes.tensors, fit.factors, limit)
+    return _stages(conv, kernel, modes, rank, factors)
 
 
 def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:
+    checked_form(form, ("",))
+    return _fitted(family, conv, rank, None, Effort())[0]
+
+
+def _fitted(
+    family: str,
+    conv: Factorization,
+    rank: int | Sequence[int],
+    max_error: float | None,
+    effort: Effort,
+) -> tuple[Factorization, _als.Fit]:
+    """The chain, and the fit that it was before it was corrected."""
     kernel = kernel_of(conv)
     modes = MODES[family](kernel)
-    form = checked_form(form, ("",))
     ranks = checked_rank(rank, (_largest(modes.tensors),), "one number")
-    factors = None
+    fit = None
     for r in _als.ranks(ranks[0], 6)[:-1]:  # a ladder of warm starts, as in a sweep
-        factors = _improve(modes.tensors, r, factors, SWEEPS)
-    stages = _refined(conv, kernel, modes, ranks[0], factors)
-    return replace(conv, stages=stages, family=family, form=form, rank=ranks)
+        fit = _climbed(modes.tensors, r, fit, effort)
+    fit = _refined(modes.tensors, ranks[0], fit, effort)
+    if max_error is not None and fit.error > max_error:
+        more = "the rank, iterations" if fit.falling > FALLING else "the rank"
+        raise ValueError(
+            f"rank {ranks[0]} reaches {fit.error:.4g}, not {max_error:.4g}: "
+            f"raise {more} or max_error"
+        )
+    limit = _spared(fit) if max_error is None else max_error
+    factors = _als.corrected(modes.tensors, fit.factors, limit)
+    stages = _stages(conv, kernel, modes, ranks[0], factors)
+    return replace(conv, stages=stages, family=family, form="", rank=ranks), fit
+
+
+def _asked(
+    family: str, conv: Factorization, rank: int, max_error: float | None, effort: Effort
+) -> Factorization:
+    """What the public functions do: arguments checked, a fit, and a word if it is not ready."""
+    counts = (("iterations", effort.iterations, 1), ("restarts", effort.restarts, 0))
+    for name, count, least in (*counts, ("seed", effort.seed, 0)):
+        try:
+            fits = operator.index(count) >= least
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {count!r}") from None
+        if not fits:
+            raise ValueError(f"{name} must be at least {least}, got {count!r}")
+    if not isinstance(effort.ridge, int | float | np.number) or not 0 <= effort.ridge < math.inf:
+        raise ValueError(f"ridge must be a number, at least 0, got {effort.ridge!r}")
+    if max_error is not None and (
+        not isinstance(max_error, int | float | np.number) or not 0 <= max_error < 1
+    ):
+        raise ValueError(f"max_error must be a number from 0 to below 1, got {max_error!r}")
+    f, fit = _fitted(family, conv, rank, max_error, effort)
+    # An error that was asked for, and is reached, need not settle; nor what is rounding next.
+    if fit.falling > FALLING and fit.error > 10 * NOTHING and max_error is None:
+        bound = _bound(family, conv, f.rank, "")
+        under = f"no chain of this rank is under {bound:.3g}; " if bound > NOTHING else ""
+        warnings.warn(
+            f"{family} of rank {f.rank[0]} has not converged: error {fit.error:.4g} after "
+            f"{effort.iterations} sweeps, still falling by {100 * fit.falling:.2g} % a sweep; "
+            f"{under}give more sweeps with iterations=, or an error to keep to with max_error=",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return f
 
 
 def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
@@ -247,7 +345,16 @@ FAMILIES = {
 }
 
 
-def cp(conv: Factorization, rank: int) -> Factorization:
+def cp(
+    conv: Factorization,
+    rank: int,
+    *,
+    max_error: float | None = None,
+    ridge: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
+    iterations: int = REFINE,
+) -> Factorization:
     r"""Approximate by a sum of outer products, one factor for every mode.
 
     Parameters
@@ -256,6 +363,18 @@ def cp(conv: Factorization, rank: int) -> Factorization:
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
         Terms: channels of every stage in between, a group.
+    max_error : float, optional
+        Relative error, below 1, up to which the chain may be made less sensitive; 1.001 times
+        the smallest error found if not given.
+    ridge : float
+        Penalty on the squared norms of the terms, relative to that of the kernel: with 0.01 no
+        term is larger than ten times the kernel.  0 is plain least squares.
+    restarts : int
+        Starts at random beside those from singular vectors and from lower ranks.
+    seed : int
+        Of all that is random; the result is the same for the same seed.
+    iterations : int
+        Sweeps from each start, at the most.
 
     Returns
     -------
@@ -267,14 +386,34 @@ def cp(conv: Factorization, rank: int) -> Factorization:
     Raises
     ------
     ValueError
-        If `rank` is out of range or `conv` is not one dense stage; NotApplicable, which is
-        one, if there is nothing to factor.
+        If `rank` is out of range or `conv` is not one dense stage, if another argument is, or if
+        no sum within `max_error` is found; NotApplicable, which is one, if there is nothing to
+        factor.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If the error was still falling at the end, by more than 0.01 % in a sweep.
 
     Notes
     -----
-    Alternating least squares from the leading singular vectors of the unfoldings: no promise
-    of the best approximation, which need not even exist for three modes and more [2]_.  A
-    lower bound on the error of any chain of this rank comes with :func:`lowrank.frontier`.
+    Alternating least squares on
+    :math:`\|W - \sum_r T_r\|^2 + \text{ridge} \sum_r \|T_r\|^2`, from the leading singular
+    vectors of the unfoldings and from the fit of a lower rank: no promise of the best
+    approximation, which need not even exist for three modes and more [2]_.  A lower bound on the
+    error of any chain of this rank comes with :func:`lowrank.frontier`.
+
+    Where there is no best one, and near such kernels, terms grow and cancel: the error is small,
+    but any rounding of the factors, of sizes :math:`n_m` and columns :math:`u_r^m`, is
+    magnified.  The expected squared change of the kernel for noise of variance 1 on every entry
+    is their sensitivity
+
+    .. math:: \sum_m n_m \sum_r \prod_{k \ne m} \|u_r^k\|^2.
+
+    By error-preserving correction [3]_ what is returned is, among the sums up to the error
+    allowed, one of the least sensitivity: over one factor after another it is minimised subject
+    to that error, which is least squares with a weighted ridge whose multiplier solves a scalar
+    equation.  A single term is not corrected unless `max_error` is given.
 
     References
     ----------
@@ -283,6 +422,8 @@ def cp(conv: Factorization, rank: int) -> Factorization:
        :arxiv:`1412.6553`.
     .. [2] V. de Silva, L.-H. Lim, "Tensor rank and the ill-posedness of the best low-rank
        approximation problem", SIAM J. Matrix Anal. Appl. 30, 2008. :arxiv:`math/0607647`.
+    .. [3] A.-H. Phan et al., "Stable low-rank tensor decomposition for compression of
+       convolutional neural network", ECCV 2020. :arxiv:`2008.05441`.
 
     Examples
     --------
@@ -294,11 +435,30 @@ def cp(conv: Factorization, rank: int) -> Factorization:
     [(1, 4, 1, 1), (1, 1, 3, 1), (1, 1, 1, 3), (8, 1, 1, 1)]
     >>> bool(f.error(conv.to_dense()) < 1e-9)
     True
+
+    What error there is to spare makes the terms smaller:
+
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)))
+    >>> near = lowrank.cp(conv, rank=8)
+    >>> calm = lowrank.cp(conv, rank=8, max_error=0.7)
+    >>> bool(near.error(conv.to_dense()) < calm.error(conv.to_dense()) <= 0.7)
+    True
+    >>> bool(np.linalg.norm(calm.stages[0].weight) < np.linalg.norm(near.stages[0].weight))
+    True
     """
-    return _fit("cp", conv, rank)
+    return _asked("cp", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
 
 
-def cp3(conv: Factorization, rank: int) -> Factorization:
+def cp3(
+    conv: Factorization,
+    rank: int,
+    *,
+    max_error: float | None = None,
+    ridge: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
+    iterations: int = REFINE,
+) -> Factorization:
     r"""Approximate by a sum of outer products of channels, channels, and whole spatial filters.
 
     Parameters
@@ -307,6 +467,8 @@ def cp3(conv: Factorization, rank: int) -> Factorization:
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
     rank : int
         Terms: channels of the depthwise stage, a group.
+    max_error, ridge, restarts, seed, iterations : float or int, optional
+        As for :func:`lowrank.cp`.
 
     Returns
     -------
@@ -318,10 +480,15 @@ def cp3(conv: Factorization, rank: int) -> Factorization:
     ValueError
         As for :func:`lowrank.cp`.
 
+    Warns
+    -----
+    ConvergenceWarning
+        As for :func:`lowrank.cp`.
+
     Notes
     -----
     As :func:`lowrank.cp`, with the spatial factors merged [1]_: fewer stages, and never a
-    larger error at the same rank, for more taps.
+    larger error of the best sum at the same rank, for more taps.
 
     References
     ----------
@@ -336,10 +503,19 @@ def cp3(conv: Factorization, rank: int) -> Factorization:
     >>> [s.weight.shape for s in f.stages]
     [(1, 4, 1, 1), (1, 1, 3, 3), (8, 1, 1, 1)]
     """
-    return _fit("cp3", conv, rank)
+    return _asked("cp3", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
 
 
-def jaderberg(conv: Factorization, rank: int) -> Factorization:
+def jaderberg(
+    conv: Factorization,
+    rank: int,
+    *,
+    max_error: float | None = None,
+    ridge: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
+    iterations: int = REFINE,
+) -> Factorization:
     r"""Approximate with separable filters of every input channel's own, then mix them.
 
     Parameters
@@ -348,6 +524,8 @@ def jaderberg(conv: Factorization, rank: int) -> Factorization:
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
     rank : int
         Separable filters an input channel.
+    max_error, ridge, restarts, seed, iterations : float or int, optional
+        As for :func:`lowrank.cp`.
 
     Returns
     -------
@@ -360,10 +538,15 @@ def jaderberg(conv: Factorization, rank: int) -> Factorization:
     ValueError
         As for :func:`lowrank.cp`.
 
+    Warns
+    -----
+    ConvergenceWarning
+        As for :func:`lowrank.cp`.
+
     Notes
     -----
     Scheme 1 of [1]_: a CP decomposition of rank `rank` of each slice W[:, s], by alternating
-    least squares on all slices at once.
+    least squares on all slices at once, which share what error there is to spare.
 
     References
     ----------
@@ -378,10 +561,19 @@ def jaderberg(conv: Factorization, rank: int) -> Factorization:
     >>> [s.weight.shape for s in f.stages]
     [(8, 1, 3, 1), (8, 1, 1, 3), (8, 8, 1, 1)]
     """
-    return _fit("jaderberg", conv, rank)
+    return _asked("jaderberg", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
 
 
-def filter(conv: Factorization, rank: int) -> Factorization:
+def filter(
+    conv: Factorization,
+    rank: int,
+    *,
+    max_error: float | None = None,
+    ridge: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
+    iterations: int = REFINE,
+) -> Factorization:
     r"""Approximate a filter over three axes by a sum of products of one-dimensional ones.
 
     Parameters
@@ -390,6 +582,8 @@ def filter(conv: Factorization, rank: int) -> Factorization:
         One dense stage, from :func:`lowrank.dense`, one input channel a group, three axes.
     rank : int
         Terms.
+    max_error, ridge, restarts, seed, iterations : float or int, optional
+        As for :func:`lowrank.cp`.
 
     Returns
     -------
@@ -401,6 +595,11 @@ def filter(conv: Factorization, rank: int) -> Factorization:
     ------
     ValueError
         As for :func:`lowrank.cp`.  For two axes use :func:`lowrank.spatial`, which is optimal.
+
+    Warns
+    -----
+    ConvergenceWarning
+        As for :func:`lowrank.cp`.
 
     Notes
     -----
@@ -420,4 +619,4 @@ def filter(conv: Factorization, rank: int) -> Factorization:
     >>> [s.weight.shape for s in lowrank.filter(box, rank=1).stages]
     [(1, 1, 3, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3)]
     """
-    return _fit("filter", conv, rank)
+    return _asked("filter", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))

@@ -1,0 +1,23 @@
+"""Filters of images, volumes, cubes and series, of any rank, in scipy.ndimage's manners."""
+
+from lowrank.filters.arguments import MODES as MODES
+from lowrank.filters.choose import FilterPlan as FilterPlan
+from lowrank.filters.choose import Option as Option
+from lowrank.filters.classical import ball as ball
+from lowrank.filters.classical import box as box
+from lowrank.filters.classical import disk as disk
+from lowrank.filters.classical import dog as dog
+from lowrank.filters.classical import gabor as gabor
+from lowrank.filters.classical import gauss as gauss
+from lowrank.filters.classical import laplacian as laplacian
+from lowrank.filters.classical import log as log
+from lowrank.filters.classical import motion as motion
+from lowrank.filters.classical import prewitt as prewitt
+from lowrank.filters.classical import scharr as scharr
+from lowrank.filters.classical import sobel as sobel
+from lowrank.filters.classical import unsharp as unsharp
+from lowrank.filters.run import correlate as correlate
+from lowrank.filters.run import filter_image as filter_image
+from lowrank.filters.run import plan_filter as plan_filter
+from lowrank.filters.run import rank as rank
+from lowrank.filters.run import separate as separate

@@ -1,0 +1,476 @@
+"""Images filtered by the engine: the separable form of a kernel, planned once and kept."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lowrank import backends, reference, search
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization, dense
+from lowrank.filters import arguments, choose
+from lowrank.geometry import integers
+from lowrank.stage import Epilogue, Stage
+
+LONG = 64  # numbers that are worth an axis of their own
+PLANS = 32  # that are kept for calls with the same kernel, size and border
+# Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
+_NOISE = 4
+
+
+def separate(
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    shape: Sequence[int] | None = None,
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+) -> Factorization:
+    """Write a filter as a chain of passes along fewer axes.
+
+    Parameters
+    ----------
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes; integers are taken as float64.
+    rank : int, optional
+        Terms of the sum.  Over two axes the best filter of that rank; over three a CP sum.
+    tolerance : float, optional
+        Largest relative Frobenius error: the cheapest chain within it, of any form, such as
+        spatial against spectral axes of a cube.  Without `rank` and `tolerance`: within
+        rounding.
+    shape : sequence of int, optional
+        Size of the images that it is meant for, which costs are compared at; twice the kernel
+        if not given.
+    mode : str
+        Border; this and the next two as for :func:`correlate`.
+    cval : float
+        The constant of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter.
+
+    Returns
+    -------
+    Factorization
+        With one channel in and out.  The dense kernel if no chain is cheaper.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the kernel is empty, not finite, not real, or the rank is not possible.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> sobel = [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]
+    >>> [s.weight.shape for s in filters.separate(sobel).stages]
+    [(1, 1, 3, 1), (1, 1, 1, 3)]
+    """
+    k = arguments.kernel(kernel)
+    tolerance = _tolerance(tolerance, rank)
+    conv = _stage(k, mode, cval, arguments.origins(origin, k.shape))
+    if rank is not None:
+        return choose.of_rank(conv, rank)
+    shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)
+    tolerance = _rounding(k) if tolerance is None else tolerance
+    families = choose.FAMILIES_OF_FILTERS
+    return search.choose(conv, shape, max_error=tolerance, families=families, axis="macs")[
+        1
+    ].build()
+
+
+def correlate(
+    image: Array,
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: choose.Method = "auto",
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: Sequence[int] | None = None,
+    convolve: bool = False,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Filter an image, a volume, a cube or a series, the fastest way within a tolerance.
+
+    Parameters
+    ----------
+    image : ndarray
+        Real.  float32 and float64 are computed in their own precision, float16 and 8- and
+        16-bit integers in float32, wider ones in float64; integer results are rounded to
+        nearest, halves to even, and saturate.  8- and 16-bit integers are read and written by
+        the engine itself, and colours that lie together go through in one pass.
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes; see :func:`separate`.
+    rank : int, optional
+        Filter with the best sum of that many separable terms instead.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that is run; rounding if not given.
+    method : str
+        ``"auto"``: what is predicted to be fastest within the tolerance; :func:`plan_filter`
+        shows the choice.  ``"direct"``, ``"separable"`` and ``"fft"`` ask for a way.
+    mode : str
+        Border, by scipy.ndimage's names: ``"reflect"`` (``b a | a b c | c b``),
+        ``"mirror"`` (``c b | a b c | b a``), ``"nearest"``, ``"wrap"`` or ``"constant"``.
+    cval : float
+        The constant of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter, one for all axes or one an axis, in scipy.ndimage's sense.
+    axes : sequence of int, optional
+        Axes of `image` that the kernel runs along, for an image with more axes than it, such
+        as colours; the first ones if not given.
+    convolve : bool
+        Flip the kernel: a convolution in the mathematical sense.
+    out : ndarray, optional
+        Where to put the result; same shape and dtype as `image`.
+    threads : int, optional
+        Threads to use; all that OpenMP offers if not given.
+
+    Returns
+    -------
+    ndarray
+        Of the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a dtype, mode, origin, axis or kernel is not possible; the message says what is.
+
+    Notes
+    -----
+    A Fourier transform spreads rounding, NaN and infinities over its block; where an image holds
+    some, ask for another `method`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> step = np.repeat([[0.0, 0.0, 1.0, 1.0]], 4, axis=0)
+    >>> filters.correlate(step, [[-1, 0, 1]])[0]
+    array([0., 1., 1., 0.])
+    """
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
+    image = np.asarray(image)
+    k = arguments.kernel(kernel)
+    origins = arguments.origins(origin, k.shape)
+    if convolve:
+        k = np.flip(k)
+        origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
+    work = arguments.work_dtype(image)
+    along = arguments.axes(axes, image.ndim, k.ndim)
+    if out is not None and not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
+    if out is not None and (out.shape != image.shape or out.dtype != image.dtype):
+        raise ValueError(
+            f"out must have shape {image.shape} and dtype {image.dtype}, "
+            f"got {out.shape} and {out.dtype}"
+        )
+    together = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
+    k = np.ascontiguousarray(k, work)
+    arguments.mode(mode)
+    if rank is not None:
+        (rank,) = integers("rank", rank, 1)
+    cval = arguments.real("cval", cval)
+    tolerance = _tolerance(tolerance, rank)
+    threads = threads if threads is None else integers("threads", threads, 1)[0]
+    spatial = tuple(image.shape[a] for a in along)
+    batch = image.size // max(math.prod(spatial), 1)
+    run, size, together = _planned(
+        k.tobytes(), k.shape, k.dtype.str, spatial, batch, together, rank, tolerance, method, mode,
+        cval, origins, threads,
+    )  # fmt: skip
+    out = np.empty(image.shape, image.dtype) if out is None else out
+    if image.size == 0:
+        return out
+    if np.may_share_memory(image, out):
+        image = image.copy()
+    if image.dtype not in (work, *backends.INTEGERS) or not image.dtype.isnative:
+        image = image.astype(work)
+    result = out if out.dtype == image.dtype else np.empty(out.shape, work)
+    shape = (-1, 1, *size)
+    if together:
+        run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
+    else:
+        x, moved = (np.moveaxis(a, along, range(-k.ndim, 0)) for a in (image, result))
+        y = moved.reshape(shape)
+        run(x.reshape(shape), y)
+        if not np.may_share_memory(y, result):
+            moved[...] = y.reshape(moved.shape)
+    if result is not out:
+        out[...] = reference.saturated(result, out.dtype) if out.dtype.kind in "iu" else result
+    return out
+
+
+def filter_image(
+    image: Array,
+    kernel: Any,
+    *,
+    tolerance: float | None = None,
+    method: choose.Method = "auto",
+    mode: str = "reflect",
+    cval: float = 0.0,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Filter a picture, the fastest way within a tolerance.
+
+    Parameters
+    ----------
+    image : ndarray, shape (height, width) or (height, width, colours)
+        Of any real type; see :func:`correlate`, which takes volumes and series as well.
+    kernel : array_like, shape (h, w)
+        The filter, as a correlation: not flipped.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that is run; rounding if not given.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    mode : str
+        Border, by scipy.ndimage's names.
+    cval : float
+        The constant of mode ``"constant"``.
+    out : ndarray, optional
+        Where to put the result; same shape and dtype as `image`.
+    threads : int, optional
+        Threads to use; all that OpenMP offers if not given.
+
+    Returns
+    -------
+    ndarray
+        Of the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the image is no picture, the kernel has not two axes, or an argument is not possible.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank import filters
+    >>> picture = np.random.default_rng(0).random((64, 64, 3), np.float32)
+    >>> blurred = lowrank.filter_image(picture, filters.disk(5), tolerance=0.1)
+    >>> bool(np.abs(blurred - lowrank.filter_image(picture, filters.disk(5))).max() < 0.1)
+    True
+    """
+    if np.ndim(image) not in (2, 3):
+        raise ValueError(
+            f"image must be (height, width) or (height, width, colours), got {np.shape(image)}: "
+            "filters.correlate takes any number of axes"
+        )
+    if np.ndim(kernel) != 2:
+        raise ValueError(f"kernel must have two axes, got shape {np.shape(kernel)}")
+    return correlate(
+        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, out=out,
+        threads=threads,
+    )  # fmt: skip
+
+
+def plan_filter(
+    kernel: Any,
+    shape: Sequence[int],
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: choose.Method = "auto",
+    dtype: Any = np.float32,
+    mode: str = "reflect",
+    cval: float = 0.0,
+    batch: int = 1,
+    threads: int | None = None,
+) -> choose.FilterPlan:
+    """Show the ways to run a filter, and the one that :func:`correlate` takes.
+
+    Parameters
+    ----------
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes.
+    shape : sequence of int
+        Size of the images along the same axes.
+    rank : int, optional
+        The best sum of that many separable terms, and nothing else.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that is run; rounding if not given.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    dtype : dtype
+        float32 or float64, that it is computed in.
+    mode : str
+        Border, by scipy.ndimage's names.
+    cval : float
+        The constant of mode ``"constant"``.
+    batch : int
+        Images, or colours, at a time.
+    threads : int, optional
+        Threads to use; all that OpenMP offers if not given.
+
+    Returns
+    -------
+    FilterPlan
+        A table that prints itself; the options with their errors and predicted times.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is not possible, or nothing of `method` is within the tolerance.
+
+    Notes
+    -----
+    Times are those of :mod:`lowrank.machine`.  The bound in grey levels holds for every image
+    with values from 0 to 255: it is 255 times the larger of the sums of the positive and of the
+    negative part of what the kernel misses, and images of 0 and 255 attain it.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> plan = filters.plan_filter(filters.log(2.0), (1000, 1000))
+    >>> sorted({o.method for o in plan.options})
+    ['direct', 'fft', 'separable']
+    """
+    k = arguments.kernel(kernel)
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    spatial = integers("shape", shape, k.ndim)
+    if min(spatial) < 1:
+        raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
+    k = np.ascontiguousarray(k, dtype)
+    conv = _stage(k, mode, arguments.real("cval", cval), (0,) * k.ndim)
+    tolerance = _tolerance(tolerance, rank)
+    tolerance = _rounding(k) if tolerance is None else tolerance
+    return choose.plan_of(
+        conv, spatial, tolerance, rank=rank, method=method, batch=integers("batch", batch, 1)[0],
+        itemsize=k.itemsize, threads=threads,
+    )  # fmt: skip
+
+
+def rank(kernel: Any, *, tolerance: float | None = None) -> int:
+    """Terms that a kernel has as a sum of separable ones; 1 means that it is separable.
+
+    Parameters
+    ----------
+    kernel : array_like
+        The filter, over 1, 2 or 3 axes.
+    tolerance : float, optional
+        Singular values up to this share of the largest count as zero.  If not given, what
+        rounding to the kernel's precision makes of zeros.
+
+    Returns
+    -------
+    int
+        Exact over 1 and 2 axes, and wherever it is 0 or 1.  Over three axes otherwise a lower
+        bound: the largest rank of the three unfoldings.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the kernel is empty, not finite, not real, or the tolerance is negative.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> [filters.rank(k) for k in (filters.gauss(2.0), filters.log(2.0), filters.disk(5.0))]
+    [1, 2, 4]
+    """
+    k = arguments.kernel(kernel)
+    if tolerance is None:
+        tolerance = _rounding(k)
+    elif not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance!r}")
+    largest = np.abs(k).max()
+    if largest == 0:
+        return 0
+    k = (k / largest).astype(np.float64)  # no square of it overflows, or vanishes
+    found = 1
+    for axis in range(k.ndim):
+        s = np.linalg.svd(np.moveaxis(k, axis, 0).reshape(k.shape[axis], -1), compute_uv=False)
+        found = max(found, int((s > tolerance * s[0]).sum()))
+    return found
+
+
+@functools.lru_cache(PLANS)
+def _planned(
+    kernel: bytes,
+    taps: Ints,
+    dtype: str,
+    spatial: Ints,
+    batch: int,
+    together: bool,
+    rank: int | None,
+    tolerance: float | None,
+    method: choose.Method,
+    mode: str,
+    cval: float,
+    origins: Ints,
+    threads: int | None,
+) -> tuple[Any, Ints, bool]:
+    """A planned filter, the size of the images that it takes, and whether colours lie together.
+
+    What lies behind the filtered axes goes through the engine in one pass: a long row as an axis
+    that nothing happens on, a few, such as colours, as samples of that many numbers.
+    """
+    k = np.frombuffer(kernel, dtype).reshape(taps)
+    conv = _stage(k, mode, cval, origins)
+    size = tuple(max(n, 1) for n in spatial)  # of an empty image: never run
+    plan = choose.plan_of(
+        conv, size, _rounding(k) if tolerance is None else tolerance, rank=rank, method=method,
+        batch=max(batch, 1), itemsize=k.itemsize, threads=threads,
+    )  # fmt: skip
+    if plan.choice.block is not None or not together:
+        return choose.runner(plan.choice, size, k.dtype, threads), spatial, False
+    stages, numbers = plan.choice.chain.stages, max(batch, 1)
+    if numbers >= LONG and len(taps) < 3:
+        stages, spatial, numbers = tuple(map(_idle_axis, stages)), (*spatial, numbers), 1
+        size = tuple(max(n, 1) for n in spatial)
+    ends = [Epilogue()] * len(stages)
+    run = backends.plan(stages, (1, *size), k.dtype, ends, threads, numbers)
+    return run, (*spatial[:-1], spatial[-1] * numbers), True
+
+
+def _stage(kernel: Array, mode: str, cval: float, origins: Ints) -> Factorization:
+    """The filter as a dense stage of one channel that keeps the size."""
+    before = [n // 2 + o for n, o in zip(kernel.shape, origins)]
+    return dense(
+        kernel[None, None],
+        padding=[(b, n - 1 - b) for b, n in zip(before, kernel.shape)],
+        padding_mode=arguments.mode(mode),
+        value=cval,
+    )
+
+
+def _idle_axis(stage: Stage) -> Stage:
+    """The stage with one more axis, behind the others, that nothing happens on."""
+    g = stage.geometry
+    longer = replace(
+        g,
+        stride=(*g.stride, 1),
+        padding=(*g.padding, (0, 0)),
+        dilation=(*g.dilation, 1),
+        output_padding=(*g.output_padding, 0),
+    )
+    return replace(stage, weight=stage.weight[..., None], geometry=longer)
+
+
+def _tolerance(tolerance: Any, rank: int | None) -> float | None:
+    if tolerance is None:
+        return None
+    tolerance = arguments.real("tolerance", tolerance)
+    if rank is not None:
+        raise TypeError("give rank or tolerance, not both")
+    return tolerance
+
+
+def _rounding(kernel: Array) -> float:
+    """What rounding makes of a kernel, as a share of its norm."""
+    return _NOISE * float(np.finfo(kernel.dtype).eps) * math.sqrt(kernel.size)

@@ -1,0 +1,253 @@
+"""A machine as the time model sees it: seconds for each thing that it counts, and how well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank import report
+from lowrank._kernels import _core
+from lowrank.factorization import Factorization
+from lowrank.machine import counts
+from lowrank.machine.counts import Counts, Work
+
+VERSION = 1  # of what is counted: rates of another version mean nothing
+
+#: What is counted for each way to run a chain.
+ENGINES = {
+    "lowrank": counts.engine,
+    "torch": counts.torch,
+    "torch channels-last": counts.torch,
+}
+
+
+class Prediction(NamedTuple):
+    """Seconds that a run is going to take, and how far such predictions are off.
+
+    Attributes
+    ----------
+    seconds : float
+        For the whole batch.
+    error : float
+        Median relative error of the model on work that its rates were not fitted to; half of
+        the predictions are nearer.
+    parts : mapping of str to float
+        The seconds by what they are spent on; they add up.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
+    >>> p = lowrank.machine.predict(conv, (56, 56))
+    >>> bool(abs(sum(p.parts.values()) - p.seconds) < 1e-9)
+    True
+    """
+
+    seconds: float
+    error: float
+    parts: Mapping[str, float]
+
+    def __str__(self) -> str:
+        return f"{report.time(self.seconds)} (half of such predictions are within {self.error:.0%})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Seconds of each count for one way to run chains.
+
+    Attributes
+    ----------
+    seconds : mapping of str to float
+        By the name of the count.
+    error, spread : float
+        Median and 90th percentile of the relative error, on work that was left out of the fit.
+    """
+
+    seconds: Mapping[str, float]
+    error: float
+    spread: float
+
+    def predict(self, counted: Counts) -> Prediction:
+        """Seconds of what was counted.
+
+        Parameters
+        ----------
+        counted : dict of str to float
+            From :mod:`lowrank.machine.counts`; what has no rate takes no time.
+
+        Returns
+        -------
+        Prediction
+
+        Examples
+        --------
+        >>> from lowrank.machine import Rates
+        >>> Rates({"call": 2e-6}, error=0.1, spread=0.2).predict({"call": 3}).seconds
+        6e-06
+        """
+        parts = {k: v * self.seconds.get(k, 0.0) for k, v in counted.items()}
+        kept = {k: v for k, v in parts.items() if v > 0}
+        return Prediction(sum(kept.values()), self.error, MappingProxyType(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The rates of one machine; :func:`lowrank.machine.current` gives those of this one.
+
+    Attributes
+    ----------
+    cpu, isa : str
+        Name of the processor, and the instruction set that the engine runs on.
+    threads : int
+        The most that rates were measured for.
+    rates : mapping of str to Rates
+        By engine: ``"lowrank"``, ``"fft"``, and with PyTorch ``"torch"`` and
+        ``"torch channels-last"``.
+    calibrated : bool
+        Whether they were measured on this machine; False for those that come with the package.
+    """
+
+    cpu: str
+    isa: str
+    threads: int
+    rates: Mapping[str, Rates]
+    calibrated: bool = True
+
+    def predict(
+        self,
+        f: Factorization,
+        input_shape: Sequence[int],
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        engine: str = "lowrank",
+    ) -> Prediction:
+        """How long a chain is going to take.
+
+        Parameters
+        ----------
+        f : Factorization
+            Any chain; its weights are not looked at.
+        input_shape : sequence of int
+            (channels, \\*spatial), or the spatial size alone.
+        batch : int
+            Examples at a time.
+        threads : int, optional
+            Threads to use; all that OpenMP offers if not given.
+        engine : str
+            ``"lowrank"``, ``"torch"`` (PyTorch's convolutions in its default layout) or
+            ``"torch channels-last"``.
+
+        Returns
+        -------
+        Prediction
+            For float32 and a plan that has been made and run before.
+
+        Raises
+        ------
+        ValueError
+            If there are no rates for `engine`, or the shape does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((64, 64, 3, 3), np.float32), padding=1)
+        >>> here = lowrank.machine.current()
+        >>> here.predict(conv, (56, 56)).seconds > here.predict(conv, (28, 28)).seconds
+        True
+        """
+        if engine not in self.rates or engine not in ENGINES:
+            known = ", ".join(e for e in ENGINES if e in self.rates)
+            raise ValueError(
+                f"engine must be one of {known}, got {engine!r}"
+                + (
+                    ": 'lowrank calibrate' with PyTorch installed adds it"
+                    if "torch" in engine
+                    else ""
+                )
+            )
+        return self.of_stages(f.stages, f.shape(input_shape), batch, threads, engine)
+
+    def of_stages(
+        self,
+        stages: Sequence[Any],
+        shape: tuple[int, ...],
+        batch: int = 1,
+        threads: int | None = None,
+        engine: str = "lowrank",
+        itemsize: int = 4,
+    ) -> Prediction:
+        """The same for bare stages, blank ones too, on an input of (channels, \\*spatial)."""
+        threads = min(threads or _core.max_threads(), _core.max_threads())
+        work = Work(stages, shape, batch, threads, itemsize)
+        return self.rates[engine].predict(ENGINES[engine](work, self.threads))
+
+    def of_transforms(
+        self, taps: tuple[int, ...], spatial: tuple[int, ...], block: tuple[int, ...],
+        threads: int | None = None, itemsize: int = 4,
+    ) -> Prediction:  # fmt: skip
+        """The same for a filter of so many `taps` by transforms of blocks."""
+        threads = min(threads or _core.max_threads(), _core.max_threads())
+        return self.rates["fft"].predict(
+            counts.fft(taps, spatial, block, threads, self.threads, itemsize)
+        )
+
+    def to_json(self) -> str:
+        """As text.
+
+        Returns
+        -------
+        str
+            For :meth:`from_json`.
+        """
+        facts = {"version": VERSION, "cpu": self.cpu, "isa": self.isa, "threads": self.threads}
+        rates = {
+            name: {"error": r.error, "spread": r.spread, "seconds": dict(r.seconds)}
+            for name, r in self.rates.items()
+        }
+        return json.dumps({**facts, "rates": rates}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Machine:
+        """From what :meth:`to_json` gave.
+
+        Parameters
+        ----------
+        text : str
+            JSON.
+
+        Returns
+        -------
+        Machine
+
+        Raises
+        ------
+        ValueError
+            If it is none, of another version, or a rate is no number.
+        """
+        try:
+            read = json.loads(text)
+            if read["version"] != VERSION:
+                raise ValueError("written by another version of lowrank")
+            rates = {name: _rates(given) for name, given in read["rates"].items()}
+            if not {"lowrank", "fft"} <= set(rates):
+                raise ValueError("the rates of the engine are missing")
+            facts = str(read["cpu"]), str(read["isa"]), int(read["threads"])
+            return cls(*facts, MappingProxyType(rates))
+        except (KeyError, TypeError, AttributeError) as why:
+            raise ValueError(f"not a calibration: {why!r}") from None
+
+
+def _rates(given: Mapping[str, Any]) -> Rates:
+    seconds = {str(k): float(v) for k, v in given["seconds"].items()}
+    values = [*seconds.values(), given["error"], given["spread"]]
+    if not all(0 <= v < np.inf for v in values) or not seconds:
+        raise ValueError("a rate is negative or no number")
+    return Rates(MappingProxyType(seconds), float(given["error"]), float(given["spread"]))
