@@ -5,7 +5,11 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import tempfile
 from pathlib import Path
+
+# Choices by time are made with the rates that come with the package, whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lowrank-tests-")
 
 import numpy as np
 import pytest

@@ -465,10 +465,10 @@ def _idle_axis(stage: Stage) -> Stage:
 def _tolerance(tolerance: Any, rank: int | None) -> float | None:
     if tolerance is None:
         return None
-    tolerance = arguments.real("tolerance", tolerance)
+    limit = arguments.real("tolerance", tolerance)
     if rank is not None:
         raise TypeError("give rank or tolerance, not both")
-    return tolerance
+    return limit
 
 
 def _rounding(kernel: Array) -> float:

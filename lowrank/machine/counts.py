@@ -28,6 +28,7 @@ FEW = 4  # samples at the end of a run that need no vector
 TAPS = 1024  # of one channel, at the most, that go by rows
 SHORT = 256  # samples of a plane that goes by vectors of channels
 LINE = 64  # bytes
+THIN = 8  # input channels, below which PyTorch has another way
 LONG = 512  # points of a transform along any axis but the last
 
 
@@ -205,39 +206,53 @@ def _depthwise(spec: StageSpec, out: Sequence[float], lanes: int) -> Counts:
 
 
 def torch(work: Work, most: int) -> Counts:
-    """Counts of PyTorch's convolutions, one after another, each with a team of its own."""
+    """Counts of PyTorch's convolutions, one after another, each with a team of its own.
+
+    It has several ways to run a convolution, whose speeds have little in common: each has rates
+    of its own, and so has what does not get faster with more threads.
+    """
     total: dict[str, float] = defaultdict(float)
+    lanes = LANES // work.itemsize
     shapes = chain_shapes(work.stages, work.shape)
     for stage, before, after in zip(work.stages, shapes, shapes[1:]):
-        taken, given = (work.batch * math.prod(s) for s in (before, after))
-        kept = stage.weight.size
-        rows, per = stage.weight.shape[0] // stage.groups, stage.weight.shape[1]
-        copies = stage.left * stage.right * stage.groups
-        taps = math.prod(stage.kernel)
-        samples = work.batch * math.prod(after[1:])
-        lanes = LANES // work.itemsize
-        # Channels go by vectors.
-        padded = math.ceil(rows / lanes) * math.ceil(per / lanes) * lanes
-        found = {"op": 1.0, "weight": kept / lanes}
-        if per == 1 and rows == 1 and stage.groups > 1:
-            vectors = copies * samples / lanes
-            found |= {"row multiply": vectors * taps, "row sample": vectors}
-        elif per < lanes or stage.groups > 1:
-            found |= {"odd multiply": copies * rows * per * taps * samples / lanes}
-        elif taps == 1:
-            found |= {"point multiply": copies * padded * samples}
-        else:
-            found |= {"multiply": copies * padded * taps * samples}
-        if stage.left * stage.right > 1:
-            found["rearranged"] = (taken + given) / lanes
-        threads = work.threads
+        taken, given = (work.batch * math.prod(s) / lanes for s in (before, after))
+        kind, terms = _kind(stage, lanes)
+        multiplied = stage.left * stage.right * terms * work.batch * math.prod(after[1:])
+        found = {
+            f"{kind}: multiply": multiplied / lanes,
+            f"{kind}: in": taken,
+            f"{kind}: out": given,
+            "strided in": taken * (max(stage.geometry.stride) > 1),
+            "rearranged": (taken + given) * (stage.left * stage.right > 1),
+        }
         for name, count in found.items():
-            total[name] += count if name == "op" else count / threads
-        moved = (taken + given) * work.itemsize
-        for name, count in _moved(moved, moved + kept * work.itemsize, threads, most).items():
+            total[name] += count / work.threads
+            if work.threads > 1:
+                total[f"{name}, not shared"] += count
+        total["op"] += 1
+        total["weight"] += stage.weight.size / lanes
+        total["team"] += (work.threads > 1) * _core.wake(work.threads)
+        moved = (taken + given) * LANES
+        held = moved + stage.weight.size * work.itemsize
+        for name, count in _moved(moved, held, work.threads, most).items():
             total[name] += count
-        total["team"] += (threads > 1) * _core.wake(threads)
     return total
+
+
+def _kind(stage: Stage, lanes: int) -> tuple[str, int]:
+    """Which of PyTorch's ways a stage goes, and the multiply-adds of an output sample there."""
+    rows, per = stage.weight.shape[0] // stage.groups, stage.weight.shape[1]
+    taps = math.prod(stage.kernel)
+    terms = rows * per * taps
+    if stage.groups > 1:
+        kind = "depthwise" if rows == per == 1 else "grouped"
+    elif per < THIN:
+        kind = "thin"
+    else:
+        kind = "dense" if taps > 1 else "pointwise"
+        terms = math.ceil(rows / lanes) * math.ceil(per / lanes) * lanes**2 * taps
+    # Tied copies on the right go along one axis more.
+    return f"{kind} {len(stage.kernel) + (stage.right > 1)}-D", stage.groups * terms
 
 
 def fft(
