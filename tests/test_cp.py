@@ -13,7 +13,8 @@ from scipy.optimize import minimize
 
 import lowrank as lr
 from lowrank.families import FAMILIES, _als, _tensorly
-from lowrank.families.cp import SLACK, ConvergenceWarning
+from lowrank.families._als import SLACK
+from lowrank.families.cp import ConvergenceWarning
 from lowrank.weights import layers
 
 # Sums of a few hundred products of numbers near 1, in float64.

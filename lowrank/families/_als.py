@@ -21,6 +21,8 @@ from lowrank._typing import Array, Ints
 from lowrank.families import _tensorly
 
 _LETTERS = "abcdef"
+SLACK = 1e-3  # of its error, spent on making a fit less sensitive
+NOTHING = 1e-7  # an error that closed forms in float64 do not tell from none
 RIDGE = 1e-10  # of the mean diagonal: only where the normal equations are singular
 TOLERANCE = 1e-8  # TensorLy's ALS stops where a sweep lowers the relative error by less,
 STEADY = 1e-6  # ours where it lowers it by less than this part of it
@@ -226,6 +228,11 @@ def _others(squares: Sequence[Array], *but: int) -> Array:
             (q for m, q in enumerate(squares) if m not in but), start=np.ones_like(squares[0])
         )
     )
+
+
+def spared(error: float) -> float:
+    """The error up to which a fit is made less sensitive where nobody says."""
+    return max((1 + SLACK) * error, NOTHING)
 
 
 def corrected(

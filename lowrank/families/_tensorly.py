@@ -39,27 +39,6 @@ def parafac(
     return [factors[0] * weights, *factors[1:]], errors
 
 
-def partial_tucker(
-    tensor: Array, start: Sequence[Array], modes: Sequence[int], iterations: int, tolerance: float
-) -> list[Array]:
-    """Orthonormal Tucker factors along `modes`, by HOOI from `start`."""
-    from tensorly.decomposition import partial_tucker as hooi
-    from tensorly.tenalg import multi_mode_dot
-
-    core = multi_mode_dot(tensor, list(start), modes=list(modes), transpose=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        (_, factors), _ = hooi(
-            tensor,
-            rank=[f.shape[1] for f in start],
-            modes=list(modes),
-            init=(core, [f.copy() for f in start]),
-            n_iter_max=iterations,
-            tol=tolerance,
-        )
-    return list(factors)
-
-
 def tensor_train(tensor: Array, ranks: Ints) -> list[Array]:
     """Cores (r_before, size, r_after) of the TT-SVD with these ranks between the modes."""
     from tensorly.decomposition import tensor_train as tt_svd

@@ -38,8 +38,6 @@ from lowrank.stage import Stage, blank
 
 SWEEPS = 30  # of ALS for a point of a sweep, from the point before
 REFINE = 300  # of ALS for a chain that is returned
-SLACK = 1e-3  # of its error, spent on making it less sensitive
-NOTHING = 1e-7  # an error that closed forms in float64 do not tell from none
 FALLING = 1e-4  # of its error: what a sweep that has converged may still take off
 
 
@@ -248,7 +246,7 @@ def _spared(fit: _als.Fit) -> float:
     """The error up to which a fit is made less sensitive by default."""
     if fit.factors[0].shape[-1] == 1:
         return fit.error  # one term has nothing that it could cancel
-    return max((1 + SLACK) * fit.error, NOTHING)
+    return _als.spared(fit.error)
 
 
 def _build(
@@ -315,9 +313,9 @@ def _asked(
         raise ValueError(f"max_error must be a number from 0 to below 1, got {max_error!r}")
     f, fit = _fitted(family, conv, rank, max_error, effort)
     # An error that was asked for, and is reached, need not settle; nor what is rounding next.
-    if fit.falling > FALLING and fit.error > 10 * NOTHING and max_error is None:
+    if fit.falling > FALLING and fit.error > 10 * _als.NOTHING and max_error is None:
         bound = _bound(family, conv, f.rank, "")
-        under = f"no chain of this rank is under {bound:.3g}; " if bound > NOTHING else ""
+        under = f"no chain of this rank is under {bound:.3g}; " if bound > _als.NOTHING else ""
         warnings.warn(
             f"{family} of rank {f.rank[0]} has not converged: error {fit.error:.4g} after "
             f"{effort.iterations} sweeps, still falling by {100 * fit.falling:.2g} % a sweep; "
