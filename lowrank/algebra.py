@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -45,22 +47,31 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
     >>> compose([Stage(np.array([[[1.0, 1.0]]]), g), Stage(np.array([[[1.0, 1.0]]]), g)])
     array([[[1., 2., 1.]]])
     """
-    if len({s.transposed for s in stages}) > 1:
-        raise ValueError("a chain that mixes plain and transposed stages has no single kernel")
-    if stages[0].transposed:
-        stages = [s.adjoint() for s in reversed(stages)]
-    first = stages[0]
-    per_group = first.in_channels // groups
-    ndim = first.geometry.ndim
-    dtype = np.result_type(*(s.weight for s in stages))
-    kernel = np.tile(np.eye(per_group, dtype=dtype), (groups, 1)).reshape(
-        first.in_channels, per_group, *(1,) * ndim
+    stages = _plain(stages)
+    kernel = _identity(
+        stages[0].in_channels,
+        groups,
+        stages[0].geometry.ndim,
+        np.result_type(*(s.weight for s in stages)),
     )
-    stride: Ints = (1,) * ndim
+    stride: Ints = (1,) * stages[0].geometry.ndim
     for stage in stages:
         kernel = _apply(stage, kernel, stride)
         stride = tuple(a * b for a, b in zip(stride, stage.geometry.stride))
     return kernel
+
+
+def _plain(stages: Sequence[Stage]) -> Sequence[Stage]:
+    """The plain chain with this kernel: that of a transposed one is its adjoint's."""
+    if len({s.transposed for s in stages}) > 1:
+        raise ValueError("a chain that mixes plain and transposed stages has no single kernel")
+    return [s.adjoint() for s in reversed(stages)] if stages[0].transposed else stages
+
+
+def _identity(channels: int, groups: int, ndim: int, dtype: np.dtype[Any]) -> Array:
+    """The kernel that changes nothing, one block a group."""
+    block = np.eye(channels // groups, dtype=dtype)
+    return np.tile(block, (groups, 1)).reshape(channels, -1, *(1,) * ndim)
 
 
 def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
@@ -82,6 +93,137 @@ def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
     return out.reshape(stage.out_channels, inner, *grown)
 
 
+def halves(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[Array]]:
+    r"""Split a chain at every joint: its kernels up to there, and from there on.
+
+    Parameters
+    ----------
+    stages : sequence of Stage
+        All of them plain or all of them transposed.  Of a transposed chain the kernel is
+        that of its adjoint, and so is the order of the joints.
+    groups : int
+        Groups of the whole chain.
+
+    Returns
+    -------
+    before, after : list of ndarray of float64
+        One a joint, the chain's input the first and its output the last:
+        (channels, in // groups, \*taps) and (channels, out // groups, \*taps), taps one
+        input sample apart.  The channels are those of the joint.
+
+    Raises
+    ------
+    ValueError
+        If plain and transposed stages are mixed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import Geometry, Stage
+    >>> from lowrank.algebra import halves
+    >>> g = Geometry.of(1)
+    >>> before, after = halves([Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)])
+    >>> [k.shape for k in before], [k.shape for k in after]
+    ([(2, 2, 1), (4, 2, 3), (5, 2, 3)], [(2, 5, 3), (4, 5, 1), (5, 5, 1)])
+    """
+    stages = _plain(stages)
+    ndim = stages[0].geometry.ndim
+    strides = [(1,) * ndim]
+    for stage in stages:
+        strides.append(tuple(a * b for a, b in zip(strides[-1], stage.geometry.stride)))
+    before = [_identity(stages[0].in_channels, groups, ndim, np.dtype(np.float64))]
+    for stage, stride in zip(stages, strides):
+        before.append(_apply(stage, before[-1], stride))
+    after = [_identity(stages[-1].out_channels, groups, ndim, np.dtype(np.float64))]
+    for stage, stride in list(zip(stages, strides))[::-1]:
+        after.append(_apply_back(stage, after[-1], stride))
+    return before, after[::-1]
+
+
+def _apply_back(stage: Stage, kernel: Array, stride: Ints) -> Array:
+    """What :func:`_apply` does, from the outputs of `stage` to its inputs."""
+    g, (o, c) = stage.groups, stage.weight.shape[:2]
+    w = stage.weight.reshape(g, o // g, c, *stage.kernel).swapaxes(1, 2)
+    turned = replace(stage, weight=w.reshape(g * c, o // g, *stage.kernel), shuffle=(1, 1))
+    return np.asarray(_apply(turned, kernel, stride)[np.argsort(stage.source())])
+
+
+def jacobian(
+    stages: Sequence[Stage], before: Sequence[Array], after: Sequence[Array], groups: int = 1
+) -> list[Array]:
+    r"""Squared norm of the kernel's derivative with respect to each weight of a chain.
+
+    Parameters
+    ----------
+    stages : sequence of Stage
+        A chain that is all plain or all transposed.
+    before, after : sequence of ndarray
+        Its :func:`halves`.
+    groups : int
+        Groups of the whole chain.
+
+    Returns
+    -------
+    list of ndarray, shape (groups \* out, in)
+        One a stage, in the order of `stages`; the same for all taps of a kernel, which only
+        move the derivative.
+
+    Notes
+    -----
+    A chain is linear in the weights of each stage.  With respect to the weight from channel
+    c to channel o the derivative is the kernel up to c times the kernel from o on, summed
+    over the tied copies i of the stage, so that its squared norm is
+
+    .. math:: \sum_{i j} \sum_q \langle A_{io}(\cdot + q), A_{jo} \rangle
+       \langle B_{ic}, B_{jc}(\cdot + q) \rangle .
+
+    Where the taps before and after lie along different axes, as in every family, q = 0 is
+    the only shift; in a stack of spatial stages there are others.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import Geometry, Stage
+    >>> from lowrank.algebra import halves, jacobian
+    >>> g = Geometry.of(1)
+    >>> stages = [Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)]
+    >>> [j[0, 0] for j in jacobian(stages, *halves(stages))]
+    [np.float64(5.0), np.float64(6.0)]
+    """
+    found = []
+    block: Array = np.repeat(np.arange(groups), len(before[0]) // groups)
+    for stage, b, a in zip(_plain(stages), before, after[1:]):
+        g, (o, c) = stage.groups, stage.weight.shape[:2]
+        kept = _copies(stage, block[stage.source()], c)[:, :1]
+        # Copies in different groups of the chain have blocks of their own: they never meet.
+        meet = (kept[..., None] == kept[..., None, :]).reshape(g, 1, -1)
+        block = _spread(stage, block)
+        b, a = _copies(stage, b[stage.source()], c), _copies(stage, a, o // g)
+        shared = tuple(map(min, zip(b.shape[4:], a.shape[4:])))
+        square = np.zeros((g, o // g, c))
+        for shift in itertools.product(*(range(1 - n, n) for n in shared)):
+            ahead, back = _gram(a, shift), _gram(b, tuple(-q for q in shift))
+            square += (ahead * meet) @ back.swapaxes(1, 2)
+        found.append(square.reshape(o, c))
+    return found[::-1] if stages[0].transposed else found
+
+
+def _copies(stage: Stage, kernel: Array, each: int) -> Array:
+    """`kernel` with its channels as (groups, `each` a group, tied copies), for its stage."""
+    x = kernel.reshape(stage.left, stage.groups, each, stage.right, *kernel.shape[1:])
+    x = np.moveaxis(x, 0, 2)
+    return x.reshape(stage.groups, each, stage.left * stage.right, *kernel.shape[1:])
+
+
+def _gram(x: Array, shift: Ints) -> Array:
+    """Products of each pair of copies, the first of them moved: (groups, each, copies**2)."""
+    at = [slice(max(q, 0), n + min(q, 0)) for q, n in zip(shift, x.shape[4:])]
+    to = [slice(max(-q, 0), n + min(-q, 0)) for q, n in zip(shift, x.shape[4:])]
+    moved = x[trailing(*at)].reshape(*x.shape[:3], -1)
+    fixed = x[trailing(*to)].reshape(*x.shape[:3], -1)
+    return np.asarray(moved @ fixed.swapaxes(2, 3)).reshape(*x.shape[:2], -1)
+
+
 def block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
     """Whether a chain keeps `groups` equal blocks of channels apart, in order."""
     if stages[0].transposed:
@@ -90,11 +232,17 @@ def block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
     for s in stages:
         if s.transposed:
             return False  # a chain that goes both ways is no one kernel
-        block = block[s.source()].reshape(s.left, s.groups, -1, s.right)
-        if (block != block[:, :, :1]).any():
+        each = block[s.source()].reshape(s.left, s.groups, -1, s.right)
+        if (each != each[:, :, :1]).any():
             return False
-        block = np.repeat(block[:, :, :1], s.weight.shape[0] // s.groups, 2).reshape(-1)
+        block = _spread(s, block)
     return bool((block == np.repeat(np.arange(groups), len(block) // groups)).all())
+
+
+def _spread(stage: Stage, block: Array) -> Array:
+    """The group of each output channel of a stage that keeps them apart, from the inputs'."""
+    each = block[stage.source()].reshape(stage.left, stage.groups, -1, stage.right)[:, :, :1]
+    return np.asarray(np.repeat(each, stage.weight.shape[0] // stage.groups, 2).reshape(-1))
 
 
 def chain_geometry(stages: Sequence[Stage]) -> Geometry:

@@ -142,7 +142,7 @@ def test_measuring_gives_rates_for_every_engine(monkeypatch):
     loads = list(workloads())
     monkeypatch.setattr(calibration, "workloads", lambda: loads[::25])
     small = [Filtering((5, 5), (60, n), (b, b)) for n in (50, 90) for b in (32, 64)]
-    monkeypatch.setattr(calibration, "filterings", lambda: small + [Filtering((3,), (999,), (64,))])
+    monkeypatch.setattr(calibration, "filterings", lambda: [*small, Filtering((3,), (999,), (64,))])
     monkeypatch.setattr(calibration, "BUDGETS", dict.fromkeys(calibration.BUDGETS, 0.01))
     seen = []
     found = calibration.measure(lambda name, share: seen.append((name, share)), ["fft", "lowrank"])
@@ -175,7 +175,7 @@ def test_a_calibration_is_kept_and_used(cache, conv):
     assert kept["rates"]["lowrank"]["seconds"] == {"multiply": 1e-9, "call": 1e-6}
     machine.calibrate(engines=["lowrank"])
     assert cache == [None, ["lowrank"]]
-    with pytest.raises(ValueError, match="engines must be some of fft, lowrank.* got warp"):
+    with pytest.raises(ValueError, match=r"engines must be some of fft, lowrank.* got warp"):
         machine.calibrate(engines=["warp"])
 
 
@@ -210,7 +210,7 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damag
 
 
 def test_an_unknown_engine_is_refused(conv):
-    with pytest.raises(ValueError, match="engine must be one of lowrank.* got 'warp'"):
+    with pytest.raises(ValueError, match=r"engine must be one of lowrank.* got 'warp'"):
         machine.predict(conv, (8, 8), engine="warp")
 
 

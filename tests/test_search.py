@@ -60,7 +60,7 @@ def test_a_front_is_a_sequence_that_prints_itself(front):
 def test_the_pick_by_error_is_the_cheapest_within_it(conv, front):
     for limit in (0.0, 0.1, 0.4, 0.9, 1.0):
         if front.within(limit) is front.dense:
-            with pytest.raises(ValueError, match="nothing within .* the cheapest within 0"):
+            with pytest.raises(ValueError, match=r"nothing within .* the cheapest within 0"):
                 lr.approximate(conv, SIZE, max_error=limit, axis="macs")
             continue
         f = lr.approximate(conv, SIZE, max_error=limit, axis="macs")

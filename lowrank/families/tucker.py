@@ -366,7 +366,7 @@ def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) ->
             most = _missed(core, start)
         found = _cp_terms(core, r, start, 20 * CP_SWEEPS)
         tried.append((_missed(core, found), factors, core, found))
-    missed, factors, core, found = min(tried, key=lambda candidate: candidate[0])
+    _, factors, core, found = min(tried, key=lambda candidate: candidate[0])
     # Less sensitive, for a little of the error, but never for more than the sweep said it has.
     error, norm = _als.batched_error(core, found), float(np.linalg.norm(core))
     if norm > 0 and r > 1:

@@ -1,0 +1,588 @@
+"""Certificates: bounds that hold, sensitivities that are derivatives, errors that come true."""
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowrank as lr
+from lowrank import algebra, certify, reference
+from lowrank.certify import SUMS, certificate, output_bound, rounding, second_moment
+from lowrank.families import FAMILIES, applicable
+from lowrank.weights import layers
+
+# What is certified is the chain that there is: it need not be the best.
+pytestmark = pytest.mark.filterwarnings("ignore:.*has not converged")
+
+# Sums of a few thousand products in float64, each side in its own order.
+TIGHT = 1e-10
+# Errors that come as the root of a difference of squares lose half of the digits.
+ROOT = 5e-7
+MODES = ["zeros", "constant", "reflect", "replicate", "symmetric", "circular"]
+
+
+def random(*shape, seed=0, **options):
+    return lr.dense(np.random.default_rng(seed).standard_normal(shape), **options)
+
+
+def run(f, x):
+    return reference.run_chain(f.stages, x)
+
+
+CONVS = {
+    "2-D": random(6, 8, 3, 3, padding=1),
+    "strided": random(6, 4, 2, 5, stride=(2, 1), dilation=(1, 2), padding=(1, (3, 2))),
+    "3-D": random(4, 6, 3, 2, 3, stride=(1, 2, 1)),
+    "1-D": random(6, 8, 5, stride=2),
+    "grouped": random(8, 4, 3, 3, groups=2, padding=1),
+    "one out": random(1, 8, 5, 5, padding=2),
+    "one volume filter": random(1, 1, 3, 5, 3),
+    "volume filters": random(4, 1, 3, 3, 3, groups=2),
+    "transposed": random(6, 8, 3, 3, stride=2, padding=1, transposed=True),
+    "transposed, grouped": random(8, 4, 3, 3, stride=2, groups=2, transposed=True),
+}
+
+
+#: (convolution, family, form) of all that applies; of the many Kronecker sums, some.
+LABELS = [
+    pytest.param(kind, name, form, id=f"{kind}, {name} {form}".strip())
+    for kind, conv in CONVS.items()
+    for name, forms in applicable(conv).items()
+    for form in (forms[::9] if name == "kronecker" else forms)
+]
+ALL = pytest.mark.parametrize(("kind", "name", "form"), LABELS)
+
+
+@functools.cache
+def fitted(kind, name, form):
+    """A convolution and a chain for it: of a sweep the third point, if there are three."""
+    conv = CONVS[kind]
+    *_, point = itertools.islice(FAMILIES[name].sweep(conv, form), 3)
+    f = replace(conv, stages=point.build(), family=name, form=form, rank=point.rank)
+    return conv, f
+
+
+def one_weight(stages, k, index):
+    """The kernel's derivative with respect to one weight: the chain is linear in each stage."""
+    unit = np.zeros(stages[k].weight.shape)
+    unit[index] = 1
+    return [*stages[:k], replace(stages[k], weight=unit), *stages[k + 1 :]]
+
+
+@ALL
+def test_the_jacobian_is_that_of_the_composed_kernel(kind, name, form):
+    _, f = fitted(kind, name, form)
+    squares = algebra.jacobian(f.stages, *algebra.halves(f.stages, f.groups), f.groups)
+    rng = np.random.default_rng(0)
+    for k, stage in enumerate(f.stages):
+        for _ in range(6):
+            index = tuple(rng.integers(n) for n in stage.weight.shape)
+            kernel = algebra.compose(one_weight(f.stages, k, index), f.groups)
+            assert squares[k][index[:2]] == pytest.approx(np.square(kernel).sum(), rel=TIGHT)
+
+
+def test_the_jacobian_of_a_stack_whose_taps_overlap(rng):
+    # strides, dilation, ties on either side and a shuffle: every weight of every stage
+    plain, wide = lr.Geometry.of(2, stride=2), lr.Geometry.of(2, dilation=(1, 2))
+    stages = [
+        lr.Stage(rng.standard_normal((4, 3, 3, 3)), plain),
+        lr.Stage(rng.standard_normal((2, 2, 3, 2)), wide, left=2, shuffle=(2, 2)),
+        lr.Stage(rng.standard_normal((5, 2, 3, 2)), wide, right=2),
+    ]
+    for chain in (stages, [s.adjoint() for s in reversed(stages)]):
+        squares = algebra.jacobian(chain, *algebra.halves(chain))
+        for k, stage in enumerate(chain):
+            for index in np.ndindex(stage.weight.shape):
+                kernel = algebra.compose(one_weight(chain, k, index))
+                assert squares[k][index[:2]] == pytest.approx(np.square(kernel).sum(), rel=TIGHT)
+
+
+@ALL
+def test_halves_meet_in_the_kernel(kind, name, form):
+    _, f = fitted(kind, name, form)
+    before, after = algebra.halves(f.stages, f.groups)
+    kernel = algebra.compose(f.stages, f.groups)
+    np.testing.assert_allclose(before[-1], kernel, atol=TIGHT)
+    last = after[0].reshape(f.groups, -1, *after[0].shape[1:]).swapaxes(1, 2)
+    np.testing.assert_allclose(last.reshape(kernel.shape), kernel, atol=TIGHT)
+
+
+def test_a_chain_that_goes_both_ways_has_no_halves():
+    conv, back = random(6, 4, 3, 3), random(6, 4, 3, 3, transposed=True)
+    with pytest.raises(ValueError, match="mixes"):
+        algebra.halves([conv.stages[0], back.stages[0]])
+
+
+@ALL
+def test_sensitivity_is_the_error_that_noise_on_the_weights_makes(kind, name, form):
+    conv, f = fitted(kind, name, form)
+    c = certificate(conv, f)
+    assert c.error == f.error(conv.to_dense())
+    assert 0 <= c.bound <= c.error + ROOT
+    rng, step, found = np.random.default_rng(0), 1e-7, []
+    kernel = f.to_dense()
+    for _ in range(40):
+        noisy = [
+            replace(s, weight=s.weight + step * rng.standard_normal(s.weight.shape))
+            for s in f.stages
+        ]
+        found.append(replace(f, stages=tuple(noisy)).to_dense() - kernel)
+    measured = np.mean([np.square(d).sum() for d in found]) / step**2
+    # Each is a sum of squares along as few as ten directions in the space of kernels, which is
+    # off by sqrt(2 / 10) of itself, and the mean of 40 by 0.07: three times that.
+    assert measured == pytest.approx(c.sensitivity * np.square(conv.to_dense()).sum(), rel=0.21)
+
+
+def test_sensitivity_is_that_of_phan_and_others_for_cp():
+    conv = random(7, 5, 3, 3)
+    f = lr.cp3(conv, 4)
+    b, c, a = (s.weight for s in f.stages)  # (r, in), (r, taps), (out, r)
+    b, c, a = b.reshape(4, 5).T, c.reshape(4, 9).T, a.reshape(7, 4)
+    ss = (
+        9 * np.trace((a.T @ a) * (b.T @ b))
+        + 7 * np.trace((b.T @ b) * (c.T @ c))
+        + 5 * np.trace((a.T @ a) * (c.T @ c))
+    )
+    expected = ss / np.square(conv.to_dense()).sum()
+    assert certificate(conv, f).sensitivity == pytest.approx(expected, rel=TIGHT)
+
+
+def test_the_sensitivity_of_the_dense_kernel_is_its_number_of_weights():
+    conv = random(6, 4, 3, 3, groups=2)
+    c = certificate(conv, conv)
+    assert c.sensitivity == pytest.approx(6 * 4 * 9 / np.square(conv.to_dense()).sum())
+    assert (c.error, c.bound, c.terms) == (0, 0, None)
+
+
+@ALL
+def test_terms_are_the_norms_of_the_outer_products(kind, name, form):
+    conv, f = fitted(kind, name, form)
+    if name not in SUMS:
+        assert certificate(conv, f).terms is None
+        return
+    # the first depthwise stage with taps has a channel a term: all but one of them zero
+    k = next(
+        i
+        for i in (range(len(f.stages))[::-1] if f.transposed else range(len(f.stages)))
+        if f.stages[i].weight.shape[1] == 1 and math.prod(f.stages[i].kernel) > 1
+    )
+    total = 0.0
+    for r in range(f.stages[k].weight.shape[0]):
+        weight = np.zeros_like(f.stages[k].weight)
+        weight[r] = f.stages[k].weight[r]
+        stages = [*f.stages[:k], replace(f.stages[k], weight=weight), *f.stages[k + 1 :]]
+        total += np.square(algebra.compose(stages, f.groups)).sum()
+    expected = math.sqrt(total) / np.linalg.norm(conv.to_dense())
+    assert certificate(conv, f).terms == pytest.approx(expected, rel=TIGHT)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), power=st.floats(0, 2), at=st.floats(0, 1))
+def test_no_fit_is_better_than_its_bound(name, seed, power, at):
+    rng = np.random.default_rng(seed)
+    shape = (1, 1, 3, 4, 3) if name == "filter" else (6, 5, 3, 2)
+    decay = np.arange(1, shape[-4] + 1 if name == "filter" else 7) ** -power
+    weight = rng.standard_normal(shape) * decay[:, None, None, None]
+    conv = lr.dense(weight)
+    form = rng.choice(FAMILIES[name].forms(conv))
+    points = list(itertools.islice(FAMILIES[name].sweep(conv, form), 20))
+    point = points[round(at * (len(points) - 1))]
+    f = replace(conv, stages=point.build(), family=name, form=str(form), rank=point.rank)
+    c = certificate(conv, f)
+    assert c.bound == pytest.approx(FAMILIES[name].bound(conv, f.rank, form), abs=ROOT)
+    assert c.bound <= f.error(weight) + ROOT
+    if FAMILIES[name].exact:
+        assert c.gap == pytest.approx(0, abs=ROOT)
+
+
+def test_a_certificate_reads_like_a_table():
+    conv = random(8, 6, 3, 3)
+    text = str(certificate(conv, lr.cp(conv, 5)))
+    lines = [line.split() for line in text.splitlines()]
+    assert [x[0] for x in lines] == ["error", "bound", "gap", "sensitivity", "terms"]
+    assert all(float(x[1]) >= 0 for x in lines)
+    assert "terms" not in str(certificate(conv, lr.spatial(conv, 5)))
+
+
+# Rounding
+
+
+def halved(x, dtype):
+    return x.astype(dtype).astype(np.float64)
+
+
+def types():
+    yield "float16", np.float16
+    try:
+        import ml_dtypes
+    except ImportError:
+        return
+    yield "bfloat16", ml_dtypes.bfloat16
+
+
+def rounded(f, dtype):
+    return replace(f, stages=tuple(replace(s, weight=halved(s.weight, dtype)) for s in f.stages))
+
+
+def run_rounded(f, x, dtype):
+    """A chain with its weights, its input and the results of all its stages rounded."""
+    x = halved(x, dtype)
+    for stage in rounded(f, dtype).stages:
+        x = halved(reference.run_stage(stage, x), dtype)
+    return x
+
+
+def rounded_chains():
+    conv = random(32, 24, 3, 3)
+    yield "dense", conv
+    yield "encode", lr.encode(conv, 12)
+    yield "spatial", lr.spatial(conv, 20)
+    yield "cp", lr.cp(conv, 40)
+    yield "tucker", lr.tucker(conv, (16, 12))
+    yield "tensor train", lr.tensor_train(conv, (16, 30, 16))
+    yield "tied", lr.kronecker(conv, 8, "4x4x3x1 first")
+    grouped = random(32, 12, 3, 3, groups=2, stride=2)
+    yield "grouped, strided", lr.decouple(grouped, 3)
+    up = random(24, 32, 3, 3, transposed=True)
+    yield "transposed", lr.spatial(up, 20)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(types()))
+@pytest.mark.parametrize(("label", "f"), list(rounded_chains()))
+def test_rounding_does_what_was_predicted(label, f, name, dtype, rng):
+    r = rounding(f, name)
+    kernel = f.to_dense()
+    got = np.linalg.norm(rounded(f, dtype).to_dense() - kernel) / np.linalg.norm(kernel)
+    # The squared error of n Gaussian weights, uniform within each weight's spacing, is off by
+    # sqrt(3 / n) of itself.  The least of these stages (cp, of four) have 120 weights, twice: for
+    # the root of all that is 0.03, and five times that, as terms are of unequal size.
+    assert got == pytest.approx(r.weights, rel=0.15)
+    assert got <= r.worst
+    x = rng.standard_normal((3, f.in_channels, 24, 24))
+    exact = run(f, x)
+    got = np.linalg.norm(run_rounded(f, x, dtype) - exact) / np.linalg.norm(exact)
+    # the results of stages are thousands of samples, which add nothing to speak of
+    assert got == pytest.approx(r.output, rel=0.15)
+    assert (r.overflows, r.dtype) == (0, name)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(types()))
+def test_rounding_of_trained_layers_is_predicted(name, dtype, data):
+    count = 0
+    for layer in layers(data / "weights" / "resnet20_cifar10.safetensors")[::5]:
+        conv = layer.conv.astype(np.float64)
+        conv = lr.Factorization(conv.stages, conv.geometry, conv.groups)
+        for f in (conv, lr.spatial(conv, 8), lr.cp(conv, 12)):
+            kernel = f.to_dense()
+            got = np.linalg.norm(rounded(f, dtype).to_dense() - kernel) / np.linalg.norm(kernel)
+            # as above, with 36 weights at the least: 0.05 for the root, and three times that
+            assert got == pytest.approx(rounding(f, name).weights, rel=0.16), layer.name
+            count += 1
+    assert count > 8
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(types()))
+def test_the_worst_rounding_is_reached_where_no_signs_differ(name, dtype):
+    unit = 2.0 ** -(11 if name == "float16" else 8)
+    g = lr.Geometry.of(2)
+    # halfway between two numbers, of which the lower one is even: all go the same way
+    weights = [np.full(s, 1 + unit) for s in ((4, 5, 1, 1), (4, 1, 3, 3), (6, 4, 1, 1))]
+    f = lr.chain([lr.Stage(w, g, 4 if w.shape[1] == 1 else 1) for w in weights])
+    got = rounded(f, dtype).error(f.to_dense())
+    # to second order: upwards would be a little further
+    assert (1 - 4 * unit) * rounding(f, name).worst < got <= rounding(f, name).worst
+
+
+def degenerate(n, size=12):
+    """Two outer products of norm about n whose sum is a kernel of norm about 1, and the kernel."""
+    rng = np.random.default_rng(0)
+    a, b, c = (x / np.linalg.norm(x) for x in (rng.standard_normal(k) for k in (size, size, 9)))
+    d, e, f = (rng.standard_normal(k) / math.sqrt(3 * k) for k in (size, size, 9))
+    outer = [np.einsum("t,s,k->tsk", *x) for x in ((d, b, c), (a, e, c), (a, b, f))]
+    conv = lr.dense(sum(outer).reshape(size, size, 3, 3))
+    root = n ** (1 / 3)
+    factors = [
+        np.stack([root * (x + y / n), sign * root * x])
+        for x, y, sign in ((a, d, -1), (b, e, 1), (c, f, 1))
+    ]
+    g = lr.Geometry.of(2)
+    stages = (
+        lr.Stage(factors[1].reshape(2, size, 1, 1), g),
+        lr.Stage(factors[2].reshape(2, 1, 3, 3), g, groups=2),
+        lr.Stage(factors[0].T.reshape(size, 2, 1, 1).copy(), g),
+    )
+    return conv, replace(conv, stages=stages, family="cp3", rank=(2,))
+
+
+def test_terms_that_cancel_are_fine_in_float64_and_useless_in_float16():
+    conv, f = degenerate(1e4)
+    c = certificate(conv, f)
+    assert c.error < 1e-3  # of the order of 1 / n
+    assert 1e4 < c.terms < 3e4
+    r = rounding(f, "float16")
+    assert r.weights > 1
+    got = rounded(f, np.float16).error(f.to_dense())
+    # here few weights, about thirty, carry the error: 3 / sqrt(2 * 30)
+    assert got == pytest.approx(r.weights, rel=0.4)
+    # one that does not cancel is as good as its digits
+    assert rounding(lr.cp3(conv, 3), "float16").weights < 1e-2
+    assert c.sensitivity > 1e3 * certificate(conv, lr.encode(conv, 3)).sensitivity
+
+
+def test_weights_out_of_range_are_counted():
+    weight = np.array([65519.0, 65520.0, 1e6, 2.0**-14, 2.0**-15, 1e-9, 0.0, 1.0])[None, None]
+    r = rounding(lr.dense(weight), "float16")
+    with np.errstate(over="ignore"):
+        cast = np.abs(weight.astype(np.float16))
+    tiny = np.finfo(np.float16).smallest_normal
+    assert r.overflows == np.isinf(cast).sum() == 2
+    assert r.subnormal == ((np.abs(weight) < tiny) & (weight != 0)).sum() == 2
+    assert (r.largest, r.smallest) == (1e6, 1e-9)
+    assert "overflows" in str(r)
+    assert "subnormal" in str(r)
+    r = rounding(lr.dense(weight), "bfloat16")
+    assert r.overflows == r.subnormal == 0
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-6])
+def test_the_few_digits_of_subnormal_weights_are_counted(scale):
+    conv = lr.dense(scale * random(16, 16, 3, 3).to_dense())
+    r = rounding(conv, "float16")
+    assert r.subnormal > 2000
+    got = rounded(conv, np.float16).error(conv.to_dense())
+    # 2304 weights: 3 * sqrt(3 / 2304) / 2, as above
+    assert got == pytest.approx(r.weights, rel=0.055)
+    assert got <= r.worst
+    assert r.weights > 5 * rounding(random(16, 16, 3, 3), "float16").weights
+
+
+def test_the_type_may_be_named_in_any_way():
+    conv = random(3, 3, 3)
+    assert rounding(conv, np.float16) == rounding(conv, np.dtype("f2")) == rounding(conv, "float16")
+    for name, dtype in types():
+        assert rounding(conv, dtype).dtype == name
+    for wrong in ("float32", np.float64, "half a float"):
+        with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16"):
+            rounding(conv, wrong)
+
+
+def test_a_kernel_of_zeros_rounds_to_itself():
+    r = rounding(lr.dense(np.zeros((2, 2, 3))), "float16")
+    assert (r.weights, r.worst, r.largest) == (0, 0, 0)
+
+
+# Output bounds
+
+
+@st.composite
+def pairs(draw):
+    """A convolution, another kernel for it, and an input size at least as large as the kernel."""
+    ndim = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    transposed = draw(st.booleans()) and draw(st.booleans())
+    kernel = draw(st.tuples(*[st.integers(1, 5 - ndim)] * ndim))
+    shape = (groups * draw(st.integers(1, 3)), draw(st.integers(1, 3)), *kernel)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    conv = lr.dense(
+        rng.standard_normal(shape),
+        stride=draw(st.tuples(*[st.integers(1, 2)] * ndim)),
+        dilation=draw(st.tuples(*[st.integers(1, 2)] * ndim)),
+        padding=0 if transposed else draw(st.tuples(*[st.integers(0, 2)] * ndim)),
+        groups=groups,
+        padding_mode="zeros" if transposed else draw(st.sampled_from(MODES)),
+        value=0.5,
+        transposed=transposed,
+    )
+    more = draw(st.tuples(*[st.integers(0, 3)] * ndim))
+    # room for a window that lies wholly inside, also where a stride begins in the padding
+    size = tuple(e + 1 + n for e, n in zip(conv.geometry.extent(kernel), more))
+    stage = conv.stages[0]
+    other = replace(stage, weight=stage.weight + 0.1 * rng.standard_normal(shape))
+    return conv, replace(conv, stages=(other,)), size, rng
+
+
+@settings(max_examples=120)
+@given(pairs())
+def test_no_output_is_further_off_than_its_bounds(case):
+    conv, f, size, rng = case
+    bound = output_bound(conv, f, size, levels=200.0)
+    shape = (conv.in_channels, *size)
+
+    def error(x):
+        return run(conv, x) - run(f, x)
+
+    n = math.prod(shape)
+    still = error(np.zeros((1, *shape)))
+    columns = (error(np.eye(n).reshape(n, *shape)) - still).reshape(n, -1)
+    true = np.linalg.norm(columns, 2)
+    assert true <= bound.l2.value * (1 + TIGHT)
+    if all(n >= sum(p) + 2 for n, p in zip(size, conv.geometry.padding)):
+        assert true <= bound.l2_free.value * (1 + TIGHT)
+    assert np.abs(still).max() <= bound.l2.offset * (1 + TIGHT)
+    # the signs of the row of any output are its worst input, on either side
+    signs = np.where(columns.T >= 0, 1.0, -1.0).reshape(-1, *shape)
+    signs = np.concatenate([signs, -signs])
+    largest = np.abs(error(signs)).max()
+    assert largest <= bound.linf * (1 + TIGHT)
+    assert largest == pytest.approx(bound.linf, rel=TIGHT)
+    grey = np.abs(error(100.0 * (signs + 1))).max()
+    assert grey <= bound.grey * (1 + TIGHT)
+    assert grey == pytest.approx(bound.grey, rel=TIGHT)
+    noise = rng.uniform(0, 200, (8, *shape))
+    assert np.abs(error(noise)).max() <= bound.grey
+    assert bound.rms_relative == pytest.approx(f.error(conv.to_dense()), rel=TIGHT)
+
+
+@pytest.mark.parametrize("value", [-3.0, 400.0])
+def test_a_constant_border_out_of_range_counts_as_input(value):
+    conv, f = (
+        lr.dense(np.array([[w]]), padding=1, padding_mode="constant", value=value)
+        for w in ([1.0, 2.0, 3.0], [2.0, 2.0, 3.0])
+    )
+    bound = output_bound(conv, f, (4,))
+    x = 255.0 * np.ones((1, 1, 4))
+    assert np.abs(run(conv, x) - run(f, x)).max() == max(abs(value), 255.0)
+    assert bound.grey == max(abs(value), 255.0)
+
+
+def test_the_average_error_of_white_input_is_that_of_the_kernel(rng):
+    for conv, size in (
+        (random(6, 4, 3, 3, padding=1, padding_mode="circular"), (40, 40)),
+        (random(4, 6, 3, 3, stride=2, transposed=True), (40, 40)),
+    ):
+        f = lr.spatial(conv, 5)
+        bound = output_bound(conv, f, size)
+        x = rng.standard_normal((8, conv.in_channels, *size))
+        error, y = run(conv, x) - run(f, x), run(conv, x)
+        if conv.transposed:  # whose border has fewer taps
+            error, y = error[:, :, 3:-3, 3:-3], y[:, :, 3:-3, 3:-3]
+        # 50,000 samples that hang together over nine taps at the most and six channels:
+        # 1 / sqrt(2 * 1000) is 0.022, and twice that
+        assert np.sqrt(np.square(error).mean()) == pytest.approx(bound.rms, rel=0.045)
+        relative = np.linalg.norm(error) / np.linalg.norm(y)
+        assert relative == pytest.approx(bound.rms_relative, rel=0.045)
+
+
+@settings(max_examples=60)
+@given(pairs())
+def test_the_average_error_of_inputs_is_that_of_their_second_moment(case):
+    conv, f, size, rng = case
+    if conv.transposed:
+        conv, f = conv.adjoint(), f.adjoint()
+    x = rng.standard_normal((3, conv.in_channels, *size)).cumsum(-1)
+    moment = second_moment(conv, x)
+    bound = output_bound(conv, f, size, second_moment=moment)
+    error, y = run(conv, x) - run(f, x), run(conv, x)
+    assert bound.rms == pytest.approx(np.sqrt(np.square(error).mean()), rel=TIGHT)
+    relative = np.linalg.norm(error) / np.linalg.norm(y)
+    assert bound.rms_relative == pytest.approx(relative, rel=TIGHT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify, "CHUNK", 1)
+        np.testing.assert_allclose(second_moment(conv, x), moment, rtol=TIGHT)
+    if conv.groups == 1:
+        assert output_bound(conv, f, size, second_moment=moment[0]) == bound
+
+
+def test_the_second_moment_of_white_noise_is_the_identity(rng):
+    conv = random(3, 2, 3, 2, dilation=2)
+    moment = second_moment(conv, rng.standard_normal((20, 2, 40, 40)))
+    assert moment.shape == (1, 12, 12)
+    # means of 50,000 products of variance 1 or 2: four times 1 / sqrt(50000) * sqrt(2)
+    np.testing.assert_allclose(moment[0], np.eye(12), atol=0.026)
+
+
+def test_bounds_hold_on_trained_layers(data):
+    images = np.load(data / "cifar10" / "test_lossless_500.npz")
+    images = next(v for v in images.values() if v.ndim == 4)[:40].transpose(0, 3, 1, 2)
+    x = images.astype(np.float64)
+    layer = next(
+        layer
+        for layer in layers(data / "weights" / "resnet20_cifar10.safetensors")
+        if layer.conv.in_channels == 3
+    )
+    conv = layer.conv.astype(np.float64)
+    conv = lr.Factorization(conv.stages, conv.geometry, conv.groups)
+    for f in (lr.spatial(conv, 4), lr.tucker(conv, (8, 2)), lr.cp(conv, 8)):
+        bound = output_bound(conv, f, x.shape[1:], second_moment=second_moment(conv, x))
+        error, y = run(conv, x) - run(f, x), run(conv, x)
+        lengths = np.linalg.norm(error.reshape(40, -1), axis=1)
+        assert (lengths <= bound.l2.value * np.linalg.norm(x.reshape(40, -1), axis=1)).all()
+        assert bound.l2.value <= bound.l2_free.value
+        assert np.abs(error).max() <= min(bound.grey, bound.linf * x.max())
+        assert bound.rms == pytest.approx(np.sqrt(np.square(error).mean()), rel=TIGHT)
+        # images are nothing like noise: smooth, and what is lost of smooth patterns is less or more
+        white = output_bound(conv, f, x.shape[1:])
+        assert bound.rms_relative != pytest.approx(white.rms_relative, rel=0.1)
+        relative = np.linalg.norm(error) / np.linalg.norm(y)
+        assert bound.rms_relative == pytest.approx(relative, rel=TIGHT)
+
+
+def test_an_output_bound_reads_like_a_table():
+    conv = random(4, 3, 3, 3, padding=1, padding_mode="constant", value=2.0)
+    text = str(output_bound(conv, lr.spatial(conv, 2), (8, 8)))
+    names = [line.split("  ")[0] for line in text.splitlines()]
+    assert names == [
+        "l2", "offset", "l2, relative", "l2, any size", "linf", "grey", "rms", "rms, relative",
+    ]  # fmt: skip
+
+
+W = np.random.default_rng(0).standard_normal((6, 4, 3, 3))
+CONV = lr.dense(W, padding=1)
+
+
+def stack(first, second):
+    """A chain of two passes with these paddings, for a kernel of 3 x 3."""
+    g = lr.Geometry.of
+    one = np.ones((1, 1, 3, 1)), np.ones((1, 1, 1, 3))
+    return lr.chain([lr.Stage(w, g(2, padding=p)) for w, p in zip(one, (first, second))])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: output_bound(CONV, lr.dense(W), (8, 8)), "geometry"),
+        (
+            lambda: output_bound(CONV, lr.dense(W[:, :, :, :2], padding=1), (8, 8)),
+            "kernel of shape",
+        ),
+        (lambda: output_bound(CONV, lr.dense(W, padding=1), (2, 2, 2)), "input_shape"),
+        (lambda: output_bound(lr.spatial(CONV, 2), CONV, (8, 8)), "one dense stage"),
+        (
+            lambda: output_bound(CONV, CONV, (8, 8), second_moment=np.eye(35)),
+            r"second_moment.*\(1, 36, 36\).*\(35, 35\)",
+        ),
+        (
+            lambda: output_bound(
+                lr.dense(np.ones((1, 1, 3, 3)), padding=1), stack((1, 1), (0, 0)), (8, 8)
+            ),
+            None,
+        ),
+        (
+            lambda: output_bound(
+                lr.dense(np.ones((1, 1, 3, 3)), padding=1), stack((0, 1), (1, 0)), (8, 8)
+            ),
+            "must pad axis 0 once",
+        ),
+        (lambda: second_moment(CONV, np.ones((1, 4, 0, 8))), "kernel|input"),
+        (lambda: second_moment(CONV, np.ones((0, 4, 8, 8))), "at least one input"),
+        (lambda: second_moment(CONV, np.ones((1, 5, 8, 8))), "4.*5"),
+        (lambda: second_moment(lr.spatial(CONV, 2), np.ones((1, 4, 8, 8))), "one dense stage"),
+        (lambda: second_moment(CONV.adjoint(), np.ones((1, 6, 8, 8))), "transposed"),
+        (
+            lambda: output_bound(CONV.adjoint(), CONV.adjoint(), (8, 8), second_moment=np.eye(54)),
+            "transposed",
+        ),
+    ],
+)
+def test_impossible_questions_are_refused(make, message):
+    if message is None:
+        make()  # padding ahead of the taps, in another stage: the same convolution
+        return
+    with pytest.raises(ValueError, match=message):
+        make()
