@@ -69,7 +69,7 @@ cdef extern from "dispatch.h":
     const char *lr_isa_name(int) nogil
     const lr_isa *lr_isa_table(int) nogil
     int lr_max_threads() nogil
-    double lr_wake(int) nogil
+    double lr_wake(int, int) nogil
     void lr_caches(int64_t *) nogil
     double lr_now() nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
@@ -113,7 +113,7 @@ def max_threads():
 
 def wake(int threads):
     """Seconds that it takes to start a team and to hear that it is done, measured."""
-    return lr_wake(min(threads, lr_max_threads()))
+    return lr_wake(min(threads, lr_max_threads()), 1)
 
 
 cdef class Plan:

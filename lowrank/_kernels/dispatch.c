@@ -115,44 +115,66 @@ int lr_max_threads(void)
 #endif
 }
 
-#ifdef _OPENMP
-/* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
- * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  Measured once for each number. */
-double lr_wake(int threads)
-{
-    if (threads < 2 || forked) return 0;
-
-    static double all[64]; /* by threads; a race would measure twice, no more */
-    double seconds, *known = all + (threads < 64 ? threads : 63);
-    __atomic_load(known, &seconds, __ATOMIC_RELAXED);
-    if (seconds > 0) return seconds;
-    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
-    seconds = 1;
-    for (int i = 0; i < 6; i++) {
-        int there = 0;
-        const double start = omp_get_wtime();
-#pragma omp parallel num_threads(threads) reduction(+ : there)
-        there += 1;
-        const double took = omp_get_wtime() - start;
-        if (i && there && took < seconds) seconds = took > 1e-9 ? took : 1e-9;
-    }
-    __atomic_store(known, &seconds, __ATOMIC_RELAXED);
-    return seconds;
-}
-#else
-double lr_wake(int threads)
-{
-    (void)threads;
-    return 0;
-}
-#endif
-
 double lr_now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
+#ifdef _OPENMP
+#define LR_WAKES 15
+#define LR_PAUSE 1e-4 /* seconds of work ahead of a wake */
+#define LR_AGAIN 0.3  /* seconds until a wake is measured again, */
+#define LR_TIMES 5    /* and how often */
+
+/* The middle one of many, each after a pause: a team that is not yet asleep is quick to wake. */
+static double measured_wake(int threads)
+{
+    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+    double took[LR_WAKES];
+    for (int i = -1; i < LR_WAKES; i++) {
+        int there = 0;
+        double start = omp_get_wtime();
+        for (const double until = start + LR_PAUSE; start < until;) start = omp_get_wtime();
+#pragma omp parallel num_threads(threads) reduction(+ : there)
+        there += 1;
+        const double since = there ? omp_get_wtime() - start : 0;
+        int at = i; /* the first one makes the threads */
+        for (; at > 0 && took[at - 1] > since; at--) took[at] = took[at - 1];
+        if (i >= 0) took[at] = since;
+    }
+    return took[LR_WAKES / 2] > 1e-9 ? took[LR_WAKES / 2] : 1e-9;
+}
+
+/* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
+ * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  While other libraries' threads keep the cores
+ * awake it takes less, so plans have it measured a few times, and the longest counts. */
+double lr_wake(int threads, int plan)
+{
+    if (threads < 2 || forked) return 0;
+    static struct {
+        double seconds, last;
+        int times;
+    } all[64]; /* by threads; a race would measure twice, no more */
+    const int i = threads < 64 ? threads : 63;
+    double seconds;
+    __atomic_load(&all[i].seconds, &seconds, __ATOMIC_RELAXED);
+    if (seconds > 0 && (!plan || all[i].times >= LR_TIMES || lr_now() - all[i].last < LR_AGAIN))
+        return seconds;
+    const double found = measured_wake(threads);
+    if (found > seconds) __atomic_store(&all[i].seconds, &found, __ATOMIC_RELAXED);
+    all[i].last = lr_now();
+    all[i].times++;
+    return found > seconds ? found : seconds;
+}
+#else
+double lr_wake(int threads, int plan)
+{
+    (void)threads, (void)plan;
+    return 0;
+}
+#endif
 
 /* Whether out is so large that it is not in the caches when somebody reads it. */
 static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
@@ -173,7 +195,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
 #ifdef _OPENMP
     if (threads > 1) {
         /* What the others could save must be worth calling them. */
-        if (plan->seconds * (double)batch * (threads - 1) / threads < lr_wake(threads)) threads = 1;
+        if (plan->seconds * (double)batch * (threads - 1) / threads < lr_wake(threads, 0)) threads = 1;
     }
 #endif
     arrays->now = steps ? lr_now : NULL;

@@ -8,7 +8,7 @@ int lr_isa_count(void);              /* compiled in and supported by this CPU, b
 const char *lr_isa_name(int i);
 const lr_isa *lr_isa_table(int i);
 int lr_max_threads(void);
-double lr_wake(int threads);         /* seconds that it takes to start a team and to hear from it */
+double lr_wake(int threads, int plan); /* seconds that it takes to start a team and to hear from it */
 void lr_caches(int64_t sizes[3]); /* bytes of L1 data, L2 and L3 */
 double lr_now(void);                      /* seconds */
 /* `steps`, if any, has room for (threads, stages * LR_STEPS + 1); `team` is how many threads it took. */

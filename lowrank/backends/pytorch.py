@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from lowrank._typing import Array
 from lowrank.stage import Epilogue, Stage
 
@@ -26,7 +28,7 @@ def call(
     def of(a: Array | None) -> Any:
         if a is None:
             return None
-        t = torch.tensor(a)
+        t = torch.from_numpy(np.require(a, requirements="CW"))
         return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
 
     given = of(x)

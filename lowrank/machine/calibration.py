@@ -27,9 +27,9 @@ from lowrank.machine.workloads import filterings, workloads
 from lowrank.stage import Epilogue, Stage
 
 #: Seconds that each is measured for, beside making plans and first calls.
-BUDGETS = {"fft": 7.0, "lowrank": 14.0, "torch": 8.0, "torch channels-last": 8.0}
+BUDGETS = {"fft": 5.0, "lowrank": 12.0, "torch": 8.0, "torch channels-last": 8.0}
 PASSES = 2  # over all work, at least, in turns: what disturbs one pass does not disturb them all
-LARGE = 1 << 20  # samples that PyTorch is not asked to filter
+LARGE = 1 << 18  # samples that PyTorch is not asked to filter
 LONG = 0.02  # seconds of a call that are too many
 SAMPLE = 1.2e-3  # seconds of a sample, at least
 FOLDS = 5  # of the work, each left out of one fit that is tested on it
