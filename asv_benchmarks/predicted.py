@@ -1,0 +1,171 @@
+"""The time model beside the clock: how far predictions are off, by kind of work.
+
+    python -m asv_benchmarks.predicted [--engine NAME] [--threads N] [--quick] [--worst N] [--json]
+
+The rates are those of `lowrank calibrate`; none of the shapes here is among those that it measures.
+Layers, chains, blocks and filters are those of the comparison with other libraries, and every
+family is there with a few of its ranks.  A row is a kind: the median and the 90th percentile of
+the relative error of predicted seconds, and the median of predicted over measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+
+import lowrank as lr
+from asv_benchmarks.benchmarks import cases
+from asv_benchmarks.benchmarks.measure import measured
+from lowrank._kernels import _core
+from lowrank.backends import pytorch
+from lowrank.families import FAMILIES, NotApplicable
+from lowrank.stage import Epilogue
+
+Item = tuple[str, lr.Factorization, tuple[int, ...], int]  # kind, chain, input size, batch
+GROUP = 24  # chains that are measured in turns
+
+
+def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
+    """Stages of these weights that keep the size; the first has the stride."""
+    stages = []
+    for k, shape in enumerate(shapes):
+        pads = [n // 2 for n in shape[2:]]
+        geometry = lr.Geometry.of(len(pads), 1 if k else stride, pads)
+        stages.append(lr.Stage(cases.weight(*shape), geometry, channels // shape[1]))
+        channels = shape[0]
+    return lr.chain(stages)
+
+
+def items(quick: bool) -> Iterator[Item]:
+    for row in cases.layers():
+        c, kernel, size = row["channels"], row["kernel"], row["size"]
+        whole = lr.dense(cases.weight(c, c, *kernel), padding=[k // 2 for k in kernel])
+        *form, rank = row["kronecker"].split()
+        for n in row["batches"][:1] if quick else row["batches"]:
+            yield "dense", whole, size, n
+            for name, shapes in cases.chain_shapes(row).items():
+                yield name.rsplit(" ", 1)[0], chain(c, shapes), size, n
+            yield "kronecker", lr.kronecker(whole, int(rank), " ".join(form)), size, n
+    for c, out, size, stride, _ in cases.MOBILENET:
+        for k in (3, 5):
+            yield "depthwise", chain(c, [(c, 1, k, k)], stride), (size, size), 1
+        for n in (1,) if quick else (1, 8):
+            shapes = [(c, 1, 3, 3), (out, c, 1, 1)]
+            yield "MobileNet block", chain(c, shapes, stride), (size, size), n
+    for c, length in [(64, 4096), (256, 1024), (16, 100_000)]:
+        yield "series", chain(c, [(c, 1, 9)]), (length,), 1
+    for k, size in itertools.product((3, 5, 9, 15, 31), (512, 1024, 2048, 4096)):
+        yield "image", chain(1, [(1, 1, k, 1), (1, 1, 1, k)]), (size, size), 1
+    for rank, size in itertools.product((2, 3), (512, 2048)):
+        yield "image of rank 2, 3", chain(1, [(rank, 1, 15, 1), (1, rank, 1, 15)]), (size, size), 1
+    for k in (3, 9, 15):
+        passes = [(1, 1, k, 1, 1), (1, 1, 1, k, 1), (1, 1, 1, 1, k)]
+        yield "volume", chain(1, passes), (256,) * 3, 1
+    yield from families(quick)
+
+
+def families(quick: bool) -> Iterator[Item]:
+    """A few ranks of every form of every family, on layers whose fits are quick."""
+    rng = np.random.default_rng(0)
+    for c, size, k in [(32, 56, 3)] if quick else [(32, 56, 3), (64, 28, 3), (48, 14, 5)]:
+        weight = cases.weight(c, c, k, k)
+        conv = lr.dense(weight, padding=k // 2)
+        for name, family in FAMILIES.items():
+            try:
+                forms = family.forms(conv)
+            except NotApplicable:
+                continue
+            for form in forms[:: max(1, len(forms) // 3)][:3]:
+                whole = conv.cost((size, size)).macs
+                found = [lr.chain(p.stages) for p in family.sweep(conv, form)]
+                found = [f for f in found if f.cost((size, size)).macs < whole]
+                for i in rng.choice(len(found), min(2, len(found)), replace=False):
+                    shapes = [s.weight.shape for s in found[i].stages]
+                    stages = [
+                        lr.Stage(cases.weight(*w), s.geometry, s.groups, s.left, s.right)
+                        for w, s in zip(shapes, found[i].stages)
+                    ]
+                    yield name, lr.chain(stages), (size, size), 1
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", default="lowrank")
+    parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
+    parser.add_argument("--quick", action="store_true", help="fewer batches and families")
+    parser.add_argument("--worst", type=int, default=0, help="print so many of the worst, too")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    here = lr.machine.current()
+    if not here.calibrated:
+        sys.exit("this machine is not calibrated: run 'lowrank calibrate' first")
+    if "torch" in given.engine:
+        import torch
+
+        torch.set_num_threads(given.threads)
+    found = []
+    left = items(given.quick)
+    while some := list(itertools.islice(left, GROUP)):
+        if "torch" in given.engine:
+            some = [i for i in some if not i[0].startswith(("image", "volume"))]
+        calls = [call(f, size, n, given.engine, given.threads) for _, f, size, n in some]
+        for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
+            p = here.predict(f, size, batch=n, threads=given.threads, engine=given.engine)
+            found.append({"kind": kind, "chain": repr(f), "size": size, "batch": n,
+                          "seconds": took, "predicted": p.seconds})  # fmt: skip
+    if given.json:
+        json.dump({"cpu": here.cpu, "engine": given.engine, "rows": found}, sys.stdout, indent=1)
+        return
+    report(found, here, given)
+
+
+def call(f: lr.Factorization, size: Any, n: int, engine: str, threads: int) -> Any:
+    x = cases.random(n, f.in_channels, *size)
+    if "torch" in engine:
+        return pytorch.call(f.stages, [Epilogue()] * len(f.stages), x, "last" in engine)
+    run = f.compile(size, np.float32, threads=threads)
+    out = run(x)
+    return lambda: run(x, out)
+
+
+def report(found: list[dict[str, Any]], here: lr.machine.Machine, given: Any) -> None:
+    rates = here.rates[given.engine]
+    print(f"{here.cpu}, {given.threads} threads, run by {given.engine}")
+    print(f"as calibrated: median error {rates.error:.1%}, 90th percentile {rates.spread:.1%}")
+    print(f"{'kind':20} {'rows':>4} {'median':>7} {'90 %':>7} {'predicted/measured':>18}")
+    kinds = defaultdict(list)
+    for row in found:
+        ratio = row["predicted"] / row["seconds"]
+        kinds[row["kind"]].append(ratio)
+        kinds["all"].append(ratio)
+    for kind, ratios in sorted(kinds.items(), key=lambda k: k[0] == "all"):
+        off = np.abs(np.array(ratios) - 1)
+        print(
+            f"{kind:20} {len(off):4} {np.median(off):7.1%} {np.quantile(off, 0.9):7.1%} "
+            f"{np.median(ratios):18.2f}"
+        )
+    by_kind = np.median(
+        [np.median(np.abs(np.array(r) - 1)) for k, r in kinds.items() if k != "all"]
+    )
+    verdict = "met" if np.median(np.abs(np.array(kinds["all"]) - 1)) <= 0.15 else "MISSED"
+    print(f"median of the kinds' medians {by_kind:.1%}; of all rows at most 15 %: {verdict}")
+    found.sort(key=lambda r: -abs(math.log(r["predicted"] / r["seconds"])))
+    for row in found[: given.worst]:
+        ratio = row["predicted"] / row["seconds"]
+        print(f"{ratio:6.2f}  {row['chain']} {row['size']} N={row['batch']}")
+
+
+if __name__ == "__main__":
+    main()
