@@ -44,8 +44,9 @@ def tile(
     whole = Layout(stages, shape, None).out_shape[1:]
     lanes = VECTOR // itemsize
     rows_whole = any(s.fold is not None for s in stages)
-    # What streams reads x where it lies, so that only what follows has to fit the cache.
-    streams = _streams(stages)
+    # What is read where it lies takes no buffer: only what follows has to fit the cache.
+    in_place = _in_place(stages)
+    streams = in_place and all(s.weight.shape[1] == 1 for s in stages[1:])
     least = (
         BAND if streams and stages[0].weight.shape[2] > 1 else 1,
         1,
@@ -60,7 +61,7 @@ def tile(
     dear = min(max(HALO, 1 + teams), MOST)
     while True:
         layout = Layout(stages, shape, size)
-        held = _held(layout) if streams else 2 * layout.workspace
+        held = _held(layout) if in_place else 2 * layout.workspace
         fits = held * itemsize <= SHARE * l2
         if len(stages) == 1 and stages[0].weight.shape[1] == 1:  # its channels go one by one
             fits = layout.stages[0].channel * itemsize <= SHARE * l1
@@ -83,12 +84,12 @@ def tile(
     return size[0], size[1], size[2]
 
 
-def _streams(stages: Sequence[StageSpec]) -> bool:
-    """Whether the first stage reads rows of x where they lie, and the others take one channel."""
+def _in_place(stages: Sequence[StageSpec]) -> bool:
+    """Whether the first of several stages reads rows of x where they lie."""
     first, *rest = stages
     plain = first.stride == (1, 1, 1) and first.source is None
     along = first.weight.shape[4] == 1 and first.before[2] == first.after[2] == 0
-    return bool(rest) and plain and along and all(s.weight.shape[1] == 1 for s in stages)
+    return bool(rest) and plain and along
 
 
 def _held(layout: Layout) -> int:
