@@ -2,9 +2,10 @@
 
     python -m asv_benchmarks.choices [--threads N] [--quick] [--json]
 
-A case is a classical filter, an image or a volume, and a tolerance.  All ways within it are run in
-turns, and so are those of SciPy, OpenCV and scikit-image to do the same.  `best` is how much longer the choice took than the fastest of its own options, `peer` how
-many times faster it was than the fastest of the others.  Only cases that take a millisecond count.
+A case is a classical filter, an image or a volume, and a tolerance.  All ways within it are run
+in turns, and so are those of SciPy, OpenCV and scikit-image to do the same.  `best` is how much
+longer the choice took than the fastest of its own options, `peer` how many times faster it was than
+the fastest of the others.  Only cases that take a millisecond count.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             seen = dict(zip([*names, *work.dense], others))
             rivals = [name for name in names if name != "onnxruntime"]
             best = min(rivals, key=seen.__getitem__) if rivals else None
-            limited = not names and kind in ("call", "fit")  # a limit in place of a peer
+            limited = not names and kind == "call"  # a limit in place of a peer
             if limited:
                 best, seen["limit"] = "limit", case.target
                 names = [best]

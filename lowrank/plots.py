@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank import report
+from lowrank import algebra, report
 from lowrank._typing import Array
 from lowrank.factorization import Factorization
 from lowrank.search import Candidate, Frontier
@@ -180,6 +181,82 @@ def error_against_cost(
     axes.minorticks_off()
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
+
+
+def spectrum(
+    conv: Factorization | Frontier,
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+) -> None:
+    """Draw what every matricisation of a kernel leaves out at each rank: how separable it is.
+
+    Parameters
+    ----------
+    conv : Factorization or Frontier
+        A dense stage, or a frontier of one.
+    path : path
+        ``.svg``, ``.png`` or ``.pdf``.
+    title : str
+        Above the picture.
+
+    Raises
+    ------
+    ValueError
+        If the kernel has one mode only, or the ending is unknown.
+    ImportError
+        If matplotlib is missing.
+
+    Notes
+    -----
+    A curve that falls early is a cheap family: the tail of the singular values is the error of
+    the best truncation, and no chain whose matricisation has that rank is nearer.  Groups are cut
+    at one rank together.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank import plots
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)))
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "spectrum.svg")
+    >>> plots.spectrum(conv, path)
+    >>> path.exists()
+    True
+    """
+    path = check_path(path)
+    if isinstance(conv, Frontier):
+        conv = conv.dense.build()
+    w = conv.to_dense()
+    w = w.reshape(conv.groups, -1, *w.shape[1:])
+    letters = "ts" + "dhw"[3 - conv.ndim :]
+    long = [m for m, n in enumerate(w.shape[1:], start=1) if n > 1]
+    if len(long) < 2:
+        raise ValueError(f"a kernel of shape {w.shape[1:]} has nothing to separate")
+    figure, axes = _figure(6.4, 4.0)
+    for n in range(1, len(long) // 2 + 1):
+        for rows in itertools.combinations(long, n):
+            if 2 * n == len(long) and long[0] not in rows:
+                continue  # the other half was drawn
+            tails = algebra.tails(w, rows, (0,))
+            names = ["".join(letters[m - 1] for m in side)
+                     for side in (rows, [m for m in long if m not in rows])]  # fmt: skip
+            share = np.arange(len(tails)) / (len(tails) - 1)
+            axes.plot(
+                share, tails, label=f"{names[0]} | {names[1]}, {len(tails) - 1}", linewidth=1.2,
+                linestyle=("-", "--", ":")[n - 1],
+            )  # fmt: skip
+    axes.set(
+        xlim=(0, 1), ylim=(0, 1), title=title, xlabel="share of the full rank",
+        ylabel="relative error of the best truncation",
+    )  # fmt: skip
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.legend(
+        title="rows | columns, full rank", frameon=False, fontsize=8, title_fontsize=8,
+        loc="center left", bbox_to_anchor=(1.01, 0.5),
+    )  # fmt: skip
     _save(figure, path)
 
 

@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import cli, demo, filters
+from lowrank import cli, demo, filters, machine
+from lowrank.machine import calibration, store
 
 DIGITS = str(demo.WEIGHTS)
 
@@ -50,7 +52,7 @@ def test_inspect_lists_every_layer(lowrank):
     assert [r["layer"] for r in rows] == ["conv1", "conv2", "conv3"]
     assert rows[2]["macs"] == 64 * 64 * 9 * 256
     conv = cli.layers(DIGITS)[2].conv
-    front = lr.frontier(conv, (16, 16), ["spatial"])
+    front = lr.frontier(conv, (16, 16), ["spatial"], axis="macs")
     half = [c.error for c in front if c.cost.macs <= rows[2]["macs"] / 2]
     assert rows[2]["error_at_half"]["spatial"] == min(half)
 
@@ -95,6 +97,8 @@ def test_approximate_without_a_wish_picks_nothing(lowrank):
         ("--rank", "8"),
         ("--rank", "8,8", "--families", "tucker"),
         ("--max-error", "0.5", "--axis", "params"),
+        ("--seconds", "50%", "--batch", "8", "--threads", "1"),
+        ("--seconds", "30%"),
     ],
 )
 def test_approximate_by_any_wish(lowrank, wish):
@@ -153,9 +157,62 @@ def test_filter_takes_kernels_and_volumes_from_files(lowrank, tmp_path, rng):
     assert np.load(tmp_path / "v.k.npy").shape == (8, 9, 10)
 
 
+def test_a_pick_that_is_the_dense_kernel_says_what_is_possible(lowrank):
+    code, out, _ = lowrank("approximate", DIGITS, "--layer", "conv3", "--max-error", "1e-4")
+    assert code == 0
+    assert "nothing within 0.0001 is cheaper than the dense kernel" in out
+    assert "the cheapest within" in out
+
+
+def test_filter_shows_the_ways_there_are(lowrank, photo):
+    words = ("filter", "photo.png", "--kernel", "disk", "--radius", "4", "--tolerance", "0.1")
+    code, out, _ = lowrank(*words)
+    assert code == 0
+    assert "direct" in out
+    assert "fft" in out
+    assert len(re.findall("^> ", out, re.M)) == 1
+    _, out, _ = lowrank(*words, "--method", "fft", "--json")
+    told = json.loads(out)
+    assert told["method"] == "fft"
+    assert {o["way"].split(",")[0].split()[0] for o in told["options"]} == {
+        "direct", "separable", "fft"
+    }  # fmt: skip
+
+
+def test_calibrate_measures_and_shows(lowrank, monkeypatch, tmp_path):
+    shipped = machine.current()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here = replace(shipped, cpu=calibration.cpu(), isa=store._core.default_isa(), calibrated=True)
+    asked = []
+
+    def measure(progress, engines):
+        progress("lowrank", 0.5)
+        asked.append(engines)
+        return here
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    code, out, _ = lowrank("calibrate", "--show")
+    assert code == 0
+    assert "came with lowrank" in out
+    code, out, err = lowrank("calibrate")
+    assert (code, err) == (0, "")
+    assert asked == [None]
+    assert f"{here.rates['lowrank'].error:.1%}" in out
+    assert str(machine.path()) in out.replace("\n", "")
+    code, out, _ = lowrank("calibrate", "--show", "--json")
+    assert set(json.loads(out)["rates"]) == set(here.rates)
+    lowrank("calibrate", "--engine", "fft")
+    assert asked == [None, ["fft"]]
+
+
 A = ("approximate", DIGITS, "--layer", "conv3")
 MISTAKES = [
     (("bogus",), "bogus"),
+    (("calibrate", "--engine", "warp"), "engine must be one of fft, lowrank"),
+    ((*A, "--seconds", "soon"), "seconds must be above 0"),
+    ((*A, "--axis", "time"), "axis must be one of seconds"),
+    ((*A, "--batch", "0"), "batch"),
+    (("filter", "photo.png", "--kernel", "disk", "--method", "magic"), "method must be one of"),
     (("inspect", "gone.safetensors"), "gone.safetensors"),
     (("inspect", "."), "ending|come from"),
     (("inspect", __file__), r"\.py"),

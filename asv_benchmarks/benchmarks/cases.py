@@ -377,30 +377,6 @@ def call_rows(threads: int, quick: bool) -> Iterator[Case]:
     yield Case("call of a planned chain on a tiny input, 5 us at the most", make, 5e-6)
 
 
-def fit_rows(threads: int, quick: bool) -> Iterator[Case]:
-    """Alternating least squares, by itself and as TensorLy does it."""
-    from tensorly.decomposition import parafac
-
-    from lowrank.families import _tensorly
-
-    def sweeps(c: int, rank: int, n: int, beside: bool) -> Work:
-        tensor = random(c, c, 3, 3)
-        start = [random(m, rank) for m in tensor.shape]
-        peers: dict[str, Call] = {}
-        if beside:
-            init = (np.ones(rank, np.float32), start)
-            peers["TensorLy's parafac"] = lambda: parafac(
-                tensor, rank, n_iter_max=n, init=(init[0], [f.copy() for f in start]), tol=0
-            )
-        return Work(lambda: _tensorly.parafac(tensor, start, n, 0.0, 0.0), peers, 0.0, 0.0)
-
-    if not quick:
-        name = "CP-ALS (256, 256, 3, 3), R = 64, 2 sweeps"
-        yield Case(name, lambda: sweeps(256, 64, 2, True), 15.0)
-        name = "CP-ALS (512, 512, 3, 3), R = 256, 20 sweeps, 4 s at the most"
-        yield Case(name, lambda: sweeps(512, 256, 20, False), 4.0)
-
-
 KINDS: dict[str, Callable[[int, bool], Iterator[Case]]] = {
     "dense": dense_rows,
     "depthwise": depthwise_rows,
@@ -413,5 +389,4 @@ KINDS: dict[str, Callable[[int, bool], Iterator[Case]]] = {
     "type": type_rows,
     "threads": scaling_rows,
     "call": call_rows,
-    "fit": fit_rows,
 }

@@ -28,7 +28,7 @@ def call(
     def of(a: Array | None) -> Any:
         if a is None:
             return None
-        t = torch.from_numpy(np.require(a, requirements="CW"))
+        t = torch.from_numpy(np.require(a, requirements=["C", "W"]))
         return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
 
     given = of(x)
