@@ -54,7 +54,8 @@ class Candidate:
     --------
     >>> import numpy as np
     >>> import lowrank
-    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+    >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+    >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
     >>> front[0].name, front[0].rank, front[0].shapes
     ('spatial h-w', (1,), ((1, 8, 3, 1), (8, 1, 1, 3)))
     """
@@ -82,7 +83,8 @@ class Candidate:
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
         >>> front[0].build()
         <Factorization spatial h-w rank 1: 1x8x3x1 -> 8x1x1x3, 48 params>
         """
@@ -167,7 +169,8 @@ class Candidate:
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
         >>> front[0].as_dict()["stages"]
         [[1, 8, 3, 1], [8, 1, 1, 3]]
         """
@@ -380,8 +383,8 @@ def frontier(
     >>> import lowrank
     >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
     >>> blur = lowrank.dense(np.outer(g, g)[None, None])
-    >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (320, 320))]
-    [('spatial h-w', (1,), 1412348), ('dense', (), 4831204)]
+    >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32), axis="macs")]
+    [('spatial h-w', (1,), 10556), ('dense', (), 33124)]
     """
     names = _names(families)
     if axis not in COSTS:
