@@ -51,7 +51,9 @@ def network(folder: Path) -> None:
         "ones that is closest to it within a share of its multiply-adds; nothing is trained\n"
         "again.\n"
     )
-    fronts = {name: lowrank.frontier(dense[name], sizes[name]) for name in list(dense)[1:]}
+    fronts = {
+        name: lowrank.frontier(dense[name], sizes[name], axis="macs") for name in list(dense)[1:]
+    }
     rows = [("share", *(f"{n}: family, error" for n in fronts), "fewer", "digits right", "faster")]
     replaced = {name: dense[name] for name in fronts}
     inputs = {

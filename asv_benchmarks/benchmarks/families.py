@@ -54,7 +54,7 @@ def picks(layer, family, shares):
 
     if family not in lr.FAMILIES:
         return [None for _ in shares]
-    front = lr.frontier(dense(layer), size(layer), [family])
+    front = lr.frontier(dense(layer), size(layer), [family], axis="macs")
     found = []
     for share in shares:
         within = [c for c in front if c.cost.macs <= share * front.dense.cost.macs]
@@ -144,7 +144,7 @@ class Fit:
         self.conv, self.frontier = dense(layer), lr.frontier
 
     def time_frontier(self, layer, family):
-        self.frontier(self.conv, size(layer), [family])
+        self.frontier(self.conv, size(layer), [family], axis="macs")
 
 
 def ratio(run, other, x, seconds=0.4):

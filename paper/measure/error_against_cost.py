@@ -32,7 +32,7 @@ def main(target):
         for name, conv, size in convolutions():
             whole = conv.cost(size).macs
             for family in lowrank.FAMILIES:
-                for c in lowrank.frontier(conv, size, [family]):
+                for c in lowrank.frontier(conv, size, [family], axis="macs"):
                     rank = " ".join(map(str, c.rank))
                     share = f"{c.cost.macs / whole:.6g}"
                     row = [name, c.family, c.form, rank, share, f"{c.error:.5f}", f"{c.bound:.5f}"]
