@@ -191,7 +191,7 @@ class OutputBound:
             ("l2, relative", f"{self.relative:.4g}", "times that of the convolution"),
             ("l2, any size", f"{self.l2_free.value:.4g}", self.l2_free.how),
             ("linf", f"{self.linf:.4g}", "times the largest input sample at the most"),
-            ("grey", f"{self.grey:.4g}", "levels at the most"),
+            ("grey", f"{self.grey:.4g}", "at the most, for samples from 0 to `levels`"),
             ("rms", f"{self.rms:.4g}", "an output sample on average"),
             ("rms, relative", f"{self.rms_relative:.4g}", "times that of the output"),
         ]

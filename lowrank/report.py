@@ -62,7 +62,7 @@ def title(front: Frontier, shown: int) -> str:
     spatial = "x".join(map(str, front.input_shape[1:]))
     channels = front.input_shape[0]
     batch = f", batch {front.batch}" if front.batch > 1 else ""
-    threads = f", {front.threads} threads" if front.threads else ""
+    threads = f", threads: {front.threads}" if front.threads else ""
     engine = f", run by {front.engine}" if front.engine != "lowrank" else ""
     return (
         f"{len(front)} candidates{part}, by {front.axis}, input of {channels} channels x "

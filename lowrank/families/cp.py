@@ -362,7 +362,7 @@ def cp(
     rank : int
         Terms: channels of every stage in between, a group.
     max_error : float, optional
-        Relative error, below 1, up to which the chain may be made less sensitive; 1.001 times
+        Relative error, below 1, up to which the chain may be made less sensitive; 1.01 times
         the smallest error found if not given.
     ridge : float
         Penalty on the squared norms of the terms, relative to that of the kernel: with 0.01 no

@@ -170,11 +170,18 @@ def plan_of(
 
 
 def separable(conv: Factorization, spatial: Ints, tolerance: float) -> list[Factorization]:
-    """Chains for a filter that are worth a look: the fastest within the tolerance, and near it."""
+    """Chains for a filter that are worth a look: the cheapest of each form within the tolerance.
+
+    And the last two beyond it, to show what a little more would buy.
+    """
     front = search.frontier(conv, spatial, FAMILIES_OF_FILTERS, axis="macs")
-    within = [c for c in front if c.family != "dense" and c.error <= tolerance]
-    beyond = [c for c in front if c.family != "dense" and c.error > tolerance]
-    return [c.build() for c in (*beyond[-2:], *within[:3])]
+    found = [c for c in front if c.family != "dense"]
+    within: dict[str, search.Candidate] = {}
+    for c in found:
+        if c.error <= tolerance:
+            within.setdefault(c.name, c)
+    beyond = [c for c in found if c.error > tolerance][-2:]
+    return [c.build() for c in (*beyond, *within.values())]
 
 
 def of_rank(conv: Factorization, rank: int) -> Factorization:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lowrank._kernels import _core
+from lowrank._kernels.layout import output_size
 from lowrank._kernels.spec import StageSpec
 from lowrank._typing import Ints
 from lowrank.backends import fourier
@@ -101,7 +102,10 @@ def _part(part: Part, images: int, itemsize: int) -> Counts:
     tiles = math.prod(counts) * images
     out: tuple[float, ...] = tuple(n / c for n, c in zip(part.out_shape[1:], counts))
     total: dict[str, float] = defaultdict(float)
-    sizes = _sizes(part)
+    a, b, c = part.shape[1:]
+    sizes = [(a, b, c)]  # of the input of each stage
+    for spec in part.specs:
+        sizes.append(output_size(spec, sizes[-1]))
     for k in reversed(range(len(part.specs))):
         spec, whole = part.specs[k], sizes[k]
         extent = tuple(
@@ -115,21 +119,6 @@ def _part(part: Part, images: int, itemsize: int) -> Counts:
         total["step"] += tiles
         out = inside
     return total
-
-
-def _sizes(part: Part) -> list[Ints]:
-    """Spatial size of the input of each stage."""
-    sizes = [part.shape[1:]]
-    for s in part.specs:
-        sizes.append(
-            tuple(
-                (n + b + a - d * (t - 1) - 1) // step + 1
-                for n, b, a, d, t, step in zip(
-                    sizes[-1], s.before, s.after, s.dilation, s.weight.shape[2:], s.stride
-                )
-            )
-        )
-    return sizes
 
 
 def _stage(

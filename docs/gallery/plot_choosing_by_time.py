@@ -1,0 +1,178 @@
+r"""
+Choosing by time
+================
+
+Half the multiply-adds are not half the time.  A thin stage has less work for each number that is
+moved; a depthwise stage has hardly any; and every stage more is one more to be fed.  So
+:func:`lowrank.frontier` compares candidates by the seconds that they are predicted to take on this
+machine, before anything is built, and :func:`lowrank.approximate` takes budgets of time.  This page
+shows where that changes a choice.
+"""
+
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import lowrank
+from lowrank import machine, plots, report, weights
+
+plt.rcParams.update(plots.STYLE)
+NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
+
+# %%
+# The rates of this machine
+# -------------------------
+#
+# The time model counts what a chain does (multiply-adds in vectors, samples brought in, lines from
+# each cache, calls, wakings of threads) and multiplies each count by a rate.  Rates are measured by
+# ``lowrank calibrate`` on the command line, or :func:`lowrank.machine.calibrate`, which takes less
+# than a minute, once; they are kept in the user's cache folder.  **This page does not calibrate.**
+# It uses what :func:`lowrank.machine.current` finds: the rates of this machine if they have been
+# measured, else those that ship with the package, which are good for comparing chains with each
+# other, and not for seconds.
+
+here = machine.current()
+print(f"{here.cpu}, {here.isa}")
+print("measured on this machine" if here.calibrated else "rates that ship with the package")
+print(f"median error of a prediction: {here.rates['lowrank'].error:.0%}")
+
+# %%
+# A prediction says what the time goes to.  The layer is from the small network that comes with the
+# package, on a plane of 14 × 14, on one thread, so that the page means the same everywhere.
+
+layer = next(x for x in weights.layers(NET) if x.name == "conv2")
+conv, shape, threads = layer.conv, (32, 14, 14), 1
+predicted = here.predict(conv, shape, threads=threads)
+print(conv)
+print(predicted)
+for part, seconds in sorted(predicted.parts.items(), key=lambda x: -x[1])[:4]:
+    print(f"  {part:12} {seconds / predicted.seconds:.0%}")
+
+# %%
+# Two fronts
+# ----------
+#
+# A front is what no other candidate beats on both error and cost.  The cost is an ``axis``:
+# ``"seconds"`` if nothing is said; ``"macs"``, ``"params"``, ``"traffic"`` (elements read and
+# written, stage by stage) and others are the same on every machine.  One family is left out here,
+# only since it takes a few seconds more.
+
+families = [name for name in lowrank.FAMILIES if name != "tucker_full"]
+by_seconds = lowrank.frontier(conv, shape, families, threads=threads)
+by_macs = lowrank.frontier(conv, shape, families, axis="macs", threads=threads)
+print(by_seconds)
+
+# %%
+# ``faster`` is what the time model promises; ``realised`` is how much of the saving in
+# multiply-adds that is: 100 % where half of them take half the time.  Chains with depthwise
+# stages (the CP families, ``decouple``) realise less than those of two dense stages.
+#
+# Which candidates are on one front only?
+
+fronts = {"seconds": by_seconds, "macs": by_macs}
+keys = {name: {(c.name, c.rank): c for c in front} for name, front in fronts.items()}
+both = keys["seconds"].keys() & keys["macs"].keys()
+only = {name: [c for k, c in found.items() if k not in both] for name, found in keys.items()}
+print(f"on both fronts: {len(both)}")
+for name, found in only.items():
+    of = ", ".join(sorted({c.family for c in found}))
+    realised = np.median([c.realised for c in found])
+    print(f"by {name} only: {len(found)} ({of}), median realised {realised:.0%}")
+slower = sum(c.seconds > by_macs.dense.seconds for c in by_macs)
+print(f"by macs, and predicted to take longer than the dense layer: {slower}")
+
+# %%
+# In one picture, on the left, both fronts at their predicted times.  What only multiply-adds would
+# choose lies above the front: something else has its error in less time.  On the right is what
+# that costs: for every error that one may allow, the time of the candidate with the fewest
+# multiply-adds over that of the fastest.
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
+dense = by_seconds.dense
+groups = {
+    "only by multiply-adds": ("#d55e00", "D", only["macs"]),
+    "only by seconds": ("#0072b2", "o", only["seconds"]),
+    "on both fronts": ("#999999", "o", [keys["seconds"][k] for k in both]),
+}
+for name, (colour, mark, found) in groups.items():
+    left.plot([c.seconds / dense.seconds for c in found], [c.error for c in found], mark,
+              color=colour, markersize=3.5, label=name)  # fmt: skip
+left.set(xlim=(0, 1.05), xlabel="predicted seconds, share of the dense layer's", ylim=(0, 0.8),
+         ylabel="relative error of the weights")  # fmt: skip
+left.legend(frameon=False)
+allowed = np.linspace(0.08, 0.7, 400)
+lost = [by_macs.within(e).seconds / by_seconds.within(e).seconds - 1 for e in allowed]
+right.plot(allowed, np.multiply(lost, 100), color="#d55e00", linewidth=1.2)
+right.set(ylim=(0, None), xlabel="error allowed", ylabel="% more time than the fastest",
+          title="chosen by multiply-adds")  # fmt: skip
+for ax in (left, right):
+    ax.grid(alpha=0.25, linewidth=0.5)
+plt.show()
+
+# %%
+# A budget of time
+# ----------------
+#
+# ``seconds="50%"`` is a share of the dense layer's predicted time; ``"2ms"`` and ``"300us"`` are
+# amounts.  It is the candidate that :meth:`lowrank.Frontier.affordable` finds, built.
+
+half = lowrank.approximate(conv, shape, seconds="50%", families=families, threads=threads)
+by_work = by_macs.affordable(by_macs.dense.cost.macs / 2).build()
+for name, f in {"half of the time": half, "half of the multiply-adds": by_work}.items():
+    seconds = here.predict(f, shape, threads=threads).seconds
+    print(f"{name:25}  {f.family} {f.rank}, error {f.error(conv.to_dense()):.4f}, "
+          f"{seconds / predicted.seconds:.0%} of the time, "
+          f"{f.cost(shape).share_of(conv.cost(shape)):.0%} of the multiply-adds")  # fmt: skip
+
+# %%
+# :func:`lowrank.plots.error_against_cost` draws a front with the look of each family, and rings a
+# pick.  It writes a file.
+
+pick = by_seconds.affordable(by_seconds.dense.seconds / 2)
+plots.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14", pick=pick)
+
+# %%
+# The clock
+# ---------
+#
+# A prediction is a claim, so here are a few chains of about equal multiply-adds, predicted and
+# timed: the fastest of a hundred runs.
+
+chains = {"dense": conv}
+for family in ("spatial", "tucker", "cp3", "decouple"):
+    front = lowrank.frontier(conv, shape, [family], axis="macs", threads=threads)
+    chains[family] = front.affordable(front.dense.cost.macs / 3).build()
+x = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
+
+
+def clocked(f):
+    """Least seconds of a run."""
+    run, least = f.compile(shape, np.float32, threads=threads), np.inf
+    out = run(x)
+    for _ in range(100):
+        start = time.perf_counter()
+        run(x, out)
+        least = min(least, time.perf_counter() - start)
+    return least
+
+
+rows = [("chain", "multiply-adds", "predicted", "clock", "realised by the clock")]
+dense_seconds = clocked(conv)
+for name, f in chains.items():
+    share = f.cost(shape).share_of(conv.cost(shape))
+    seconds = clocked(f)
+    rows.append((name, f"{share:.0%}", report.time(here.predict(f, shape, threads=1).seconds),
+                 report.time(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
+print("\n".join(report.columns(rows)))
+
+# %%
+# What to do
+# ----------
+#
+# * Calibrate once on the machine that is going to run the network, when it has nothing else to do.
+# * Leave ``axis`` alone if speed is the aim.  Give ``batch`` and ``threads`` as they will be: both
+#   change what is fastest.  ``engine="torch"`` predicts for PyTorch, where it has been calibrated.
+# * Use ``axis="macs"`` for tables that others are to compare with, ``"params"`` for memory.
+# * Look at ``realised`` before believing a saving in multiply-adds.
