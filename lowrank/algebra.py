@@ -84,6 +84,14 @@ def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
     x = kernel[stage.source()].reshape(stage.left, g, c, stage.right, inner * math.prod(taps))
     x = x.transpose(1, 2, 0, 3, 4).reshape(g, c, -1)
     w = stage.weight.reshape(g, o // g, c, *stage.kernel)
+    if all(k == 1 or (t == 1 and s == 1) for k, t, s in zip(stage.kernel, taps, step)):
+        # Along axes of its own, as in every family but some Kronecker products: one product.
+        y = w.reshape(g, o // g, c, -1).swapaxes(2, 3).reshape(g, -1, c) @ x
+        y = y.reshape(g, o // g, *stage.kernel, stage.left, stage.right, inner, *taps)
+        n = len(taps)
+        pairs = [axis for a in range(n) for axis in (2 + a, 5 + n + a)]
+        y = y.transpose(2 + n, 0, 1, 3 + n, 4 + n, *pairs)
+        return y.reshape(stage.out_channels, inner, *grown)
     out = np.zeros((g, o // g, stage.left, stage.right, inner, *grown), kernel.dtype)
     for tap in itertools.product(*map(range, stage.kernel)):
         at = [slice(i * s, i * s + t) for i, s, t in zip(tap, step, taps)]

@@ -36,8 +36,9 @@ class Certificate:
     bound : float
         A lower bound on the error of every chain of that family, form and rank.
     sensitivity : float
-        Expected squared relative error of the kernel for noise of variance 1 on every weight
-        of the chain: for the dense kernel their number over :math:`\|W\|^2`.
+        Expected squared relative error of the kernel for noise on every weight of the chain as
+        large as the weights of its stage, in the root mean square: 1 for the dense kernel, at
+        most the number of stages where nothing cancels, and more where large terms do.
     terms : float or None
         For sums of outer products (cp, cp3, jaderberg, filter, tucker_cp) the root of the sum
         of their squared norms over :math:`\|W\|`.  About 1 where terms do not cancel; at 100
@@ -50,7 +51,7 @@ class Certificate:
     error        0.5000
     bound        0.3750  no chain of this family, form and rank has less
     gap          0.1250
-    sensitivity      20  of the kernel to noise on every weight
+    sensitivity      20  of the kernel to noise on every weight, of the weights' own size
     """
 
     error: float
@@ -68,7 +69,11 @@ class Certificate:
             ("error", f"{self.error:.4f}", ""),
             ("bound", f"{self.bound:.4f}", "no chain of this family, form and rank has less"),
             ("gap", f"{self.gap:.4f}", ""),
-            ("sensitivity", f"{self.sensitivity:.4g}", "of the kernel to noise on every weight"),
+            (
+                "sensitivity",
+                f"{self.sensitivity:.4g}",
+                "of the kernel to noise on every weight, of the weights' own size",
+            ),
         ]
         if self.terms is not None:
             rows.append(
@@ -228,10 +233,12 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
 
     The sensitivity is
 
-    .. math:: \frac{1}{\|W\|^2} \sum_w \Bigl\|\frac{\partial \hat W}{\partial w}\Bigr\|^2
+    .. math:: \frac{1}{\|W\|^2} \sum_k \overline{w_k^2}
+       \sum_i \Bigl\|\frac{\partial \hat W}{\partial w_{k i}}\Bigr\|^2
 
-    over all weights w of the chain; for three factors of a CP sum it is that of [2]_.  Large
-    terms that cancel, as fits of CP come to have, make it large, and half precision useless.
+    over the stages k and their weights, whose mean square makes it free of units; for factors of
+    a CP sum with equal mean squares it is that of [2]_ times this.  Large terms that cancel, as
+    fits of CP come to have, make it large, and half precision useless.
 
     References
     ----------
@@ -253,10 +260,19 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     if f.family != "dense" and f.family not in FAMILIES:
         raise ValueError(f"no family bounds the error of {f!r}")
     bound = 0.0 if f.family == "dense" else FAMILIES[f.family].bound(conv, f.rank, f.form)
-    before, after = algebra.halves(f.stages, f.groups)
-    whole = _energy(conv.to_dense())
-    noise = algebra.jacobian(f.stages, before, after, f.groups)
-    gain = sum(float(j.sum()) * math.prod(s.kernel) for j, s in zip(noise, f.stages))
+    # Every stage divided by its largest weight, and the kernel by all of them: nothing overflows.
+    scales = [algebra.magnitude(s.weight) or 1.0 for s in f.stages]
+    stages = [replace(s, weight=s.weight.astype(np.float64) / k) for s, k in zip(f.stages, scales)]
+    w = conv.to_dense().astype(np.float64)
+    for k in scales:
+        w = w / k
+    before, after = algebra.halves(stages, f.groups)
+    whole = _energy(w)
+    noise = algebra.jacobian(stages, before, after, f.groups)
+    gain = sum(
+        float(np.square(s.weight).mean() * j.sum()) * math.prod(s.kernel)
+        for j, s in zip(noise, stages)
+    )
     terms = None
     if f.family in SUMS:
         terms = math.sqrt(_ratio(_energies(before, after)[_joint_of_terms(f)], whole))

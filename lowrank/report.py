@@ -49,7 +49,8 @@ def html_table(rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
 
 def notes(front: Frontier) -> list[str]:
     """What has to be said below a table."""
-    return [NOTE] if any(not c.exact for c in front) else []
+    star = [NOTE] if any(not c.exact for c in front) else []
+    return [*star, f"predicted: {model(front.error)}"]
 
 
 #: What the star behind a name says.
@@ -114,6 +115,13 @@ def time(seconds: float) -> str:
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def model(error: float) -> str:
+    """How far predicted seconds are off, in the middle."""
+    if error != error:
+        return "rates of another machine: 'lowrank calibrate' measures this one"
+    return f"half of such predictions are within {error:.0%}"
 
 
 def amount(n: float) -> str:

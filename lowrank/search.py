@@ -17,7 +17,6 @@ from lowrank.cost import AXES, Cost, chain_cost
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, Point
 from lowrank.families.family import kernel_of
-from lowrank.geometry import integers
 
 NEAR = 1.25  # a short fit within this factor of the limit may be within it once refined
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -222,7 +221,9 @@ class Frontier(Sequence[Candidate]):
     dense           -  0.0000  0.0000   113k   1.00x     576 ...
     """
 
-    __slots__ = ("_candidates", "axis", "batch", "engine", "input_shape", "left_out", "threads")
+    __slots__ = (
+        "_candidates", "axis", "batch", "engine", "error", "input_shape", "left_out", "threads",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -233,10 +234,11 @@ class Frontier(Sequence[Candidate]):
         batch: int = 1,
         threads: int | None = None,
         engine: str = "lowrank",
+        error: float = math.nan,
     ) -> None:
         self._candidates = tuple(candidates)
         self.axis, self.input_shape, self.left_out = axis, input_shape, dict(left_out)
-        self.batch, self.threads, self.engine = batch, threads, engine
+        self.batch, self.threads, self.engine, self.error = batch, threads, engine, error
 
     @overload
     def __getitem__(self, at: int) -> Candidate: ...
@@ -391,18 +393,8 @@ def frontier(
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
     kernel_of(conv)
     shape = conv.shape(input_shape)
-    (batch,) = integers("batch", batch, 1)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    here = machine.current()
     whole, bias = conv.cost(shape), conv.bias is not None
-    whole_seconds = here.predict(conv, shape, batch=batch, threads=threads, engine=engine).seconds
-
-    def timed(c: Candidate) -> Candidate:
-        stages = conv.stages if c._point is None else c._point.stages
-        seconds = here.of_stages(stages, shape, batch, threads, engine).seconds
-        realised = whole_seconds / seconds / (whole.macs / c.cost.macs)
-        return replace(c, seconds=seconds, realised=realised)
+    predicted, timed = _timing(conv, shape, batch, threads, engine)
 
     none, measure = math.nan, "macs" if axis == "seconds" else axis
     first = Candidate("dense", "", (), 0.0, 0.0, whole, True, none, none, conv, None)
@@ -427,12 +419,29 @@ def frontier(
                     found.append(c)
     if axis == "seconds":
         found = [timed(c) for c in found]
-        found = [c for c in found if c.seconds < whole_seconds or c._point is None]
+        found = [c for c in found if c.seconds < predicted.seconds or c._point is None]
     kept = _unbeaten(found, axis, conv)
     return Frontier(
         kept if axis == "seconds" else map(timed, kept),
-        axis, shape, left_out, batch, threads, engine,
+        axis, shape, left_out, batch, threads, engine, predicted.error,
     )  # fmt: skip
+
+
+def _timing(
+    conv: Factorization, shape: Ints, batch: int, threads: int | None, engine: str
+) -> tuple[machine.Prediction, Callable[[Candidate], Candidate]]:
+    """The dense kernel's time, and what gives a candidate its own and its realised share."""
+    here = machine.current()
+    whole = here.predict(conv, shape, batch=batch, threads=threads, engine=engine)
+    macs = conv.cost(shape).macs
+
+    def timed(c: Candidate) -> Candidate:
+        stages = conv.stages if c._point is None else c._point.stages
+        seconds = here.of_stages(stages, shape, batch, threads, engine).seconds
+        realised = whole.seconds / seconds / (macs / c.cost.macs)
+        return replace(c, seconds=seconds, realised=realised)
+
+    return whole, timed
 
 
 def _unbeaten(found: list[Candidate], axis: str, conv: Factorization) -> list[Candidate]:
@@ -533,7 +542,8 @@ def approximate(
     """
     if rank is not None and (max_error, seconds, macs, params) == (None,) * 4:
         names = _names(families)
-        return _at_rank(conv, input_shape, rank, names, axis or "macs").build()
+        given = axis or "macs", batch, threads, engine
+        return _at_rank(conv, input_shape, rank, names, *given).build()
     front, pick = choose(
         conv,
         input_shape,
@@ -622,7 +632,7 @@ def choose(
         return found, _refined_within(found, max_error)
     if amount is not None:
         return found, found.affordable(amount)
-    return found, _at_rank(conv, input_shape, rank, names, axis)
+    return found, _at_rank(conv, input_shape, rank, names, axis, batch, threads, engine)
 
 
 def _refined_within(found: Frontier, limit: float) -> Candidate:
@@ -640,13 +650,21 @@ def _refined_within(found: Frontier, limit: float) -> Candidate:
 
 
 def _at_rank(
-    conv: Factorization, input_shape: Sequence[int], rank: Any, names: list[str], axis: str
+    conv: Factorization,
+    input_shape: Sequence[int],
+    rank: Any,
+    names: list[str],
+    axis: str,
+    batch: int = 1,
+    threads: int | None = None,
+    engine: str = "lowrank",
 ) -> Candidate:
     """The best candidate of exactly this rank, fitted directly, whether on the front or not."""
+    if axis not in COSTS:
+        raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
     kernel_of(conv)
     shape = conv.shape(input_shape)
-    here, whole = machine.current(), conv.cost(shape)
-    dense_seconds = here.predict(conv, shape).seconds
+    whole, timed = _timing(conv, shape, batch, threads, engine)
     tried, why = [], []
     for name in names:
         try:
@@ -663,17 +681,14 @@ def _at_rank(
             exact, stages = FAMILIES[name].exact, f.stages
             error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, form)
             point = Point(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
-            cost, seconds = f.cost(shape), here.predict(f, shape).seconds
-            realised = dense_seconds / seconds / (whole.macs / cost.macs)
-            tried.append(
-                Candidate(
-                    name, form, f.rank, error, point.bound, cost, exact, seconds, realised,
-                    conv, point,
-                )
+            c = Candidate(
+                name, form, f.rank, error, point.bound, f.cost(shape), exact, math.nan, math.nan,
+                conv, point,
             )  # fmt: skip
+            tried.append(timed(c))
     if not tried:
         raise ValueError(f"no family takes rank {rank!r}: " + "; ".join(dict.fromkeys(why)))
-    most = dense_seconds if axis == "seconds" else float(getattr(whole, axis))
+    most = whole.seconds if axis == "seconds" else float(getattr(conv.cost(shape), axis))
     cheaper = [c for c in tried if c.amount(axis) < most]
     if not cheaper:
         least = min(tried, key=lambda c: c.amount(axis))

@@ -126,10 +126,11 @@ def test_sensitivity_is_the_error_that_noise_on_the_weights_makes(kind, name, fo
     assert 0 <= c.bound <= c.error + ROOT
     rng, step, found = np.random.default_rng(0), 1e-7, []
     kernel = f.to_dense()
+    sizes = [np.sqrt(np.square(s.weight).mean()) for s in f.stages]
     for _ in range(40):
         noisy = [
-            replace(s, weight=s.weight + step * rng.standard_normal(s.weight.shape))
-            for s in f.stages
+            replace(s, weight=s.weight + step * size * rng.standard_normal(s.weight.shape))
+            for s, size in zip(f.stages, sizes)
         ]
         found.append(replace(f, stages=tuple(noisy)).to_dense() - kernel)
     measured = np.mean([np.square(d).sum() for d in found]) / step**2
@@ -144,19 +145,22 @@ def test_sensitivity_is_that_of_phan_and_others_for_cp():
     b, c, a = (s.weight for s in f.stages)  # (r, in), (r, taps), (out, r)
     b, c, a = b.reshape(4, 5).T, c.reshape(4, 9).T, a.reshape(7, 4)
     ss = (
-        9 * np.trace((a.T @ a) * (b.T @ b))
-        + 7 * np.trace((b.T @ b) * (c.T @ c))
-        + 5 * np.trace((a.T @ a) * (c.T @ c))
+        9 * np.trace((a.T @ a) * (b.T @ b)) * np.square(c).mean()
+        + 7 * np.trace((b.T @ b) * (c.T @ c)) * np.square(a).mean()
+        + 5 * np.trace((a.T @ a) * (c.T @ c)) * np.square(b).mean()
     )
     expected = ss / np.square(conv.to_dense()).sum()
     assert certificate(conv, f).sensitivity == pytest.approx(expected, rel=TIGHT)
 
 
-def test_the_sensitivity_of_the_dense_kernel_is_its_number_of_weights():
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_the_sensitivity_of_the_dense_kernel_is_one_in_any_unit(scale):
     conv = random(6, 4, 3, 3, groups=2)
+    conv = lr.dense(scale * conv.to_dense(), padding=1, groups=2)
     c = certificate(conv, conv)
-    assert c.sensitivity == pytest.approx(6 * 4 * 9 / np.square(conv.to_dense()).sum())
+    assert c.sensitivity == pytest.approx(1)
     assert (c.error, c.bound, c.terms) == (0, 0, None)
+    assert 0 < certificate(conv, lr.cp3(conv, 1)).sensitivity < 3 + 1e-9  # nothing can cancel
 
 
 @ALL

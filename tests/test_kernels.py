@@ -232,6 +232,43 @@ def test_many_channels_of_short_rows_are_those_of_a_few(
     np.testing.assert_array_equal(wide[..., ::2], whole)
 
 
+@pytest.mark.parametrize("isa", _core.ISAS)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    out=st.tuples(st.integers(1, 2), st.integers(4, 11), st.integers(1, 150)),
+    along=st.tuples(st.integers(1, 2), st.integers(1, 2)),  # stride and dilation of rows
+)
+@settings(max_examples=100, deadline=None)
+def test_rows_that_are_computed_four_at_a_time_are_those_computed_one_by_one(
+    isa, data, dtype, kernel, out, along
+):
+    stride, dilation = along
+    need = [n + k - 1 for n, k in zip(out, kernel)]
+    need[2] = (out[2] - 1) * stride + dilation * (kernel[2] - 1) + 1
+    before = [data.draw(st.integers(0, k - 1)) for k in kernel]
+    after = [max(0, b - n + 1) for b, n in zip(before, need)]
+    size = [n + a - b for n, a, b in zip(need, after, before)]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    weight = rng.standard_normal((2, 1, *kernel)).astype(dtype)
+    bias = rng.standard_normal(2).astype(dtype)
+    x = rng.standard_normal((1, 2, *size)).astype(dtype)
+    stages = [
+        StageSpec(
+            weight, 1, 2, 1, (1, 1, stride), (1, 1, dilation), before, after, bias=bias,
+            activation="relu6",
+        )
+    ]  # fmt: skip
+    expected, magnitude, terms = plain(stages, x)
+    actual = run(isa, stages, x)
+    bound = SLACK * terms * np.finfo(dtype).eps * magnitude
+    assert (np.abs(actual - expected) <= bound).all()
+    for rows in (1, 3, 6):
+        tile = (out[0], rows, actual.shape[-1])
+        np.testing.assert_array_equal(run(isa, stages, x, tile=tile), actual)
+
+
 @pytest.fixture
 def pair(rng):
     """Two stages of 3x3 and a matching input."""

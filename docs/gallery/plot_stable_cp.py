@@ -82,8 +82,9 @@ for n, c in zip(sweeps, als):
 #     The root of the sum of the squared norms of the terms, over the norm of the kernel.  Terms
 #     that are orthogonal have 1.  It only says how large they are; at 100 two digits are lost.
 # ``sensitivity``
-#     Expected squared relative error of the kernel when noise of variance 1 is added to every
-#     weight.  Noise of standard deviation s makes a relative error of s times its root.
+#     Expected squared relative error of the kernel for noise on every weight that is as large as
+#     the weights of its stage.  Noise of a share s of that makes a relative error of s times its
+#     root.  The dense kernel has 1, a chain in which nothing cancels at most its number of stages.
 #
 # The error goes to 0, and both grow without end.  ``lowrank.cp`` notices that a fit has not
 # settled:
@@ -171,7 +172,7 @@ for name, found in chains.items():
 
 # %%
 # One per cent of the error buys a sensitivity that is several times to ten times smaller: here ALS
-# had cancelled for nothing.  Without ``max_error``, ``lowrank.cp`` gives away a thousandth of the
+# had cancelled for nothing.  Without ``max_error``, ``lowrank.cp`` gives away a hundredth of the
 # error, which is part of this gain, sometimes most of it.  Give it more where the chain is going to
 # be stored in half precision or trained further: sensitivity is also how much the noise of a step
 # of training shakes the kernel.

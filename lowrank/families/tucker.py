@@ -54,7 +54,7 @@ class Parts(NamedTuple):
     factors: tuple[Array, ...]  # (g, size, size) orthonormal, a compressed mode
     core: Array  # (g, ranks..., rest); this and the next two for a sweep
     energy: Array  # (ranks + 1...): squared norm of the core cut there
-    tails: tuple[Array, ...]  # of each unfolding: no smaller error at that rank
+    tails: tuple[Array, ...]  # of each unfolding, that of the rest last: no smaller error
 
     def largest(self) -> Ints:
         """Full ranks."""
@@ -68,8 +68,13 @@ class Parts(NamedTuple):
         return math.sqrt(max(0.0, 1 - float(self.energy[rank]) / total)) if total else 0.0
 
     def bound(self, rank: Ints) -> float:
-        """No Tucker tensor of these ranks is nearer."""
-        return float(max(t[r] for t, r in zip(self.tails, rank)))
+        """No Tucker tensor of these ranks is nearer.
+
+        What is left beside the compressed modes has at most the product of their ranks.
+        """
+        *modes, rest = self.tails
+        least = rest[min(math.prod(rank), len(rest) - 1)]
+        return float(max(least, *(t[r] for t, r in zip(modes, rank))))
 
 
 def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Parts:
@@ -86,6 +91,7 @@ def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Par
     for mode in range(energy.ndim):
         energy = energy.cumsum(mode)
     energy = np.pad(energy, [(1, 0)] * energy.ndim)
+    tails.append(algebra.tails(tensor, (tensor.ndim - 1,), (0,)))
     return Parts(conv, kernel, axes, tensor, tuple(factors), core, energy, tuple(tails))
 
 

@@ -42,8 +42,8 @@ class Work(NamedTuple):
         With weights, or blank.
     shape : tuple of int
         (channels, \\*spatial).
-    batch, threads, itemsize : int
-        Examples, threads asked for, bytes of a number.
+    batch, threads, itemsize, interleaved : int
+        Examples, threads asked for, bytes of a number, numbers side by side in a sample.
     """
 
     stages: Sequence[Stage]
@@ -51,6 +51,7 @@ class Work(NamedTuple):
     batch: int = 1
     threads: int = 1
     itemsize: int = 4
+    interleaved: int = 1
 
 
 def engine(work: Work, most: int) -> Counts:
@@ -58,7 +59,7 @@ def engine(work: Work, most: int) -> Counts:
     links = [(stage, Epilogue()) for stage in work.stages]
     dtype = f"f{work.itemsize}"
     total: dict[str, float] = defaultdict(float)
-    for part in lowered(links, work.shape, dtype, work.threads, 1, work.batch):
+    for part in lowered(links, work.shape, dtype, work.threads, work.interleaved, work.batch):
         images = 1 if part.batched else work.batch
         jobs = part.jobs * images
         saved = part.seconds * images * (work.threads - 1) / work.threads
@@ -83,7 +84,8 @@ def _moved(moved: float, held: float, threads: int, most: int) -> Counts:
     A level begins to be missed once it is full: a smooth step in place of a cliff.
     """
     l1, l2, l3 = _core.caches()
-    many = (threads - 1) / max(most - 1, 1)
+    # More threads than were measured move no more than those did.
+    many = min(1.0, (threads - 1) / (most - 1)) if most > 1 else 0.0
     found = {"L2": moved * _beyond(held, l1) / threads}
     for name, size in (("L3", l2), ("memory", l3 / 2)):
         far = moved * _beyond(held, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from lowrank import report
 from lowrank._kernels import _core
 from lowrank._typing import Ints
 from lowrank.factorization import Factorization
+from lowrank.geometry import integers
 from lowrank.machine import counts
 from lowrank.machine.counts import Counts, Work
 from lowrank.stage import Stage
@@ -37,7 +39,7 @@ class Prediction(NamedTuple):
         For the whole batch.
     error : float
         Median relative error of the model on work that its rates were not fitted to; half of
-        the predictions are nearer.
+        the predictions are nearer.  NaN with rates of another machine.
     parts : mapping of str to float
         The seconds by what they are spent on; they add up.
 
@@ -56,7 +58,7 @@ class Prediction(NamedTuple):
     parts: Mapping[str, float]
 
     def __str__(self) -> str:
-        return f"{report.time(self.seconds)} (half of such predictions are within {self.error:.0%})"
+        return f"{report.time(self.seconds)} ({report.model(self.error)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ class Machine:
                     else ""
                 )
             )
+        if not isinstance(f, Factorization):
+            raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
         return self.of_stages(f.stages, f.shape(input_shape), batch, threads, engine)
 
     def of_stages(
@@ -185,6 +189,7 @@ class Machine:
         threads: int | None = None,
         engine: str = "lowrank",
         itemsize: int = 4,
+        interleaved: int = 1,
     ) -> Prediction:
         """How long bare stages are going to take, blank ones too.
 
@@ -202,6 +207,8 @@ class Machine:
             As for :meth:`predict`.
         itemsize : int
             Bytes of a number: 4 or 8.
+        interleaved : int
+            Numbers side by side in a sample, such as the colours of a pixel.
 
         Returns
         -------
@@ -216,9 +223,11 @@ class Machine:
         >>> here.of_stages(f.stages, (8, 64, 64)).seconds == here.predict(f, (64, 64)).seconds
         True
         """
-        threads = min(threads or _core.max_threads(), _core.max_threads())
-        work = Work(stages, shape, batch, threads, itemsize)
-        return self.rates[engine].predict(ENGINES[engine](work, self.threads))
+        (batch,) = integers("batch", batch, 1)
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        work = Work(stages, shape, batch, _threads(threads), itemsize, interleaved)
+        return self._said(engine, ENGINES[engine](work, self.threads))
 
     def of_transforms(
         self,
@@ -250,9 +259,12 @@ class Machine:
         >>> here.of_transforms((31, 31), (1024, 1024), (288, 288)).seconds > 0
         True
         """
-        threads = min(threads or _core.max_threads(), _core.max_threads())
-        counted = counts.fft(taps, spatial, block, threads, self.threads, itemsize)
-        return self.rates["fft"].predict(counted)
+        counted = counts.fft(taps, spatial, block, _threads(threads), self.threads, itemsize)
+        return self._said("fft", counted)
+
+    def _said(self, engine: str, counted: Counts) -> Prediction:
+        found = self.rates[engine].predict(counted)
+        return found if self.calibrated else found._replace(error=math.nan)
 
     def to_json(self) -> str:
         """As text.
@@ -294,10 +306,25 @@ class Machine:
             rates = {name: _rates(given) for name, given in read["rates"].items()}
             if not {"lowrank", "fft"} <= set(rates):
                 raise ValueError("the rates of the engine are missing")
+            if not {"multiply", "load"} & set(rates["lowrank"].seconds):
+                raise ValueError("the engine has no rate for multiply-adds")
+            if int(read["threads"]) < 1:
+                raise ValueError(f"{read['threads']} threads")
             facts = str(read["cpu"]), str(read["isa"]), int(read["threads"])
             return cls(*facts, MappingProxyType(rates))
         except (KeyError, TypeError, AttributeError) as why:
             raise ValueError(f"not a calibration: {why!r}") from None
+
+
+def _threads(threads: int | None) -> int:
+    """Threads that a run gets: no more than OpenMP offers."""
+    most = _core.max_threads()
+    if threads is None:
+        return most
+    (threads,) = integers("threads", threads, 1)
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return min(threads, most)
 
 
 def _rates(given: Mapping[str, Any]) -> Rates:

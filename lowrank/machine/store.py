@@ -75,11 +75,13 @@ def calibrate(
         known = ", ".join(calibration.BUDGETS)
         raise ValueError(f"engines must be some of {known}, got {', '.join(sorted(unknown))}")
     file = path()
-    found = calibration.measure(progress, engines)
+    kept: Machine | None = None
     if engines is not None:
-        kept = _shipped()
         with contextlib.suppress(ValueError, OSError):
             kept = _read(file)
+    # Without a calibration to add to, everything is measured: rates of another machine do not mix.
+    found = calibration.measure(progress, None if kept is None else engines)
+    if kept is not None:
         found = replace(found, rates={**kept.rates, **found.rates})
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_suffix(f".{os.getpid()}")  # so that nobody reads half a file
@@ -123,7 +125,8 @@ def current() -> Machine:
             "machine is measured anew, for less than a minute",
             stacklevel=2,
         )
-        file.replace(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            file.replace(aside)
         return calibrate()
 
 
