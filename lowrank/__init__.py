@@ -4,6 +4,7 @@ from lowrank import blocks as blocks
 from lowrank import filters as filters
 from lowrank import machine as machine
 from lowrank import ranks as ranks
+from lowrank import weights as weights
 from lowrank.certify import Certificate as Certificate
 from lowrank.certify import OutputBound as OutputBound
 from lowrank.certify import Rounding as Rounding

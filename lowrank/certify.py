@@ -478,6 +478,8 @@ def output_bound(
     """
     kernel_of(conv)
     _check_alike(conv, f, input_shape)
+    if not 0 < levels < math.inf:
+        raise ValueError(f"levels must be above 0, got {levels!r}")
     whole = conv.to_dense().astype(np.float64)
     rest = whole - f.to_dense()
     missed = _with_kernel(conv, rest)

@@ -247,7 +247,9 @@ def approximate(
     ] = None,
     axis: Annotated[
         str | None,
-        typer.Option(help=f"Cost to compare, seconds if not given: {', '.join(search.COSTS)}."),
+        typer.Option(
+            help=f"Cost to compare; if not given the budget's, macs for a rank, else seconds: {', '.join(search.COSTS)}."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Examples at a time, for seconds.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads, for seconds.")] = None,

@@ -175,6 +175,9 @@ def test_a_calibration_is_kept_and_used(cache, conv):
     assert kept["rates"]["lowrank"]["seconds"] == {"multiply": 1e-9, "call": 1e-6}
     machine.calibrate(engines=["lowrank"])
     assert cache == [None, ["lowrank"]]
+    machine.path().unlink()
+    machine.calibrate(engines=["lowrank"])  # nothing to add to: everything
+    assert cache == [None, ["lowrank"], None]
     with pytest.raises(ValueError, match=r"engines must be some of fft, lowrank.* got warp"):
         machine.calibrate(engines=["warp"])
 
@@ -189,8 +192,20 @@ def test_a_calibration_is_kept_and_used(cache, conv):
         lambda text: text.replace('"call": 1e-06', '"call": NaN'),
         lambda text: text.replace('"cpu": "', '"cpu": "another '),
         lambda text: text.replace('"lowrank"', '"other"'),
+        lambda text: text.replace('"multiply"', '"foo"'),
+        lambda text: text.replace('"threads": 2', '"threads": -3'),
     ],
-    ids=["cut off", "no object", "version", "negative", "no number", "foreign", "missing"],
+    ids=[
+        "cut off",
+        "no object",
+        "version",
+        "negative",
+        "no number",
+        "foreign",
+        "missing",
+        "names",
+        "threads",
+    ],
 )
 def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damage):
     machine.calibrate()
@@ -207,6 +222,34 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damag
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         machine.current()
+
+
+@pytest.mark.parametrize("given", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -2}])
+def test_batches_and_threads_are_checked(conv, given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        machine.predict(conv, (8, 8), **given)
+    for options in ({"max_error": 0.5}, {"seconds": "50%"}, {"rank": 2, "families": ["spatial"]}):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            lr.approximate(conv, (8, 8), **options, **given)
+
+
+def test_more_threads_than_were_measured_take_no_longer(conv):
+    f = lr.dense(np.ones((16, 16, 1, 1), np.float32))
+    counted = [counts.engine(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
+    rates = machine.current().rates["lowrank"]
+    times = [rates.predict(c).seconds for c in counted]
+    assert times == sorted(times, reverse=True)
+    # rates of one thread alone stand in for those of more
+    alone = counts.engine(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
+    assert alone["memory"] > 0 == alone["memory, all threads"]
+
+
+def test_a_rate_of_another_machine_has_no_error(conv):
+    p = machine.predict(conv, (8, 8))
+    assert math.isnan(p.error)
+    assert "lowrank calibrate" in str(p)
+    assert "lowrank calibrate" in str(lr.frontier(conv, (8, 8), ["spatial"]))
 
 
 def test_an_unknown_engine_is_refused(conv):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lowrank import backends, machine, report, search
+from lowrank import algebra, backends, machine, report, search
 from lowrank._typing import Array, Ints
 from lowrank.backends import fourier
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.stage import Epilogue
+from lowrank.stage import Epilogue, Stage
 
 Method = Literal["auto", "direct", "separable", "fft"]
 
 #: Families that have something to offer for a filter of one channel.
 FAMILIES_OF_FILTERS = ("spatial", "filter", "tensor_train")
 LEVELS = 255.0  # of grey, that bounds are stated for
+LONG = 64  # numbers that are worth an axis of their own
+MOVE = 6e-9  # seconds that a sample takes to its plane and back, roughly
 BLOCKS = 8.0  # how much longer than wide a block of transforms may be
 
 
@@ -43,6 +46,9 @@ class Option:
         What is run.
     block : tuple of int or None
         For ``"fft"``, points of a transform along each axis.
+    woven : bool
+        Whether numbers that lie together, such as the colours of a pixel, go through in one pass
+        as they lie; else plane by plane.
     """
 
     method: str
@@ -51,7 +57,8 @@ class Option:
     grey: float
     seconds: float
     chain: Factorization
-    block: Ints | None
+    block: Ints | None = None
+    woven: bool = False
 
     @property
     def name(self) -> str:
@@ -129,29 +136,37 @@ def plan_of(
     *,
     rank: int | None = None,
     method: Method = "auto",
-    batch: int = 1,
+    planes: int = 1,
+    together: bool = False,
     itemsize: int = 4,
     threads: int | None = None,
 ) -> FilterPlan:
-    """The options for a dense stage of one channel, and the choice among them."""
+    """The options for a dense stage of one channel, and the choice among them.
+
+    So many `planes` are filtered; `together` says that their samples lie side by side.
+    """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if rank is not None and method not in ("auto", "separable"):
+        raise ValueError(f"rank asks for a separable form, which method {method!r} is not")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number, at least 0, got {tolerance!r}")
     weight = conv.to_dense()
-    kernel, spatial = weight[0, 0], tuple(spatial)
-    here = machine.current()
+    spatial = tuple(spatial)
+    given = planes, together and planes > 1, itemsize, threads
 
     def option(method: str, chain: Factorization) -> Option:
-        took = here.of_stages(chain.stages, (1, *spatial), batch, threads, itemsize=itemsize)
-        grey = _grey(chain.to_dense()[0, 0].astype(np.float64) - kernel)
-        return Option(method, chain.rank, chain.error(weight), grey, took.seconds, chain, None)
+        form = chain.to_dense()
+        error = algebra.relative_error(form, weight)
+        grey = _grey(form[0, 0].astype(np.float64) - weight[0, 0])
+        seconds, woven = _timed(chain, spatial, *given)
+        return Option(method, chain.rank, error, grey, seconds, chain, None, woven)
 
     if rank is None:
         found = [option("direct", conv)]
         found += [option("separable", f) for f in separable(conv, spatial, tolerance)]
-        if kernel.size > 1:
-            found.append(_transforms(conv, kernel.shape, spatial, batch, itemsize, threads))
+        if weight.size > 1:
+            found.append(_transforms(conv, weight.shape[2:], spatial, *given))
     else:
         found = [option("separable", of_rank(conv, rank))]
     found.sort(key=lambda o: o.seconds)
@@ -163,10 +178,56 @@ def plan_of(
     if not taken:
         near = min((o for o in found if o.method == method), key=lambda o: o.error, default=None)
         raise ValueError(
-            f"there is no {method} form of error {tolerance:.3g} at the most"
+            f"no {method} form of error {tolerance:.3g} at the most has fewer multiply-adds than "
+            "the kernel itself"
             + ("" if near is None else f"; that of rank {near.rank} has {near.error:.3g}")
+            + ": give rank= for one of any rank"
         )
-    return FilterPlan(tuple(found), tolerance, kernel, spatial, taken[0])
+    return FilterPlan(tuple(found), tolerance, weight[0, 0], spatial, taken[0])
+
+
+def _timed(
+    chain: Factorization,
+    spatial: Ints,
+    planes: int,
+    together: bool,
+    itemsize: int,
+    threads: int | None,
+) -> tuple[float, bool]:
+    """Predicted seconds, and whether samples that lie together had better stay so."""
+    here = machine.current()
+    apart = here.of_stages(chain.stages, (1, *spatial), planes, threads, itemsize=itemsize).seconds
+    if not together:
+        return apart, False
+    stages, shape, numbers = woven(chain, spatial, planes)
+    joined = here.of_stages(
+        stages, (1, *shape), 1, threads, itemsize=itemsize, interleaved=numbers
+    ).seconds
+    apart += MOVE * planes * math.prod(spatial)
+    return min(joined, apart), joined <= apart
+
+
+def woven(chain: Factorization, spatial: Ints, planes: int) -> tuple[tuple[Stage, ...], Ints, int]:
+    """Stages and sizes for samples of so many numbers, and the numbers that are left a sample.
+
+    A long row of numbers becomes an axis that nothing happens on, where there is one to spare.
+    """
+    if planes >= LONG and len(spatial) < 3:
+        return tuple(map(_idle_axis, chain.stages)), (*spatial, planes), 1
+    return chain.stages, spatial, planes
+
+
+def _idle_axis(stage: Stage) -> Stage:
+    """The stage with one more axis, behind the others, that nothing happens on."""
+    g = stage.geometry
+    longer = replace(
+        g,
+        stride=(*g.stride, 1),
+        padding=(*g.padding, (0, 0)),
+        dilation=(*g.dilation, 1),
+        output_padding=(*g.output_padding, 0),
+    )
+    return replace(stage, weight=stage.weight[..., None], geometry=longer)
 
 
 def separable(conv: Factorization, spatial: Ints, tolerance: float) -> list[Factorization]:
@@ -200,7 +261,13 @@ def of_rank(conv: Factorization, rank: int) -> Factorization:
 
 
 def _transforms(
-    conv: Factorization, taps: Ints, spatial: Ints, batch: int, itemsize: int, threads: int | None
+    conv: Factorization,
+    taps: Ints,
+    spatial: Ints,
+    planes: int,
+    together: bool,
+    itemsize: int,
+    threads: int | None,
 ) -> Option:
     """Transforms of the blocks that are predicted to be fastest."""
     here = machine.current()
@@ -209,20 +276,16 @@ def _transforms(
     for block in blocks:
         if block is blocks[0] or max(block) <= BLOCKS * min(block):
             took = here.of_transforms(taps, spatial, block, threads, itemsize)
-            found.append((took.seconds * batch, block))
+            found.append((took.seconds * planes, block))
     seconds, block = min(found)
+    seconds += MOVE * together * planes * math.prod(spatial)
     return Option("fft", (), 0.0, 0.0, seconds, conv, block)
 
 
 def runner(
-    option: Option,
-    spatial: Ints,
-    dtype: Any,
-    threads: int | None,
-    interleaved: int = 1,
+    option: Option, spatial: Ints, dtype: Any, threads: int | None, planes: int = 1
 ) -> backends.Runner | fourier.Plan:
-    """What runs images of (n, 1, \\*spatial); transforms take no interleaved samples."""
-    stages = option.chain.stages
+    """What runs images of (n, 1, \\*spatial), of so many planes in one if the option is woven."""
     if option.block is not None:
         g = option.chain.geometry
         before = [b for b, _ in g.padding]
@@ -230,8 +293,11 @@ def runner(
         return fourier.plan(
             kernel, spatial, dtype, before, g.padding_mode, g.value, threads, option.block
         )
+    stages, numbers = option.chain.stages, 1
+    if option.woven:
+        stages, spatial, numbers = woven(option.chain, spatial, planes)
     ends = [Epilogue()] * len(stages)
-    return backends.plan(stages, (1, *spatial), np.dtype(dtype), ends, threads, interleaved)
+    return backends.plan(stages, (1, *spatial), np.dtype(dtype), ends, threads, numbers)
 
 
 def _grey(missed: Array) -> float:

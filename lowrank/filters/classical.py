@@ -574,6 +574,7 @@ def motion(length: int, *, angle: float = 0.0) -> Array:
     """
     if not math.isfinite(angle):
         raise ValueError(f"angle must be finite, got {angle!r}")
+    (length,) = integers("length", length, 1)
     n = math.ceil(_positive("length", length) / 2)
     n = max(n - (length % 2), 1)
     y, x = _grid([n, n])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +14,7 @@ from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization, dense
 from lowrank.filters import arguments, choose
 from lowrank.geometry import integers
-from lowrank.stage import Epilogue, Stage
 
-LONG = 64  # numbers that are worth an axis of their own
 PLANS = 32  # that are kept for calls with the same kernel, size and border
 # Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
 _NOISE = 4
@@ -148,8 +145,10 @@ def correlate(
 
     Notes
     -----
-    A Fourier transform spreads rounding, NaN and infinities over its block; where an image holds
-    some, ask for another `method`.
+    A Fourier transform spreads rounding over its block: what is far darker than the brightest
+    sample near it is lost in that, in float32 below about 1e-6 of it.  For images of a high
+    dynamic range ask for another `method`.  With ``"auto"`` images that hold NaN or infinities
+    do not go by transforms.
 
     Examples
     --------
@@ -186,7 +185,7 @@ def correlate(
     threads = threads if threads is None else integers("threads", threads, 1)[0]
     spatial = tuple(image.shape[a] for a in along)
     batch = image.size // max(math.prod(spatial), 1)
-    run, size, together = _planned(
+    ways = _planned(
         k.tobytes(), k.shape, k.dtype.str, spatial, batch, together, rank, tolerance, method, mode,
         cval, origins, threads,
     )  # fmt: skip
@@ -198,8 +197,11 @@ def correlate(
     if image.dtype not in (work, *backends.INTEGERS) or not image.dtype.isnative:
         image = image.astype(work)
     result = out if out.dtype == image.dtype else np.empty(out.shape, work)
-    shape = (-1, 1, *size)
-    if together:
+    way = ways[0]
+    if way.spreads and image.dtype.kind == "f" and not np.isfinite(image.sum()):
+        way = ways[-1]
+    run, shape = way.run, (-1, 1, *way.size)
+    if way.woven or (together and batch == 1):
         run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
     else:
         x, moved = (np.moveaxis(a, along, range(-k.ndim, 0)) for a in (image, result))
@@ -311,7 +313,7 @@ def plan_filter(
     cval : float
         The constant of mode ``"constant"``.
     batch : int
-        Images, or colours, at a time.
+        Colours or bands, which lie behind the axes of the filter: 3 for (height, width, 3).
     threads : int, optional
         Threads to use; all that OpenMP offers if not given.
 
@@ -349,8 +351,11 @@ def plan_filter(
     conv = _stage(k, mode, arguments.real("cval", cval), (0,) * k.ndim)
     tolerance = _tolerance(tolerance, rank)
     tolerance = _rounding(k) if tolerance is None else tolerance
+    (planes,) = integers("batch", batch, 1)
+    if planes < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     return choose.plan_of(
-        conv, spatial, tolerance, rank=rank, method=method, batch=integers("batch", batch, 1)[0],
+        conv, spatial, tolerance, rank=rank, method=method, planes=planes, together=True,
         itemsize=k.itemsize, threads=threads,
     )  # fmt: skip
 
@@ -414,28 +419,41 @@ def _planned(
     cval: float,
     origins: Ints,
     threads: int | None,
-) -> tuple[Any, Ints, bool]:
-    """A planned filter, the size of the images that it takes, and whether colours lie together.
-
-    What lies behind the filtered axes goes through the engine in one pass: a long row as an axis
-    that nothing happens on, a few, such as colours, as samples of that many numbers.
-    """
+) -> list[_Way]:
+    """The way that is chosen, and the one for images that hold NaN or infinities."""
     k = np.frombuffer(kernel, dtype).reshape(taps)
     conv = _stage(k, mode, cval, origins)
     size = tuple(max(n, 1) for n in spatial)  # of an empty image: never run
+    planes = max(batch, 1)
     plan = choose.plan_of(
         conv, size, _rounding(k) if tolerance is None else tolerance, rank=rank, method=method,
-        batch=max(batch, 1), itemsize=k.itemsize, threads=threads,
+        planes=planes, together=together, itemsize=k.itemsize, threads=threads,
     )  # fmt: skip
-    if plan.choice.block is not None or not together:
-        return choose.runner(plan.choice, size, k.dtype, threads), spatial, False
-    stages, numbers = plan.choice.chain.stages, max(batch, 1)
-    if numbers >= LONG and len(taps) < 3:
-        stages, spatial, numbers = tuple(map(_idle_axis, stages)), (*spatial, numbers), 1
-        size = tuple(max(n, 1) for n in spatial)
-    ends = [Epilogue()] * len(stages)
-    run = backends.plan(stages, (1, *size), k.dtype, ends, threads, numbers)
-    return run, (*spatial[:-1], spatial[-1] * numbers), True
+    safe = plan.choice
+    if plan.choice.block is not None and method == "auto":
+        # Transforms spread NaN and infinities: another way for images that hold some.
+        safe = next(o for o in plan.options if o.block is None and o.error <= plan.tolerance)
+    some = dict.fromkeys((plan.choice, safe))
+    return [_Way.of(o, size, k.dtype, threads, planes) for o in some]
+
+
+class _Way(NamedTuple):
+    """What runs, images of which size it takes, and whether colours go through as they lie."""
+
+    run: Any
+    size: Ints
+    woven: bool
+    spreads: bool
+
+    @classmethod
+    def of(
+        cls, o: choose.Option, spatial: Ints, dtype: Any, threads: int | None, planes: int
+    ) -> _Way:
+        run = choose.runner(o, spatial, dtype, threads, planes)
+        size = (*spatial[:-1], spatial[-1] * planes) if o.woven else spatial
+        if o.woven and planes >= choose.LONG and len(spatial) < 3:
+            size = (*spatial, planes)
+        return cls(run, size, o.woven, o.block is not None)
 
 
 def _stage(kernel: Array, mode: str, cval: float, origins: Ints) -> Factorization:
@@ -447,19 +465,6 @@ def _stage(kernel: Array, mode: str, cval: float, origins: Ints) -> Factorizatio
         padding_mode=arguments.mode(mode),
         value=cval,
     )
-
-
-def _idle_axis(stage: Stage) -> Stage:
-    """The stage with one more axis, behind the others, that nothing happens on."""
-    g = stage.geometry
-    longer = replace(
-        g,
-        stride=(*g.stride, 1),
-        padding=(*g.padding, (0, 0)),
-        dilation=(*g.dilation, 1),
-        output_padding=(*g.output_padding, 0),
-    )
-    return replace(stage, weight=stage.weight[..., None], geometry=longer)
 
 
 def _tolerance(tolerance: Any, rank: int | None) -> float | None:
