@@ -248,7 +248,8 @@ def approximate(
     axis: Annotated[
         str | None,
         typer.Option(
-            help=f"Cost to compare; if not given the budget's, macs for a rank, else seconds: {', '.join(search.COSTS)}."
+            help=f"Cost to compare: {', '.join(search.COSTS)}. If not given the budget's, macs for "
+            "a rank, else seconds."
         ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Examples at a time, for seconds.")] = 1,

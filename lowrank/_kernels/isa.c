@@ -17,8 +17,13 @@
 
 #if LR_BYTES == 64
 #define LR_ROWS 8 /* 24 sums of 32 registers */
-#else
+#define LR_WIDE 4 /* vectors that depthwise.inc does at a time of four rows: 16 sums */
+#elif LR_BYTES == 32
 #define LR_ROWS 4 /* 12 sums of 16 registers */
+#define LR_WIDE 3 /* 12 sums */
+#else
+#define LR_ROWS 4
+#define LR_WIDE 2 /* 8 sums: products that are not fused take registers, too */
 #endif
 
 /* Stores that go past the caches have no name in C; without them, ordinary ones. */
