@@ -62,9 +62,9 @@ def tile(
     while True:
         layout = Layout(stages, shape, size)
         held = _held(layout) if in_place else 2 * layout.workspace
-        fits = held * itemsize <= SHARE * l2
         if len(stages) == 1 and stages[0].weight.shape[1] == 1:  # its channels go one by one
-            fits = layout.stages[0].channel * itemsize <= SHARE * l1
+            held = layout.stages[0].channel
+        fits = held * itemsize <= SHARE * l2
         count = math.prod(-(-n // t) for n, t in zip(whole, size))
         if fits and (alone or threads == 1 or count >= PER_THREAD * threads):
             break
