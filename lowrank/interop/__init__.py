@@ -1,0 +1,1 @@
+"""Networks of other libraries and formats: layers out of them, chains into them."""
