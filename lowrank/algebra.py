@@ -47,7 +47,7 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
     >>> compose([Stage(np.array([[[1.0, 1.0]]]), g), Stage(np.array([[[1.0, 1.0]]]), g)])
     array([[[1., 2., 1.]]])
     """
-    stages = _plain(stages)
+    stages = plain(stages)
     kernel = _identity(
         stages[0].in_channels,
         groups,
@@ -61,7 +61,7 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
     return kernel
 
 
-def _plain(stages: Sequence[Stage]) -> Sequence[Stage]:
+def plain(stages: Sequence[Stage]) -> Sequence[Stage]:
     """The plain chain with this kernel: that of a transposed one is its adjoint's."""
     if len({s.transposed for s in stages}) > 1:
         raise ValueError("a chain that mixes plain and transposed stages has no single kernel")
@@ -134,7 +134,7 @@ def halves(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[
     >>> [k.shape for k in before], [k.shape for k in after]
     ([(2, 2, 1), (4, 2, 3), (5, 2, 3)], [(2, 5, 3), (4, 5, 1), (5, 5, 1)])
     """
-    stages = _plain(stages)
+    stages = plain(stages)
     ndim = stages[0].geometry.ndim
     strides = [(1,) * ndim]
     for stage in stages:
@@ -200,7 +200,7 @@ def jacobian(
     """
     found = []
     block: Array = np.repeat(np.arange(groups), len(before[0]) // groups)
-    for stage, b, a in zip(_plain(stages), before, after[1:]):
+    for stage, b, a in zip(plain(stages), before, after[1:]):
         g, (o, c) = stage.groups, stage.weight.shape[:2]
         kept = _copies(stage, block[stage.source()], c)[:, :1]
         # Copies in different groups of the chain have blocks of their own: they never meet.

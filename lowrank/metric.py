@@ -1,0 +1,536 @@
+"""What a layer's errors weigh: second moments of its inputs and of the gradients at its outputs.
+
+They are accumulated over batches, in memory that does not grow with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import numpy as np
+from scipy import linalg
+
+from lowrank import reference
+from lowrank._typing import Array, Ints
+from lowrank.factorization import Factorization, as_input
+from lowrank.geometry import Geometry
+
+WIDEST = 4608  # in * taps, above which only factors are kept: 512 channels of 3 x 3 take 170 MB
+POSITIONS = 1 << 15  # outputs of a batch that are looked at, at the most: a random choice
+CHUNK = 1 << 22  # numbers that are unrolled at a time
+RIDGE = 1e-3  # of the mean eigenvalue, added to all: what was never seen is not free
+FEW = 0.05  # more of it for fewer samples than unknowns, by their ratio
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    r"""A quadratic form in the error of a kernel: the mean square of what it does to outputs.
+
+    Of an error E, as (out, in * taps) a group, it is :math:`\operatorname{tr}(G E C E^\top)` for
+    the second moments C of the input patches and G of the gradients at the outputs.
+
+    Attributes
+    ----------
+    inputs : ndarray of float64, shape (groups, in \* taps, in \* taps), or None
+        C; None where it would be too large, and the factors stand for it.
+    channels : ndarray of float64, shape (groups, in, in)
+        Its factor for channels, and
+    taps : tuple of ndarray of float64, shape (taps, taps)
+        one for each spatial axis: their Kronecker product is near to C.
+    distance : float
+        Relative Frobenius distance of that product from C; NaN if C is not kept.
+    outputs : ndarray of float64, shape (groups, out, out), or None
+        G; None if outputs count alike.
+    target : ndarray of float64, shape (out, in, \*taps), or None
+        The kernel that comes closest to the original outputs on these inputs, where they are
+        not the inputs that the original kernel got.
+    shift : ndarray of float64, shape (groups, in \* taps), or None
+        Mean patch, that the inputs are counted from: a bias makes up for it.
+    reference : ndarray of float64 or None
+        The same of the patches that the original kernel got.
+    samples : int
+        Patches that were counted.
+
+    Notes
+    -----
+    Transposed convolutions spread their inputs out first; then they are plain ones, and
+    "in" and "out" are those of this sentence.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.metric import Moments
+    >>> conv = lowrank.dense(np.ones((1, 1, 2)))
+    >>> moments = Moments(conv)
+    >>> moments.add(np.array([[[1.0, 2.0, 3.0]]]))
+    >>> moments.metric(ridge=0.0).inputs
+    array([[[2.5, 4. ],
+            [4. , 6.5]]])
+    """
+
+    inputs: Array | None
+    channels: Array
+    taps: tuple[Array, ...]
+    distance: float
+    outputs: Array | None
+    target: Array | None
+    shift: Array | None
+    reference: Array | None
+    samples: int
+
+    def weighted(self, e: Array) -> Array:
+        """``G E C`` of an error (groups, out, in, \\*taps).
+
+        Parameters
+        ----------
+        e : ndarray, shape (groups, out, in, \\*taps)
+
+        Returns
+        -------
+        ndarray of the same shape
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank.metric import white
+        >>> bool((white(1, (4, 3, 3)).weighted(np.ones((1, 2, 4, 3, 3))) == 1).all())
+        True
+        """
+        if self.inputs is not None:
+            rows = e.reshape(*e.shape[:2], -1) @ self.inputs
+        else:
+            rows = (self.channels[:, None] @ e.reshape(*e.shape[:3], -1)).reshape(e.shape)
+            for axis, c in enumerate(self.taps, start=3):
+                rows = np.moveaxis(np.moveaxis(rows, axis, -1) @ c, -1, axis)
+            rows = rows.reshape(*e.shape[:2], -1)
+        if self.outputs is not None:
+            rows = self.outputs @ rows
+        return np.asarray(rows.reshape(e.shape))
+
+    def energy(self, e: Array) -> float:
+        """``tr(G E C E')``: what an error (groups, out, in, \\*taps) does to the outputs.
+
+        Parameters
+        ----------
+        e : ndarray, shape (groups, out, in, \\*taps)
+
+        Returns
+        -------
+        float
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank.metric import white
+        >>> white(1, (4, 3)).energy(np.ones((1, 2, 4, 3)))
+        24.0
+        """
+        return max(float(np.vdot(e, self.weighted(e))), 0.0)
+
+    def with_outputs(self, outputs: Array | None) -> Metric:
+        """The same inputs with another weight of the outputs.
+
+        Parameters
+        ----------
+        outputs : ndarray, shape (groups, out, out), or None
+
+        Returns
+        -------
+        Metric
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank.metric import white
+        >>> white(1, (4, 3)).with_outputs(np.eye(2)[None]).outputs.shape
+        (1, 2, 2)
+        """
+        return replace(self, outputs=outputs)
+
+
+def white(groups: int, shape: Ints) -> Metric:
+    """The metric of white noise: the Frobenius norm of the kernel.
+
+    Parameters
+    ----------
+    groups : int
+        Of the convolution.
+    shape : tuple of int
+        (in, \\*taps), in channels a group.
+
+    Returns
+    -------
+    Metric
+
+    Examples
+    --------
+    >>> from lowrank.metric import white
+    >>> white(2, (4, 3, 3)).channels.shape
+    (2, 4, 4)
+    """
+    eye = np.tile(np.eye(shape[0]), (groups, 1, 1))
+    return Metric(None, eye, tuple(map(np.eye, shape[1:])), 0.0, None, None, None, None, 0)
+
+
+class Moments:
+    """Second moments of what a layer gets, added up batch by batch.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, plain or transposed.
+    paired : bool
+        Whether every batch comes with the inputs that the original kernel got for it.
+    centred : bool
+        Whether a bias is free to make up for means.
+    seed : int
+        For the choice of outputs where a batch has too many.
+    positions : int
+        Outputs of a batch that are looked at, at the most.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.metric import Moments
+    >>> moments = Moments(lowrank.dense(np.ones((8, 4, 3, 3)), padding=1))
+    >>> moments.add(np.random.default_rng(0).standard_normal((16, 4, 9, 9)))
+    >>> moments.metric().inputs.shape
+    (1, 36, 36)
+    """
+
+    def __init__(
+        self,
+        conv: Factorization,
+        *,
+        paired: bool = False,
+        centred: bool = False,
+        seed: int = 0,
+        positions: int = POSITIONS,
+    ) -> None:
+        self.conv, self.paired, self.centred = conv, paired, centred
+        self.positions, self._random = positions, np.random.default_rng(seed)
+        weight = conv.stages[0].weight
+        g = conv.groups
+        rows, cols = len(weight) // g, weight.shape[1]
+        self.ins, self.outs = (rows, cols) if conv.transposed else (cols, rows)
+        self.kernel = tuple(weight.shape[2:])
+        n = self.ins * math.prod(self.kernel)
+        self.samples, self.looks = 0, 0
+        self.full = n <= WIDEST
+        self._mean, self._mean0 = np.zeros((g, n)), np.zeros((g, n))
+        if self.full:
+            self._c = np.zeros((g, n, n))
+            self._cross = np.zeros((g, n, n)) if paired else None
+        else:
+            self._channels = np.zeros((g, self.ins, self.ins))
+            self._taps = [np.zeros((k, k)) for k in self.kernel]
+        self._gradients = np.zeros((g, self.outs, self.outs))
+
+    def add(self, x: Array, original: Array | None = None) -> None:
+        """Count a batch.
+
+        Parameters
+        ----------
+        x : ndarray, shape (batch, channels, \\*spatial)
+            What the layer gets.
+        original : ndarray of the same shape, optional
+            What the original kernel got, if moments are paired.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit the layer, or a number is not finite.
+        TypeError
+            If `x` is not a floating-point array.
+        """
+        if (original is not None) != self.paired:
+            raise ValueError("original must be given where moments are paired, and only there")
+        x = _finite(self.conv, x)
+        if original is not None and _finite(self.conv, original).shape != x.shape:
+            raise ValueError(f"original must have the shape of x, {x.shape}, got {original.shape}")
+        spread = _Patches(self.conv, x.shape[2:])
+        n = self.ins * math.prod(self.kernel)
+        total = len(x) * math.prod(spread.outs)
+        kept = None
+        if total > self.positions:
+            kept = np.sort(self._random.choice(total, self.positions, replace=False))
+        each = max(1, CHUNK // (n * self.conv.groups * math.prod(spread.outs)))
+        for first in range(0, len(x), each):
+            at = None
+            if kept is not None:
+                size = each * math.prod(spread.outs)
+                inside = kept[np.searchsorted(kept, first * math.prod(spread.outs)) :]
+                at = inside[: np.searchsorted(inside, first * math.prod(spread.outs) + size)]
+                at = at - first * math.prod(spread.outs)
+                if not len(at):
+                    continue
+            p = spread.of(x[first : first + each], at)
+            q = p if original is None else spread.of(original[first : first + each], at)
+            self._count(p, q)
+
+    def _count(self, p: Array, q: Array) -> None:
+        """Patches (groups, samples, in * taps) of now and of the original."""
+        self.samples += p.shape[1]
+        self._mean += p.sum(axis=1, dtype=np.float64)
+        self._mean0 += q.sum(axis=1, dtype=np.float64)
+        if self.full:
+            self._c += p.swapaxes(1, 2) @ p
+            if self._cross is not None:
+                self._cross += q.swapaxes(1, 2) @ p
+            return
+        tensor = p.reshape(*p.shape[:2], self.ins, *self.kernel)
+        for g, one in enumerate(tensor):
+            flat = np.moveaxis(one, 1, 0).reshape(self.ins, -1)
+            self._channels[g] += flat @ flat.T
+            for axis, total in enumerate(self._taps):
+                flat = np.moveaxis(one, 2 + axis, 0).reshape(len(total), -1)
+                total += flat @ flat.T
+
+    def add_gradients(self, g: Array) -> None:
+        """Count gradients at the outputs.
+
+        Parameters
+        ----------
+        g : ndarray, shape (batch, out, \\*spatial)
+            Of the loss of each example.
+
+        Raises
+        ------
+        ValueError
+            If the channels do not fit, or a number is not finite.
+        """
+        if g.ndim < 2 or g.shape[1] != self.conv.groups * self.outs or not np.isfinite(g).all():
+            raise ValueError(
+                f"gradients must be finite, (batch, {self.conv.groups * self.outs}, ...), got "
+                f"shape {g.shape}"
+            )
+        parts = np.moveaxis(g.reshape(len(g), self.conv.groups, self.outs, -1), 0, 2)
+        rows = parts.reshape(self.conv.groups, self.outs, -1).astype(np.float64)
+        self._gradients += rows @ rows.swapaxes(1, 2)
+        self.looks += len(g)
+
+    def metric(self, ridge: float = RIDGE) -> Metric:
+        """What was counted, regularised.
+
+        Parameters
+        ----------
+        ridge : float
+            Added to C, in units of its mean eigenvalue; more for few samples.
+
+        Returns
+        -------
+        Metric
+            With C a patch; G an example, added up over its outputs.
+
+        Raises
+        ------
+        ValueError
+            If nothing was counted.
+        """
+        if not self.samples:
+            raise ValueError("no inputs were counted")
+        mean, mean0 = self._mean / self.samples, self._mean0 / self.samples
+        n = mean.shape[1]
+        shift = mean if self.centred else np.zeros_like(mean)
+        shift0 = mean0 if self.centred else np.zeros_like(mean)
+        if ridge:
+            ridge += FEW * min(1.0, n / self.samples)
+        outputs = self._gradients / self.looks if self.looks else None
+        if outputs is not None:
+            outputs = _ridged(outputs, RIDGE)
+        if not self.full:
+            total = np.trace(self._channels, axis1=1, axis2=2) / self.samples
+            channels = self._channels / self.samples / math.prod(self.kernel)
+            taps = [t / max(np.trace(t), 1e-300) * len(t) for t in self._taps]
+            taps = [_ridged(t[None], ridge)[0] for t in taps]
+            del total
+            return Metric(
+                None, _ridged(channels, ridge), tuple(taps), math.nan, outputs, None,
+                mean if self.centred else None, mean0 if self.centred else None, self.samples,
+            )  # fmt: skip
+        c = self._c / self.samples - shift[:, :, None] * shift[:, None]
+        c = _ridged((c + c.swapaxes(1, 2)) / 2, ridge)
+        target = None
+        if self._cross is not None:
+            cross = self._cross / self.samples - shift0[:, :, None] * shift[:, None]
+            target = self._target(c, cross, c - self._c / self.samples + shift[:, :, None] * shift[:, None])
+        channels, factors, distance = factored(c, (self.ins, *self.kernel))
+        return Metric(
+            c, channels, factors, distance, outputs, target,
+            mean if self.centred else None, mean0 if self.centred else None, self.samples,
+        )  # fmt: skip
+
+    def _target(self, c: Array, cross: Array, ridge: Array) -> Array:
+        """The kernel whose outputs here are nearest to those of the original there."""
+        w = unrolled(self.conv)
+        flat = w.reshape(*w.shape[:2], -1)
+        # The ridge pulls towards the original kernel, not towards zero.
+        wanted = flat @ (cross + ridge)
+        found = [linalg.solve(a, b.T, assume_a="pos").T for a, b in zip(c, wanted)]
+        return np.stack(found).reshape(w.shape)
+
+
+def unrolled(conv: Factorization, weight: Array | None = None) -> Array:
+    """A kernel as (groups, out, in, \\*taps), of what runs once inputs are spread out.
+
+    Parameters
+    ----------
+    conv : Factorization
+        One dense stage, plain or transposed.
+    weight : ndarray, optional
+        Another kernel of its shape.
+
+    Returns
+    -------
+    ndarray of float64
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.metric import unrolled
+    >>> unrolled(lowrank.dense(np.ones((8, 4, 3, 3)), groups=2)).shape
+    (2, 4, 4, 3, 3)
+    """
+    w = conv.to_dense() if weight is None else weight
+    w = w.astype(np.float64).reshape(conv.groups, -1, *w.shape[1:])
+    return w.swapaxes(1, 2) if conv.transposed else w
+
+
+def factored(c: Array, shape: Ints) -> tuple[Array, tuple[Array, ...], float]:
+    """The Kronecker product nearest to C, up to alternation, and how far off it is.
+
+    Parameters
+    ----------
+    c : ndarray, shape (groups, n, n)
+        Second moments; n is the product of `shape`.
+    shape : tuple of int
+        (in, \\*taps).
+
+    Returns
+    -------
+    channels : ndarray, shape (groups, in, in)
+    taps : tuple of ndarray, shape (taps, taps)
+        Of each spatial axis, of trace `taps`; shared by groups.
+    distance : float
+        Relative, in Frobenius norm.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank.metric import factored
+    >>> a, b = np.diag([2.0, 1.0]), np.array([[1.0, 0.5], [0.5, 1.0]])
+    >>> round(factored(np.kron(a, b)[None], (2, 2))[2], 6)
+    0.0
+    """
+    g, axes = len(c), len(shape)
+    tensor = c.reshape(g, *shape, *shape)
+    channels = np.zeros((g, shape[0], shape[0]))
+    taps = [np.eye(k) for k in shape[1:]]
+
+    def contracted(keep: int) -> Array:
+        """C times all factors but one, over their axes: the best factor, up to its size."""
+        letters = "abcdefgh"
+        terms: list[Array] = [tensor]
+        text = ["z" + letters[:axes] + letters[:axes].upper()]
+        for i in range(axes):
+            if i != keep:
+                terms.append(channels if i == 0 else taps[i - 1])
+                text.append(("z" if i == 0 else "") + letters[i] + letters[i].upper())
+        out = ("z" if keep == 0 else "") + letters[keep] + letters[keep].upper()
+        return np.asarray(np.einsum(",".join(text) + "->" + out, *terms, optimize=True))
+
+    def norm(m: Array) -> float:
+        return float(np.vdot(m, m)) or 1.0
+
+    for _ in range(3):
+        channels = contracted(0) / math.prod(map(norm, taps))
+        for i, k in enumerate(shape[1:], start=1):
+            found = contracted(i)
+            taps[i - 1] = found / (float(np.trace(found)) or 1.0) * k
+    channels = contracted(0) / math.prod(map(norm, taps))
+    whole = norm(tensor)
+    kept = math.prod(map(norm, taps)) * float(np.vdot(channels, channels))
+    distance = math.sqrt(max(0.0, 1 - kept / whole))
+    return _ridged(channels, 1e-6), tuple(_ridged(t[None], 1e-6)[0] for t in taps), distance
+
+
+def _ridged(c: Array, ridge: float) -> Array:
+    """A multiple of the identity added, a share of the mean eigenvalue over all groups."""
+    n = c.shape[-1]
+    mean = float(np.trace(c, axis1=1, axis2=2).mean()) / n
+    return np.asarray(c + (ridge * mean if mean > 0 else 1.0) * np.eye(n))
+
+
+def _finite(conv: Factorization, x: Array) -> Array:
+    x = as_input(conv, x)
+    if not np.isfinite(x).all():
+        raise ValueError("inputs must be finite: found NaN or infinity")
+    return x
+
+
+class _Patches:
+    """Cuts inputs of one size into what each output sees: (groups, samples, in * taps)."""
+
+    def __init__(self, conv: Factorization, spatial: Sequence[int]) -> None:
+        g = conv.geometry
+        self.conv, self.kernel = conv, tuple(conv.stages[0].weight.shape[2:])
+        if conv.transposed:
+            # Samples apart, and borders so that a plain pass with the taps reversed is the same.
+            self.plain = Geometry.of(g.ndim, dilation=g.dilation)
+            self.outs = conv.output_shape(spatial)[1:]
+        else:
+            self.plain = g
+            self.outs = g.output_size(tuple(spatial), self.kernel)
+
+    def of(self, x: Array, at: Array | None) -> Array:
+        """Of a batch, or of some of its outputs only."""
+        g = self.conv.geometry
+        if self.conv.transposed:
+            x = self._spread(x)
+        else:
+            outside = np.full(self.conv.in_channels, g.value)
+            x = reference.pad(x, g.padding, g.padding_mode, outside)
+        axes = tuple(range(2, x.ndim))
+        every = np.lib.stride_tricks.sliding_window_view(x, self.plain.extent(self.kernel), axes)
+        steps = [slice(None, None, s) for s in (*self.plain.stride, *self.plain.dilation)]
+        seen = every[:, :, *steps]
+        seen = seen[(slice(None), slice(None), *(slice(n) for n in self.outs))]
+        # (batch, channels, *outs, *taps) to (batch, *outs, channels, *taps)
+        seen = np.moveaxis(seen, 1, 1 + len(axes))
+        groups = self.conv.groups
+        if at is not None:
+            where = np.unravel_index(at, seen.shape[: 1 + len(axes)])
+            flat = seen[where]
+        else:
+            flat = seen.reshape(-1, *seen.shape[1 + len(axes) :])
+        flat = flat.reshape(len(flat), groups, -1)
+        if self.conv.transposed:
+            k = math.prod(self.kernel)
+            flat = flat.reshape(len(flat), groups, -1, k)[..., ::-1].reshape(len(flat), groups, -1)
+        return np.ascontiguousarray(flat.swapaxes(0, 1))
+
+    def _spread(self, x: Array) -> Array:
+        g = self.conv.geometry
+        sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], g.stride)]
+        wide = np.zeros((*x.shape[:2], *sizes), x.dtype)
+        wide[(slice(None), slice(None), *(slice(None, None, s) for s in g.stride))] = x
+        reach = [d * (k - 1) for d, k in zip(g.dilation, self.kernel)]
+        for axis, (r, (before, _), out) in enumerate(zip(reach, g.padding, self.outs), start=2):
+            # Output 0 sees what the first tap, now the last, reaches back to.
+            low = r - before
+            high = out + r - low - wide.shape[axis]
+            if low < 0:
+                wide = np.take(wide, range(-low, wide.shape[axis]), axis)
+                low, high = 0, out + r - wide.shape[axis]
+            if high < 0:
+                wide = np.take(wide, range(wide.shape[axis] + high), axis)
+                high = 0
+            wide = np.pad(wide, [(low, high) if a == axis else (0, 0) for a in range(wide.ndim)])
+        return wide
