@@ -1,0 +1,140 @@
+"""The trained nets of others, as modules, do what was measured on them."""
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from asv_benchmarks.benchmarks import nets  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread(data):
+    """Every test here needs the data."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured(data, name, key):
+    return json.loads((data / "weights" / f"{name}.json").read_text())["measured"][key]
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "percent", "apart"),
+    [
+        ("resnet20_cifar10", "test_lossless_500", 91.0, 0.01),  # the same images
+        ("resnet20_cifar10", "test_jpeg_3000", 81.2, 0.051),
+        # of 1,000 images, of which these are half: two standard errors of the other half
+        ("caffe_cifar10_full", "test_lossless_500", 83.6, 2 * 1.7),
+        ("caffe_cifar10_full", "test_jpeg_3000", 79.55, 2 * 0.74),
+    ],
+)
+def test_cifar_accuracy(name, which, percent, apart):
+    assert abs(nets.top1(nets.loaded(name), *nets.cifar(name, which)) - percent) < apart
+
+
+def test_crepe_gives_the_reference_activations():
+    frames, wanted = nets.frames()
+    found = nets.outputs(nets.loaded("crepe_tiny_1d"), frames)
+    # 6.6e-7 was measured with 2-D convolutions; 512 products add up in another order here
+    assert abs(found - wanted).max() < 4e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "enlarge"), [("srcnn_955", 4, True), ("espcn_x3", 3, False)]
+)
+def test_super_resolution(data, name, factor, enlarge):
+    net = nets.loaded(name)
+    rows = measured(data, name, f"psnr_x{factor} (file, bicubic, net" + (
+        "; 8 px border cut, PIL bicubic both ways)" if enlarge else ")"
+    ))  # fmt: skip
+    checked = 0
+    for file, *wanted in rows:
+        if not (data / "images" / file).exists():  # one is not in the folder
+            continue
+        image = nets.image(file.removesuffix(".png"), "L")
+        w, h = (n // factor * factor for n in image.size)
+        truth = torch.tensor(np.asarray(image.crop((0, 0, w, h)), np.float32) / 255)
+        bicubic = nets.reduced(image, factor, True)
+        found = nets.outputs(net, nets.reduced(image, factor, enlarge)).clamp(0, 1)
+        inside = (slice(8, -8), slice(8, -8))
+        values = [nets.psnr(x[0, 0][inside], truth[inside], 1) for x in (bicubic, found)]
+        np.testing.assert_allclose(values, wanted, atol=0.0051)  # printed with two digits
+        checked += 1
+    assert checked == 2
+
+
+def test_style_keeps_the_picture_and_changes_its_colours():
+    image = np.asarray(nets.image("coffee", "RGB").crop((100, 0, 356, 256)), np.float32)
+    x = torch.tensor(image.transpose(2, 0, 1).copy())[None]
+    y = nets.outputs(nets.loaded("faststyle_udnie"), x)
+    assert y.shape == x.shape
+    assert float(y.min()) >= 0
+    assert float(y.max()) <= 255
+    light = np.corrcoef(x.mean(1).flatten(), y.mean(1).flatten())[0, 1]
+    assert light > 0.7  # cup and saucer are where they were
+    # The saucer was red; Picabia's palette is grey.
+    assert float((y[:, 0] - y[:, 2]).mean()) < 0.2 * float((x[:, 0] - x[:, 2]).mean())
+
+
+def test_visual_wake_words(data):
+    from PIL import Image
+
+    wanted = measured(data, "vww_mobilenet_025_96", "functional_check [non-person, person]")
+    net = nets.loaded("vww_mobilenet_025_96")
+    for file, probabilities in wanted.items():
+        image = nets.image(file.removesuffix(".png"), "RGB")
+        small = np.asarray(image.resize((96, 96), Image.Resampling.BILINEAR), np.float32) / 255
+        found = nets.outputs(net, torch.tensor(small.transpose(2, 0, 1).copy())[None])
+        np.testing.assert_allclose(found[0], probabilities, atol=1e-5)
+
+
+def test_meshnet_labels_white_matter_where_it_is_bright():
+    cube = torch.tensor(nets.volume()[96:160, 96:160, 96:160])[None, None]
+    labels = nets.outputs(nets.loaded("meshnet3d_model20chan3cls"), cube).argmax(1)
+    rest, white, grey = (cube[0][labels == k] for k in range(3))
+    # 1.12 and 0.96, 0.08 and 0.13 apart within a tissue: those means are not alike by chance
+    assert float(white.mean() - grey.mean()) > max(float(white.std()), 0.1)
+    # Fluid is dark, and the rest has air and bone in it, too.
+    assert float(rest.mean()) < float(grey.mean())
+
+
+@pytest.mark.full
+def test_meshnet_label_histogram(data):
+    """128^3 voxels: 15 s on one thread."""
+    cube = torch.tensor(nets.volume()[64:192, 64:192, 64:192])[None, None]
+    labels = nets.outputs(nets.loaded("meshnet3d_model20chan3cls"), cube).argmax(1)
+    name = "label histogram on volumes/t1_crop.nii.gz [64:192]^3 treated as the whole input"
+    wanted = measured(data, "meshnet3d_model20chan3cls", name)
+    found = np.bincount(labels.flatten(), minlength=3)
+    # a voxel whose classes are as likely may go either way
+    assert np.abs(found - wanted).sum() <= 20
+
+
+@pytest.mark.parametrize("name", nets.NETS)
+def test_case(name):
+    (case,) = nets.cases(name)
+    assert case.name == name
+    assert not case.model.training
+    first, again, other = (torch.cat(case.calibration(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    inputs, labels = case.test()
+    assert first.dtype == inputs.dtype == torch.float32
+    assert first.shape[1] == inputs.shape[1]
+    parameters = json.loads((nets.folder() / "weights" / f"{name}.json").read_text())["parameters"]
+    state = case.model.state_dict().items()
+    assert sum(v.numel() for k, v in state if not k.endswith("num_batches_tracked")) == parameters
+    best = case.score(case.model)
+    if labels is None:
+        assert best == (float("inf") if case.unit.startswith("dB") else 100)
+    else:
+        assert 80 < best < 100
+    for module in case.model.modules():  # rounded to a few levels a layer: it must be seen
+        if isinstance(module, torch.nn.modules.conv._ConvNd):
+            step = module.weight.abs().max() / 3
+            module.weight.copy_((module.weight / step).round() * step)
+    assert case.score(case.model) < best - 2  # against the net as it was
