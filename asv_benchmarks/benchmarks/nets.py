@@ -7,9 +7,11 @@ LOWRANK_DATA names.  Calibration and test data of a case never overlap.
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -349,10 +351,11 @@ def _channels_first(images: np.ndarray) -> Any:
 
 @cache
 def image(name: str, mode: str) -> Any:
+    """One of the pictures, in Pillow's mode "RGB" or "L"."""
     from PIL import Image
 
-    with Image.open(folder() / "images" / f"{name}.png") as image:
-        return image.convert(mode)
+    with Image.open(folder() / "images" / f"{name}.png") as file:
+        return file.convert(mode)
 
 
 IMAGES = ("astronaut", "brick", "coins", "moon", "text")  # to calibrate with
@@ -543,3 +546,55 @@ def cases(only: str = "") -> Iterator[Case]:
             test, batches = partial(cifar, name, "test_lossless_500"), partial(_cifar_batches, name)
             score, unit = partial(_accuracy, test), "% top-1"
         yield Case(name, loaded(name), batches, test, score, unit)
+
+
+# --- ONNX -------------------------------------------------------------------------------------
+
+#: What PyTorch's exporters say of themselves, and of padding and instance norms.
+CHATTER = (
+    "You are using the legacy TorchScript-based ONNX export",
+    "The feature will be removed",
+    "Constant folding - Only steps=1 can be constant folded",
+    "ONNX export mode is set to TrainingMode.EVAL, but operator 'instance_norm'",
+    "Converting a tensor to a Python boolean might cause the trace to be incorrect",  # its size
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+
+def onnx_model(case: Case, dynamo: bool = False) -> Any:
+    """The net in ONNX's form, for any number of examples of the size of the calibration data.
+
+    Parameters
+    ----------
+    case : Case
+        One of :func:`cases`.
+    dynamo : bool
+        With PyTorch's newer exporter, which needs onnxscript, and not with the one by TorchScript.
+        The latter leaves more to its readers, such as padding computed by nodes.
+
+    Returns
+    -------
+    onnx.ModelProto
+        From "x", float32, to "y".
+    """
+    import onnx
+
+    x = case.calibration(0)[0][:2]
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": dynamo}
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        for message in CHATTER:
+            warnings.filterwarnings("ignore", message)
+        if dynamo:
+            options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+            found = torch.onnx.export(case.model, (x,), verbose=False, **options).model_proto
+        else:
+            options["dynamic_axes"] = {"x": {0: "batch"}, "y": {0: "batch"}}
+            torch.onnx.export(case.model, (x,), file, **options)
+            found = onnx.load_from_string(file.getvalue())
+            # it loses the size behind a crop
+            sizes = found.graph.output[0].type.tensor_type.shape.dim
+            for size, n in list(zip(sizes, outputs(case.model, x).shape, strict=True))[1:]:
+                size.dim_value = n
+    onnx.checker.check_model(found)
+    return found
