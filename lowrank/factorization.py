@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Any, final, get_args
 
 import numpy as np
@@ -297,14 +299,15 @@ class Factorization:
 
         Parameters
         ----------
-        x : ndarray, shape (batch, channels, \\*spatial)
+        x : ndarray or dask.array.Array, shape (batch, channels, \\*spatial)
             Floating-point; it is computed in its own precision.
         out : ndarray, optional
             Where to put the result; must not overlap `x`.
 
         Returns
         -------
-        ndarray, shape (batch, out, \\*spatial)
+        ndarray or dask.array.Array, shape (batch, out, \\*spatial)
+            A Dask array gives a lazy one, with the bits that the whole array in memory gives.
 
         Raises
         ------
@@ -313,6 +316,11 @@ class Factorization:
         ValueError
             If its shape does not fit.
         """
+        lazy = lazily(x)
+        if lazy is not None:
+            if out is not None:
+                raise TypeError("out must not be given for a Dask array: the result is one")
+            return lazy.run(self, x)  # type: ignore[no-any-return]
         x = as_input(self, x)
         return self.compile(x.shape[1:], x.dtype)(x, out)
 
@@ -597,6 +605,13 @@ def as_input(f: Factorization, x: Array) -> Array:
     return x
 
 
+def lazily(x: object) -> ModuleType | None:
+    """What runs `x` if it is a Dask array; imported by name, when the first one arrives."""
+    if not type(x).__module__.startswith("dask.array"):
+        return None
+    return importlib.import_module("lowrank.interop.dask")
+
+
 def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     """`value` as a float32 or float64 array; of the library of the weights if there are any."""
     if stages:
@@ -609,7 +624,17 @@ def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
             f"{name} must be float32 or float64 (or a half precision), got {array.dtype}: "
             "convert it first, for example with .astype('float32')"
         )
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return native(array)
+
+
+def native(array: Array) -> Array:
+    """`array` in native byte order.
+
+    A dtype that spells the same order out, such as those of Zarr's arrays, is another buffer
+    format, which the engine does not read: a view does without.
+    """
+    plain = array.dtype.newbyteorder("=")
+    return array.view(plain) if array.dtype == plain else array.astype(plain)
 
 
 def _named_padding(

@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank import backends, reference, search
 from lowrank._typing import Array, Ints
-from lowrank.factorization import Factorization, dense
+from lowrank.factorization import Factorization, dense, lazily, native
 from lowrank.filters import arguments, choose
 from lowrank.geometry import integers
 
@@ -102,7 +102,7 @@ def correlate(
 
     Parameters
     ----------
-    image : ndarray
+    image : ndarray or dask.array.Array
         Real.  float32 and float64 are computed in their own precision, float16 and 8- and
         16-bit integers in float32, wider ones in float64; integer results are rounded to
         nearest, halves to even, and saturate.  8- and 16-bit integers are read and written by
@@ -135,7 +135,7 @@ def correlate(
 
     Returns
     -------
-    ndarray
+    ndarray or dask.array.Array
         Of the shape and dtype of `image`.
 
     Raises
@@ -150,6 +150,11 @@ def correlate(
     dynamic range ask for another `method`.  With ``"auto"`` images that hold NaN or infinities
     do not go by transforms.
 
+    A Dask array gives a lazy one, in chunks that overlap where they are read, with the bits of the
+    whole array in memory.  It does not go by transforms; where they are predicted to be fastest,
+    the bits are those of the fastest other way.  Without `threads` a chunk runs on one thread in a
+    worker of a pool, and on all in the main thread.
+
     Examples
     --------
     >>> import numpy as np
@@ -160,7 +165,11 @@ def correlate(
     """
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
-    image = np.asarray(image)
+    lazy = lazily(image)
+    if lazy is None:
+        image = np.asarray(image)
+    elif out is not None:
+        raise TypeError("out must not be given for a Dask array: the result is one, computed later")
     k = arguments.kernel(kernel)
     origins = arguments.origins(origin, k.shape)
     if convolve:
@@ -185,18 +194,20 @@ def correlate(
     threads = threads if threads is None else integers("threads", threads, 1)[0]
     spatial = tuple(image.shape[a] for a in along)
     batch = image.size // max(math.prod(spatial), 1)
-    ways = _planned(
+    request = Request(
         k.tobytes(), k.shape, k.dtype.str, spatial, batch, together, rank, tolerance, method, mode,
         cval, origins, threads,
     )  # fmt: skip
+    if lazy is not None:
+        return lazy.correlate(image, along, request)  # type: ignore[no-any-return]
+    ways = _planned(request)
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
-    if image.dtype not in (work, *backends.INTEGERS) or not image.dtype.isnative:
-        image = image.astype(work)
-    result = out if out.dtype == image.dtype else np.empty(out.shape, work)
+    image = readable(image, work)
+    result = native(out) if out.dtype == image.dtype else np.empty(out.shape, work)
     way = ways[0]
     if way.spreads and image.dtype.kind == "f" and not np.isfinite(image.sum()):
         way = ways[-1]
@@ -209,8 +220,8 @@ def correlate(
         run(x.reshape(shape), y)
         if not np.may_share_memory(y, result):
             moved[...] = y.reshape(moved.shape)
-    if result is not out:
-        out[...] = reference.saturated(result, out.dtype) if out.dtype.kind in "iu" else result
+    if result.dtype != out.dtype:
+        out[...] = written(result, out.dtype)
     return out
 
 
@@ -229,7 +240,7 @@ def filter_image(
 
     Parameters
     ----------
-    image : ndarray, shape (height, width) or (height, width, colours)
+    image : ndarray or dask.array.Array, shape (height, width) or (height, width, colours)
         Of any real type; see :func:`correlate`, which takes volumes and series as well.
     kernel : array_like, shape (h, w)
         The filter, as a correlation: not flipped.
@@ -248,7 +259,7 @@ def filter_image(
 
     Returns
     -------
-    ndarray
+    ndarray or dask.array.Array
         Of the shape and dtype of `image`.
 
     Raises
@@ -404,37 +415,66 @@ def rank(kernel: Any, *, tolerance: float | None = None) -> int:
     return found
 
 
+class Request(NamedTuple):
+    """What is asked for, checked: all that the choice of a way depends on."""
+
+    kernel: bytes
+    taps: Ints
+    dtype: str
+    spatial: Ints
+    batch: int
+    together: bool
+    rank: int | None
+    tolerance: float | None
+    method: choose.Method
+    mode: str
+    cval: float
+    origins: Ints
+    threads: int | None
+
+    def plan(self) -> choose.FilterPlan:
+        """The ways for images of this size."""
+        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
+        conv = _stage(k, self.mode, self.cval, self.origins)
+        size = tuple(max(n, 1) for n in self.spatial)  # of an empty image: never run
+        return choose.plan_of(
+            conv, size, _rounding(k) if self.tolerance is None else self.tolerance, rank=self.rank,
+            method=self.method, planes=max(self.batch, 1), together=self.together,
+            itemsize=k.itemsize, threads=self.threads,
+        )  # fmt: skip
+
+    def lasting(self, plan: choose.FilterPlan) -> choose.Option:
+        """The choice; where it was free, one that does without transforms.
+
+        They spread NaN and infinities, and their rounding depends on where blocks are cut.
+        """
+        if plan.choice.block is None or self.method != "auto":
+            return plan.choice
+        return next(o for o in plan.options if o.block is None and o.error <= plan.tolerance)
+
+
 @functools.lru_cache(PLANS)
-def _planned(
-    kernel: bytes,
-    taps: Ints,
-    dtype: str,
-    spatial: Ints,
-    batch: int,
-    together: bool,
-    rank: int | None,
-    tolerance: float | None,
-    method: choose.Method,
-    mode: str,
-    cval: float,
-    origins: Ints,
-    threads: int | None,
-) -> list[_Way]:
+def _planned(request: Request) -> list[_Way]:
     """The way that is chosen, and the one for images that hold NaN or infinities."""
-    k = np.frombuffer(kernel, dtype).reshape(taps)
-    conv = _stage(k, mode, cval, origins)
-    size = tuple(max(n, 1) for n in spatial)  # of an empty image: never run
-    planes = max(batch, 1)
-    plan = choose.plan_of(
-        conv, size, _rounding(k) if tolerance is None else tolerance, rank=rank, method=method,
-        planes=planes, together=together, itemsize=k.itemsize, threads=threads,
-    )  # fmt: skip
-    safe = plan.choice
-    if plan.choice.block is not None and method == "auto":
-        # Transforms spread NaN and infinities: another way for images that hold some.
-        safe = next(o for o in plan.options if o.block is None and o.error <= plan.tolerance)
-    some = dict.fromkeys((plan.choice, safe))
-    return [_Way.of(o, size, k.dtype, threads, planes) for o in some]
+    plan = request.plan()
+    some = dict.fromkeys((plan.choice, request.lasting(plan)))
+    size = tuple(max(n, 1) for n in request.spatial)
+    planes = max(request.batch, 1)
+    return [_Way.of(o, size, np.dtype(request.dtype), request.threads, planes) for o in some]
+
+
+def readable(image: Array, work: np.dtype[Any]) -> Array:
+    """`image` in a type that a plan reads: its own, or `work`."""
+    if image.dtype in (work, *backends.INTEGERS) and image.dtype.isnative:
+        return native(image)
+    return image.astype(work)
+
+
+def written(result: Array, dtype: np.dtype[Any]) -> Array:
+    """What a plan gave as an image of `dtype`: integers rounded, and saturated."""
+    if result.dtype == dtype:
+        return result
+    return reference.saturated(result, dtype) if dtype.kind in "iu" else result.astype(dtype)
 
 
 class _Way(NamedTuple):
