@@ -17,8 +17,10 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from lowrank.interop.onnx import OnnxNet, open_net, read_batches, save  # noqa: E402
+from lowrank.interop.onnx_chain import Writer, conv_chain  # noqa: E402
 from lowrank.interop.onnx_data import inputs_of  # noqa: E402
 from lowrank.interop.onnx_files import load  # noqa: E402
 
@@ -36,6 +38,10 @@ def model_of(nodes, inputs, outputs=("y",), weights=None, opset=17, ir=8, kind=T
         [helper.make_tensor_value_info(n, kind, None) for n in outputs],
         [numpy_helper.from_array(w, n) for n, w in (weights or {}).items()],
     )
+    if ir < 4:  # initializers are values of inputs
+        graph.input.extend(
+            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in graph.initializer
+        )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
     inferred = onnx.shape_inference.infer_shapes(model)  # an output needs a shape to be valid
     del model.graph.output[:]
@@ -140,27 +146,662 @@ def test_a_conv_node_is_the_layer_it_says(rng, case):
     np.testing.assert_allclose(-layer.conv(-x), ran(model, x=x)[0], **CLOSE)
 
 
-@pytest.mark.parametrize("sizes", [True, False], ids=["fixed", "free"])
-@pytest.mark.parametrize("case", CONVS)
+#: Their padding depends on the size: they are no layers where that is free.
+FIXED = ("same lower", "output shape")
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [*((c, True) for c in CONVS), *((c, False) for c in CONVS if c not in FIXED)],
+)
 def test_chains_of_every_family_do_in_onnxruntime_what_they_do(rng, case, sizes):
-    strided_same = case in ("same lower", "output shape")
-    if strided_same and not sizes:
-        pytest.skip("left alone; tested below")
     net, model, x = conv_net(rng, case, sizes=sizes)
     conv = net.layers[0].conv
-    count = 0
+    want = ran(model, x=x)[0]
+    larger = np.concatenate([x, x, x])
+    if not sizes:
+        larger = np.concatenate([larger, larger], axis=-1)
+    exact = 0
     for f in chains_of(conv):
+        if sizes and case not in FIXED and all(s.right == 1 for s in f.stages):
+            continue  # nodes are those of the other test
         new = net.replaced({"layer": f})
-        expected = -reference.run_chain(f.stages, -x, f.bias)
         y = ran(new, x=x)[0]
-        np.testing.assert_allclose(y, expected, **CLOSE, err_msg=repr(f))
         if f.error(conv.to_dense()) < 1e-6:
-            np.testing.assert_allclose(y, ran(model, x=x)[0], **CLOSE, err_msg=repr(f))
-            count += 1
-        # batches stay free, and so do sizes where they were
-        larger = np.concatenate([x, x, x])
-        if not sizes:
-            larger = np.concatenate([larger, larger], axis=-1)
-        want = -reference.run_chain(f.stages, -larger, f.bias)
-        np.testing.assert_allclose(ran(new, x=larger)[0], want, **CLOSE, err_msg=repr(f))
-    assert count > 0
+            np.testing.assert_allclose(y, want, **CLOSE, err_msg=repr(f))
+            exact += 1
+        for given in (x, larger):  # batches stay free, and so do sizes where they were
+            expected = -reference.run_chain(f.stages, -given, f.bias)
+            got = y if given is x else ran(new, x=given)[0]
+            np.testing.assert_allclose(got, expected, **CLOSE, err_msg=repr(f))
+    assert exact > 0 or sizes
+
+
+def as_nodes(f, x, sizes=True, opset=17, dtype=np.float32):
+    """What onnxruntime makes of a chain that needs to be no approximation of any layer."""
+    writer = Writer("layer", f.ndim, np.dtype(dtype), opset, {"x"})
+    conv_chain(writer, f, "x", x.shape[2:] if sizes else None)
+    nodes = [*writer.nodes, helper.make_node("Identity", [writer.nodes[-1].output[0]], ["y"])]
+    free = x.shape[2:] if sizes else "abc"[: f.ndim]
+    weights = {t.name: numpy_helper.to_array(t) for t in writer.tensors}
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    shapes = {"x": ["N", f.in_channels, *free]}
+    return ran(model_of(nodes, shapes, weights=weights, opset=opset, kind=kind), x=x)[0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [True, False], ids=["fixed", "free"])
+def test_copies_groups_shuffles_and_a_bias_together(rng, ndim, transposed, sizes):
+    kernel, g = (3, 2, 2)[:ndim], lr.Geometry.of(ndim, stride=2, padding=1)
+    first, last = arrays(rng, (4, 3, *kernel), (6 if transposed else 4, 2, *kernel))
+    stages = [
+        lr.Stage(first, g, 2, 2, 2, (4, 3), transposed),
+        lr.Stage(last, g, 2, 2, 2, (8, 2), transposed),
+    ]
+    f = bent(lr.chain(stages), rng)
+    (x,) = arrays(rng, (2, f.in_channels, *(6, 5, 4)[:ndim]))
+    want = reference.run_chain(f.stages, x, f.bias)
+    np.testing.assert_allclose(as_nodes(f, x, sizes), want, **CLOSE)
+
+
+@pytest.mark.parametrize("opset", [9, 17, 19])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "symmetric", "constant"])
+def test_borders_become_pads_where_onnx_has_them(rng, mode, opset):
+    (w,) = arrays(rng, (6, 4, 3, 3))
+    conv = lr.dense(w, padding=[(1, 2), (0, 1)], padding_mode=mode, value=3.0)
+    (x,) = arrays(rng, (2, 4, 7, 8))
+    for f in (conv, lr.spatial(conv, rank=3), lr.tucker(conv, rank=(3, 3))):
+        f = bent(f, rng)
+        if mode == "symmetric" or (mode == "circular" and opset < 19):
+            with pytest.raises(ValueError, match=f"'layer': a border of {mode} needs"):
+                as_nodes(f, x, opset=opset)
+            continue
+        want = reference.run_chain(f.stages, x, f.bias)
+        np.testing.assert_allclose(as_nodes(f, x, opset=opset), want, **CLOSE)
+
+
+def test_what_a_runtime_cannot_grow_is_cropped_less_or_refused(rng):
+    (w,) = arrays(rng, (4, 3, 4))
+    (x,) = arrays(rng, (1, 4, 6))
+    f = lr.dense(w, stride=2, padding=[(0, 3)], output_padding=2, transposed=True)
+    np.testing.assert_allclose(as_nodes(f, x), f(x), **CLOSE)
+    with pytest.raises(ValueError, match="output_padding"):
+        as_nodes(lr.dense(w, stride=2, output_padding=2, transposed=True), x)
+
+
+def test_paddings_that_depend_on_a_free_size_leave_the_layer_alone(rng):
+    for case in FIXED:
+        with pytest.raises(ValueError, match="no Conv"):
+            conv_net(rng, case, sizes=False)
+
+
+def gemm_net(rng, rows="N", **given):
+    w, b, x = arrays(rng, (8, 6) if given.get("transB") else (6, 8), (8,), (4, 6))
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], **given)
+    model = model_of([node], {"x": [rows, 6]}, weights={"w": w, "b": b})
+    return OnnxNet(model, [x]), x
+
+
+@pytest.mark.parametrize("rows", ["N", 4])
+@pytest.mark.parametrize("given", [{}, {"transB": 1, "alpha": 0.5, "beta": 2.0}], ids=str)
+def test_gemm(rng, given, rows):
+    net, x = gemm_net(rng, rows, **given)
+    (layer,) = net.layers
+    assert (layer.name, layer.input_size) == ("y", (1,))
+    (samples,) = net.inputs(["y"], {})
+    np.testing.assert_array_equal(samples["y"][0], x[..., None])
+    want = next(net.outputs({}))[0]
+    np.testing.assert_allclose(layer.conv(x[..., None])[..., 0], want, **CLOSE)
+    for f in (*chains_of(layer.conv), bent(lr.encode(layer.conv, rank=2), rng)):
+        new = net.replaced({"y": f})
+        want = reference.run_chain(f.stages, x[..., None], f.bias)[..., 0]
+        np.testing.assert_allclose(ran(new, x=x)[0], want, **CLOSE, err_msg=repr(f))
+    ops = [n.op_type for n in net.replaced({"y": lr.encode(layer.conv, rank=2)}).graph.node]
+    assert ops == ["Gemm", "Gemm"]
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 5, 6), (3, 2, 5, 6)], ids=str)
+def test_matmul(rng, shape):
+    w, x = arrays(rng, (6, 8), shape)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "fc")
+    free = ["N", *"abc"[: len(shape) - 2], 6]
+    net = OnnxNet(model_of([node], {"x": free}, weights={"w": w}), [x])
+    (layer,) = net.layers
+    assert layer.input_size == (np.prod(shape[1:-1], dtype=int),)
+    (samples,) = net.inputs(["fc"], {})
+    vectors = samples["fc"][0]
+    assert vectors.shape == (3, 6, layer.input_size[0])
+    np.testing.assert_array_equal(vectors.swapaxes(1, 2).ravel(), x.ravel())
+    for f in (*chains_of(layer.conv), bent(lr.encode(layer.conv, rank=2), rng)):
+        want = reference.run_chain(f.stages, vectors, f.bias).swapaxes(1, 2).reshape(*shape[:-1], 8)
+        y = ran(net.replaced({"fc": f}), x=x)[0]
+        np.testing.assert_allclose(y, want, **CLOSE, err_msg=repr(f))
+    shuffled = lr.chain([lr.Stage(*arrays(rng, (4, 3, 1)), lr.Geometry.of(1), 2, shuffle=(2, 3)),
+                         lr.Stage(*arrays(rng, (8, 4, 1)), lr.Geometry.of(1))])  # fmt: skip
+    want = shuffled(vectors).swapaxes(1, 2).reshape(*shape[:-1], 8)
+    np.testing.assert_allclose(ran(net.replaced({"fc": shuffled}), x=x)[0], want, **CLOSE)
+
+
+def test_vectors_of_an_example_that_were_folded_into_the_batch(rng):
+    w, x = arrays(rng, (6, 8), (3, 5, 6))
+    nodes = [
+        helper.make_node("Reshape", ["x", "s"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"], "fc"),
+    ]
+    weights = {"w": w, "s": np.array([-1, 6])}
+    for batch in ("N", 3):
+        net = OnnxNet(model_of(nodes, {"x": [batch, 5, 6]}, weights=weights), [x])
+        assert net.layers[0].input_size == (5,)
+        (samples,) = net.inputs(["fc"], {})
+        np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_other_precisions_are_read_and_written_back(rng, dtype):
+    w, b, x = arrays(rng, (8, 6, 3, 3), (8,), (2, 6, 5, 5), dtype=dtype)
+    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], "c")
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    net = OnnxNet(model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x])
+    conv = net.layers[0].conv
+    assert conv.dtype == (np.float32 if dtype == np.float16 else np.float64)
+    f = lr.spatial(conv, rank=18)
+    new = net.replaced({"c": f})
+    assert {t.data_type for t in new.graph.initializer} == {kind}
+    # onnxruntime has no Conv of float64
+    onnx.checker.check_model(new, full_check=True)
+    run = ran(new, x=x) if dtype == np.float16 else ReferenceEvaluator(new).run(None, {"x": x})
+    y = run[0]
+    assert y.dtype == dtype
+    # two roundings to the type's precision of sums of magnitude 50, and of the weights
+    tolerance = 50 * 8 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(y, conv(x.astype(conv.dtype)), rtol=0, atol=tolerance)
+    assert next(net.inputs(["c"], {}))["c"][0].dtype == np.float32
+    if dtype == np.float16:
+        (stage, last) = f.stages
+        big = lr.chain([lr.Stage(stage.weight * 1e5, stage.geometry), last], f.bias)
+        with pytest.raises(ValueError, match="'c': weights too large for float16"):
+            net.replaced({"c": big})
+
+
+def small_net(rng, batches=None, folder=None, **options):
+    """Two convolutions with a batch norm, a branch, a linear layer; and an input for it."""
+    a, b, fc, x = arrays(rng, (6, 3, 3, 3), (6, 6, 3, 3), (6, 4), (5, 3, 8, 8))
+    one = np.ones(6, np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["1"], "conv", pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["1", "g", "o", "o", "v"], ["2"]),
+        helper.make_node("Relu", ["2"], ["3"], "relu"),
+        helper.make_node("Identity", ["b"], ["b2"]),
+        helper.make_node("Conv", ["3", "b2"], ["4"], doc_string="the second", pads=[1] * 4),
+        helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(fc)),
+        helper.make_node("Add", ["3", "4"], ["5"]),
+        helper.make_node("GlobalAveragePool", ["5"], ["6"]),
+        helper.make_node("Flatten", ["6"], ["7"]),
+        helper.make_node("MatMul", ["7", "k"], ["y"]),
+    ]
+    weights = {"a": a, "b": b, "g": 2 * one, "o": 0 * one, "v": 4 * one}
+    model = model_of(nodes, {"x": ["N", 3, 8, 8]}, weights=weights, **options)
+    return model, x
+
+
+def test_layers_of_a_network(rng):
+    model, _ = small_net(rng)
+    net = OnnxNet(model)
+    assert [(n.name, n.input_size) for n in net.layers] == [
+        ("conv", (8, 8)), ("4", (8, 8)), ("y", (1,)),
+    ]  # fmt: skip
+    # 2 / sqrt(4 + 1e-5), in float64 but for an epsilon in float32
+    np.testing.assert_allclose(net.layers[0].scale, 2 / np.sqrt(4 + 1e-5), rtol=1e-7)
+    assert net.layers[1].scale is None
+    assert net.batches == 0
+    assert list(net.outputs({})) == []
+    assert net.gradients(["conv"], 0) is None
+
+
+def test_a_replaced_network_keeps_all_else(rng):
+    model, x = small_net(rng)
+    model.producer_name, model.doc_string = "someone", "a net"
+    model.metadata_props.add(key="k", value="v")
+    before = model.SerializeToString()
+    net = OnnxNet(model)
+    chains = {n.name: lr.encode(n.conv, rank=2) for n in net.layers}
+    new = net.replaced(chains)
+    assert model.SerializeToString() == before
+    for field in ("ir_version", "opset_import", "producer_name", "doc_string", "metadata_props"):
+        assert getattr(new, field) == getattr(model, field), field
+    assert new.graph.input == model.graph.input
+    assert new.graph.output == model.graph.output
+    assert [n.op_type for n in new.graph.node] == [
+        "Conv", "Conv", "BatchNormalization", "Relu", "Conv", "Conv", "Add",
+        "GlobalAveragePool", "Flatten", "MatMul", "MatMul",
+    ]  # fmt: skip
+    assert [n.name for n in new.graph.node if n.op_type == "Conv"] == [
+        "conv.0", "conv.1", "4.0", "4.1",
+    ]  # fmt: skip
+    assert new.graph.node[5].doc_string == "the second"
+    assert {t.name for t in new.graph.initializer} == {
+        "g", "o", "v", "y.0.weight", "y.1.weight",
+        *(f"{name}.{k}.weight" for name in ("conv", "4") for k in (0, 1)),
+    }  # fmt: skip
+    known = {v.name for v in new.graph.value_info}
+    made = {o for n in new.graph.node for o in n.output}
+    assert known == made - {"y"}
+    # the network by hand
+    first = np.maximum(chains["conv"](x) * 2 / np.sqrt(4 + 1e-5), 0)
+    last = (first + chains["4"](first)).mean((2, 3))
+    np.testing.assert_allclose(ran(new, x=x)[0], chains["y"](last[..., None])[..., 0], **CLOSE)
+    net = OnnxNet(model, [x])
+    np.testing.assert_allclose(next(net.outputs(chains))[0], ran(new, x=x)[0], **CLOSE)
+
+
+def test_inputs_are_those_behind_replaced_layers(rng):
+    model, x = small_net(rng)
+    net = OnnxNet(model, [x[:3], {"x": x[3:]}])
+    chains = {"conv": lr.encode(net.layers[0].conv, rank=2), "y": lr.encode(net.layers[2].conv, 1)}
+    got = list(net.inputs(["4", "conv"], chains))
+    assert net.batches == len(got) == 2
+    want = np.maximum(chains["conv"](x) * 2 / np.sqrt(4 + 1e-5), 0)
+    values = [np.concatenate([g[n][0] for g in got]) for n in ("4", "conv")]
+    np.testing.assert_allclose(values[0], want, **CLOSE)
+    np.testing.assert_array_equal(values[1], x)
+
+
+def test_nothing_behind_the_layers_is_run(rng):
+    model, x = small_net(rng)
+    # no runtime runs this
+    model.graph.node.append(helper.make_node("Nonsense", ["5"], ["z"], domain="nowhere"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N"]))
+    model.opset_import.add(domain="nowhere", version=1)
+    net = OnnxNet(model, [x])
+    assert next(net.inputs(["conv", "4"], {}))["4"][0].shape == (5, 6, 8, 8)
+    with pytest.raises(ValueError, match="onnxruntime does not load"):
+        next(net.outputs({}))
+
+
+def test_names_are_unique(rng):
+    (w,) = arrays(rng, (4, 4, 3))
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["same_1"], "same"),
+        helper.make_node("Conv", ["same_1", "w"], ["same.0"], "same"),
+        helper.make_node("Conv", ["same.0", "w"], ["y"]),
+    ]
+    net = OnnxNet(model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w}))
+    assert [n.name for n in net.layers] == ["same", "same_1", "y"]
+    new = net.replaced({n.name: lr.encode(n.conv, rank=2) for n in net.layers})
+    onnx.checker.check_model(new, full_check=True)
+    for names in ([n.name for n in new.graph.node], [t.name for t in new.graph.initializer]):
+        assert len(set(names)) == len(names) == 6
+
+
+def test_weights_that_are_no_constants_are_no_layers(rng):
+    a, b = arrays(rng, (4, 3, 3), (4, 4, 3))
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["1"], "fixed"),
+        helper.make_node("Conv", ["1", "w"], ["2"], "given"),
+        helper.make_node("Neg", ["b"], ["c"]),
+        helper.make_node("Conv", ["2", "c"], ["y"], "computed"),
+    ]
+    model = model_of(nodes, {"x": ["N", 3, 9], "w": [4, 4, 3]}, weights={"a": a, "b": b})
+    (layer,) = OnnxNet(model).layers
+    assert layer.name == "fixed"
+
+
+def test_shared_weights_stay_until_nobody_needs_them(rng):
+    w, b, x = arrays(rng, (4, 4, 3), (4,), (2, 4, 9))
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["1"], "first"),
+        helper.make_node("Conv", ["1", "w", "b"], ["y"], "second"),
+    ]
+    for ir in (3, 8):
+        model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "b": b}, ir=ir)
+        net = OnnxNet(model)
+        chains = {n.name: lr.encode(n.conv, rank=2) for n in net.layers}
+        one = net.replaced({"first": chains["first"]})
+        assert {"w", "b"} <= {t.name for t in one.graph.initializer}
+        both = net.replaced(chains)
+        assert not {"w", "b"} & {t.name for t in (*both.graph.initializer, *both.graph.input)}
+        want = chains["second"](chains["first"](x))
+        np.testing.assert_allclose(ran(both, x=x)[0], want, **CLOSE)
+
+
+def test_what_subgraphs_need_is_kept(rng):
+    w, x = arrays(rng, (4, 4, 3), (2, 4, 9))
+    then = helper.make_graph([helper.make_node("Identity", ["1"], ["t"])], "then", [],
+                             [helper.make_tensor_value_info("t", 1, None)])  # fmt: skip
+    other = helper.make_graph([helper.make_node("Conv", ["1", "w"], ["e"])], "else", [],
+                              [helper.make_tensor_value_info("e", 1, None)])  # fmt: skip
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["1"], "conv"),
+        helper.make_node("If", ["c"], ["2"], then_branch=then, else_branch=other),
+        helper.make_node("Conv", ["2", "v"], ["y"], "last"),
+    ]
+    model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "v": w, "c": np.array(False)})
+    net = OnnxNet(model, [x])
+    assert [n.name for n in net.layers] == ["conv", "last"]
+    f = lr.encode(net.layers[0].conv, rank=2)
+    new = net.replaced({"conv": f})
+    conv = net.layers[0].conv
+    np.testing.assert_allclose(ran(new, x=x)[0], conv(conv(f(x))), **CLOSE)
+    np.testing.assert_allclose(next(net.inputs(["last"], {"conv": f}))["last"][0], conv(f(x)),
+                               **CLOSE)  # fmt: skip
+
+
+def test_free_sizes_come_from_data_or_are_asked_for(rng):
+    w, x = arrays(rng, (4, 3, 3, 3), (2, 3, 9, 7))
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
+    model = model_of([node], {"x": ["N", 3, "h", "w"]}, weights={"w": w})
+    assert OnnxNet(model, [x]).layers[0].input_size == (9, 7)
+    with pytest.raises(ValueError, match="'conv' has no fixed size: give calibration data, or fix"):
+        OnnxNet(model)
+
+
+def test_chains_that_do_not_fit_are_refused(rng):
+    model, _ = small_net(rng)
+    net = OnnxNet(model)
+    conv = net.layers[0].conv
+    with pytest.raises(ValueError, match="no layer 'conv9' among conv, 4, y"):
+        net.replaced({"conv9": conv})
+    with pytest.raises(ValueError, match=r"'conv' gives \(6, 8, 8\), but its chain \(6, 6, 6\)"):
+        net.replaced({"conv": lr.dense(conv.to_dense())})
+    with pytest.raises(ValueError, match="layer 'conv': input_shape must be"):
+        net.replaced({"conv": net.layers[1].conv})
+    with pytest.raises(TypeError, match="must be a Factorization"):
+        net.replaced({"conv": conv.to_dense()})
+
+
+def test_old_opsets_and_networks_without_layers_are_refused(rng):
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    with pytest.raises(ValueError, match="has no Conv, ConvTranspose, Gemm or MatMul"):
+        OnnxNet(model_of([relu], {"x": ["N", 3]}))
+    with pytest.raises(ValueError, match="opset 6, older than 7"):
+        OnnxNet(model_of([relu], {"x": ["N", 3]}, opset=6))
+
+
+def test_not_a_number_among_weights_is_named(rng):
+    w = np.full((4, 3, 3), np.nan, np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
+    with pytest.raises(ValueError, match="layer 'conv': weight holds NaN"):
+        OnnxNet(model_of([node], {"x": ["N", 3, 9]}, weights={"w": w}))
+
+
+# Files
+
+
+def outside(model, folder, **entries):
+    """Write a model whose weights lie in w.bin; `entries` replace what it says of tensor b."""
+    data = b""
+    for tensor in model.graph.initializer:
+        says = {"location": "w.bin", "offset": len(data), "length": len(tensor.raw_data)}
+        if tensor.name == "b":
+            says |= entries
+        data += tensor.raw_data
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in says.items():
+            tensor.external_data.add(key=key, value=str(value))
+    (folder / "w.bin").write_bytes(data)
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    return folder / "net.onnx"
+
+
+@pytest.mark.parametrize("small", [0, 65536], ids=["stays outside", "is read in"])
+def test_external_data(rng, tmp_path, monkeypatch, small):
+    monkeypatch.setattr("lowrank.interop.onnx_files._SMALL", small)
+    model, x = small_net(rng)
+    want = ran(model, x=x)[0]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    path = outside(model, tmp_path / "in")
+    net = open_net(path, [x])
+    np.testing.assert_allclose(next(net.outputs({}))[0], want, **CLOSE)
+    f = lr.encode(net.layers[0].conv, rank=2)
+    new = net.replaced({"conv": f})
+    new_y = ran(new, x=x)[0]
+    np.testing.assert_allclose(new_y, next(net.outputs({"conv": f}))[0], **CLOSE)
+    save(new, tmp_path / "out" / "small.onnx")
+    assert sorted(os.listdir(tmp_path / "out")) == ["small.onnx", "small.onnx.data"]
+    again = open_net(tmp_path / "out" / "small.onnx", [x])
+    np.testing.assert_array_equal(next(again.outputs({}))[0], new_y)
+    onnx.checker.check_model(str(tmp_path / "out" / "small.onnx"), full_check=True)
+    # over the original: what was read before does not matter any more
+    save(new, path)
+    np.testing.assert_array_equal(next(open_net(path, [x]).outputs({}))[0], new_y)
+
+
+def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
+    model, x = small_net(rng)
+    net = OnnxNet(model)
+    new = net.replaced({"conv": lr.encode(net.layers[0].conv, rank=2)})
+    save(new, tmp_path / "a.onnx")
+    assert os.listdir(tmp_path) == ["a.onnx"]
+    monkeypatch.setattr("lowrank.interop.onnx_files.LARGEST", 1000)
+    save(new, tmp_path / "b.onnx")
+    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "b.onnx.data"]
+    assert (tmp_path / "b.onnx").stat().st_size < (tmp_path / "a.onnx").stat().st_size
+    a, b = (next(open_net(tmp_path / n, [x]).outputs({}))[0] for n in ("a.onnx", "b.onnx"))
+    np.testing.assert_array_equal(a, b)
+
+
+HOSTILE = {
+    "absolute": ({"location": "/etc/passwd"}, "no path inside"),
+    "up": ({"location": "../secret"}, "no path inside"),
+    "up within": ({"location": "a/../../secret"}, "no path inside"),
+    "drive": ({"location": r"C:\secret"}, "no path inside"),
+    "backslashes": ({"location": r"..\secret"}, "no path inside"),
+    "nowhere": ({"location": ""}, "no path inside"),
+    "missing": ({"location": "other.bin"}, "not there"),
+    "folder": ({"location": "."}, "not there"),
+    "link": ({"location": "link"}, "a link out of"),
+    "linked folder": ({"location": "up/secret"}, "a link out of"),
+    "long": ({"length": 10**15}, "takes 1296"),
+    "short": ({"length": 8}, "takes 1296"),
+    "far": ({"offset": 10**15}, "cut short"),
+    "before": ({"offset": -8}, "from -8"),
+    "words": ({"offset": "many"}, "no number"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_external_data(rng, tmp_path, case):
+    entries, message = HOSTILE[case]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(5000))
+    (folder / "link").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to(tmp_path)
+    path = outside(small_net(rng)[0], folder, **entries)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_net(path)
+    assert "net.onnx: external data of tensor 'b'" in str(caught.value)
+
+
+def test_a_shape_too_large_for_its_data_takes_no_memory(rng, tmp_path):
+    model, _ = small_net(rng)
+    path = outside(model, tmp_path)
+    model.graph.initializer[1].dims[0] = 2**50
+    del model.graph.initializer[1].external_data[1:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"go beyond the end of 'w\.bin'"):
+        open_net(path)
+    model, _ = small_net(rng)
+    model.graph.initializer[1].dims[0] = 2**50
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=r"net\.onnx: .*\bb\b"):
+        open_net(path)
+
+
+def test_truncated_and_other_files(rng, tmp_path):
+    whole = small_net(rng)[0].SerializeToString()
+    path = tmp_path / "net.onnx"
+    for data in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1], bytes(1000),
+                 rng.bytes(1000)):  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"net\.onnx: (not an ONNX model|not a valid)"):
+            open_net(path)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        open_net(tmp_path / "other.onnx")
+    with pytest.raises(IsADirectoryError):
+        open_net(tmp_path)
+
+
+def test_a_damaged_file_is_one_clear_error(rng, tmp_path):
+    whole = small_net(rng)[0].SerializeToString()
+    path = tmp_path / "net.onnx"
+    errors = []
+    for i in rng.integers(0, len(whole), 150):
+        path.write_bytes(whole[:i] + rng.bytes(1) + whole[i + 1 :])
+        try:
+            open_net(path)
+        except ValueError as why:
+            errors.append(str(why))
+    assert len(errors) > 5
+    assert all(str(path) in e and "\n" not in e for e in errors), errors
+
+
+def test_saving_is_whole_or_not_at_all(rng, tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"before")
+    model, _ = small_net(rng)
+    bad = onnx.ModelProto()
+    bad.CopyFrom(model)
+    bad.graph.node[0].op_type = "Convolution"
+    with pytest.raises(ValueError, match="not a valid ONNX model"):
+        save(bad, path)
+    assert path.read_bytes() == b"before"
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", fails)
+        with pytest.raises(OSError, match="no space left"):
+            save(model, path)
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["net.onnx"]
+    save(model, path)
+    assert load(path) == model
+    assert os.listdir(tmp_path) == ["net.onnx"]
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        save(model, tmp_path / "nowhere" / "net.onnx")
+
+
+# Calibration data
+
+
+def test_batches_out_of_a_file(rng, tmp_path):
+    model, _ = small_net(rng)
+    (x,) = arrays(rng, (130, 3, 8, 8), dtype=np.float64)
+    path = tmp_path / "x.npz"
+    np.savez(path, anything=x)
+    net = open_net_of(model, tmp_path, path)
+    assert net.batches == 3
+    got = [b["conv"][0] for b in net.inputs(["conv"], {})]
+    assert [len(g) for g in got] == [64, 64, 2]
+    np.testing.assert_array_equal(np.concatenate(got), x.astype(np.float32))
+
+
+def open_net_of(model, folder, batches):
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    return open_net(folder / "model.onnx", batches)
+
+
+def test_batches_of_several_inputs_and_of_a_fixed_number(rng, tmp_path):
+    takes = inputs_of(model_of(
+        [helper.make_node("Add", ["a", "b"], ["y"])], {"a": [4, 2], "b": [4, 2]}
+    ))  # fmt: skip
+    a, b = arrays(rng, (10, 2), (10, 2))
+    np.savez(tmp_path / "ab.npz", a=a, b=b)
+    batches = read_batches(tmp_path / "ab.npz", takes)
+    assert [x["b"].shape for x in batches] == [(4, 2), (4, 2)]  # two are left over
+    np.testing.assert_array_equal(batches[1]["a"], a[4:8])
+    np.savez(tmp_path / "ab.npz", a=a, b=b[:5])
+    with pytest.raises(ValueError, match="different numbers of examples"):
+        read_batches(tmp_path / "ab.npz", takes)
+    np.savez(tmp_path / "ab.npz", a=a[:3], b=b[:3])
+    with pytest.raises(ValueError, match="too few examples"):
+        read_batches(tmp_path / "ab.npz", takes)
+    np.savez(tmp_path / "ab.npz", a=a, c=b)
+    with pytest.raises(ValueError, match="no array 'b' among 'a', 'c'"):
+        read_batches(tmp_path / "ab.npz", takes)
+
+
+BAD = {
+    "nan": (np.full((2, 3, 8, 8), np.nan), "NaN, infinite or too large"),
+    "too large": (np.full((2, 3, 8, 8), 1e300), "NaN, infinite or too large"),
+    "shape": (np.ones((2, 4, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
+    "axes": (np.ones((3, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
+    "complex": (np.ones((2, 3, 8, 8), complex), "got complex128"),
+    "text": (np.full((2, 3, 8, 8), "a"), "got <U1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_batches_that_do_not_fit(rng, tmp_path, case):
+    array, message = BAD[case]
+    model, _ = small_net(rng)
+    np.savez(tmp_path / "x.npz", x=array)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_net_of(model, tmp_path, tmp_path / "x.npz")
+    assert "x.npz" in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        OnnxNet(model, [array])
+
+
+def test_batches_that_are_no_arrays(rng, tmp_path):
+    model, x = small_net(rng)
+    path = tmp_path / "x.npz"
+    takes = inputs_of(model)
+    np.savez(path, x=x)
+    whole = path.read_bytes()
+    held = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        held, {"shape": (2**40, 3, 8, 8), "fortran_order": False, "descr": "<f4"}
+    )
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("x.npy", held.getvalue())
+    with pytest.raises(ValueError, match=r"huge\.npz: .* not as long as its shape"):
+        read_batches(tmp_path / "huge.npz", takes)
+    np.savez(path, x=np.array([{}]))
+    with pytest.raises(ValueError, match="Python objects"):
+        read_batches(path, takes)
+    for data in (b"", b"hello", whole[:100], whole[:-1], whole[: len(whole) // 2]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.npz: not an \.npz file"):
+            read_batches(path, takes)
+    with pytest.raises(FileNotFoundError):
+        read_batches(tmp_path / "none.npz", takes)
+
+
+def test_integers_are_taken_as_they_are(tmp_path):
+    node = helper.make_node("Identity", ["x"], ["y"])
+    takes = inputs_of(model_of([node], {"x": ["N", 2]}, kind=TensorProto.INT32))
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.array([[1, 2]]))
+    (batch,) = read_batches(path, takes)
+    assert batch["x"].dtype == np.int32
+    np.savez(path, x=np.array([[1, 2**40]]))
+    with pytest.raises(ValueError, match="out of its range"):
+        read_batches(path, takes)
+    np.savez(path, x=np.array([[1.5, 2]]))
+    with pytest.raises(ValueError, match="got float64"):
+        read_batches(path, takes)
+
+
+def test_conformance_cases_of_onnx(data):
+    with np.load(data / "conformance" / "onnx_conv_cases.npz") as cases:
+        manifest = json.loads(str(cases["manifest"]))
+        for case in manifest:
+            names = ["x", "w", "b"] if case["bias"] else ["x", "w"]
+            values = {k: cases[f"{case['i']}.{k}"] for k in (*names, "y")}
+            x, y = values["x"], values["y"]
+            node = helper.make_node(case["op"], names, ["y"], "layer", **case["attrs"])
+            weights = {k: values[k] for k in names[1:]}
+            model = model_of([node], {"x": ["N", *x.shape[1:]]}, weights=weights)
+            net = OnnxNet(model, [x])
+            conv = net.layers[0].conv
+            np.testing.assert_allclose(conv(x), y, **CLOSE, err_msg=case["name"])
+            for f in itertools.islice(chains_of(conv), 6):
+                got = ran(net.replaced({"layer": f}), x=x)[0]
+                np.testing.assert_allclose(got, f(x), **CLOSE, err_msg=case["name"])
+    assert len(manifest) == 14

@@ -23,6 +23,7 @@ from lowrank.interop.onnx_layers import Site, find
 from lowrank.models.net import Chains, Layer, Samples
 
 _THREADS = 2  # of onnxruntime, at the most
+_MODEST = 2**26  # elements
 _OLDEST = 7  # opset: the first that onnxruntime runs
 
 
@@ -291,7 +292,7 @@ class OnnxNet:
         given = {i.name for i in self._takes}
         made = [n for n in wanted if n not in given]
         session = None
-        if made:
+        if made and feeds:
             model = graphs.pruned(self._model, made)
             self._substitute(model, chains)
             session = _session(model, self._folder)
@@ -314,7 +315,7 @@ class OnnxNet:
         """
         if self._feeds:
             feed = self._feeds[0]
-        elif all(None not in i.shape[1:] for i in self._takes):
+        elif all(_is_modest(i.shape) for i in self._takes):
             feed = {
                 i.name: np.zeros([1 if n is None else n for n in i.shape], i.dtype)
                 for i in self._takes
@@ -374,6 +375,11 @@ def open_net(
         return OnnxNet(model, batches, path.parent)
     except ValueError as why:
         raise ValueError(why if str(path) in str(why) else f"{path}: {why}") from None
+
+
+def _is_modest(shape: Sequence[int | None]) -> bool:
+    """Whether only the batch is free, and an input of zeros costs no memory to speak of."""
+    return None not in shape[1:] and math.prod(n or 1 for n in shape) < _MODEST
 
 
 def _single(x: Array) -> Array:
