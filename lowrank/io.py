@@ -6,7 +6,8 @@ import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ _DTYPES = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-_NAMES = {np.dtype(v): k for k, v in _DTYPES.items() if k != "BF16"}
+#: bfloat16 as it stands in a file, for tensors that are only passed on.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+_NAMES = {np.dtype(v): k for k, v in _DTYPES.items() if k != "BF16"} | {BFLOAT16: "BF16"}
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the format's own reader
 
 
@@ -214,8 +217,10 @@ def _pair(values: Any) -> tuple[int, int]:
     return a, b
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors and metadata of a ``.safetensors`` file; bfloat16 becomes float32.
+def read_tensors(
+    path: str | os.PathLike[str], raw: bool = False
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors and metadata of a ``.safetensors`` file; bfloat16 becomes float32, or if `raw` not.
 
     Nothing in the file is trusted: sizes, names and offsets are checked before they are used.
     """
@@ -238,7 +243,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[s
         if first != end or last > len(body):
             raise ValueError(f"{path}: tensor {name!r} lies outside the data, or over another")
         end = last
-        tensors[name] = _tensor(body[first:last], dtype, shape)
+        tensors[name] = _tensor(body[first:last], dtype, shape, raw)
     if end != len(body):
         raise ValueError(f"{path}: {len(body) - end} bytes belong to no tensor")
     # as the header names them: the order of the data is a matter of alignment
@@ -271,10 +276,10 @@ def _entry(path: Any, name: str, entry: Any) -> tuple[str, Ints, tuple[int, int]
     return dtype, shape, (first, last)
 
 
-def _tensor(data: memoryview, dtype: str, shape: Ints) -> Array:
+def _tensor(data: memoryview, dtype: str, shape: Ints, raw: bool) -> Array:
     flat = np.frombuffer(data, _DTYPES[dtype])
     if dtype == "BF16":  # the upper half of a float32
-        flat = (flat.astype("<u4") << 16).view("<f4")
+        flat = flat.view(BFLOAT16) if raw else (flat.astype("<u4") << 16).view("<f4")
     return flat.reshape(shape)
 
 
@@ -299,16 +304,22 @@ def write_tensors(
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    with whole(path) as part, open(part, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name]
+            file.write(tensor.astype(tensor.dtype.newbyteorder("<"), order="C").tobytes())
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a file so that it comes to stand at `path` whole, or not at all."""
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with open(part, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                tensor = tensors[name]
-                file.write(tensor.astype(tensor.dtype.newbyteorder("<"), order="C").tobytes())
+        yield part
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lowrank import io
 from lowrank._typing import Array, Ints
-from lowrank.factorization import Factorization, dense
-from lowrank.geometry import integers
+from lowrank.factorization import Factorization, chain, dense
+from lowrank.geometry import Geometry, integers
+from lowrank.stage import Stage
 
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
+#: Weights do not shrink much in an archive: what claims to grow by more is not unpacked.
+_EXPANSION, _SPARE = 100, 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +101,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
     if ending in (".pt", ".pth"):
         return _state_dict(path)
     try:
+        _check_sizes(path)
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.ndarray):
             if ending == ".npz":
@@ -103,7 +109,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
             return {path.stem: found}
         with found:
             return {name: found[name] for name in found.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as why:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as why:
         if "pickle" in str(why):
             raise ValueError(
                 f"{path}: not a plain NumPy file, or one with Python objects, which are not "
@@ -112,7 +118,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
         raise ValueError(f"{path}: not a file that {ending} promises: {why}") from None
 
 
-def layers(path: str | os.PathLike[str], only: str | None = None) -> list[Layer]:
+def layers(
+    path: str | os.PathLike[str],
+    only: str | None = None,
+    about: str | os.PathLike[str] | None = None,
+) -> list[Layer]:
     """Find the convolutions of a weights file.
 
     Parameters
@@ -123,8 +133,12 @@ def layers(path: str | os.PathLike[str], only: str | None = None) -> list[Layer]
         "groups", "transposed", "in_size", "out_size"}]}``, of which all but the weight's tensor
         name may be missing; ``padding`` is one number or a [before, after] pair an axis, and
         the output of a transposed convolution is cut or grown at the end to ``out_size``.
+        Entries with the same ``"of"`` are the stages of a chain of that name, in order, as
+        :class:`lowrank.interop.weights.WeightsNet` writes them.
     only : str, optional
         The layer of this name alone, if there is one; the others are not looked at.
+    about : path, optional
+        The description, if it stands elsewhere.
 
     Returns
     -------
@@ -156,9 +170,9 @@ def layers(path: str | os.PathLike[str], only: str | None = None) -> list[Layer]
             return [Layer(n, f, None, f.bias) for n, f in chains if only in (None, n)]
     else:
         tensors = read_weights(path)
-    about = path.with_suffix(".json")
-    if about.exists():
-        return _described(about, tensors, only)
+    described = path.with_suffix(".json") if about is None else Path(about)
+    if about is not None or described.exists():
+        return _described(described, tensors, only)
     found = []
     for name, tensor in tensors.items():
         if tensor.ndim in (3, 4, 5) and tensor.dtype.kind == "f" and tensor.size:
@@ -175,15 +189,11 @@ def layers(path: str | os.PathLike[str], only: str | None = None) -> list[Layer]
 
 def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> list[Layer]:
     """Layers as the file `about` describes them."""
-    try:
-        entries = json.loads(about.read_text())["conv_layers"]
-        names = [(str(e.get("name", e["weight"])), e) for e in entries]
-    except (ValueError, LookupError, TypeError, AttributeError) as why:
-        raise ValueError(
-            f"{about}: does not describe layers, {{'conv_layers': [{{'weight': ...}}]}}: {why!r}"
-        ) from None
-    found = []
-    for name, entry in names:
+    described = manifest(about)
+    found: list[tuple[str, list[Any]]] = []
+    chains: dict[str, list[Any]] = {}
+    for entry in described["conv_layers"]:
+        name = str(entry.get("of") or entry.get("name", entry["weight"]))
         if only not in (None, name):
             continue
         for key in ("weight", "bias"):
@@ -191,23 +201,84 @@ def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> l
                 raise ValueError(
                     f"{about}: layer {name!r} wants a tensor {entry[key]!r}, not there"
                 )
-        bias = None if entry.get("bias") is None else tensors[entry["bias"]]
-        options = {
-            key: entry[key]
-            for key in (
-                "stride", "padding", "dilation", "groups", "transposed", "output_padding",
-                "padding_mode", "value",
+        if not entry.get("of"):
+            found.append((name, [entry]))
+        elif name in chains:
+            chains[name].append(entry)
+        else:
+            found.append((name, chains.setdefault(name, [entry])))
+    of = described.get("chains")
+    if not isinstance(of, dict | None):
+        raise ValueError(f"{about}: 'chains' is no table")
+    return [
+        _chain(about, name, entries, (of or {}).get(name), tensors)
+        if entries[0].get("of")
+        else _plain(about, name, entries[0], tensors)
+        for name, entries in found
+    ]
+
+
+def manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the file `about` says of layers: a table with ``"conv_layers"``, a list of tables."""
+    try:
+        found = json.loads(Path(about).read_text("utf-8"))
+        for entry in found["conv_layers"]:
+            if not isinstance(entry["weight"], str) or not isinstance(
+                entry.get("bias"), str | None
+            ):
+                raise TypeError("the name of a tensor is no text")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as why:
+        raise ValueError(
+            f"{about}: does not describe layers, {{'conv_layers': [{{'weight': ...}}]}}: {why!r}"
+        ) from None
+    return dict(found)
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "value", "output_padding")
+
+
+def _plain(about: Path, name: str, entry: Any, tensors: Mapping[str, Array]) -> Layer:
+    """A layer of one dense kernel."""
+    bias = None if entry.get("bias") is None else tensors[entry["bias"]]
+    keys = (*_GEOMETRY, "groups", "transposed")
+    options = {key: entry[key] for key in keys if entry.get(key) is not None}
+    conv = _conv(f"{about}: layer {name!r}", tensors[entry["weight"]], bias, options)
+    size, wanted = (_entry_size(about, name, entry, k, conv.ndim) for k in ("in_size", "out_size"))
+    if size and wanted and conv.transposed:
+        conv = _fitted(conv, size, wanted)
+    return Layer(name, conv, size, conv.bias)
+
+
+def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, Array]) -> Layer:
+    """A layer as a chain of stages, the very ones that were written."""
+    try:
+        stages = tuple(_stage(tensors[entry["weight"]], entry) for entry in entries)
+        bias = None if entries[-1].get("bias") is None else tensors[entries[-1]["bias"]]
+        if of is None:
+            f = chain(stages, bias)
+        else:
+            f = Factorization(
+                stages,
+                Geometry.of(stages[0].geometry.ndim, **{key: of[key] for key in _GEOMETRY}),
+                integers("groups", of["groups"], 1)[0],
+                bias,
+                str(of["family"]),
+                str(of["form"]),
+                integers("rank", of["rank"], len(of["rank"])),
             )
-            if entry.get(key) is not None
-        }  # fmt: skip
-        conv = _conv(f"{about}: layer {name!r}", tensors[entry["weight"]], bias, options)
-        size, wanted = (
-            _entry_size(about, name, entry, k, conv.ndim) for k in ("in_size", "out_size")
-        )
-        if size and wanted and conv.transposed:
-            conv = _fitted(conv, size, wanted)
-        found.append(Layer(name, conv, size, conv.bias))
-    return found
+    except (ValueError, TypeError, LookupError, AttributeError) as why:
+        raise ValueError(f"{about}: chain {name!r} is damaged: {why}") from None
+    return Layer(name, f, _entry_size(about, name, entries[0], "in_size", f.ndim), f.bias)
+
+
+def _stage(weight: Array, entry: Any) -> Stage:
+    if not np.isfinite(weight).all():
+        raise ValueError(f"{entry['weight']} has weights that are not finite numbers")
+    g, left, right = (integers(k, entry.get(k, 1), 1)[0] for k in ("groups", "left", "right"))
+    a, b = integers("shuffle", entry.get("shuffle", 1), 2)
+    options = {key: entry[key] for key in _GEOMETRY if entry.get(key) is not None}
+    geometry = Geometry.of(weight.ndim - 2, **options)
+    return Stage(weight, geometry, g, left, right, (a, b), bool(entry.get("transposed")))
 
 
 def _entry_size(about: Path, name: str, entry: Any, key: str, ndim: int) -> Ints | None:
@@ -237,6 +308,43 @@ def _conv(what: str, weight: Array, bias: Array | None, options: dict[str, Any])
         return dense(weight, bias, **options)
     except (ValueError, TypeError) as why:
         raise type(why)(f"{what}: {why}") from None
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a NumPy file whose arrays claim more than there is, before memory is taken."""
+    if path.suffix.lower() == ".npy":
+        with open(path, "rb") as file:
+            _check_array(file, path.stem, path.stat().st_size)
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        check_expansion(path, sum(m.file_size for m in members))
+        for member in members:
+            with archive.open(member) as opened:
+                _check_array(opened, member.filename, member.file_size)
+
+
+def check_expansion(path: Path, size: int) -> None:
+    """Refuse a file that claims to unpack to so many bytes, if that is a bomb and no weights."""
+    limit = _EXPANSION * path.stat().st_size + _SPARE
+    if size > limit:
+        raise ValueError(f"it would unpack to {size} bytes, more than {limit}")
+
+
+def _check_array(file: IO[bytes], name: str, size: int) -> None:
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"{name} is of version {version}")
+    shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it has pickled objects")
+    claimed = math.prod(shape) * dtype.itemsize + file.tell()
+    if min(shape, default=0) < 0 or claimed > size:
+        raise ValueError(f"{name} of shape {shape} claims {claimed} bytes of {size}")
 
 
 def _state_dict(path: Path) -> dict[str, Array]:
