@@ -304,6 +304,19 @@ def test_vectors_of_an_example_that_were_folded_into_the_batch(rng):
         np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
 
 
+def test_vectors_ahead_of_the_batch(rng):
+    w, x = arrays(rng, (6, 8), (3, 5, 6))
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["t", "w"], ["y"], "fc"),
+    ]
+    for batch in ("N", 3):
+        net = OnnxNet(model_of(nodes, {"x": [batch, 5, 6]}, weights={"w": w}), [x])
+        assert net.layers[0].input_size == (5,)
+        (samples,) = net.inputs(["fc"], {})
+        np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_precisions_are_read_and_written_back(rng, dtype):
     w, b, x = arrays(rng, (8, 6, 3, 3), (8,), (2, 6, 5, 5), dtype=dtype)
@@ -738,6 +751,7 @@ BAD = {
     "too large": (np.full((2, 3, 8, 8), 1e300), "NaN, infinite or too large"),
     "shape": (np.ones((2, 4, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
     "axes": (np.ones((3, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
+    "empty": (np.ones((0, 3, 8, 8)), "too few examples|are none"),
     "complex": (np.ones((2, 3, 8, 8), complex), "got complex128"),
     "text": (np.full((2, 3, 8, 8), "a"), "got <U1"),
 }

@@ -141,8 +141,9 @@ class OnnxNet:
         """
         sites = [self._site(name) for name in names]
         wanted = list(dict.fromkeys(s.input for s in sites))
-        for values in self._run(wanted, chains, self._feeds):
-            yield {s.layer.name: (self._sample(s, values[s.input]),) for s in sites}
+        for feed, values in zip(self._feeds, self._run(wanted, chains, self._feeds)):
+            batch = self._batch(feed)
+            yield {s.layer.name: (_sample(s, values[s.input], batch),) for s in sites}
 
     def gradients(self, names: Sequence[str], seed: int) -> None:
         """None: onnxruntime does not differentiate.
@@ -276,15 +277,8 @@ class OnnxNet:
             linear_chain(writer, f, site.input, site.rank, site.op == "Gemm")
         return writer.nodes, writer.tensors
 
-    def _sample(self, site: Site, x: Array) -> Array:
-        """What a layer gets as (batch, channels, *spatial)."""
-        x = _single(x)
-        if site.op not in ("Gemm", "MatMul"):
-            return x
-        vectors = site.layer.input_size[0] if site.rank == 2 else math.prod(x.shape[1:-1])
-        if x.size and x.shape[0] % vectors and site.rank == 2:
-            vectors = 1
-        return x.reshape(-1, vectors, x.shape[-1]).swapaxes(1, 2)
+    def _batch(self, feed: data.Feed) -> int:
+        return next((len(feed[i.name]) for i in self._takes if i.shape), 1)
 
     def _run(
         self, wanted: Sequence[str], chains: Chains, feeds: Sequence[data.Feed]
@@ -322,9 +316,8 @@ class OnnxNet:
             }
         else:
             return None
-        batch = next((len(feed[i.name]) for i in self._takes if i.shape), 1)
         run = next(self._run(names, {}, [feed]))
-        return batch, {name: value.shape for name, value in run.items()}
+        return self._batch(feed), {name: value.shape for name, value in run.items()}
 
 
 def open_net(
@@ -375,6 +368,18 @@ def open_net(
         return OnnxNet(model, batches, path.parent)
     except ValueError as why:
         raise ValueError(why if str(path) in str(why) else f"{path}: {why}") from None
+
+
+def _sample(site: Site, x: Array, batch: int) -> Array:
+    """What a layer gets as (batch, channels, *spatial)."""
+    x = _single(x)
+    if site.op not in ("Gemm", "MatMul"):
+        return x
+    if x.ndim > 2 and len(x) != batch == x.shape[1]:
+        x = x.swapaxes(0, 1)  # vectors first, as recurrent networks and attention have them
+    rows = x.size // x.shape[-1]
+    examples = batch if rows % batch == 0 else rows
+    return x.reshape(examples, -1, x.shape[-1]).swapaxes(1, 2)
 
 
 def _is_modest(shape: Sequence[int | None]) -> bool:

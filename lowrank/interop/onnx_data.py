@@ -228,6 +228,8 @@ def cast(i: Input, array: Array) -> Array:
         raise ValueError(f"the network takes {i}, got {array.dtype}")
     with np.errstate(over="ignore"):
         new = np.ascontiguousarray(array, i.dtype)
+    if not new.size:
+        raise ValueError(f"values for {i}, are none")
     if floating and not np.isfinite(new).all():
         raise ValueError(f"values for {i}, are NaN, infinite or too large")
     if not floating and not np.array_equal(new, array):

@@ -64,9 +64,7 @@ def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -
     for node, weight in picked:
         shape = sizes.get(node.input[0])
         fixed = _size(node, shape, batches)
-        size = fixed or _size(node, ran.get(node.input[0]), {batch})
-        if size is None and node.op_type in ("Gemm", "MatMul") and shape and len(shape) == 2:
-            size = (1,)  # its rows are most likely examples
+        size = fixed or _size(node, ran.get(node.input[0]), {batch}) or _likely(node, shape)
         name = _unique(node.name or node.output[0], taken)
         if size is None:
             raise ValueError(
@@ -110,27 +108,32 @@ def _weight(node: Any, constant: Constants) -> Array | None:
 
 
 def _size(node: Any, shape: Sizes | None, batches: set[Any]) -> Ints | None:
-    """Spatial size of a node's input, as far as its shape tells; of linear ones their vectors."""
-    if shape is None:
+    """Spatial size of a node's input, as far as its shape tells; of linear ones their vectors.
+
+    The axis of the batch, of which `batches` are the known sizes and names, may be any but the
+    last of a linear layer's input, or folded into one.
+    """
+    if shape is None or len(shape) < 2:
         return None
     if node.op_type in ("Conv", "ConvTranspose"):
-        rest = shape[2:]
-    elif len(shape) == 2:
-        rows = shape[0]
-        if isinstance(rows, str) and rows in batches:
-            return (1,)
-        if not isinstance(rows, int) or len(batches) != 1:
-            return None
-        (batch,) = batches
-        if not isinstance(batch, int) or not batch:
-            return None
-        return (rows // batch,) if rows and rows % batch == 0 else (1,)
-    else:
-        rest = shape[1:-1]
-    known = tuple(n for n in rest if isinstance(n, int))
-    if len(known) < len(rest) or not rest:
+        known = tuple(n for n in shape[2:] if isinstance(n, int))
+        return known if len(known) == len(shape) - 2 else None
+    free = [n for n in shape[:-1] if not isinstance(n, int)]
+    rows = math.prod(n for n in shape[:-1] if isinstance(n, int))
+    if len(free) == 1 and free[0] is not None and free[0] in batches:
+        return (rows,)
+    sizes = [n for n in batches if isinstance(n, int) and n]
+    if free or len(sizes) != len(batches) or len(sizes) != 1:
         return None
-    return known if node.op_type in ("Conv", "ConvTranspose") else (math.prod(known),)
+    return (max(rows // sizes[0], 1),)
+
+
+def _likely(node: Any, shape: Sizes | None) -> Ints | None:
+    """Vectors of a linear layer if the first axis is the batch's, which nothing says."""
+    if node.op_type in ("Conv", "ConvTranspose") or not shape:
+        return None
+    rest = [n for n in shape[1:-1] if isinstance(n, int)]
+    return (math.prod(rest),) if len(rest) == len(shape) - 2 else None
 
 
 def _conv(
