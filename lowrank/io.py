@@ -31,6 +31,8 @@ _DTYPES = {
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items() if k != "BF16"} | {BFLOAT16: "BF16"}
 _LONGEST_HEADER = 100_000_000  # bytes: the limit of the format's own reader
+#: Weights do not shrink much in an archive: what claims to grow by more is not unpacked.
+_EXPANSION, _SPARE = 100, 1 << 26
 
 
 def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> None:
@@ -309,6 +311,13 @@ def write_tensors(
         for name in order:
             tensor = tensors[name]
             file.write(tensor.astype(tensor.dtype.newbyteorder("<"), order="C").tobytes())
+
+
+def check_expansion(path: Path, size: int) -> None:
+    """Refuse an archive that claims to unpack to so many bytes, if those can be no weights."""
+    limit = _EXPANSION * path.stat().st_size + _SPARE
+    if size > limit:
+        raise ValueError(f"it would unpack to {size} bytes, more than {limit}")
 
 
 @contextmanager

@@ -21,8 +21,6 @@ from lowrank.geometry import Geometry, integers
 from lowrank.stage import Stage
 
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
-#: Weights do not shrink much in an archive: what claims to grow by more is not unpacked.
-_EXPANSION, _SPARE = 100, 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,7 +217,32 @@ def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> l
 
 
 def manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the file `about` says of layers: a table with ``"conv_layers"``, a list of tables."""
+    """Read the description of a weights file.
+
+    Parameters
+    ----------
+    about : path
+        A JSON file, see :func:`layers`.
+
+    Returns
+    -------
+    dict
+        With ``"conv_layers"``, a list of tables that name tensors.
+
+    Raises
+    ------
+    ValueError
+        If it describes no layers.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> from lowrank import demo
+    >>> from lowrank.weights import manifest
+    >>> manifest(demo.WEIGHTS.with_suffix(".json"))["conv_layers"][0]["weight"]
+    'conv1.weight'
+    """
     try:
         found = json.loads(Path(about).read_text("utf-8"))
         for entry in found["conv_layers"]:
@@ -318,17 +341,10 @@ def _check_sizes(path: Path) -> None:
         return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        check_expansion(path, sum(m.file_size for m in members))
+        io.check_expansion(path, sum(m.file_size for m in members))
         for member in members:
             with archive.open(member) as opened:
                 _check_array(opened, member.filename, member.file_size)
-
-
-def check_expansion(path: Path, size: int) -> None:
-    """Refuse a file that claims to unpack to so many bytes, if that is a bomb and no weights."""
-    limit = _EXPANSION * path.stat().st_size + _SPARE
-    if size > limit:
-        raise ValueError(f"it would unpack to {size} bytes, more than {limit}")
 
 
 def _check_array(file: IO[bytes], name: str, size: int) -> None:

@@ -18,7 +18,7 @@ import pytest
 import lowrank as lr
 from lowrank import demo
 from lowrank import io as tensors_io
-from lowrank.interop.weights import WeightsNet
+from lowrank.interop.weights import WeightsFile, WeightsNet
 from lowrank.weights import layers, read_weights
 
 h5py = pytest.importorskip("h5py")
@@ -130,7 +130,8 @@ def test_the_manifest_says_what_the_stages_are(described):
 def test_layers_without_a_manifest_need_calibration(tmp_path, rng):
     path = tmp_path / "net.npz"
     w = rng.standard_normal((8, 6, 3, 3)).astype(np.float32)
-    np.savez(path, **{"a.weight": w, "file": np.arange(3)})
+    WeightsFile({"a.weight": w, "file": np.arange(3)}, {}, {}).save(path)
+    path.with_suffix(".json").unlink()
     assert "size" in WeightsNet(path).left_out["a"]
     x = rng.standard_normal((100, 6, 9, 7)).astype(np.float32)
     np.savez(tmp_path / "x.npz", a=x)
@@ -739,17 +740,56 @@ def test_the_layers_do_what_keras_does(written, rng, which):
         np.testing.assert_allclose(got, y, rtol=0, atol=ROUNDING * abs(y).max())
 
 
-FAMILIES = {
+EXACT = {
     "the same": lambda f: f,
     "encode": lambda f: full(lr.encode, f),
     "decode": lambda f: full(lr.decode, f),
     "spatial": lambda f: full(lr.spatial, f),
-    "spatial w-h": lambda f: full(lr.spatial, f, form="w-h"),
+    "spatial back": lambda f: full(
+        lr.spatial, f, **{2: {"form": "w-h"}, 3: {"form": "w-dh"}}.get(f.ndim, {})
+    ),
     "decouple": lambda f: full(lr.decouple, f, form="dw-pw"),
-    "decouple pw-dw": lambda f: full(lr.decouple, f, form="pw-dw"),
+    "decouple back": lambda f: full(lr.decouple, f, form="pw-dw" if f.groups < 8 else "dw-pw"),
     "basis": lambda f: full(lr.basis, f),
-    "tucker": lambda f: lr.tucker(f, (f.out_channels, f.in_channels)),
+    "tucker": lambda f: lr.tucker(f, per_group(f)),
 }
+LOW = {
+    "kronecker": lambda f: lr.kronecker(f, 1),
+    "cp": lambda f: lr.cp(f, 2),
+    "tucker_cp": lambda f: lr.tucker_cp(f, (2, 2, 2)),
+    "tensor_train": lambda f: lr.tensor_train(f, (2,) * (1 + f.ndim)),
+}
+#: What the families do, at the least; where there is nothing for them they are not asked.
+MUST = {"planar": {"c1", "inner/h"}, "linear": {"a", "b"}, "solid": {"a", "b"}}
+NOTHING = {("linear", "spatial"), ("linear", "spatial back"), ("solid", "kronecker")}
+
+
+def cases(table):
+    return [(w, f) for w in MODELS for f in table if (w, f) not in NOTHING]
+
+
+def per_group(f):
+    (stage,) = f.stages
+    return stage.weight.shape[0] // stage.groups, stage.weight.shape[1]
+
+
+def taken(net, family, must):
+    """Chains for all layers that the family and Keras have something for."""
+    chains = {}
+    for x in net.layers:
+        try:
+            f = family(x.conv)
+        except lr.families.NotApplicable:
+            continue
+        try:
+            net.replaced({x.name: f})
+        except ValueError as why:
+            assert "Keras has no layers" in str(why)  # noqa: PT017
+            assert f.stages[0].transposed or f.family == "kronecker"
+            continue
+        chains[x.name] = f
+    assert chains.keys() >= must
+    return chains
 
 
 def full(family, f, **options):
@@ -762,53 +802,26 @@ def full(family, f, **options):
     raise AssertionError("no rank is exact")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("which", MODELS)
-def test_exact_chains_change_nothing(written, rng, which, family):
-    path, out = written(MODELS[which](rng))
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize(("which", "family"), cases(EXACT))
+def test_exact_chains_change_nothing(tmp_path, rng, which, family, ending):
+    path, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
+    write(path, MODELS[which](rng))
     net = KerasNet(path)
-    chains = {}
-    for x in net.layers:
-        try:
-            f = FAMILIES[family](x.conv)
-            net.replaced({x.name: f})
-        except ValueError:  # nothing to offer, or Keras has no layer for it
-            continue
-        chains[x.name] = f
-    if not chains:
-        pytest.skip("the family has nothing to offer here")
-    net.replaced(chains).save(out)
+    net.replaced(taken(net, EXACT[family], MUST[which])).save(out)
     assert compare(path, out, rng.standard_normal((2, *SHAPES[which]))) < ROUNDING
     again = KerasNet(out)
     assert not {n for n, why in again.left_out.items() if "already" not in why}
 
 
-LOW = {
-    "kronecker": lambda f: lr.kronecker(f, 1),
-    "cp": lambda f: lr.cp(f, 2),
-    "tucker_cp": lambda f: lr.tucker_cp(f, (2, 2), 2) if f.ndim > 1 else None,
-    "tensor_train": lambda f: lr.tensor_train(f, 2),
-}
-
-
-@pytest.mark.parametrize("which", MODELS)
-@pytest.mark.parametrize("family", LOW)
-def test_chains_do_what_their_kernels_do(written, rng, which, family):
+@pytest.mark.parametrize(("which", "family"), cases(LOW))
+def test_chains_do_what_their_kernels_do(tmp_path, rng, which, family):
     """Low ranks, tied and transposed stages: the model with the dense kernels is the measure."""
     model = MODELS[which](rng)
-    path, out = written(model)
+    path, out, measure = (tmp_path / f"{name}.keras" for name in ("in", "out", "measure"))
+    write(path, model)
     net = KerasNet(path)
-    chains = {}
-    for x in net.layers:
-        try:
-            f = LOW[family](x.conv)
-            if f is not None:
-                net.replaced({x.name: f})
-                chains[x.name] = f
-        except (ValueError, TypeError):
-            continue
-    if not chains:
-        pytest.skip("nothing to offer here")
+    chains = taken(net, LOW[family], MUST[which])
     net.replaced(chains).save(out)
     dense = copy.deepcopy(model)
     for x in [*dense["layers"], *(y for z in dense["layers"] for y in z.get("layers", ()))]:
@@ -822,7 +835,7 @@ def test_chains_do_what_their_kernels_do(written, rng, which, family):
             x["weights"][0] = np.moveaxis(kernel, (0, 1), (-2, -1))
         else:
             x["weights"][0] = np.moveaxis(kernel, (0, 1), (-1, -2)).reshape(shape)
-    measure, _ = written(dense)
+    write(measure, dense)
     assert compare(measure, out, rng.standard_normal((2, *SHAPES[which]))) < ROUNDING
 
 
@@ -854,37 +867,92 @@ def test_only_the_last_layer_has_bias_and_activation(written, rng):
     assert (first["strides"], last["strides"]) == ([2, 1], [1, 2])
 
 
-def test_paddings_that_keras_has_no_name_for(tmp_path, rng):
-    path, out = tmp_path / "in.h5", tmp_path / "out.h5"
-    write(path, linear(rng))
+def handmade(name, rng):
+    """Chains of stages that Keras has no plain layers for, and what it takes to say them."""
+    n = rng.standard_normal
+    g = lr.Geometry.of
+    return {
+        # 9 x 10 to 18 x 20, cropped at the start instead of the end
+        "crop": (
+            "up",
+            [lr.Stage(n((12, 6, 3, 3)), g(2, 2, [(1, 0), (1, 0)]), transposed=True)],
+            ["Conv2DTranspose", "Cropping2D"],
+        ),
+        "more at the end": (
+            "up",
+            [
+                lr.Stage(
+                    n((12, 6, 2, 1)), g(2, 2, 0, output_padding=(0, 1)), transposed=True
+                )
+            ],
+            ["Conv2DTranspose"],
+        ),
+        "transposed groups": (
+            "up",
+            [
+                lr.Stage(n((12, 2, 1, 1)), g(2), 4, transposed=True),
+                lr.Stage(n((8, 2, 2, 1)), g(2, (2, 1)), 2, transposed=True),
+                lr.Stage(n((4, 6, 1, 2)), g(2, (1, 2)), transposed=True),
+            ],
+            ["Conv2D", "Conv2DTranspose", "Conv2DTranspose"],
+        ),
+        "zeros ahead": (
+            "dil",
+            [lr.Stage(n((12, 32, 2, 2)), g(2, padding=[(0, 1), (1, 0)]))],
+            ["ZeroPadding2D", "Conv2D"],
+        ),
+        # TensorFlow's depthwise convolutions have one stride; Keras strides or dilates
+        "one stride only": (
+            "c1",
+            [
+                lr.Stage(n((3, 1, 3, 1)), g(2, (2, 1), [1, 0]), 3),
+                lr.Stage(n((8, 3, 1, 2)), g(2, (1, 2), [0, (2, 0)], (1, 2))),
+            ],
+            ["Conv2D", "ZeroPadding2D", "Conv2D"],
+        ),
+        "shuffled": (
+            "one",
+            [lr.Stage(n((12, 16, 1, 1)), g(2), 2, shuffle=(2, 4))],
+            ["Conv2D"],
+        ),
+        "tied": (
+            "dil",
+            [
+                lr.Stage(n((1, 1, 3, 3)), g(2, padding=1), left=4, right=8),
+                lr.Stage(n((3, 8, 1, 1)), g(2), left=4),
+            ],
+            ["DepthwiseConv2D", "Conv2D"],
+        ),
+        "tied mixtures": (
+            "dil",
+            [lr.Stage(n((3, 8, 3, 3)), g(2, padding=1), left=2, right=2)],
+            ["Conv2D"],
+        ),
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "crop", "more at the end", "transposed groups", "zeros ahead", "one stride only",
+        "shuffled", "tied", "tied mixtures",
+    ],
+)  # fmt: skip
+def test_stages_that_keras_has_no_name_for(written, rng, name):
+    path, out = written(planar(rng))
+    replaced, stages, kinds = handmade(name, rng)
     net = KerasNet(path)
-    by_name = {x.name: x.conv for x in net.layers}
-    b = by_name["b"]  # padding same, stride 3
-    weight = b.stages[0].weight
-    odd = lr.chain(
-        [
-            lr.Stage(np.eye(6, dtype=np.float32)[..., None], lr.Geometry.of(1, padding=[(2, 5)])),
-            lr.Stage(weight, lr.Geometry.of(1, stride=3)),
-        ]
-    )
-    assert odd.output_shape((39,)) != b.output_shape((39,))
-    size = net.layers[[x.name for x in net.layers].index("b")].input_size
-    before, after = b.geometry.padding[0]
-    odd = lr.chain(
-        [
-            lr.Stage(
-                np.eye(6, dtype=np.float32)[..., None],
-                lr.Geometry.of(1, padding=[(before, after)]),
-            ),
-            lr.Stage(weight, lr.Geometry.of(1, stride=3)),
-        ]
-    )
-    assert (before, after) != (0, 0)
-    assert odd.output_shape(size) == b.output_shape(size)
-    net.replaced({"b": odd}).save(out)
-    kinds = [e["class_name"] for e in load(out)[0]["config"]["layers"]]
-    assert "ZeroPadding1D" in kinds
-    assert compare(path, out, rng.standard_normal((2, 40, 3))) < ROUNDING
+    conv = next(x.conv for x in net.layers if x.name == replaced)
+    f = lr.chain(stages, rng.standard_normal(conv.out_channels))
+    net.replaced({replaced: f}).save(out)
+    config, weights = load(out)
+    made = [e for e in config["config"]["layers"] if re.fullmatch(rf"{replaced}(_\d)?", e["name"])]
+    assert [e["class_name"] for e in made] == kinds
+    seen = {}
+    run(config, weights, rng.standard_normal((2, 17, 19, 3)), seen)
+    got = np.moveaxis(f(np.moveaxis(seen[made[0]["name"]][0], -1, 1)), 1, -1)
+    got = np.maximum(got, 0) if conv.out_channels == 8 or replaced == "one" else got
+    np.testing.assert_allclose(got, seen[replaced][1], rtol=0, atol=ROUNDING * abs(got).max())
 
 
 def test_what_keras_cannot_say_is_refused(tmp_path, rng):

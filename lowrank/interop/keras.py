@@ -68,10 +68,26 @@ class KerasNet:
 
     Examples
     --------
+    >>> import json, pathlib, tempfile
+    >>> import h5py
+    >>> import numpy as np
+    >>> import lowrank
     >>> from lowrank.interop.keras import KerasNet
-    >>> KerasNet("model.h5")
-    Traceback (most recent call last):
-    FileNotFoundError: [Errno 2] No such file or directory: 'model.h5'
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.h5")  # as Keras 2 would write it
+    >>> about = {"name": "a", "kernel_size": 5, "strides": 1, "filters": 8, "use_bias": False}
+    >>> layer = {"class_name": "Conv1D", "config": about | {"batch_input_shape": [None, 20, 3]}}
+    >>> with h5py.File(path, "w") as file:
+    ...     file.attrs["model_config"] = json.dumps(
+    ...         {"class_name": "Sequential", "config": {"name": "net", "layers": [layer]}})
+    ...     file["model_weights/a/a/kernel:0"] = np.ones((5, 3, 8), np.float32)
+    ...     file["model_weights/a"].attrs["weight_names"] = ["a/kernel:0"]
+    ...     file["model_weights"].attrs["layer_names"] = ["a"]
+    >>> net = KerasNet(path)
+    >>> net.layers[0].conv, net.layers[0].input_size
+    (<Factorization dense: 8x3x5, 120 params>, (20,))
+    >>> net.replaced({"a": lowrank.encode(net.layers[0].conv, 1)}).save(path)
+    >>> [x.name for x in KerasNet(path).layers]
+    ['a_0', 'a']
     """
 
     def __init__(

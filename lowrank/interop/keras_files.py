@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import io
-from lowrank.weights import check_expansion
 
 ENDINGS = (".keras", ".h5", ".hdf5")
 _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
@@ -184,7 +183,7 @@ def _members(path: Path, data: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             found = archive.infolist()
-            check_expansion(path, sum(m.file_size for m in found))
+            io.check_expansion(path, sum(m.file_size for m in found))
             for member in found:
                 parts = member.filename.replace("\\", "/").split("/")
                 if ".." in parts or not parts[0] or ":" in parts[0]:
