@@ -20,6 +20,7 @@ import dask
 import dask.array as da
 import matplotlib.pyplot as plt
 import numpy as np
+import zarr
 
 import lowrank
 from lowrank import filters, plots
@@ -84,7 +85,10 @@ print(bank)
 # From store to store
 # -------------------
 #
-# Another thread looks at this process's memory meanwhile.
+# ``bank.to_zarr(...)`` would do.  Dask holds a chunk until all that see it have been computed, and
+# goes through an array in an order of its own: what it holds grows with the array, though more
+# slowly.  Storing slab after slab leaves it no choice, and costs the reading of a few chunks once
+# more.  Another thread looks at this process's memory meanwhile.
 
 
 class Watch:
@@ -113,34 +117,34 @@ class Watch:
         self.thread.join()
 
 
+stored = zarr.open(target, mode="w", shape=bank.shape, chunks=bank.chunksize, dtype=bank.dtype)
+slabs = [slice(a, a + 2 * chunks[0]) for a in range(0, shape[0], 2 * chunks[0])]
 with Watch() as watch:
-    bank.to_zarr(target)
+    for slab in slabs:
+        da.store(bank[:, slab], stored, regions=(slice(None), slab), lock=False)
 size = {"volume": volume.nbytes / 1e6, "features": bank.nbytes / 1e6}
 print(f"{watch.seconds[-1]:.1f} s, {max(watch.megabytes):.0f} MB at the most, for a volume of "
       f"{size['volume']:.0f} MB and features of {size['features']:.0f} MB")  # fmt: skip
 
 figure, axes = plt.subplots(figsize=(6.6, 2.8), layout="constrained")
 axes.fill_between(watch.seconds, watch.megabytes, color="#0072b2", alpha=0.6, linewidth=0)
-for name, megabytes in (("volume and features in memory", sum(size.values())),
-                        ("volume in memory", size["volume"])):  # fmt: skip
-    axes.axhline(megabytes, color="black", linewidth=0.8, linestyle="--")
-    axes.text(watch.seconds[-1], megabytes, name, ha="right", va="bottom")
+total = sum(size.values())
+axes.axhline(total, color="black", linewidth=0.8, linestyle="--")
+axes.text(watch.seconds[-1], total, "volume and features in memory", ha="right", va="bottom")
 axes.set(xlabel="seconds", ylabel="MB above the start", xlim=(0, watch.seconds[-1]),
-         ylim=(0, 1.15 * sum(size.values())))  # fmt: skip
+         ylim=(0, 1.15 * total))  # fmt: skip
 plt.show()
 
 # %%
-# What is in memory at any time is a few chunks for each worker, however large the volume is: with
-# larger chunks more, with more workers more.  Workers of Dask's pool are threads of their own, so
-# each of them runs its chunk on one thread of the engine.  With ``scheduler="synchronous"`` there
-# is a chunk at a time, on all threads; ``threads=`` says it outright.
+# What is in memory is a slab and its neighbours, however many slabs there are.  Workers of Dask's
+# pool are threads of their own, so each of them runs its chunk on one thread of the engine.  With
+# ``scheduler="synchronous"`` there is a chunk at a time, on all threads; ``threads=`` says it
+# outright.
 
-stored = da.from_zarr(target)
 middle = shape[0] // 2
 figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.7), layout="constrained")
-planes = [("volume", volume[middle])] + [(names[i], stored[i, middle]) for i in (0, 2, 3)]
+planes = [("volume", volume[middle].compute())] + [(names[i], stored[i, middle]) for i in (0, 2, 3)]
 for ax, (name, plane) in zip(axes, planes):
-    plane = plane.compute()
     signed = name.startswith("blobs")
     most = np.abs(plane).max()
     ax.imshow(plane, cmap="RdBu_r" if signed else "gray", vmin=-most if signed else 0, vmax=most)
@@ -158,7 +162,7 @@ plt.show()
 whole = volume.compute()
 for index, sigma in ((1, scales[0]), (3, scales[1])):
     in_memory = filters.correlate(whole, -filters.log(sigma, ndim=3))
-    same = np.array_equal(stored[index].compute(), in_memory)
+    same = np.array_equal(stored[index], in_memory)
     print(names[index], "equal, bit for bit:", same)
 
 # %%
@@ -188,8 +192,9 @@ folder.cleanup()
 # What to do
 # ----------
 #
-# * Open the store with ``da.from_zarr``, call what you would call on an array, and end with
-#   ``to_zarr``.  ``da.from_array(np.memmap(...))`` and other sources do as well.
+# * Open the store with ``da.from_zarr``, call what you would call on an array, and store slabs of
+#   the result, or all of it with ``to_zarr`` where that is not too much.  Other sources, such as
+#   ``da.from_array(np.memmap(...))``, do as well.
 # * Chunks of some tens of samples more than the kernel along each axis waste little: what they
 #   overlap is read and computed more than once.
 # * Compute features of one volume together, as here: chunks are read once for all of them.
