@@ -280,9 +280,10 @@ class Moments:
         self._mean += p.sum(axis=1, dtype=np.float64)
         self._mean0 += q.sum(axis=1, dtype=np.float64)
         if self.full:
-            self._c += p.swapaxes(1, 2) @ p
-            if self._cross is not None:
-                self._cross += q.swapaxes(1, 2) @ p
+            for g, one in enumerate(p):
+                self._c[g] += one.T @ one
+                if self._cross is not None:
+                    self._cross[g] += q[g].T @ one
             return
         tensor = p.reshape(*p.shape[:2], self.ins, *self.kernel)
         for g, one in enumerate(tensor):
@@ -345,11 +346,9 @@ class Moments:
         if outputs is not None:
             outputs = _ridged(outputs, RIDGE)
         if not self.full:
-            total = np.trace(self._channels, axis1=1, axis2=2) / self.samples
             channels = self._channels / self.samples / math.prod(self.kernel)
             taps = [t / max(np.trace(t), 1e-300) * len(t) for t in self._taps]
             taps = [_ridged(t[None], ridge)[0] for t in taps]
-            del total
             return Metric(
                 None, _ridged(channels, ridge), tuple(taps), math.nan, outputs, None,
                 mean if self.centred else None, mean0 if self.centred else None, self.samples,
@@ -359,19 +358,19 @@ class Moments:
         target = None
         if self._cross is not None:
             cross = self._cross / self.samples - shift0[:, :, None] * shift[:, None]
-            target = self._target(c, cross, c - self._c / self.samples + shift[:, :, None] * shift[:, None])
+            # The ridge pulls towards the original kernel, not towards zero.
+            own = c - self._c / self.samples + shift[:, :, None] * shift[:, None]
+            target = self._target(c, cross + own)
         channels, factors, distance = factored(c, (self.ins, *self.kernel))
         return Metric(
             c, channels, factors, distance, outputs, target,
             mean if self.centred else None, mean0 if self.centred else None, self.samples,
         )  # fmt: skip
 
-    def _target(self, c: Array, cross: Array, ridge: Array) -> Array:
+    def _target(self, c: Array, cross: Array) -> Array:
         """The kernel whose outputs here are nearest to those of the original there."""
         w = unrolled(self.conv)
-        flat = w.reshape(*w.shape[:2], -1)
-        # The ridge pulls towards the original kernel, not towards zero.
-        wanted = flat @ (cross + ridge)
+        wanted = w.reshape(*w.shape[:2], -1) @ cross
         found = [linalg.solve(a, b.T, assume_a="pos").T for a, b in zip(c, wanted)]
         return np.stack(found).reshape(w.shape)
 

@@ -620,9 +620,9 @@ def choose(
         if axis == "seconds":
             here = machine.current()
             whole = here.predict(conv, input_shape, batch=batch, threads=threads, engine=engine)
-            amount = _time(budget, whole.seconds)
+            amount = time_of(budget, whole.seconds)
         else:
-            amount = _amount(axis, budget, getattr(conv.cost(input_shape), axis))
+            amount = amount_of(axis, budget, getattr(conv.cost(input_shape), axis))
     names = _names(families)
     found = frontier(
         conv, input_shape, names, axis=axis, batch=batch, threads=threads, engine=engine,
@@ -704,7 +704,7 @@ def _check_error(value: float) -> None:
         raise ValueError(f"max_error must be a number, at least 0, got {value!r}")
 
 
-def _amount(axis: str, budget: float | int | str, whole: int) -> float:
+def amount_of(axis: str, budget: float | int | str, whole: int) -> float:
     """A budget as an amount: a share of `whole`, or a number with a unit."""
     if isinstance(budget, str):
         number = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -724,7 +724,7 @@ def _amount(axis: str, budget: float | int | str, whole: int) -> float:
     return amount
 
 
-def _time(budget: float | int | str, whole: float) -> float:
+def time_of(budget: float | int | str, whole: float) -> float:
     """A budget of time in seconds: a number of them, one with a unit, or a share of `whole`."""
     amount = math.nan
     if isinstance(budget, str):

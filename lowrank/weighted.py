@@ -246,6 +246,31 @@ class Weighted:
         for point in FAMILIES[self.family].sweep(scaled, self.form):
             yield point._replace(build=partial(self._built, point, tried))
 
+    def at(self, rank: Ints) -> tuple[Stage, ...]:
+        """The chain at one rank, fitted as far as roots express the metric.
+
+        Parameters
+        ----------
+        rank : tuple of int
+            As the family documents.
+
+        Returns
+        -------
+        tuple of Stage
+            To be refined by :meth:`refined`.
+
+        Raises
+        ------
+        ValueError
+            If the family has no such rank or form.
+        """
+        family = FAMILIES[self.family]
+        n = network(family.fit(_thin(self.conv), rank, self.form).stages)
+        s = scaling(n, self.conv, self.metric)
+        f = family.fit(self._scaled(s), rank, self.form)
+        point = Point(rank, math.nan, math.nan, f.stages, lambda: f.stages)
+        return self._built(point, s)
+
     def _scaled(self, s: Scaling) -> Factorization:
         wanted = s.to(self.wanted)
         if self.conv.transposed:
@@ -260,15 +285,15 @@ class Weighted:
         roles = _Roles.of(n, self.conv.transposed)
         return self._put(stages, n, _split(n, roles, s, n.tensors(stages)))
 
-    def _put(self, stages: Sequence[Stage], n: Network, tensors: Sequence[Array]) -> tuple[Stage, ...]:
+    def _put(
+        self, stages: Sequence[Stage], n: Network, tensors: Sequence[Array]
+    ) -> tuple[Stage, ...]:
         """The stages with other weights, evened, in the precision of the convolution."""
         chain = plain(stages)
         chain = evened(
             [replace(s, weight=t.reshape(s.weight.shape)) for s, t in zip(chain, tensors)]
         )
-        chain = [
-            replace(s, weight=s.weight.astype(self.conv.dtype, copy=False)) for s in chain
-        ]
+        chain = [replace(s, weight=s.weight.astype(self.conv.dtype, copy=False)) for s in chain]
         return tuple(s.adjoint() for s in reversed(chain)) if self.conv.transposed else tuple(chain)
 
     def error(self, stages: Sequence[Stage]) -> float:
@@ -349,9 +374,7 @@ class _Fit:
         self.whole = float(np.vdot(wanted, self.pull))
         self.paths: dict[object, list[tuple[int, int, str]]] = {}
 
-    def run(
-        self, tensors: list[Array], sweeps: int, tolerance: float
-    ) -> tuple[list[Array], float]:
+    def run(self, tensors: list[Array], sweeps: int, tolerance: float) -> tuple[list[Array], float]:
         e = self._rolled_back(composed(self.n, tensors)) - self.wanted
         energy = self.metric.energy(e)
         least = 1e-12 * self.whole
@@ -472,7 +495,9 @@ def _path(names: Sequence[str], out: str, arrays: Sequence[Array]) -> list[tuple
             kept = "".join(m for m in union if m in rest)
             work = math.prod(sizes[m] for m in union)
             made = math.prod(sizes[m] for m in kept)
-            grown = made - math.prod(sizes[m] for m in left[i]) - math.prod(sizes[m] for m in left[j])
+            grown = (
+                made - math.prod(sizes[m] for m in left[i]) - math.prod(sizes[m] for m in left[j])
+            )
             if best is None or (grown, work) < best[0]:
                 best = ((grown, work), i, j, kept)
         assert best is not None

@@ -1,0 +1,422 @@
+"""A network within a budget: measured, planned, and fitted layer by layer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank import io, search
+from lowrank.factorization import Factorization
+from lowrank.families import FAMILIES
+from lowrank.metric import Metric, Moments, white
+from lowrank.models import reconstruct
+from lowrank.models.budget import spend
+from lowrank.models.net import Layer, Net
+from lowrank.models.options import QUICK, Option, options, timing
+from lowrank.models.plan import Entry, Plan
+from lowrank.weighted import Weighted
+
+MEMORY = 1 << 30  # bytes of second moments that are held at a time, before a further pass
+SWEEPS = 30  # of a final fit
+
+Progress = Callable[[str, float], object]
+
+
+class Reconstructed(NamedTuple):
+    """How one layer came out.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer.
+    error : float
+        Relative, of its output for the inputs that the compressed network gives it, against what
+        the original gave; with the bias made up for.
+    """
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """A compressed network.
+
+    Attributes
+    ----------
+    plan : Plan
+        What every layer became.
+    chains : dict of str to Factorization
+        What stands in for the layers that changed, with their weights and biases.
+    rows : tuple of Reconstructed
+        How each came out, in the order in which they were fitted.
+    """
+
+    plan: Plan
+    chains: dict[str, Factorization]
+    rows: tuple[Reconstructed, ...]
+
+
+def make_plan(
+    net: Net,
+    *,
+    macs: float | str | None = None,
+    params: float | str | None = None,
+    seconds: float | str | None = None,
+    bytes: float | str | None = None,  # noqa: A002
+    families: Iterable[str] = QUICK,
+    pinned: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    capped: Mapping[str, float] | None = None,
+    gradients: bool = True,
+    batch: int = 1,
+    threads: int | None = None,
+    engine: str = "lowrank",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose a family, form and rank for every layer of a network within a budget.
+
+    Parameters
+    ----------
+    net : Net
+        With calibration data, or without: then kernels are approximated as for white noise.
+    macs, params, seconds, bytes : float or str, optional
+        Budgets of one example through all layers: a share in (0, 1], or an amount with a unit such
+        as ``"20M"`` or ``"3ms"``.  At least one; all are kept to.
+    families : iterable of str
+        Names from :data:`lowrank.FAMILIES` that may be chosen.
+    pinned : sequence of str
+        Layers, or patterns such as ``"layer1.*"``, that stay dense; they count in the budget.
+    left_out : sequence of str
+        Layers that stay and do not count.
+    capped : mapping of str to float, optional
+        Layers or patterns, and the share of their own multiply-adds that they may take.
+    gradients : bool
+        Whether errors count by what they do to the network's outputs, where it can be
+        differentiated; else each layer's relative error counts alike.
+    batch, threads, engine : int, int, str
+        That seconds are predicted for; see :func:`lowrank.machine.predict`.
+    seed : int
+        For every random choice.
+    progress : callable, optional
+        Called with what is being done and the share of it that is.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        If no budget is given, or nothing is within it; the message says what is possible.
+
+    Examples
+    --------
+    >>> from lowrank import demo, models
+    >>> from lowrank.interop.weights import WeightsNet
+    >>> plan = models.make_plan(WeightsNet(demo.WEIGHTS), macs=0.5)
+    >>> now, before = plan.total("macs")
+    >>> now <= 0.5 * before
+    True
+    """
+    budgets = {"macs": macs, "params": params, "seconds": seconds, "bytes": bytes}
+    asked = {a: b for a, b in budgets.items() if b is not None}
+    if not asked:
+        raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
+    names = _families(families)
+    layers = [x for x in net.layers if not _matches(x.name, left_out)]
+    if not layers:
+        raise ValueError("the network has no convolution or linear layer that may change")
+    for pattern in (*pinned, *left_out, *(capped or {})):
+        if not any(fnmatchcase(x.name, pattern) for x in net.layers):
+            known = ", ".join(x.name for x in net.layers[:20])
+            raise ValueError(f"no layer is called {pattern!r}; layers are {known}")
+    free = [x for x in layers if not _matches(x.name, pinned)]
+    timed = "seconds" in asked
+    found: dict[str, list[Option]] = {}
+    metrics = _metrics(net, free, gradients, seed, progress)
+    for i, layer in enumerate(layers):
+        if progress is not None:
+            progress("options", i / len(layers))
+        clock = timing(layer, batch, threads, engine) if timed else None
+        if layer.name not in metrics:
+            white_one = _white(layer)
+            found[layer.name] = options(layer, white_one, (), axes=list(asked), timed=clock)
+            continue
+        some = options(layer, metrics[layer.name], names, axes=list(asked), timed=clock)
+        found[layer.name] = _capped(layer.name, some, capped or {})
+    if progress is not None:
+        progress("options", 1.0)
+    if all(len(some) == 1 for some in found.values()):
+        raise Nothing(
+            "nothing can be won: no family writes any of these layers with less "
+            + " and ".join(asked)
+        )
+    limits = {}
+    for axis, budget in asked.items():
+        whole = math.fsum(some[0].costs[axis] for some in found.values())
+        limits[axis] = _limit(axis, budget, whole)
+        least = math.fsum(min(o.costs[axis] for o in some) for some in found.values())
+        if least > limits[axis]:
+            raise ValueError(
+                f"{axis}={budget!r}: nothing is so cheap; the cheapest options take "
+                f"{least / whole:.1%} of the network"
+            )
+    choice = spend(found, limits)
+    entries = {}
+    for name, some in found.items():
+        o = choice.options[name]
+        entries[name] = Entry(o.family, o.form, o.rank, o.error, o.loss, o.costs, some[0].costs)
+    weighed = any(m.outputs is not None for m in metrics.values()) and gradients
+    about = {
+        "families": list(names), "seed": seed, "gradients": weighed, "batch": batch,
+        "threads": threads, "engine": engine, "calibrated": bool(net.batches),
+    }  # fmt: skip
+    return Plan(entries, limits, choice.loss, choice.gap, about)
+
+
+class Nothing(ValueError):
+    """No layer of a network has a cheaper form."""
+
+
+def compress(
+    net: Net,
+    plan: Plan | None = None,
+    *,
+    passes: int = 1,
+    sweeps: int = SWEEPS,
+    refit: bool = False,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **budget: Any,
+) -> Compressed:
+    """Fit the layers of a plan one after another, each on what the layers before it now give.
+
+    Parameters
+    ----------
+    net : Net
+        With calibration data; without, every chain is the best one for its kernel alone.
+    plan : Plan, optional
+        From :func:`make_plan`, which is called with `budget` if it is not given.
+    passes : int
+        Over all layers; a second one fits the first layers to what became of the later ones.
+    sweeps : int
+        Of alternation, a fit at the most.
+    refit : bool
+        Whether layers that stay dense make up for the errors ahead of them, too: new weights of
+        the same shape.
+    folder : path, optional
+        Where finished layers are kept; a run that was interrupted goes on from there.
+    progress : callable, optional
+        Called with what is being done and the share of it that is.
+    **budget
+        As for :func:`make_plan`.
+
+    Returns
+    -------
+    Compressed
+
+    Raises
+    ------
+    ValueError
+        If the plan does not fit the network.
+
+    Examples
+    --------
+    >>> from lowrank import demo, models
+    >>> from lowrank.interop.weights import WeightsNet
+    >>> small = models.compress(WeightsNet(demo.WEIGHTS), macs=0.5)
+    >>> sorted(small.chains) == sorted(small.plan.changed)
+    True
+    """
+    if plan is None:
+        plan = make_plan(net, progress=progress, **budget)
+    elif budget:
+        raise TypeError(f"a plan has its budget: {', '.join(budget)} cannot be given with it")
+    layers = {x.name: x for x in net.layers}
+    for name in plan.layers:
+        if name not in layers:
+            raise ValueError(f"the plan is of another network: this one has no layer {name!r}")
+    seed = int(plan.about.get("seed", 0))
+    order = [x for x in net.layers if x.name in plan.layers]
+    metrics = _metrics(
+        net, [x for x in order if plan.layers[x.name].family != "dense"],
+        bool(plan.about.get("gradients")), seed, progress,
+    )  # fmt: skip
+    store = None if folder is None else _Store(Path(folder), plan)
+    chains: dict[str, Factorization] = {}
+    rows: list[Reconstructed] = []
+    work = [(p, x) for p in range(passes) for x in order]
+    for i, (p, layer) in enumerate(work):
+        name, entry = layer.name, plan.layers[layer.name]
+        if progress is not None:
+            progress("layers", i / len(work))
+        if entry.family == "dense" and not (refit and chains and net.batches):
+            continue
+        kept = None if store is None else store.read(name, p)
+        if kept is not None:
+            chains[name] = kept[0]
+            rows.append(Reconstructed(name, kept[1]))
+            continue
+        option = _option(layer, entry, metrics.get(name))
+        if name in chains and entry.family != "dense":
+            option = replace(option, stages=chains[name].stages)
+        metric = metrics.get(name)
+        if net.batches:
+            others = {k: v for k, v in chains.items() if k != name}
+            if others or metric is None:
+                outputs = None if metric is None else metric.outputs
+                metric = reconstruct.moments(net, [name], others, seed=seed)[name].metric()
+                metric = metric.with_outputs(outputs)
+        f = reconstruct.fitted(layer, option, metric or _white(layer), sweeps=sweeps)
+        weighted = Weighted(layer.conv, metric or _white(layer), entry.family, entry.form)
+        error = weighted.error(f.stages)
+        chains[name] = f
+        rows.append(Reconstructed(name, error))
+        if store is not None:
+            store.write(name, p, f, error)
+    if progress is not None:
+        progress("layers", 1.0)
+    return Compressed(plan, chains, tuple(rows))
+
+
+def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
+    """The entry with weights to start from: fitted in the metric of the original inputs."""
+    conv = layer.conv
+    if entry.family == "dense":
+        stages = conv.stages
+    else:
+        if entry.family not in FAMILIES:
+            raise ValueError(f"the plan asks for the unknown family {entry.family!r}")
+        weighted = Weighted(conv, metric or _white(layer), entry.family, entry.form)
+        stages = weighted.at(entry.rank)
+    return Option(
+        entry.family, entry.form, entry.rank, entry.loss, entry.error, entry.costs, stages
+    )
+
+
+def _metrics(
+    net: Net, layers: Sequence[Layer], gradients: bool, seed: int, progress: Progress | None
+) -> dict[str, Metric]:
+    """Of the original inputs, in as many passes as memory asks for."""
+    if not net.batches:
+        return {x.name: _white(x) for x in layers}
+    found: dict[str, Metric] = {}
+    for part in _parts(layers):
+        names = [x.name for x in part]
+
+        def said(share: float, done: int = len(found)) -> None:
+            if progress is not None:
+                progress("moments", (done + share * len(names)) / len(layers))  # noqa: B023
+
+        moments = reconstruct.moments(net, names, seed=seed, progress=said)
+        if gradients:
+            for sample in net.gradients(names, seed) or ():
+                for name in names:
+                    for g in sample.get(name, ()):
+                        moments[name].add_gradients(g)
+        for layer in part:
+            metric = moments[layer.name].metric()
+            weight = reconstruct.weight_of_outputs(layer, metric.outputs)
+            found[layer.name] = metric.with_outputs(weight)
+    return found
+
+
+def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Layers whose second moments fit into memory together."""
+    parts: list[list[Layer]] = []
+    used = math.inf
+    for layer in layers:
+        m = Moments(layer.conv)
+        n = m.ins * math.prod(m.kernel)
+        size = 8 * layer.conv.groups * (n * n if m.full else m.ins**2)
+        if used + size > MEMORY:
+            parts.append([])
+            used = 0.0
+        parts[-1].append(layer)
+        used += size
+    return parts
+
+
+def _white(layer: Layer) -> Metric:
+    """Nothing is known of the inputs; of the outputs, the gain of a batch norm."""
+    weight, conv = layer.conv.stages[0].weight, layer.conv
+    ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
+    metric = white(conv.groups, (ins, *weight.shape[2:]))
+    return metric.with_outputs(reconstruct.weight_of_outputs(layer, None))
+
+
+def _capped(name: str, some: list[Option], capped: Mapping[str, float]) -> list[Option]:
+    for pattern, share in capped.items():
+        if fnmatchcase(name, pattern):
+            kept = [o for o in some if o.costs["macs"] <= share * some[0].costs["macs"]]
+            if not kept:
+                least = min(o.costs["macs"] for o in some) / some[0].costs["macs"]
+                raise ValueError(
+                    f"{name} is capped at {share:.1%} of its multiply-adds; the least possible is "
+                    f"{least:.1%}"
+                )
+            # The first of the options is what shares are of.
+            return [replace(some[0], loss=math.inf), *kept] if some[0] not in kept else kept
+    return some
+
+
+def _limit(axis: str, budget: float | str, whole: float) -> float:
+    if isinstance(budget, int | float | np.number) and not isinstance(budget, bool):
+        if not 0 < budget <= 1:
+            unit = "3ms" if axis == "seconds" else "20M"
+            raise ValueError(
+                f"{axis} must be a share in (0, 1] or an amount with a unit such as {unit!r}, got "
+                f"{budget!r}"
+            )
+        return float(budget) * whole
+    if axis == "seconds":
+        return search.time_of(budget, whole)
+    return search.amount_of(axis, budget, int(whole))
+
+
+def _families(names: Iterable[str]) -> list[str]:
+    found = [names] if isinstance(names, str) else list(names)
+    for name in found:
+        if name not in FAMILIES:
+            raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return found
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+class _Store:
+    """Finished layers of one plan in a folder."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder / hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str, number: int) -> Path:
+        plain = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self.folder / f"{plain}-{number}.safetensors"
+
+    def read(self, name: str, number: int) -> tuple[Factorization, float] | None:
+        path = self._path(name, number)
+        if not path.exists():
+            return None
+        f = io.load(path)["layer"]
+        return f, float(path.with_suffix(".error").read_text())
+
+    def write(self, name: str, number: int, f: Factorization, error: float) -> None:
+        path = self._path(name, number)
+        path.with_suffix(".error").write_text(repr(error))
+        part = path.with_suffix(".part.safetensors")
+        io.save(part, {"layer": f})
+        os.replace(part, path)

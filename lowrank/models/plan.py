@@ -1,0 +1,226 @@
+"""A plan: what every layer is to become, as a table and as a JSON file that people can read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank import report
+from lowrank._typing import Ints
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one layer is to become.
+
+    Attributes
+    ----------
+    family, form, rank : str, str, tuple of int
+        ``"dense"`` for a layer that stays.
+    error : float
+        Relative, in the layer's metric.
+    loss : float
+        What it does to the network; see :func:`lowrank.models.options`.
+    costs, dense : dict of str to float
+        Of one example, of the chain and of the layer as it came: ``"macs"``, ``"params"``,
+        ``"bytes"`` and, where times were asked for, ``"seconds"``.
+    """
+
+    family: str
+    form: str
+    rank: Ints
+    error: float
+    loss: float
+    costs: dict[str, float]
+    dense: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Family and form."""
+        return " ".join(filter(None, (self.family, self.form)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What every layer of a network is to become, and what that costs; prints itself as a table.
+
+    Attributes
+    ----------
+    layers : dict of str to Entry
+        In the order in which they run.
+    limits : dict of str to float
+        What was asked for, in absolute amounts.
+    loss, gap : float
+        Of the choice; the gap is 0 where it is proven to be the best one.
+    about : dict
+        How it was made: families, seed, whether gradients counted, batch, threads.
+
+    Examples
+    --------
+    >>> from lowrank.models import Entry, Plan
+    >>> cost = {"macs": 10.0, "params": 5.0, "bytes": 20.0}
+    >>> plan = Plan({"conv": Entry("dense", "", (), 0.0, 0.0, cost, cost)}, {}, 0.0, 0.0, {})
+    >>> Plan.from_json(plan.to_json()).layers == plan.layers
+    True
+    """
+
+    layers: dict[str, Entry]
+    limits: dict[str, float]
+    loss: float
+    gap: float
+    about: dict[str, Any]
+
+    def total(self, axis: str) -> tuple[float, float]:
+        """What the plan costs on one axis, and what the network costs as it came.
+
+        Parameters
+        ----------
+        axis : str
+            ``"macs"``, ``"params"``, ``"bytes"`` or ``"seconds"``.
+
+        Returns
+        -------
+        tuple of float
+        """
+        kept = [e for e in self.layers.values() if axis in e.costs]
+        return sum(e.costs[axis] for e in kept), sum(e.dense[axis] for e in kept)
+
+    @property
+    def changed(self) -> list[str]:
+        """Layers that do not stay as they are."""
+        return [name for name, e in self.layers.items() if e.family != "dense"]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table: a head, a row a layer, the total.
+
+        Returns
+        -------
+        list of tuple of str
+        """
+        timed = any("seconds" in e.costs for e in self.layers.values())
+        rows: list[tuple[str, ...]] = [
+            ("layer", "becomes", "rank", "error", "macs", "of", "params", "of")
+            + (("predicted", "of") if timed else ())
+        ]
+        for name, e in self.layers.items():
+            rows.append(
+                (
+                    name,
+                    e.name,
+                    ",".join(map(str, e.rank)) or "-",
+                    f"{e.error:.4f}" if e.family != "dense" else "-",
+                    *_pair(e.costs, e.dense, "macs"),
+                    *_pair(e.costs, e.dense, "params"),
+                    *(_pair(e.costs, e.dense, "seconds") if timed else ()),
+                )
+            )
+        sums = {a: self.total(a) for a in ("macs", "params", "seconds")}
+        now, before = ({a: v[i] for a, v in sums.items()} for i in (0, 1))
+        rows.append(
+            (
+                "all", "", "", "", *_pair(now, before, "macs"), *_pair(now, before, "params"),
+                *(_pair(now, before, "seconds") if timed else ()),
+            )
+        )  # fmt: skip
+        return rows
+
+    def title(self) -> str:
+        """What the table is of.
+
+        Returns
+        -------
+        str
+        """
+        asked = ", ".join(f"{a} <= {_said(a, v)}" for a, v in self.limits.items())
+        proof = "proven best" if self.gap < 1e-9 else f"within {self.gap:.2%} of the best"
+        return (
+            f"{len(self.changed)} of {len(self.layers)} layers change; {asked or 'no limit'}; "
+            f"loss {self.loss:.4g}, {proof} of the options"
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join([self.title(), *report.columns(self.rows())])
+
+    def _repr_html_(self) -> str:
+        return report.html_table(self.rows(), [self.title()])
+
+    def to_json(self) -> str:
+        """As text, a line or a few a layer.
+
+        Returns
+        -------
+        str
+        """
+        whole = {
+            "version": VERSION,
+            "limits": self.limits,
+            "loss": self.loss,
+            "gap": self.gap,
+            "about": self.about,
+            "layers": {name: asdict(e) for name, e in self.layers.items()},
+        }
+        return json.dumps(whole, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """From what :meth:`to_json` gave; a layer may be edited by hand.
+
+        Parameters
+        ----------
+        text : str
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        ValueError
+            If it is no plan.
+        """
+        try:
+            read = json.loads(text)
+            if read["version"] != VERSION:
+                raise ValueError(f"a plan of version {read['version']}, not {VERSION}")
+            layers = {
+                str(name): Entry(
+                    str(e["family"]), str(e["form"]), tuple(int(r) for r in e["rank"]),
+                    float(e["error"]), float(e["loss"]), _numbers(e["costs"]), _numbers(e["dense"]),
+                )
+                for name, e in read["layers"].items()
+            }  # fmt: skip
+            limits, about = _numbers(read["limits"]), dict(read["about"])
+            return cls(layers, limits, float(read["loss"]), float(read["gap"]), about)
+        except (KeyError, TypeError, AttributeError, ValueError) as why:
+            raise ValueError(f"not a plan: {why!r}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON.
+
+        Parameters
+        ----------
+        path : path
+        """
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(self.to_json() + "\n")
+        os.replace(part, path)
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
+    return {str(k): float(v) for k, v in given.items()}
+
+
+def _said(axis: str, amount: float) -> str:
+    return report.time(amount) if axis == "seconds" else report.amount(amount)
+
+
+def _pair(now: Mapping[str, float], before: Mapping[str, float], axis: str) -> tuple[str, str]:
+    whole = before[axis]
+    return _said(axis, now[axis]), f"{now[axis] / whole:.0%}" if whole else "-"
