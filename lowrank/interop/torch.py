@@ -1,0 +1,419 @@
+"""PyTorch: layers out of any module tree, chains into it, and models run on lowrank's engine."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from lowrank import models
+from lowrank._typing import Array
+from lowrank.interop.torch_modules import LAYERS, array, names_of, of_module, rows_of, to_module
+from lowrank.models.net import Chains, Layer, Samples
+
+Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+class _Stop(Exception):
+    """All that was wanted has been seen."""
+
+
+class TorchNet:
+    """A PyTorch model with calibration batches, as compression sees it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Copied, never changed; run in evaluation mode.
+    batches : iterable
+        Of inputs: a tensor, or a tuple whose first entry is it, such as a loader of images and
+        labels gives.
+    loss : str or callable
+        What output gradients are of.  ``"projections"``: random combinations of the outputs, so
+        that the second moment of gradients is what the squared change of the outputs weighs.
+        ``"labels"``: the cross-entropy of labels that are drawn from the softmax of the outputs,
+        the Fisher information; where a network is sure of all calibration examples, few of them
+        then decide.  Or a function of the output and a generator, to the sum over examples.
+
+    Raises
+    ------
+    ValueError
+        If the model has no layer that runs and may change, or a batch does not fit it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank.interop.torch import TorchNet
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    >>> net = TorchNet(model, [torch.zeros(4, 3, 16, 16)])
+    >>> [(layer.name, layer.input_size) for layer in net.layers]
+    [('0', (16, 16))]
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], loss: str | Loss = "projections"
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+        if loss not in ("projections", "labels") and not callable(loss):
+            raise ValueError(f"loss must be 'projections', 'labels' or a function, got {loss!r}")
+        self.data = [_input(b) for b in batches]
+        if not self.data:
+            raise ValueError("there must be at least one calibration batch")
+        self.loss = loss
+        self.original = model
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._work = copy.deepcopy(self._model)
+        self._have: dict[str, Any] = {}
+        self.layers = self._traced()
+        self.batches = len(self.data)
+        if not self.layers:
+            raise ValueError(
+                "the model runs no convolution or linear layer: nn.Conv1d to 3d, "
+                "nn.ConvTranspose1d to 3d or nn.Linear, called as modules"
+            )
+
+    def _traced(self) -> tuple[Layer, ...]:
+        """Layers in the order in which the first example runs them."""
+        modules = {m: n for n, m in self._model.named_modules() if isinstance(m, LAYERS)}
+        seen: dict[str, list[torch.Tensor]] = {}
+        given: list[tuple[str, torch.Tensor]] = []
+        scales: dict[str, Array] = {}
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(modules[module], []).append(args[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            given.append((modules[module], out))
+
+        def norm(module: Any, args: tuple[Any, ...]) -> None:
+            for name, out in given:
+                if out is args[0] and module.running_var is not None:
+                    gain = torch.rsqrt(module.running_var + module.eps)
+                    if module.weight is not None:
+                        gain = gain * module.weight
+                    scales[name] = array(gain)
+
+        hooks = [m.register_forward_pre_hook(before) for m in modules]
+        hooks += [m.register_forward_hook(after) for m in modules]
+        hooks += [
+            m.register_forward_pre_hook(norm)
+            for m in self._model.modules()
+            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        ]
+        try:
+            with torch.inference_mode():
+                self._model(self.data[0][:1])
+        except Exception as why:
+            raise ValueError(
+                f"the model cannot be run on a batch of shape {tuple(self.data[0].shape)}: {why}"
+            ) from why
+        finally:
+            for h in hooks:
+                h.remove()
+        layers = []
+        by_name = {n: m for m, n in modules.items()}
+        for name, inputs in seen.items():
+            module = by_name[name]
+            x = _batched(module, inputs[0])
+            layers.append(
+                Layer(name, of_module(module), tuple(x.shape[2:]), scales.get(name), len(inputs))
+            )
+        return tuple(layers)
+
+    def _synced(self, chains: Chains) -> nn.Module:
+        """The working copy with these chains in place, and no others."""
+        if not chains:
+            return self._model
+        for name in {*self._have, *chains}:
+            if self._have.get(name) is not chains.get(name):
+                old = self._model.get_submodule(name)
+                new = to_module(chains[name], old).eval() if name in chains else old
+                for alias in names_of(self._model, old):
+                    _set(self._work, alias, new.requires_grad_(False))
+        self._have = dict(chains)
+        return self._work
+
+    def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
+        """See :class:`lowrank.models.Net`."""
+        model = self._synced(chains)
+        for x in self.data:
+            found: dict[str, list[Array]] = {name: [] for name in names}
+            times = {layer.name: layer.times for layer in self.layers}
+
+            def hook(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+                old = self._model.get_submodule(name)
+                found[name].append(array(_batched(old, args[0])))  # noqa: B023
+                if all(len(found[n]) >= times[n] for n in names):  # noqa: B023
+                    raise _Stop
+
+            hooks = [
+                model.get_submodule(n).register_forward_pre_hook(
+                    lambda module, args, name=n: hook(module, args, name)
+                )
+                for n in names
+            ]
+            try:
+                with torch.inference_mode():
+                    model(x)
+            except _Stop:
+                pass
+            finally:
+                for h in hooks:
+                    h.remove()
+            yield {name: tuple(a) for name, a in found.items()}
+
+    def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
+        """See :class:`lowrank.models.Net`."""
+        return self._gradients(names, seed)
+
+    def _gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples]:
+        random = torch.Generator().manual_seed(seed)
+        for x in self.data:
+            found: dict[str, list[Array]] = {name: [] for name in names}
+
+            def hook(name: str, out: torch.Tensor) -> None:
+                old = self._model.get_submodule(name)
+
+                def keep(g: torch.Tensor) -> None:
+                    found[name].append(array(_batched(old, g)))  # noqa: B023
+
+                if out.requires_grad:
+                    out.register_hook(keep)
+
+            hooks = [
+                self._model.get_submodule(n).register_forward_hook(
+                    lambda module, args, out, name=n: hook(name, out)
+                )
+                for n in names
+            ]
+            try:
+                with torch.enable_grad():
+                    y = _output(self._model(x.clone().requires_grad_()))
+                    self._lost(y, random).backward()
+            finally:
+                for h in hooks:
+                    h.remove()
+            yield {name: tuple(a) for name, a in found.items()}
+
+    def _lost(self, y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        if callable(self.loss):
+            return self.loss(y, random)
+        if self.loss == "labels":
+            flat = y.reshape(len(y), y.shape[1], -1).movedim(1, 2).reshape(-1, y.shape[1])
+            drawn = torch.multinomial(flat.detach().float().softmax(1), 1, generator=random)
+            return nn.functional.cross_entropy(flat, drawn[:, 0], reduction="sum")
+        return (y * torch.randn(y.shape, generator=random).to(y)).sum()
+
+    def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
+        """See :class:`lowrank.models.Net`."""
+        model = self._synced(chains)
+        for x in self.data:
+            with torch.inference_mode():
+                yield (array(_output(model(x))),)
+
+    def replaced(self, chains: Chains, tied: bool = True) -> nn.Module:
+        """A copy of the model with chains in the place of layers.
+
+        Parameters
+        ----------
+        chains : mapping of str to Factorization
+            By layer.
+        tied : bool
+            As for :func:`lowrank.interop.torch_modules.to_module`.
+
+        Returns
+        -------
+        nn.Module
+            Ordinary, trainable modules in the mode that the original is in.
+        """
+        model = copy.deepcopy(self.original)
+        for name, f in chains.items():
+            old = model.get_submodule(name)
+            new = to_module(f, old, tied)
+            for alias in names_of(model, old):
+                _set(model, alias, new)
+        return model
+
+
+class Small(NamedTuple):
+    """What :func:`compress` returns.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The compressed copy.
+    plan : lowrank.models.Plan
+        What every layer became, printable.
+    rows : tuple of lowrank.models.compress.Reconstructed
+        How each layer came out.
+    """
+
+    model: nn.Module
+    plan: models.Plan
+    rows: tuple[Any, ...]
+
+
+def compress(
+    model: nn.Module,
+    calibration_batches: Iterable[Any],
+    *,
+    plan: models.Plan | None = None,
+    loss: str | Loss = "projections",
+    tied: bool = True,
+    passes: int = 1,
+    refit: bool = False,
+    renorm: bool = False,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, float], object] | None = None,
+    **budget: Any,
+) -> Small:
+    """Make a trained model cheaper within a budget, without training it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With convolutions, transposed ones, or linear layers anywhere in its tree.  It stays as
+        it is.
+    calibration_batches : iterable
+        A few hundred examples, as :class:`TorchNet` takes them.
+    plan : lowrank.models.Plan, optional
+        What to do; made from `budget` if not given.
+    loss : str or callable
+        As for :class:`TorchNet`.
+    tied : bool
+        Whether tied weights stay one parameter; see :class:`lowrank.interop.torch_modules.Tied`.
+    passes, refit, folder, progress
+        As for :func:`lowrank.models.compress`.
+    renorm : bool
+        Whether batch norms are estimated anew on the calibration batches.  It repairs crude
+        fits and harms good ones.
+    **budget
+        ``macs=``, ``params=``, ``seconds=`` or ``bytes=``, and all else that
+        :func:`lowrank.models.make_plan` takes.
+
+    Returns
+    -------
+    Small
+        The new model, the plan, and how each layer came out.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to compress, a batch does not fit the model, or nothing is within the
+        budget; the message says what is possible.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank.interop.torch import compress
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3)
+    ... )
+    >>> small = compress(model, [torch.randn(8, 3, 12, 12)], macs=0.5)
+    >>> now, before = small.plan.total("macs")
+    >>> now <= before / 2, tuple(small.model(torch.zeros(1, 3, 12, 12)).shape)
+    (True, (1, 16, 10, 10))
+    """
+    net = TorchNet(model, calibration_batches, loss)
+    done = models.compress(
+        net, plan, passes=passes, refit=refit, folder=folder, progress=progress, **budget
+    )
+    small = net.replaced(done.chains, tied)
+    if renorm:
+        renormalise(small, net.data)
+    return Small(small, done.plan, done.rows)
+
+
+def renormalise(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Estimate the means and variances of batch norms anew, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its batch norms are changed.
+    batches : iterable of torch.Tensor
+        Inputs; all count alike.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before, momenta = model.training, [m.momentum for m in norms]
+    model.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean
+        m.train()
+    with torch.inference_mode():
+        for x in batches:
+            model(x)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+    model.train(before)
+
+
+def layers(model: nn.Module, example: torch.Tensor) -> Mapping[str, Layer]:
+    """The layers of a model that may be replaced, by name, in the order in which they run.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : torch.Tensor
+        A batch of inputs.
+
+    Returns
+    -------
+    mapping of str to Layer
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank.interop.torch import layers
+    >>> found = layers(torch.nn.Conv1d(4, 8, 5), torch.zeros(1, 4, 100))
+    >>> [layer.cost.macs for layer in found.values()]
+    [15360]
+    """
+    return {layer.name: layer for layer in TorchNet(model, [example]).layers}
+
+
+def _input(batch: Any) -> torch.Tensor:
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"a calibration batch must be a tensor or a tuple that begins with one, got "
+            f"{type(batch).__qualname__}"
+        )
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        raise ValueError("calibration batches must be finite: found NaN or infinity")
+    return x
+
+
+def _output(y: Any) -> torch.Tensor:
+    """The first tensor of whatever a model returns."""
+    if isinstance(y, torch.Tensor):
+        return y
+    some = y.values() if isinstance(y, Mapping) else y
+    if isinstance(some, Iterable):
+        for one in some:
+            return _output(one)
+    raise TypeError(f"the model returns {type(y).__qualname__}, which holds no tensor")
+
+
+def _batched(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Inputs or outputs of a layer as (batch, channels, *spatial)."""
+    if isinstance(module, nn.Linear):
+        return rows_of(x if x.ndim > 1 else x[None])
+    ndim = cast(Any, module).weight.ndim - 2
+    return x if x.ndim == ndim + 2 else x[None]
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+    if not name:
+        raise ValueError("the model is itself a layer: put it into an nn.Sequential first")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+

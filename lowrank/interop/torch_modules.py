@@ -1,0 +1,263 @@
+"""Chains as PyTorch modules, and PyTorch's convolutions as chains of one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowrank._typing import Array, PaddingMode
+from lowrank.factorization import Factorization, dense
+from lowrank.stage import Stage
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+_PADS = {
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+    "constant": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    "zeros": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+}
+
+
+class Tied(nn.Module):
+    """A convolution whose weights serve several blocks of channels: ``I_left (x) W (x) I_right``.
+
+    The Kronecker families need it.  Copies on the left go along the batch, copies on the right
+    one after another, so that no weight is stored or trained twice.
+
+    Parameters
+    ----------
+    inner : nn.Module
+        The convolution of one block.
+    left, right : int
+        Copies.
+    shuffle : (int, int)
+        Input channels, seen as (a, b, rest), are taken in the order (b, a, rest).
+    """
+
+    def __init__(self, inner: nn.Module, left: int, right: int, shuffle: tuple[int, int]) -> None:
+        super().__init__()
+        self.inner, self.left, self.right, self.shuffle = inner, left, right, shuffle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run it; (batch, channels, *spatial)."""
+        n, space = x.shape[0], x.shape[2:]
+        a, b = self.shuffle
+        if a > 1 and b > 1:
+            x = x.reshape(n, a, b, -1, *space).transpose(1, 2)
+        # (left, channels, right): left and right join the batch.
+        x = x.reshape(n, self.left, -1, self.right, *space).movedim(3, 1)
+        x = x.reshape(n * self.right * self.left, -1, *space)
+        y = cast(torch.Tensor, self.inner(x))
+        y = y.reshape(n, self.right, self.left, *y.shape[1:]).movedim(1, 3)
+        return y.reshape(n, -1, *y.shape[4:])
+
+    def extra_repr(self) -> str:
+        """What printing a model says of it."""
+        return f"left={self.left}, right={self.right}, shuffle={self.shuffle}"
+
+
+def of_module(module: nn.Module) -> Factorization:
+    """A layer as one dense stage with its bias, in float32 or float64.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A convolution, transposed or not, or a linear layer, which is a pointwise one.
+
+    Returns
+    -------
+    Factorization
+
+    Raises
+    ------
+    ValueError
+        If its padding cannot be expressed.
+    """
+    module = cast(Any, module)
+    weight, bias = array(module.weight), None if module.bias is None else array(module.bias)
+    if isinstance(module, nn.Linear):
+        return dense(weight[:, :, None], bias=bias)
+    ndim = weight.ndim - 2
+    if isinstance(module, TRANSPOSED):
+        return dense(
+            weight, bias=bias, stride=module.stride, dilation=module.dilation,
+            padding=[int(p) for p in module.padding], groups=module.groups, transposed=True,
+            output_padding=module.output_padding,
+        )  # fmt: skip
+    if module.padding == "valid":
+        padding: list[Any] = [0] * ndim
+    elif module.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(module.dilation, weight.shape[2:])]
+        padding = [(r // 2, r - r // 2) for r in reach]
+    else:
+        padding = [int(p) for p in module.padding]
+    return dense(
+        weight, bias=bias, stride=module.stride, padding=padding, dilation=module.dilation,
+        groups=module.groups, padding_mode=cast(PaddingMode, module.padding_mode),
+    )  # fmt: skip
+
+
+def array(t: torch.Tensor) -> Array:
+    """A tensor's numbers in an array of at least float32."""
+    t = t.detach().cpu()
+    if t.dtype not in (torch.float32, torch.float64):
+        t = t.float()
+    return np.ascontiguousarray(t.numpy())
+
+
+def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequential:
+    """A chain as trainable modules, one a stage.
+
+    Parameters
+    ----------
+    f : Factorization
+        The chain.
+    like : nn.Module
+        The layer that it replaces: precision, device, memory format and whether it is linear.
+    tied : bool
+        Whether copies of weights stay one parameter (:class:`Tied`); else they are written out.
+
+    Returns
+    -------
+    nn.Sequential
+        Its bias is that of the last stage.
+    """
+    weight = cast(torch.Tensor, like.weight)
+    made: list[nn.Module] = []
+    for i, stage in enumerate(f.stages):
+        bias = f.bias if i == len(f.stages) - 1 else None
+        if isinstance(like, nn.Linear):
+            linear = nn.Linear(stage.in_channels, stage.out_channels, bias=bias is not None)
+            _put(linear, stage.weight[..., 0], bias)
+            made.append(linear)
+            continue
+        if stage.left * stage.right > 1 or min(stage.shuffle) > 1:
+            if tied:
+                made += _tied(stage, bias)
+                continue
+            stage = expanded(stage)
+        made += _conv(stage, bias)
+    chain = nn.Sequential(*made).to(device=weight.device, dtype=weight.dtype)
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        if not weight.is_contiguous():
+            chain = chain.to(memory_format=torch.channels_last)
+    for p in chain.parameters():
+        p.requires_grad_(weight.requires_grad)
+    return chain.train(like.training)
+
+
+def _conv(stage: Stage, bias: Array | None) -> list[nn.Module]:
+    """A plain stage: a convolution, behind padding that convolutions do not do themselves."""
+    g = stage.geometry
+    n = g.ndim - 1
+    keep: dict[str, Any] = {
+        "stride": g.stride, "dilation": g.dilation, "groups": stage.groups,
+        "bias": bias is not None,
+    }  # fmt: skip
+    if stage.transposed:
+        if any(a != b for a, b in g.padding):
+            raise ValueError(f"PyTorch crops transposed convolutions alike at both ends: {g}")
+        conv = TRANSPOSED[n](
+            stage.in_channels, stage.out_channels, stage.kernel,
+            padding=[a for a, _ in g.padding], output_padding=g.output_padding, **keep,
+        )  # fmt: skip
+        return [_put(conv, stage.weight, bias)]
+    even = all(a == b for a, b in g.padding)
+    ahead: list[nn.Module] = []
+    if any(map(any, g.padding)) and (not even or g.padding_mode not in ("zeros",)):
+        if g.padding_mode not in _PADS:
+            raise ValueError(f"PyTorch has no padding of mode {g.padding_mode}")
+        pads = [p for pair in reversed(g.padding) for p in pair]
+        kind = _PADS[g.padding_mode][n]
+        value = {"constant": (g.value,), "zeros": (0.0,)}.get(g.padding_mode, ())
+        ahead, padding = [kind(tuple(pads), *value)], [0] * g.ndim
+    else:
+        padding = [a for a, _ in g.padding]
+    conv = CONVS[n](stage.in_channels, stage.out_channels, stage.kernel, padding=padding, **keep)
+    return [*ahead, _put(conv, stage.weight, bias)]
+
+
+def _tied(stage: Stage, bias: Array | None) -> list[nn.Module]:
+    if stage.transposed and min(stage.shuffle) > 1:
+        return _conv(expanded(stage), bias)  # a shuffle that undoes itself on the output
+    inner = Stage(stage.weight, stage.geometry, stage.groups, transposed=stage.transposed)
+    made: list[nn.Module] = [
+        Tied(nn.Sequential(*_conv(inner, None)), stage.left, stage.right, stage.shuffle)
+    ]
+    if bias is not None:
+        made.append(Bias(bias))
+    return made
+
+
+class Bias(nn.Module):
+    """A number added to each channel, behind a stage whose weights are tied.
+
+    Parameters
+    ----------
+    values : ndarray, shape (channels,)
+    """
+
+    def __init__(self, values: Array) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.from_numpy(np.array(values)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add it; (batch, channels, *spatial)."""
+        return x + self.bias.view(-1, *[1] * (x.ndim - 2))
+
+
+def _put(module: Any, weight: Array, bias: Array | None) -> nn.Module:
+    module.weight.data = torch.from_numpy(np.array(weight)).reshape(module.weight.shape)
+    if bias is not None:
+        module.bias.data = torch.from_numpy(np.array(bias))
+    return cast(nn.Module, module)
+
+
+def expanded(stage: Stage) -> Stage:
+    """A stage with its copies and its shuffle written out, for what has neither.
+
+    Parameters
+    ----------
+    stage : Stage
+
+    Returns
+    -------
+    Stage
+        Of ``left * groups`` groups where nothing is shuffled across them, else dense.
+    """
+    g, (rows, cols) = stage.groups, stage.weight.shape[:2]
+    w = stage.weight.reshape(g, rows // g, cols, *stage.kernel)
+    w = np.concatenate([w] * stage.left)
+    eye = np.eye(stage.right, dtype=w.dtype)
+    # (groups, out, in, taps) to (groups, out, right, in, right, taps)
+    wide = np.einsum("goc...,rq->gorcq...", w, eye)
+    groups = g * stage.left
+    wide = wide.reshape(groups, rows // g * stage.right, cols * stage.right, *stage.kernel)
+    if min(stage.shuffle) > 1:
+        full = np.zeros((groups, wide.shape[1], groups, wide.shape[2], *stage.kernel), w.dtype)
+        for i in range(groups):
+            full[i, :, i] = wide[i]
+        full = full.reshape(groups * wide.shape[1], groups * wide.shape[2], *stage.kernel)
+        moved = np.empty_like(full)
+        moved[:, stage.source()] = full  # column j of the shuffled input is channel source[j]
+        return Stage(moved, stage.geometry, transposed=stage.transposed)
+    flat = wide.reshape(groups * wide.shape[1], *wide.shape[2:])
+    return Stage(np.ascontiguousarray(flat), stage.geometry, groups, transposed=stage.transposed)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer takes, (batch, ..., features), as (batch, features, vectors)."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).transpose(1, 2)
+
+
+def names_of(model: nn.Module, target: nn.Module) -> Sequence[str]:
+    """All names under which a module hangs in a model."""
+    return [n for n, m in model.named_modules(remove_duplicate=False) if m is target]
