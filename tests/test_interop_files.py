@@ -1133,9 +1133,23 @@ def weights_alone(file, folder):
     del file.attrs["model_config"]
 
 
+def endless(file, folder):
+    """A heap of texts with an object of no size, on which HDF5 would wait for ever."""
+    path = Path(file.filename)
+    file.close()
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL\x01\0\0\0")
+    size = int.from_bytes(data[heap + 24 : heap + 32], "little")
+    free = heap + 16 + 16 + -(-size // 8) * 8
+    while data[free] or data[free + 1]:
+        free += 16 + -(-int.from_bytes(data[free + 8 : free + 16], "little") // 8) * 8
+    data[free + 8 : free + 16] = bytes(8)
+    path.write_bytes(data)
+
+
 HOSTILE = [
     external_link, soft_link, circle, elsewhere, virtual, unwritten, packed, nested, named,
-    weights_alone,
+    weights_alone, endless,
 ]  # fmt: skip
 
 

@@ -222,6 +222,7 @@ class KerasNet:
             _insert(model, entry, made, origins)
         buffer = BytesIO()
         with (
+            files.damage(self.path),
             files.opened(self._file.weights) as old,
             files.h5py().File(buffer, "w") as new,
         ):

@@ -20,6 +20,7 @@ _CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 _DEPTH = 64  # groups in groups, models in models: more is no network
 #: A dataset of chunks may be compressed; no weights shrink to less than this share.
 _RATIO, _SPARE = 1000, 1 << 24
+_HEAP = b"GCOL\x01\0\0\0"  # signature and version of HDF5's global heaps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,9 +139,25 @@ def damage(path: Path) -> Iterator[None]:
 @contextmanager
 def opened(data: bytes) -> Iterator[Any]:
     """An HDF5 file in memory, after a look at all its links and sizes."""
+    _check_heaps(data)
     with h5py().File(BytesIO(data), "r") as file:
         _check(file, len(data))
         yield file
+
+
+def copy(item: Any, parent: Any, name: str) -> None:
+    """Put a group or a dataset into another file, by its values.
+
+    HDF5's own copy takes over what it does not understand, and stumbles over damage in it.
+    """
+    if isinstance(item, h5py().Group):
+        made = parent.require_group(name)
+        for key in item:
+            copy(item[key], made, key)
+    else:
+        made = parent.create_dataset(name, data=item[()], dtype=item.dtype)
+    for key, value in item.attrs.items():
+        made.attrs[key] = value
 
 
 def h5py() -> Any:
@@ -193,6 +210,27 @@ def _members(path: Path, data: bytes) -> dict[str, bytes]:
             return {m.filename: archive.read(m) for m in found if not m.is_dir()}
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as why:
         raise ValueError(f"its archive is damaged: {why}") from None
+
+
+def _check_heaps(data: bytes) -> None:
+    """Refuse heaps of texts on which the HDF5 library would go round forever.
+
+    It walks from object to object by their sizes, and does not mind a size of nothing.
+    """
+    at = data.find(_HEAP)
+    while at >= 0:
+        end = at + int.from_bytes(data[at + 8 : at + 16], "little")
+        if not at + 16 <= end <= len(data):
+            raise ValueError("a heap is damaged")
+        place = at + 16
+        while place + 16 <= end:
+            index = int.from_bytes(data[place : place + 2], "little")
+            size = int.from_bytes(data[place + 8 : place + 16], "little")
+            # The free space at the end counts its own header, an object does not.
+            place += size if index == 0 else 16 + -(-size // 8) * 8
+            if place > end or (index == 0 and size < 16):
+                raise ValueError("a heap is damaged")
+        at = data.find(_HEAP, at + 1)
 
 
 def _check(file: Any, size: int) -> None:

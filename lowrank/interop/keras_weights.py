@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.interop import keras_files as files
 from lowrank.interop import keras_graph as graphs
-from lowrank.interop.keras_files import KerasFile
 
 Path = tuple[int, ...]  # indices of a layer and of the models that it is in
 _LIMIT = 64512  # bytes of an attribute of HDF5
@@ -39,7 +39,7 @@ class Store(Protocol):
         """Put the weights of a model with other layers into another file."""
 
 
-def store(file: KerasFile, opened: Any) -> Store:
+def store(file: files.KerasFile, opened: Any) -> Store:
     """The weights of a model, out of its HDF5 file."""
     return (Archived if file.ending == ".keras" else Listed)(file.config, opened)
 
@@ -90,7 +90,7 @@ class Archived:
         """Put the weights of a model with other layers into another file."""
         for name in self._file:
             if name not in (self._word, "optimizer"):
-                self._file.copy(name, new)
+                files.copy(self._file[name], new, name)
         new.require_group(self._word)
         places = self._placed(config)
         for path, entry in _walk(config):
@@ -107,7 +107,7 @@ class Archived:
             inside = new.require_group(place)
             for name in self._file[old]:
                 if name != self._word or graphs.inner(entry) is None:
-                    self._file.copy(f"{old}/{name}", inside)
+                    files.copy(self._file[f"{old}/{name}"], inside, name)
 
 
 class Listed:
@@ -139,7 +139,7 @@ class Listed:
             new.attrs[key] = json.dumps(config) if key == "model_config" else value
         for name in self._file:
             if name not in ("model_weights", "optimizer_weights"):
-                self._file.copy(name, new)
+                files.copy(self._file[name], new, name)
         group = new.create_group("model_weights")
         for key, value in self._group.attrs.items():
             if not key.startswith("layer_names"):
@@ -156,12 +156,12 @@ class Listed:
             if any(o.new for o in made.values()):
                 self._rewrite(group.create_group(name), entry, origin, made)
             elif name in self._group:
-                self._group.copy(name, group)
+                files.copy(self._group[name], group, name)
             else:
                 continue  # the input of a Sequential model
             names.append(name)
         if "top_level_model_weights" in self._group:
-            self._group.copy("top_level_model_weights", group)
+            files.copy(self._group["top_level_model_weights"], group, "top_level_model_weights")
         _put_texts(group.attrs, "layer_names", names)
 
     def _check_order(self) -> None:
