@@ -218,7 +218,8 @@ class Moments:
         weight = conv.stages[0].weight
         g = conv.groups
         rows, cols = len(weight) // g, weight.shape[1]
-        self.ins, self.outs = (rows, cols) if conv.transposed else (cols, rows)
+        self.ins: int = rows if conv.transposed else cols
+        self.outs: int = cols if conv.transposed else rows
         self.kernel = tuple(weight.shape[2:])
         n = self.ins * math.prod(self.kernel)
         self.samples, self.looks = 0, 0

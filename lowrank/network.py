@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -176,7 +177,7 @@ def _unshuffled(s: Stage, c: int) -> int:
 
 
 def _cuts(chain: Sequence[Stage]) -> list[dict[int, int]]:
-    """For each joint of a chain: where its modes begin (entries inside of them), and their sizes."""
+    """For each joint of a chain: where its modes begin, in entries, and their sizes."""
     joints: list[set[int]] = [{1} for _ in range(len(chain) + 1)]
     totals = [chain[0].inner[1], *(s.inner[0] for s in chain)]
     changed = True
@@ -210,18 +211,18 @@ def _cuts(chain: Sequence[Stage]) -> list[dict[int, int]]:
 
 
 def _sizes(joint: set[int], total: int) -> dict[int, int]:
-    begins = sorted(c for c in joint if c < total) + [total]
-    if any(b % a for a, b in zip(begins, begins[1:])):
+    begins = [*sorted(c for c in joint if c < total), total]
+    if any(b % a for a, b in pairwise(begins)):
         raise ValueError(
             f"channels split at {begins} of {total}, which are no modes: each must divide the next"
         )
-    return {a: b // a for a, b in zip(begins, begins[1:])}
+    return {a: b // a for a, b in pairwise(begins)}
 
 
 def _nested(found: list[tuple[int, str]], sizes: dict[str, int]) -> str:
     """Modes of one axis from the outermost in, if the taps of its stages do not overlap."""
     found = sorted(found)
-    for (step, mode), (outer, _) in zip(found, found[1:]):
+    for (step, mode), (outer, _) in pairwise(found):
         if outer != step * sizes[mode]:
             raise ValueError("taps of several stages along an axis overlap")
     return "".join(mode for _, mode in reversed(found))

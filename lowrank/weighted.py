@@ -16,15 +16,14 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg
 
 from lowrank._typing import Array, Ints
+from lowrank.algebra import plain
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.families.family import Point, evened
 from lowrank.metric import Metric, unrolled
 from lowrank.network import Network, composed, entries, network
-from lowrank.algebra import plain
 from lowrank.stage import Stage
 
 SWEEPS = 30  # of alternation, at the most
@@ -309,10 +308,9 @@ class Weighted:
 
     def _unrolled(self, kernel: Array) -> Array:
         """A kernel with an axis a mode as (groups, out, in, \\*taps)."""
-        w = self.wanted
-        if not self.conv.transposed:
-            return kernel.reshape(w.shape)
-        return kernel.reshape(w.shape[0], w.shape[2], w.shape[1], *w.shape[3:]).swapaxes(1, 2)
+        shape, groups = self.conv.stages[0].weight.shape, self.conv.groups
+        w = kernel.reshape(groups, shape[0] // groups, *shape[1:])
+        return w.swapaxes(1, 2) if self.conv.transposed else w
 
     def refined(
         self, stages: Sequence[Stage], sweeps: int = SWEEPS, tolerance: float = TOLERANCE
@@ -358,7 +356,7 @@ def _inverted(s: Scaling) -> Scaling:
 
 
 def _thin(conv: Factorization) -> Factorization:
-    """A convolution of the same modes whose fits cost nothing: the sizes stay, the weight is zero."""
+    """A convolution of the same modes with a weight of zeros: its fits take no time."""
     stage = conv.stages[0]
     weight = np.zeros(stage.weight.shape, stage.weight.dtype)
     return replace(conv, stages=(replace(stage, weight=weight),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array, Ints
+
+#: TensorLy imports itself in circles and filters of warnings are the process's: one at a time.
+_LOCK = threading.RLock()
 
 
 def parafac(
@@ -20,11 +24,12 @@ def parafac(
     With them the relative errors of the start and after every sweep; none at tolerance 0.
     Raises numpy.linalg.LinAlgError where the normal equations are singular.
     """
-    import tensorly as tl
-    from tensorly.decomposition import parafac as als
+    with _LOCK:
+        import tensorly as tl
+        from tensorly.decomposition import parafac as als
 
     errors: list[float] = []
-    with _fast_mttkrp(), warnings.catch_warnings():
+    with _LOCK, _fast_mttkrp(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cp = als(
             tl.tensor(tensor),
@@ -41,7 +46,8 @@ def parafac(
 
 def tensor_train(tensor: Array, ranks: Ints) -> list[Array]:
     """Cores (r_before, size, r_after) of the TT-SVD with these ranks between the modes."""
-    from tensorly.decomposition import tensor_train as tt_svd
+    with _LOCK:
+        from tensorly.decomposition import tensor_train as tt_svd
 
     return [np.asarray(core) for core in tt_svd(tensor, rank=[1, *ranks, 1])]
 

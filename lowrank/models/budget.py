@@ -117,6 +117,7 @@ def spend(options: Mapping[str, Sequence[Option]], limits: Mapping[str, float]) 
 
 def _undominated(some: Sequence[Option], axes: Sequence[str]) -> list[Option]:
     kept: list[Option] = []
+    some = [o for o in some if o.loss < math.inf]
     for o in sorted(some, key=lambda o: (o.loss, *(o.costs[a] for a in axes))):
         if not any(all(k.costs[a] <= o.costs[a] for a in axes) for k in kept):
             kept.append(o)

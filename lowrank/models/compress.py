@@ -6,14 +6,17 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from lowrank import io, search
+from lowrank._kernels import _core
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.metric import Metric, Moments, white
@@ -21,7 +24,7 @@ from lowrank.models import reconstruct
 from lowrank.models.budget import spend
 from lowrank.models.net import Layer, Net
 from lowrank.models.options import QUICK, Option, options, timing
-from lowrank.models.plan import Entry, Plan
+from lowrank.models.plan import Alternative, Entry, Plan
 from lowrank.weighted import Weighted
 
 MEMORY = 1 << 30  # bytes of second moments that are held at a time, before a further pass
@@ -71,7 +74,7 @@ def make_plan(
     macs: float | str | None = None,
     params: float | str | None = None,
     seconds: float | str | None = None,
-    bytes: float | str | None = None,  # noqa: A002
+    bytes: float | str | None = None,
     families: Iterable[str] = QUICK,
     pinned: Sequence[str] = (),
     left_out: Sequence[str] = (),
@@ -144,18 +147,20 @@ def make_plan(
     timed = "seconds" in asked
     found: dict[str, list[Option]] = {}
     metrics = _metrics(net, free, gradients, seed, progress)
-    for i, layer in enumerate(layers):
-        if progress is not None:
-            progress("options", i / len(layers))
+
+    def tried(layer: Layer) -> list[Option]:
         clock = timing(layer, batch, threads, engine) if timed else None
-        if layer.name not in metrics:
-            white_one = _white(layer)
-            found[layer.name] = options(layer, white_one, (), axes=list(asked), timed=clock)
-            continue
-        some = options(layer, metrics[layer.name], names, axes=list(asked), timed=clock)
-        found[layer.name] = _capped(layer.name, some, capped or {})
-    if progress is not None:
-        progress("options", 1.0)
+        fixed = layer.name not in metrics
+        metric = _white(layer) if fixed else metrics[layer.name]
+        some = options(layer, metric, () if fixed else names, axes=list(asked), timed=clock)
+        return some if fixed else _capped(layer.name, some, capped or {})
+
+    # Fits are many small products: a layer a thread is faster than more threads a product.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_core.max_threads()) as pool:
+        for i, (layer, some) in enumerate(zip(layers, pool.map(tried, layers)), start=1):
+            found[layer.name] = some
+            if progress is not None:
+                progress("options", i / len(layers))
     if all(len(some) == 1 for some in found.values()):
         raise Nothing(
             "nothing can be won: no family writes any of these layers with less "
@@ -181,7 +186,11 @@ def make_plan(
         "families": list(names), "seed": seed, "gradients": weighed, "batch": batch,
         "threads": threads, "engine": engine, "calibrated": bool(net.batches),
     }  # fmt: skip
-    return Plan(entries, limits, choice.loss, choice.gap, about)
+    fronts = {
+        name: tuple(Alternative(o.name, o.rank, o.error, o.costs["macs"]) for o in some)
+        for name, some in found.items()
+    }
+    return Plan(entries, limits, choice.loss, choice.gap, about, fronts)
 
 
 class Nothing(ValueError):

@@ -69,7 +69,7 @@ def weight_of_outputs(layer: Layer, gradients: Array | None) -> Array | None:
         return gradients
     squares = np.square(layer.scale.astype(np.float64)).reshape(layer.conv.groups, -1)
     squares = np.maximum(squares, 1e-6 * squares.max(initial=1e-30))
-    return squares[:, :, None] * np.eye(squares.shape[1])
+    return np.asarray(squares[:, :, None] * np.eye(squares.shape[1]))
 
 
 def fitted(
@@ -114,7 +114,8 @@ def fitted(
 def corrected_bias(conv: Factorization, f: Factorization, metric: Metric) -> Array:
     """The bias with which mean outputs are those of the original."""
     w, v = unrolled(conv), unrolled(conv, f.to_dense())
-    assert metric.shift is not None and metric.reference is not None
+    assert metric.shift is not None
+    assert metric.reference is not None
     wanted = np.einsum("gon,gn->go", w.reshape(*w.shape[:2], -1), metric.reference)
     given = np.einsum("gon,gn->go", v.reshape(*v.shape[:2], -1), metric.shift)
     own = 0.0 if conv.bias is None else conv.bias.astype(np.float64)
