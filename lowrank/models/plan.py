@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
-from lowrank import report
+from lowrank import io, report
 from lowrank._typing import Ints
 
 VERSION = 1
+
+
+class Alternative(NamedTuple):
+    """One of the options that a layer had; its front is all of them.
+
+    Attributes
+    ----------
+    name : str
+        Family and form.
+    rank : tuple of int
+    error : float
+        Relative, in the layer's metric.
+    macs : float
+        Multiply-adds of one example.
+    """
+
+    name: str
+    rank: Ints
+    error: float
+    macs: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +80,9 @@ class Plan:
         Of the choice; the gap is 0 where it is proven to be the best one.
     about : dict
         How it was made: families, seed, whether gradients counted, batch, threads.
+    fronts : dict of str to tuple of Alternative
+        What each layer could have become, the layer as it came among them; nothing is fitted
+        by them, and they may be taken out.
 
     Examples
     --------
@@ -75,6 +98,7 @@ class Plan:
     loss: float
     gap: float
     about: dict[str, Any]
+    fronts: dict[str, tuple[Alternative, ...]] = field(default_factory=dict)
 
     def total(self, axis: str) -> tuple[float, float]:
         """What the plan costs on one axis, and what the network costs as it came.
@@ -151,21 +175,27 @@ class Plan:
         return report.html_table(self.rows(), [self.title()])
 
     def to_json(self) -> str:
-        """As text, a line or a few a layer.
+        """As text, a line a layer, and a line for each of its alternatives.
 
         Returns
         -------
         str
         """
+        entries = [f"{_text(name)}: {_text(asdict(e))}" for name, e in self.layers.items()]
+        fronts = [
+            f"{_text(name)}: [{_lines(map(_text, front), 3)}]"
+            for name, front in self.fronts.items()
+        ]
         whole = {
-            "version": VERSION,
-            "limits": self.limits,
-            "loss": self.loss,
-            "gap": self.gap,
-            "about": self.about,
-            "layers": {name: asdict(e) for name, e in self.layers.items()},
+            "version": _text(VERSION),
+            "limits": _text(self.limits),
+            "loss": _text(self.loss),
+            "gap": _text(self.gap),
+            "about": _text(self.about),
+            "layers": f"{{{_lines(entries, 2)}}}",
+            "fronts": f"{{{_lines(fronts, 2)}}}",
         }
-        return json.dumps(whole, indent=1)
+        return f"{{{_lines((f'{_text(k)}: {v}' for k, v in whole.items()), 1)}}}"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -196,9 +226,20 @@ class Plan:
                 for name, e in read["layers"].items()
             }  # fmt: skip
             limits, about = _numbers(read["limits"]), dict(read["about"])
-            return cls(layers, limits, float(read["loss"]), float(read["gap"]), about)
-        except (KeyError, TypeError, AttributeError, ValueError) as why:
-            raise ValueError(f"not a plan: {why!r}") from None
+            fronts = {
+                str(name): tuple(
+                    Alternative(str(n), tuple(int(r) for r in rank), float(error), float(macs))
+                    for n, rank, error, macs in front
+                )
+                for name, front in dict(read.get("fronts", {})).items()
+            }
+            return cls(layers, limits, float(read["loss"]), float(read["gap"]), about, fronts)
+        except json.JSONDecodeError as why:
+            raise ValueError(f"not a plan: no JSON, {why}") from None
+        except KeyError as why:
+            raise ValueError(f"not a plan: there is no {why}") from None
+        except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as why:
+            raise ValueError(f"not a plan: {why}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON.
@@ -207,14 +248,27 @@ class Plan:
         ----------
         path : path
         """
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.to_json() + "\n")
-        os.replace(part, path)
+        with io.whole(path) as part:
+            part.write_text(self.to_json() + "\n", "utf-8")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _lines(parts: Iterable[str], indent: int) -> str:
+    """Members of an object or a list, each on a line of its own."""
+    pad = "\n" + " " * indent
+    body = f",{pad}".join(parts)
+    return f"{pad}{body}{pad[:-1]}" if body else ""
 
 
 def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
-    return {str(k): float(v) for k, v in given.items()}
+    """Costs or limits; finite ones, since no sum could be made of others."""
+    found = {str(k): float(v) for k, v in given.items()}
+    if not all(map(math.isfinite, found.values())):
+        raise ValueError(f"{found} are not all finite numbers")
+    return found
 
 
 def _said(axis: str, amount: float) -> str:
