@@ -1,0 +1,277 @@
+"""Budgets over whole networks: the choice, plans, layers fitted one after another."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lowrank
+from lowrank import models
+from lowrank.metric import white
+from lowrank.models import Layer, Option, Plan, spend
+from lowrank.models.options import options
+
+
+def option(loss, macs, params=1.0):
+    return Option("encode", "", (1,), loss, loss, {"macs": macs, "params": params}, ())
+
+
+table = st.lists(
+    st.lists(
+        st.tuples(st.integers(0, 50), st.integers(1, 40), st.integers(1, 40)),
+        min_size=1, max_size=4,
+    ),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(table, st.floats(0.1, 1.0), st.floats(0.1, 1.0))
+def test_the_choice_is_the_best_of_all(rows, share, other):
+    some = {
+        str(i): [option(float(a), float(b), float(c)) for a, b, c in r] for i, r in enumerate(rows)
+    }
+    limits = {
+        "macs": share * sum(max(o.costs["macs"] for o in v) for v in some.values()),
+        "params": other * sum(max(o.costs["params"] for o in v) for v in some.values()),
+    }
+    # Every combination, counted.
+    fitting = [
+        sum(o.loss for o in pick)
+        for pick in itertools.product(*some.values())
+        if all(sum(o.costs[a] for o in pick) <= limits[a] for a in limits)
+    ]
+    if not fitting:
+        with pytest.raises(ValueError, match=r"cheapest|no choice"):
+            spend(some, limits)
+        return
+    found = spend(some, limits)
+    # HiGHS keeps constraints to 1e-6 of the budget and finds optima to 1e-6 of the largest loss.
+    assert found.loss <= min(fitting) + 1e-4
+    assert all(
+        sum(o.costs[a] for o in found.options.values()) <= limits[a] * (1 + 1e-6) for a in limits
+    )
+    assert found.gap == pytest.approx(0, abs=1e-9)
+
+
+class Straight:
+    """Layers one after another with ReLUs between them, in NumPy."""
+
+    def __init__(self, convs, data, names=None):
+        self.convs = dict(zip(names or [f"conv{i}" for i in range(len(convs))], convs))
+        self.data = data
+        self.batches = len(data)
+        self.passes = 0
+        found, x = [], data[0]
+        for name, conv in self.convs.items():
+            found.append(Layer(name, conv, x.shape[2:]))
+            x = np.maximum(conv(x), 0)
+        self.layers = tuple(found)
+
+    def run(self, x, chains):
+        for name, conv in self.convs.items():
+            yield name, x
+            x = np.maximum(chains.get(name, conv)(x), 0)
+        yield "out", x
+
+    def inputs(self, names, chains):
+        self.passes += 1
+        for x in self.data:
+            yield {name: (a,) for name, a in self.run(x, chains) if name in names}
+
+    def gradients(self, names, seed):
+        return None
+
+    def outputs(self, chains):
+        for x in self.data:
+            yield (dict(self.run(x, chains))["out"],)
+
+    def replaced(self, chains):
+        return dict(chains)
+
+    def error(self, chains):
+        pairs = list(zip(self.outputs(chains), self.outputs({})))
+        missed = sum(float(np.square(a - b).sum()) for (a,), (b,) in pairs)
+        return (missed / sum(float(np.square(b).sum()) for _, (b,) in pairs)) ** 0.5
+
+
+@pytest.fixture
+def net():
+    rng = np.random.default_rng(0)
+
+    def weight(*shape):
+        # Trained kernels fall off in their spectra; these do, by construction.
+        low = np.einsum(
+            "ar,br->ab",
+            rng.standard_normal((shape[0], 3)),
+            rng.standard_normal((int(np.prod(shape[1:])), 3)),
+        )
+        return (low.reshape(shape) + 0.5 * rng.standard_normal(shape)).astype(np.float32) / 5
+
+    convs = [
+        lowrank.dense(
+            weight(12, 3, 3, 3), bias=rng.standard_normal(12).astype(np.float32), padding=1
+        ),
+        lowrank.dense(weight(16, 12, 3, 3), bias=np.zeros(16, np.float32), padding=1, stride=2),
+        lowrank.dense(weight(16, 16, 3, 3), padding=1),
+        lowrank.dense(weight(10, 16, 1, 1)),
+    ]
+    data = [rng.standard_normal((16, 3, 12, 12)).astype(np.float32) for _ in range(3)]
+    data = [x + np.roll(x, 1, 2) + np.roll(x, 1, 3) for x in data]
+    return Straight(convs, data)
+
+
+def test_a_budget_is_kept_and_counted_right(net):
+    small = models.compress(net, macs=0.5, params=0.7)
+    for axis, share in (("macs", 0.5), ("params", 0.7)):
+        now, before = small.plan.total(axis)
+        assert now <= share * before * (1 + 1e-9)
+    chains = {x.name: small.chains.get(x.name, x.conv) for x in net.layers}
+    macs = sum(f.cost(x.input_size).macs for x, f in zip(net.layers, chains.values()))
+    assert macs == small.plan.total("macs")[0]
+    assert small.plan.total("macs")[1] == sum(x.cost.macs for x in net.layers)
+
+
+def test_more_budget_costs_less(net):
+    losses = [models.make_plan(net, macs=share).loss for share in (0.3, 0.5, 0.8, 1.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 0.0
+
+
+def test_data_beat_white_noise(net):
+    blind = Straight(list(net.convs.values()), net.data)
+    blind.batches = 0
+    plan = models.make_plan(blind, macs=0.45)
+    without = models.compress(blind, plan).chains
+    fitted = models.compress(net, plan).chains
+    assert net.error(fitted) < 0.9 * net.error(without)
+
+
+def test_layers_are_fitted_to_what_they_now_get(net):
+    plan = models.make_plan(net, macs=0.4)
+    one_by_one = models.compress(net, plan)
+    apart = {}
+    for name in plan.changed:
+        alone = Plan({name: plan.layers[name]}, plan.limits, plan.loss, plan.gap, plan.about)
+        apart |= models.compress(net, alone).chains
+    assert net.error(one_by_one.chains) < net.error(apart)
+    again = models.compress(net, plan, passes=2, refit=True)
+    assert net.error(again.chains) < net.error(one_by_one.chains) * 1.02
+
+
+def test_errors_of_rows_are_those_of_the_outputs(net):
+    small = models.compress(net, macs=0.4)
+    last = small.rows[-1]
+    layer = next(x for x in net.layers if x.name == last.name)
+    before = {k: f for k, f in small.chains.items() if k != last.name}
+    x = np.concatenate([b[last.name][0] for b in net.inputs([last.name], before)])
+    x0 = np.concatenate([b[last.name][0] for b in net.inputs([last.name], {})])
+    got, want = small.chains[last.name](x), layer.conv(x0)
+    missed = np.square(got - want).mean(axis=(0, 2, 3)).sum()
+    spread = np.square(want - want.mean(axis=(0, 2, 3), keepdims=True)).mean(axis=(0, 2, 3)).sum()
+    # The row's error is against the best kernel for these inputs: what that misses comes on top.
+    assert last.error**2 * spread <= missed * 1.1
+    assert np.abs((got - want).mean(axis=(0, 2, 3))).max() < 1e-3 * np.abs(want).max()
+
+
+def test_layers_can_be_pinned_capped_and_left_out(net):
+    plan = models.make_plan(
+        net, macs=0.7, pinned=["conv0"], left_out=["conv3"], capped={"conv2": 0.3}
+    )
+    assert plan.layers["conv0"].family == "dense"
+    assert "conv3" not in plan.layers
+    capped = plan.layers["conv2"]
+    assert capped.costs["macs"] <= 0.3 * capped.dense["macs"]
+    assert plan.total("macs")[1] == sum(x.cost.macs for x in net.layers if x.name != "conv3")
+
+
+def test_a_plan_is_a_readable_file(net, tmp_path):
+    plan = models.make_plan(net, macs=0.5)
+    plan.save(tmp_path / "plan.json")
+    read = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert read.layers == plan.layers
+    assert read.limits == plan.limits
+    a, b = models.compress(net, plan).chains, models.compress(net, read).chains
+    assert all((a[k].to_dense() == b[k].to_dense()).all() for k in a)
+    assert "conv1" in repr(plan)
+    assert "proven best" in repr(plan)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"version": 99}', '{"version": 1, "layers": 3}']
+)
+def test_what_is_no_plan_says_so(text):
+    with pytest.raises(ValueError, match="not a plan"):
+        Plan.from_json(text)
+
+
+def test_a_run_goes_on_from_finished_layers(net, tmp_path):
+    plan = models.make_plan(net, macs=0.4)
+    whole = models.compress(net, plan)
+    steps = iter(range(100))
+
+    def stop(what, share):
+        if what == "layers" and next(steps) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.compress(net, plan, folder=tmp_path, progress=stop)
+    kept = list(tmp_path.rglob("*.safetensors"))
+    assert 0 < len(kept) < len(plan.changed)
+    again = models.compress(net, plan, folder=tmp_path)
+    assert all(
+        (whole.chains[k].to_dense() == again.chains[k].to_dense()).all() for k in plan.changed
+    )
+    assert again.rows == whole.rows
+
+
+def test_the_same_seed_gives_the_same_bits(net):
+    a, b = (models.compress(net, macs=0.5, seed=7).chains for _ in range(2))
+    assert all((a[k].to_dense() == b[k].to_dense()).all() for k in a)
+
+
+def test_what_cannot_be_is_said(net):
+    with pytest.raises(TypeError, match="give a budget"):
+        models.make_plan(net)
+    with pytest.raises(ValueError, match="the cheapest options take"):
+        models.make_plan(net, macs=0.001)
+    with pytest.raises(ValueError, match=r"share in .0, 1."):
+        models.make_plan(net, macs=3)
+    with pytest.raises(ValueError, match="no layer is called 'convX'"):
+        models.make_plan(net, macs=0.5, pinned=["convX"])
+    with pytest.raises(ValueError, match="family must be one of"):
+        models.make_plan(net, macs=0.5, families=["svd"])
+    with pytest.raises(ValueError, match="capped"):
+        models.make_plan(net, macs=0.5, capped={"conv1": 0.001})
+    plan = models.make_plan(net, macs=0.5)
+    other = Straight(list(net.convs.values()), net.data, ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="another network"):
+        models.compress(other, plan)
+
+
+def test_nothing_to_win_is_said():
+    conv = lowrank.dense(np.ones((4, 1, 1, 1), np.float32), groups=4)
+    net = Straight([conv], [np.ones((2, 4, 6, 6), np.float32)])
+    with pytest.raises(models.Nothing, match="nothing can be won"):
+        models.make_plan(net, macs=0.9)
+
+
+def test_seconds_are_a_budget(net):
+    plan = models.make_plan(net, seconds=0.9)
+    now, before = plan.total("seconds")
+    assert 0 < now <= 0.9 * before
+
+
+def test_options_beat_one_another_and_the_layer():
+    conv = lowrank.dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)))
+    found = options(Layer("conv", conv, (8, 8)), white(1, (16, 3, 3)))
+    dense, *rest = found
+    assert dense.name == "dense"
+    assert len({o.family for o in rest}) > 1
+    for o in rest:
+        assert o.costs["macs"] < dense.costs["macs"]
+        f = lowrank.chain(o.stages)
+        assert f.cost((8, 8)).macs == o.costs["macs"]
+        assert o.error == pytest.approx(f.error(conv.to_dense()), rel=1e-6)
