@@ -11,7 +11,9 @@ import pytest
 
 import lowrank as lr
 from lowrank import cli, demo, filters, machine
+from lowrank.cli.images import Name
 from lowrank.machine import calibration, store
+from lowrank.weights import layers
 
 DIGITS = str(demo.WEIGHTS)
 
@@ -51,7 +53,7 @@ def test_inspect_lists_every_layer(lowrank):
     rows = json.loads(out)["layers"]
     assert [r["layer"] for r in rows] == ["conv1", "conv2", "conv3"]
     assert rows[2]["macs"] == 64 * 64 * 9 * 256
-    conv = cli.layers(DIGITS)[2].conv
+    conv = layers(DIGITS)[2].conv
     front = lr.frontier(conv, (16, 16), ["spatial"], axis="macs")
     half = [c.error for c in front if c.cost.macs <= rows[2]["macs"] / 2]
     assert rows[2]["error_at_half"]["spatial"] == min(half)
@@ -63,7 +65,7 @@ def test_approximate_shows_the_front_and_makes_the_pick(lowrank, tmp_path):
     assert (code, err) == (0, "")
     assert "pick:" in out
     f = lr.load(tmp_path / "a.safetensors")["conv3"]
-    conv = next(x.conv for x in cli.layers(DIGITS) if x.name == "conv3")
+    conv = next(x.conv for x in layers(DIGITS) if x.name == "conv3")
     assert 0 < f.error(conv.to_dense()) <= 0.3
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
     code, out, _ = lowrank(*words, "--json")
@@ -141,7 +143,7 @@ def test_filter_writes_the_picture(lowrank, photo, tmp_path):
     assert np.load(tmp_path / "b.npy").dtype == np.float32
 
 
-@pytest.mark.parametrize("name", list(cli.Name))
+@pytest.mark.parametrize("name", list(Name))
 def test_filter_knows_every_name(lowrank, photo, name):
     code, out, _ = lowrank("filter", "photo.png", "--kernel", name, "--angle", "30", "--json")
     assert code == 0
@@ -288,7 +290,7 @@ def test_the_module_runs_as_a_command():
 
 def test_approximate_on_every_net(lowrank, data):
     for path in sorted((data / "weights").glob("*.safetensors")):
-        name = cli.layers(path)[-1].name
+        name = layers(path)[-1].name
         families = "encode,decode,spatial,decouple,basis,tucker"
         code, out, err = lowrank(
             "approximate", path, "--layer", name, "--macs", "0.5", "--families", families, "--json"

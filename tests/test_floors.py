@@ -17,7 +17,7 @@ FLOORS = [
     ["blocks", "families", "io"],
     ["certify", "ranks", "search", "weighted", "weights"],
     ["filters", "models"],
-    ["interop", "plots"],
+    ["interop", "plots", "webpage"],
     ["cli"],
     ["__init__"],
     ["data", "demo"],

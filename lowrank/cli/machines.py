@@ -1,0 +1,43 @@
+"""The time model of this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from lowrank import machine
+from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
+
+
+@app.command()
+def calibrate(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Measure only this, of {', '.join(machine.ENGINES)}; may be repeated."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Measure nothing; show what is kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, so that times are predicted; takes less than a minute.
+
+    Run it when the machine has nothing else to do.  The result is kept in the cache folder.
+    """
+    if engine and set(engine) - set(machine.ENGINES):
+        raise ValueError(f"--engine must be one of {', '.join(machine.ENGINES)}, got {engine}")
+    if show:
+        here = machine.current()
+    else:
+        with share_bars() as step:
+            here = machine.calibrate(step, engine)
+    if as_json:
+        print(here.to_json())
+        return
+    print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
+    rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.rates.items()]
+    print_table(("engine", "median error", "90th percentile"), rows)
+    print("Errors of predicted seconds, on work that was left out of the fit.")
+    if here.calibrated:
+        print(f"kept in {machine.path()}")
+    else:
+        print("These rates came with lowrank: run 'lowrank calibrate' for those of this machine.")
