@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from scipy import linalg
@@ -19,8 +19,8 @@ from lowrank.factorization import Factorization, as_input
 from lowrank.geometry import Geometry
 
 WIDEST = 4608  # in * taps, above which only factors are kept: 512 channels of 3 x 3 take 170 MB
-POSITIONS = 1 << 15  # outputs of a batch that are looked at, at the most: a random choice
-CHUNK = 1 << 22  # numbers that are unrolled at a time
+POSITIONS = 1 << 14  # outputs of a batch that are looked at, at the most: a random choice
+CHUNK = 1 << 21  # numbers that are unrolled at a time: what the caches hold
 RIDGE = 1e-3  # of the mean eigenvalue, added to all: what was never seen is not free
 FEW = 0.05  # more of it for fewer samples than unknowns, by their ratio
 
@@ -131,6 +131,33 @@ class Metric:
         24.0
         """
         return max(float(np.vdot(e, self.weighted(e))), 0.0)
+
+    def astype(self, dtype: Any) -> Metric:
+        """The same in another precision.
+
+        Parameters
+        ----------
+        dtype : dtype
+
+        Returns
+        -------
+        Metric
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank.metric import white
+        >>> white(1, (4, 3)).astype(np.float32).channels.dtype
+        dtype('float32')
+        """
+
+        def of(a: Array | None) -> Array | None:
+            return None if a is None else a.astype(dtype, copy=False)
+
+        return replace(
+            self, inputs=of(self.inputs), channels=self.channels.astype(dtype),
+            taps=tuple(t.astype(dtype) for t in self.taps), outputs=of(self.outputs),
+        )  # fmt: skip
 
     def with_outputs(self, outputs: Array | None) -> Metric:
         """The same inputs with another weight of the outputs.
@@ -255,25 +282,18 @@ class Moments:
         x = _finite(self.conv, x)
         if original is not None and _finite(self.conv, original).shape != x.shape:
             raise ValueError(f"original must have the shape of x, {x.shape}, got {original.shape}")
-        spread = _Patches(self.conv, x.shape[2:])
-        n = self.ins * math.prod(self.kernel)
-        total = len(x) * math.prod(spread.outs)
-        kept = None
+        patches = _Patches(self.conv, x.shape[2:])
+        total = len(x) * math.prod(patches.outs)
+        chosen = np.arange(total)
         if total > self.positions:
-            kept = np.sort(self._random.choice(total, self.positions, replace=False))
-        each = max(1, CHUNK // (n * self.conv.groups * math.prod(spread.outs)))
-        for first in range(0, len(x), each):
-            at = None
-            if kept is not None:
-                size = each * math.prod(spread.outs)
-                inside = kept[np.searchsorted(kept, first * math.prod(spread.outs)) :]
-                at = inside[: np.searchsorted(inside, first * math.prod(spread.outs) + size)]
-                at = at - first * math.prod(spread.outs)
-                if not len(at):
-                    continue
-            p = spread.of(x[first : first + each], at)
-            q = p if original is None else spread.of(original[first : first + each], at)
-            self._count(p, q)
+            chosen = np.sort(self._random.choice(total, self.positions, replace=False))
+        now = patches.windows(x)
+        before = now if original is None else patches.windows(original)
+        each = max(1, CHUNK // (self.ins * math.prod(self.kernel) * self.conv.groups))
+        for first in range(0, len(chosen), each):
+            at = chosen[first : first + each]
+            p = patches.taken(now, at)
+            self._count(p, p if original is None else patches.taken(before, at))
 
     def _count(self, p: Array, q: Array) -> None:
         """Patches (groups, samples, in * taps) of now and of the original."""
@@ -489,31 +509,25 @@ class _Patches:
             self.plain = g
             self.outs = g.output_size(tuple(spatial), self.kernel)
 
-    def of(self, x: Array, at: Array | None) -> Array:
-        """Of a batch, or of some of its outputs only."""
+    def windows(self, x: Array) -> Array:
+        """A view of a batch: (batch, *outs, channels, *taps)."""
         g = self.conv.geometry
         if self.conv.transposed:
             x = self._spread(x)
         else:
-            outside = np.full(self.conv.in_channels, g.value)
-            x = reference.pad(x, g.padding, g.padding_mode, outside)
+            x = reference.pad(x, g.padding, g.padding_mode, np.full(self.conv.in_channels, g.value))
         axes = tuple(range(2, x.ndim))
         every = np.lib.stride_tricks.sliding_window_view(x, self.plain.extent(self.kernel), axes)
         steps = [slice(None, None, s) for s in (*self.plain.stride, *self.plain.dilation)]
-        seen = every[:, :, *steps]
-        seen = seen[(slice(None), slice(None), *(slice(n) for n in self.outs))]
-        # (batch, channels, *outs, *taps) to (batch, *outs, channels, *taps)
-        seen = np.moveaxis(seen, 1, 1 + len(axes))
-        groups = self.conv.groups
-        if at is not None:
-            where = np.unravel_index(at, seen.shape[: 1 + len(axes)])
-            flat = seen[where]
-        else:
-            flat = seen.reshape(-1, *seen.shape[1 + len(axes) :])
-        flat = flat.reshape(len(flat), groups, -1)
+        seen = every[:, :, *steps][(slice(None), slice(None), *(slice(n) for n in self.outs))]
         if self.conv.transposed:
-            k = math.prod(self.kernel)
-            flat = flat.reshape(len(flat), groups, -1, k)[..., ::-1].reshape(len(flat), groups, -1)
+            seen = seen[(..., *(slice(None, None, -1) for _ in self.kernel))]
+        return np.moveaxis(seen, 1, 1 + len(axes))
+
+    def taken(self, windows: Array, at: Array) -> Array:
+        """Some outputs' patches, by their number: (groups, samples, in * taps)."""
+        where = np.unravel_index(at, windows.shape[: 1 + len(self.outs)])
+        flat = windows[where].reshape(len(at), self.conv.groups, -1)
         return np.ascontiguousarray(flat.swapaxes(0, 1))
 
     def _spread(self, x: Array) -> Array:

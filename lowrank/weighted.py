@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -313,7 +313,11 @@ class Weighted:
         return w.swapaxes(1, 2) if self.conv.transposed else w
 
     def refined(
-        self, stages: Sequence[Stage], sweeps: int = SWEEPS, tolerance: float = TOLERANCE
+        self,
+        stages: Sequence[Stage],
+        sweeps: int = SWEEPS,
+        tolerance: float = TOLERANCE,
+        dtype: Any = np.float64,
     ) -> tuple[tuple[Stage, ...], float]:
         """A chain with its weights fitted in the full metric, and its relative error there.
 
@@ -325,6 +329,8 @@ class Weighted:
             Of alternation, at the most.
         tolerance : float
             Relative: a sweep that takes less off the energy that is left is the last.
+        dtype : dtype
+            float32 takes half the time and tells errors above about 0.003 apart.
 
         Returns
         -------
@@ -339,11 +345,12 @@ class Weighted:
         tensors = [t.astype(np.float64) for t in n.tensors(stages)]
         # Into scaled modes: the inverse of the inverse.
         tensors = _split(n, roles, _inverted(s), tensors)
-        fit = _Fit(n, self, metric, s.to(self.wanted))
-        tensors, energy = fit.run(tensors, sweeps, tolerance)
-        whole = self.energy
+        fit = _Fit(n, self, metric.astype(dtype), s.to(self.wanted).astype(dtype))
+        tensors, energy = fit.run([t.astype(dtype) for t in tensors], sweeps, tolerance)
+        whole = fit.whole
         error = math.sqrt(max(energy, 0.0) / whole) if whole else 0.0
-        return self._put(stages, n, _split(n, roles, s, tensors)), error
+        tensors = _split(n, roles, s, [t.astype(np.float64) for t in tensors])
+        return self._put(stages, n, tensors), error
 
 
 def _inverted(s: Scaling) -> Scaling:

@@ -141,7 +141,7 @@ def options(
     scale = whole / 2 if metric.outputs is not None and layer.scale is None else 1.0
     fitted = [dense]
     for weighted, point, price in found:
-        stages, error = weighted.refined(point.build(), SWEEPS)
+        stages, error = weighted.refined(point.build(), SWEEPS, dtype=np.float32)
         fitted.append(
             Option(
                 weighted.family, weighted.form, point.rank, scale * error**2, error, price, stages

@@ -1,0 +1,143 @@
+"""Trained networks compressed within budgets: what they keep, how long it takes, how fast they run.
+
+    LOWRANK_DATA=... python -m asv_benchmarks.models [--net WORD] [--seeds N] [--json] [--no-speed]
+
+The nets and their data lie in the folder that LOWRANK_DATA names.  One set of defaults for all of
+them, nothing is trained.  A row is a net and a share of its multiply-adds: the score of the
+original and the median over calibration seeds, each with the compressed stages themselves; for
+classifiers the paired difference on the test images with its 95 % interval, of the median seed.
+Then the time of the whole forward pass, of medians of runs in turns: PyTorch's dense net in its
+better layout with batch norms folded, the chains there, and both on lowrank's engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+
+from asv_benchmarks.benchmarks import nets, whole
+from lowrank.interop.torch import compress
+from lowrank.models import Nothing
+
+SHARES = (1 / 2, 1 / 3)
+#: The most points that may be lost, by net and share.
+TARGETS = {
+    ("resnet20_cifar10", 2): 1.5,
+    ("resnet20_cifar10", 3): 3.0,
+    ("caffe_cifar10_full", 2): 1.0,
+    ("caffe_cifar10_full", 3): 3.5,
+}
+MINUTE = 60.0  # seconds that the pipeline may take for ResNet-20
+FASTER = 1.6  # than PyTorch's dense net, at half the multiply-adds
+
+
+def hits(model: torch.nn.Module, case: nets.Case) -> torch.Tensor | None:
+    """Which test images a classifier gets right; None where there are no labels."""
+    images, labels = case.test()
+    if labels is None:
+        return None
+    with torch.inference_mode():
+        found = torch.cat([model(x).argmax(1) for x in images.split(250)])
+    return (found == torch.as_tensor(labels)).float()
+
+
+def paired(case: nets.Case, small: torch.nn.Module) -> tuple[float, float] | None:
+    """Points gained on the test images, and half the width of the 95 % interval."""
+    before, after = hits(case.model, case), hits(small, case)
+    if before is None or after is None:
+        return None
+    change = 100 * (after - before)
+    return float(change.mean()), 1.96 * float(change.std()) / math.sqrt(len(change))
+
+
+def row(case: nets.Case, share: float, seeds: int, threads: int, speed: bool) -> dict[str, Any]:
+    found = []
+    for seed in range(seeds):
+        begin = time.perf_counter()
+        try:
+            small = compress(case.model, case.calibration(seed), macs=share, refit=True, seed=seed)
+        except (Nothing, ValueError) as why:
+            return {"net": case.name, "share": share, "says": str(why)}
+        took = time.perf_counter() - begin
+        found.append((case.score(small.model), took, small))
+    found.sort(key=lambda f: f[0])
+    score, _, small = found[(len(found) - 1) // 2]
+    now, before = small.plan.total("macs")
+    result = {
+        "net": case.name,
+        "unit": case.unit,
+        "share": now / before,
+        "original": case.score(case.model),
+        "score": score,
+        "scores": [f[0] for f in found],
+        "paired": paired(case, small.model),
+        "took": statistics.median(f[1] for f in found),
+        "families": sorted({e.family for e in small.plan.layers.values()}),
+    }
+    if speed and case.name in whole.TIMED:
+        for batch in whole.TIMED[case.name]:
+            result[f"seconds, N = {batch}"] = whole.timings(case, small.model, batch, threads)
+    return result
+
+
+def said(r: dict[str, Any]) -> Iterator[str]:
+    if "says" in r:
+        yield f"{r['net']:26} {r['share']:5.0%}  {r['says']}"
+        return
+    line = (
+        f"{r['net']:26} {r['share']:5.0%} {r['original']:8.2f} {r['score']:8.2f} {r['unit']:18} "
+        f"{r['took']:6.1f} s"
+    )
+    if r["paired"]:
+        line += f"  {r['paired'][0]:+.2f} +- {r['paired'][1]:.2f} points"
+        target = TARGETS.get((r["net"], round(1 / r["share"])))
+        if target is not None:
+            lost = r["original"] - r["score"]
+            line += f" (at most {target} lost: {'met' if lost <= target else 'MISSED'})"
+    yield line
+    for key, times in r.items():
+        if key.startswith("seconds"):
+            best = min(t for name, t in times.items() if name.startswith("torch dense"))
+            each = ", ".join(f"{name} {1e3 * t:.2f}" for name, t in times.items())
+            gain = best / times["engine compressed"]
+            line = f"{'':10}{key[9:]}: {each} ms; {gain:.2f} x PyTorch's dense"
+            if round(1 / r["share"]) == 2:
+                line += f" ({FASTER}: {'met' if gain >= FASTER else 'MISSED'})"
+            yield line
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", default="", help="part of a name")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--no-speed", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    found = []
+    for case in nets.cases(given.net):
+        for share in SHARES:
+            r = row(case, share, given.seeds, given.threads, not given.no_speed)
+            found.append(r)
+            if not given.json:
+                for line in said(r):
+                    print(line, flush=True)
+    if given.json:
+        json.dump(found, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
