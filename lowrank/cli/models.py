@@ -234,8 +234,8 @@ def compress(
         print(f"evaluation: {scores[0]:.6g} before, {scores[1]:.6g} after")
     if report_to is not None and (timed := facts.timed()):
         print(
-            f"measured: {report.time(timed[0])} before, {report.time(timed[1])} after, "
-            f"{timed[0] / timed[1]:.2f} times faster"
+            f"measured{facts.measured_layers}: {report.time(timed[0])} before, "
+            f"{report.time(timed[1])} after, {timed[0] / timed[1]:.2f} times faster"
         )
     for path in (out, report_to):
         if path is not None:

@@ -135,6 +135,8 @@ def make_plan(
     asked = {a: b for a, b in budgets.items() if b is not None}
     if not asked:
         raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
+    for axis, budget in asked.items():
+        _limit(axis, budget, 1.0)  # what is no budget at all is refused before the work
     names = _families(families)
     layers = [x for x in net.layers if not _matches(x.name, left_out)]
     if not layers:

@@ -150,9 +150,10 @@ class Facts:
         Returns
         -------
         tuple of float or None
+            None if no layer that changed was measured.
         """
         some = [(x, x.measured) for x in self.layers if x.measured is not None]
-        if not some:
+        if not any(x.changed for x, _ in some):
             return None
         return (
             math.fsum(m[0] for _, m in some),
@@ -160,6 +161,12 @@ class Facts:
             math.fsum(x.before["macs"] for x, _ in some),
             math.fsum(x.after["macs"] for x, _ in some),
         )
+
+    @property
+    def measured_layers(self) -> str:
+        """How many layers were measured, where it is not all: " of 3 of 10 layers"."""
+        n = sum(x.measured is not None for x in self.layers)
+        return "" if n == len(self.layers) else f" of {n} of {len(self.layers)} layers"
 
     @property
     def realised(self) -> float | None:

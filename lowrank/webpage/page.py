@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import version
@@ -67,7 +68,7 @@ def page(facts: Facts) -> str:
     """
     title = f"{facts.name}, compressed"
     changed = sum(x.changed for x in facts.layers)
-    asked = ", ".join(f"{_AXES[a]} ≤ {_said(a, v)}" for a, v in facts.plan.limits.items())
+    asked = ", ".join(_limit(facts, a, v) for a, v in facts.plan.limits.items())
     lead = f"{changed} of {len(facts.layers)} layers changed; asked for: {asked or 'no limit'}."
     sections = (
         _summary(facts),
@@ -100,7 +101,7 @@ def _summary(facts: Facts) -> str:
     tiles = [_tile(label.capitalize(), *facts.total(axis), axis) for axis, label in _AXES.items()]
     timed = facts.timed()
     if timed is not None:
-        tiles.append(_tile("Measured time", *timed[:2], "seconds"))
+        tiles.append(_tile(f"Measured time{facts.measured_layers}", *timed[:2], "seconds"))
     if facts.realised is not None:
         said = "of the speed that fewer multiply-adds promise was measured"
         tiles.append(_plain_tile("Realised", f"{facts.realised:.0%}", said))
@@ -161,15 +162,16 @@ def _errors(facts: Facts) -> str:
 
 def _times(facts: Facts) -> str:
     """Predicted beside measured, as bars of one scale and as numbers."""
+    found = facts.timed()
     timed = [x for x in facts.layers if x.measured is not None]
-    if not timed:
-        said = "<p>Nothing was measured; predicted times stand in the tables above.</p>"
+    if found is None:
+        said = (
+            "<p>No layer that changed was measured; predicted times stand in the tables above.</p>"
+        )
         return _section("Time, predicted and measured", "times", said)
     whole = max(max(x.measured or (0.0,)) for x in timed)
     head = ("layer", "measured, before and after", "measured", "predicted", "faster", "realised")
     rows = [_timed_row(x, whole) for x in timed]
-    found = facts.timed()
-    assert found is not None  # there are some
     predicted = [math.fsum(getattr(x, w)["seconds"] for x in timed) for w in ("before", "after")]
     last = (
         "all", "", f"{_time(found[0])} → {_time(found[1])}",
@@ -182,7 +184,7 @@ def _times(facts: Facts) -> str:
         f"{'all' if facts.threads is None else facts.threads} threads, on lowrank's engine, layer "
         "by layer. Bars: grey before, coloured after. Realised: how many times faster over how "
         "many times fewer multiply-adds."
-        + (f" {left} layers would have taken too long to measure." if left else "")
+        + (f" {left} layers would have taken too much time or memory to measure." if left else "")
     )
     body = _table("times", caption, head, rows, last, words=2)
     return _section("Time, predicted and measured", "times", body)
@@ -310,7 +312,14 @@ def _table(
 
 
 def _text(text: str) -> str:
-    return escape(text)
+    """Escaped; a long name may be broken where it has parts."""
+    return re.sub(r"(?<=[/._])(?=\w)", "<wbr>", escape(text))
+
+
+def _limit(facts: Facts, axis: str, amount: float) -> str:
+    whole = facts.plan.total(axis)[1]
+    share = f" ({amount / whole:.0%})" if whole else ""
+    return f"{_AXES.get(axis, axis)} ≤ {_said(axis, amount)}{share}"
 
 
 def _small(text: str) -> str:

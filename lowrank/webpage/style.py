@@ -58,8 +58,9 @@ thead th { font-weight: 500; color: var(--soft); vertical-align: bottom; }
 tbody th, tfoot th { font-weight: 600; }
 tbody th, tfoot th, thead th:first-child { position: sticky; left: 0; background: var(--surface); }
 tbody th {
-  white-space: normal; overflow-wrap: anywhere; min-width: 8em; max-width: 16em;
+  white-space: normal; overflow-wrap: anywhere; min-width: 9em; max-width: 20em;
 }
+@media (min-width: 900px) { tbody th { min-width: 15em; } }
 tfoot td, tfoot th { font-weight: 600; border-top: 2px solid var(--line); }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 .share { display: inline-block; min-width: 3em; color: var(--soft); }

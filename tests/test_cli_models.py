@@ -1,0 +1,348 @@
+"""The commands for whole networks: budgets, plans, files written whole or not at all."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from lowrank import cli, demo
+from lowrank.interop import files
+from lowrank.interop.weights import WeightsNet
+from lowrank.models import Plan, reconstruct
+from lowrank.weights import layers
+
+DIGITS = str(demo.WEIGHTS)
+QUICK = ("--families", "spatial,encode")
+
+
+@pytest.fixture
+def lowrank(monkeypatch, capsys, tmp_path):
+    """Runs the command in a folder of its own: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["lowrank", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    """Inputs of the digits' layers, all of which one channel of each pair is the other's double."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for layer in WeightsNet(DIGITS).layers:
+        x = rng.standard_normal((16, *layer.conv.shape(layer.input_size))).astype(np.float32)
+        if x.shape[1] > 1:
+            x[:, 1::2] = 2 * x[:, ::2]
+        arrays[layer.name] = x
+    np.savez(tmp_path / "data.npz", **arrays)
+    return "data.npz"
+
+
+def macs(path):
+    """Of all layers of a weights file, chains among them."""
+    return sum(x.conv.cost(x.input_size).macs for x in layers(path))
+
+
+def test_a_network_within_a_budget(lowrank, tmp_path):
+    code, out, err = lowrank("compress", DIGITS, "--macs", "0.5", "-o", "a.safetensors", *QUICK)
+    assert (code, err) == (0, "")
+    assert "white noise" in out
+    assert re.search(r"conv2 +(spatial|encode)", out)
+    whole = sum(x.cost.macs for x in WeightsNet(DIGITS).layers)
+    assert 0.3 * whole < macs(tmp_path / "a.safetensors") <= 0.5 * whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
+
+
+def test_calibration_data_make_the_errors_smaller(lowrank, calibration):
+    words = ("compress", DIGITS, "--macs", "0.4", *QUICK, "--json", "-o", "a.npz")
+    blind = json.loads(lowrank(*words)[1])
+    code, out, _ = lowrank(*words, "--calibrate", calibration)
+    seeing = json.loads(out)
+    assert code == 0
+    assert (blind["examples"], seeing["examples"]) == (0, 16)
+    for found in (blind, seeing):
+        assert found["macs"][1] <= 0.4 * found["macs"][0]
+        assert all(x["kernel_error"] >= x["kernel_bound"] - 1e-6 for x in found["layers"][1:])
+    errors = [[x["fitted"] for x in found["layers"] if x["fitted"]] for found in (blind, seeing)]
+    assert max(errors[1]) < min(errors[0])  # half of the channels say nothing new
+
+
+def test_a_plan_is_carried_out_as_it_stands(lowrank, tmp_path):
+    words = ("plan", DIGITS, "--params", "30k", "--seconds", "0.9", *QUICK)
+    code, out, err = lowrank(*words, "--pin", "conv1", "-o", "plan.json")
+    assert (code, err) == (0, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.total("params")[0] <= 30_000
+    assert "conv1" not in plan.changed
+    _, out, _ = lowrank(*words, "--pin", "conv1", "--json")
+    assert json.loads(out)["layers"] == json.loads(plan.to_json())["layers"]
+    # by hand: a layer of less rank, and no pictures
+    edited = json.loads(plan.to_json())
+    del edited["fronts"]
+    name = plan.changed[0]
+    edited["layers"][name] |= {"family": "spatial", "form": "h-w", "rank": [3]}
+    (tmp_path / "plan.json").write_text(json.dumps(edited))
+    code, out, _ = lowrank("compress", DIGITS, "--plan", "plan.json", "-o", "a.npz", "--json")
+    assert code == 0
+    found = {x["name"]: x for x in json.loads(out)["layers"]}
+    assert found[name]["rank"] == [3]
+
+
+def test_caps_and_layers_left_out(lowrank):
+    words = ("plan", DIGITS, "--macs", "0.6", *QUICK, "--json")
+    entry = json.loads(lowrank(*words, "--cap", "conv2=0.2")[1])["layers"]["conv2"]
+    assert entry["costs"]["macs"] <= 0.2 * entry["dense"]["macs"]
+    found = json.loads(lowrank(*words, "--leave-out", "conv2")[1])["layers"]
+    assert sorted(found) == ["conv1", "conv3"]
+
+
+def test_the_users_own_number_before_and_after(lowrank, tmp_path):
+    (tmp_path / "score.py").write_text(
+        "import os\nfrom helper import size\n\ndef score(path):\n    print('hi')\n"
+        "    return size(path)\n\ndef crash(path):\n    raise KeyError('x')\n"
+        "def none(path):\n    return float('nan')\n"
+    )
+    (tmp_path / "helper.py").write_text("import os\nsize = os.path.getsize\n")
+    words = ("compress", DIGITS, "--macs", "0.5", *QUICK, "-o", "a.safetensors")
+    code, out, err = lowrank(*words, "--json", "--evaluate", "score.py:score")
+    assert code == 0
+    assert err == "hi\nhi\n"
+    sizes = [demo.WEIGHTS.stat().st_size, (tmp_path / "a.safetensors").stat().st_size]
+    assert json.loads(out)["scores"] == sizes
+    (tmp_path / "a.safetensors").unlink()
+    for name, message in (("crash", "KeyError"), ("none", "nan"), ("gone", "no function")):
+        code, out, err = lowrank(*words, "--evaluate", f"score.py:{name}")
+        assert code == 2
+        assert message in err
+        assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_interrupted_run_goes_on_from_the_finished_layers(lowrank, monkeypatch, tmp_path):
+    fitted = reconstruct.fitted
+    calls = []
+
+    def count(layer, *args, **options):
+        if len(calls) == 1 and interrupted:
+            raise KeyboardInterrupt
+        calls.append(layer.name)
+        return fitted(layer, *args, **options)
+
+    monkeypatch.setattr(reconstruct, "fitted", count)
+    words = ("compress", DIGITS, "--macs", "0.4", *QUICK)
+    interrupted = False
+    lowrank(*words, "-o", "whole.safetensors")
+    names, calls = calls, []
+    assert len(names) > 1
+    interrupted = True
+    code, _, err = lowrank(*words, "--resume", "kept", "-o", "a.safetensors")
+    assert code == 130
+    assert "goes on" in err
+    assert not (tmp_path / "a.safetensors").exists()
+    interrupted = False
+    code, _, _ = lowrank(*words, "--resume", "kept", "-o", "a.safetensors")
+    assert code == 0
+    assert calls == names  # none of them twice
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+    # another budget, or another network, is another run
+    calls.clear()
+    lowrank("compress", DIGITS, "--macs", "0.3", *QUICK, "--resume", "kept", "-o", "b.safetensors")
+    assert calls
+
+
+def net_of(path, weights, **about):
+    """A weights file with its manifest."""
+    np.savez(path, **{f"{name}.weight": w for name, w in weights.items()})
+    entries = [
+        {
+            "name": name, "weight": f"{name}.weight", "shape": list(w.shape), "stride": [1, 1],
+            "padding": [0, 0], "dilation": [1, 1], "groups": 1, "transposed": False,
+            "in_size": [8, 8], **about,
+        }
+        for name, w in weights.items()
+    ]  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps({"conv_layers": entries}))
+
+
+def test_nothing_is_written_where_nothing_is_won(lowrank, tmp_path):
+    net_of(tmp_path / "net.npz", {"a": np.ones((2, 2, 1, 1), np.float32)})
+    there = sorted(p.name for p in tmp_path.iterdir())
+    code, out, err = lowrank("compress", "net.npz", "--macs", "0.9", "-o", "b.npz")
+    assert (code, err) == (1, "")
+    assert "nothing can be won" in out
+    code, out, _ = lowrank("compress", DIGITS, "--macs", "1", *QUICK, "-o", "b.npz", "--json")
+    assert code == 1
+    assert json.loads(out)["changed"] == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+
+
+C = ("compress", DIGITS, "-o", "a.safetensors")
+MISTAKES = [
+    (C, "give a budget: --macs"),
+    ((*C, "--macs", "0.0001"), "cheapest options take"),
+    ((*C, "--macs", "7"), "share in .0, 1. or an amount with a unit"),
+    ((*C, "--macs", "nan"), "share in"),
+    ((*C, "--macs", "7X"), "'7X'"),
+    ((*C, "--seconds", "soon"), "'soon'"),
+    ((*C, "--macs", "0.5", "--families", "cq"), "'cq'"),
+    ((*C, "--macs", "0.5", "--families", ","), "--families"),
+    ((*C, "--macs", "0.5", "--pin", "conv9"), "'conv9'"),
+    ((*C, "--macs", "0.5", "--cap", "conv2"), "NAME=SHARE"),
+    ((*C, "--macs", "0.5", "--cap", "conv2=2"), "NAME=SHARE"),
+    ((*C, "--macs", "0.5", "--cap", "conv2=0.0001"), "least possible"),
+    ((*C, "--macs", "0.5", "--leave-out", "*"), "no convolution"),
+    ((*C, "--macs", "0.5", "--batch", "0"), "batch"),
+    ((*C, "--macs", "0.5", "--passes", "0"), "passes"),
+    ((*C, "--macs", "0.5", "--plan", "plan.json"), "--macs has no place"),
+    ((*C, "--plan", "gone.json"), "gone.json"),
+    ((*C, "--plan", "broken.json"), "broken.json: not a plan"),
+    ((*C, "--plan", "other.json"), "another network"),
+    ((*C, "--plan", "family.json"), "unknown family"),
+    ((*C, "--macs", "0.5", "--calibrate", "gone.npz"), "gone.npz"),
+    ((*C, "--macs", "0.5", "--calibrate", "shape.npz"), "shape.npz: 'conv2' must be"),
+    ((*C, "--macs", "0.5", "--calibrate", "nan.npz"), "nan.npz: 'conv2' is not"),
+    ((*C, "--macs", "0.5", "--calibrate", "part.npz"), "has no inputs of conv"),
+    ((*C, "--macs", "0.5", "--calibrate", "plan.json"), "come as .npz"),
+    ((*C, "--macs", "0.5", "--report", "a.svg"), r"\.html"),
+    ((*C, "--macs", "0.5", "--report", "no/a.html"), "folder"),
+    ((*C, "--macs", "0.5", "--evaluate", "score"), "SCRIPT.py:FUNCTION"),
+    ((*C, "--macs", "0.5", "--evaluate", "gone.py:f"), "gone.py"),
+    (("compress", DIGITS, "--macs", "0.5", "-o", DIGITS), "the original"),
+    (("compress", DIGITS, "--macs", "0.5", "-o", "a.onnx"), "came as .safetensors"),
+    (("compress", DIGITS, "--macs", "0.5", "-o", "no/a.npz"), "folder"),
+    (("compress", DIGITS, "--macs", "0.5"), "out"),
+    (("compress", "gone.onnx", "--macs", "0.5", "-o", "a.onnx"), "gone.onnx"),
+    (("compress", "net.pth", "--macs", "0.5", "-o", "a.pth"), "PyTorch"),
+    (("compress", "net.txt", "--macs", "0.5", "-o", "a.txt"), "'.txt'"),
+    (("compress", "net.npz", "--macs", "0.5", "-o", "net.safetensors"), "net.json, the original"),
+    (("compress", "none.npz", "--macs", "0.5", "-o", "a.npz"), "no convolution"),
+    (("plan", DIGITS, "--macs", "0.5", "-o", DIGITS), "another file of this command"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda w: " ".join(w[3:])[:40])
+def test_a_mistake_gets_one_line_and_no_file(lowrank, tmp_path, words, message):
+    net_of(tmp_path / "net.npz", {"a": np.ones((4, 4, 3, 3), np.float32)})
+    np.savez(tmp_path / "none.npz", vector=np.ones(3, np.float32))
+    np.savez(tmp_path / "shape.npz", conv2=np.ones((2, 3, 8, 8), np.float32))
+    np.savez(tmp_path / "nan.npz", conv2=np.full((2, 32, 8, 8), np.nan, np.float32))
+    np.savez(tmp_path / "part.npz", conv2=np.ones((2, 32, 8, 8), np.float32))
+    cost = {"macs": 1.0, "params": 1.0, "bytes": 4.0}
+    entry = {"family": "spatial", "form": "h-w", "rank": [1], "error": 0.1, "loss": 0.1}
+    entry |= {"costs": cost, "dense": cost}
+    plan = {"version": 1, "limits": {}, "loss": 0, "gap": 0, "about": {}, "layers": {}}
+    texts = {
+        "plan": json.dumps(plan),
+        "broken": json.dumps(plan)[:-9],
+        "other": json.dumps(plan | {"layers": {"conv9": entry}}),
+        "family": json.dumps(plan | {"layers": {"conv2": entry | {"family": "cq"}}}),
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    there = sorted(p.name for p in tmp_path.iterdir())
+    code, out, err = lowrank(*words)
+    assert code == 2, out
+    assert err.count("\n") == 1
+    assert err.startswith("lowrank: ")
+    assert re.search(message, err), err
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+
+
+def test_damaged_files_are_refused_whatever_their_form(lowrank, tmp_path):
+    rng = np.random.default_rng(0)
+    whole = {".safetensors": demo.WEIGHTS.read_bytes(), ".keras": b"PK\3\4", ".h5": b"\x89HDF"}
+    np.savez(tmp_path / "net.npz", w=np.ones((4, 4, 3, 3), np.float32))
+    whole[".npz"] = (tmp_path / "net.npz").read_bytes()
+    for ending, data in whole.items():
+        for length in (0, 1, 7, len(data) // 3, len(data) - 1):
+            path = tmp_path / f"cut{ending}"
+            path.write_bytes(data[:length])
+            with pytest.raises((ValueError, ImportError)):
+                files.open_net(path)
+        noise = rng.integers(0, 256, 400, dtype=np.uint8).tobytes()
+        path.write_bytes(noise)
+        with pytest.raises((ValueError, ImportError)):
+            files.open_net(path)
+    code, out, err = lowrank("compress", path.name, "--macs", "0.5", "-o", f"a{path.suffix}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not (tmp_path / f"a{path.suffix}").exists()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(lowrank, monkeypatch, tmp_path):
+    (tmp_path / "a.safetensors").write_text("as it was")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "a.safetensors")
+
+    monkeypatch.setattr("lowrank.io.write_tensors", full)
+    code, _, err = lowrank("compress", DIGITS, "--macs", "0.5", *QUICK, "-o", "a.safetensors")
+    assert code == 2
+    assert "No space left" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_text() == "as it was"
+
+
+def test_onnx_in_and_out(lowrank, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    weights = [
+        onnx.numpy_helper.from_array(rng.standard_normal((8, i, 3, 3)).astype(np.float32), name)
+        for name, i in (("v", 3), ("w", 8))
+    ]
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]>'
+        "net (float[N, 3, 9, 9] x) => (float[N, 8, 5, 5] y)"
+        "{a = Conv(x, v)  r = Relu(a)  y = Conv(r, w)}"
+    )
+    model.graph.initializer.extend(weights)
+    onnx.save(model, tmp_path / "net.onnx")
+    x = rng.standard_normal((40, 3, 9, 9)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    code, out, err = lowrank(
+        "compress", "net.onnx", "--calibrate", "x.npz", "--macs", "0.6", "--passes", "2",
+        "-o", "small.onnx", "--report", "page.html", "--threads", "1", "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told["examples"] == 40
+    assert told["measured"][0] > 0
+    old, new = (
+        files.open_net(tmp_path / n, tmp_path / "x.npz") for n in ("net.onnx", "small.onnx")
+    )
+    assert sum(a.cost.macs for a in new.layers) <= 0.6 * sum(a.cost.macs for a in old.layers)
+    y, z = (np.concatenate([o[0] for o in net.outputs({})]) for net in (old, new))
+    # what the last layer is told to be off by is what the network is off by
+    told = told["layers"][-1]["fitted"]
+    assert (
+        0 < np.linalg.norm(z - y) / np.linalg.norm(y - y.mean((0, 2, 3), keepdims=True)) < 2 * told
+    )
+    code, _, err = lowrank("compress", "net.onnx", "--macs", "0.5", "-o", "net.onnx")
+    assert code == 2
+    assert "the original" in err
+    np.savez(tmp_path / "x.npz", x=x[:, :2])
+    words = ("compress", "net.onnx", "--calibrate", "x.npz", "--macs", "0.5", "-o", "b.onnx")
+    assert "has shape" in lowrank(*words)[2]
+    x[3, 0, 0, 0] = np.nan
+    np.savez(tmp_path / "x.npz", x=x)
+    assert "NaN" in lowrank(*words)[2]
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_every_net_of_others(lowrank, data, tmp_path):
+    for path in sorted((data / "weights").glob("*.safetensors")):
+        if path.stat().st_size < 400_000:
+            code, _, err = lowrank(
+                "compress", path, "--macs", "0.7", *QUICK, "-o", "a.safetensors", "--refit"
+            )
+            assert code == 0, err
+            assert macs(tmp_path / "a.safetensors") <= 0.7 * macs(path)
