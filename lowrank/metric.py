@@ -521,7 +521,7 @@ class _Patches:
         steps = [slice(None, None, s) for s in (*self.plain.stride, *self.plain.dilation)]
         seen = every[:, :, *steps][(slice(None), slice(None), *(slice(n) for n in self.outs))]
         if self.conv.transposed:
-            seen = seen[(..., *(slice(None, None, -1) for _ in self.kernel))]
+            seen = np.flip(seen, tuple(range(seen.ndim - len(axes), seen.ndim)))
         return np.moveaxis(seen, 1, 1 + len(axes))
 
     def taken(self, windows: Array, at: Array) -> Array:

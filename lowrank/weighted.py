@@ -16,19 +16,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import linalg
 
 from lowrank._typing import Array, Ints
 from lowrank.algebra import plain
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.families.family import Point, evened
-from lowrank.metric import Metric, unrolled
+from lowrank.metric import Metric, unrolled, white
 from lowrank.network import Network, composed, entries, network
 from lowrank.stage import Stage
 
 SWEEPS = 30  # of alternation, at the most
 TOLERANCE = 1e-3  # of what is left of the energy: a sweep that takes off less is the last
-STEPS = 8  # of conjugate gradients a stage
+STEPS = 6  # of conjugate gradients a stage
 RESIDUAL = 0.03  # of the gradient, that they may leave
 BONDS = 700  # unknowns that a preconditioner couples, at the most
 
@@ -65,10 +66,11 @@ class Scaling:
         """The metric of scaled kernels."""
         outputs, inputs, channels, taps = m.outputs, m.inputs, m.channels, m.taps
         if outputs is not None and self.outs is not None:
-            outputs = _both(outputs, self.outs)
+            whole = np.count_nonzero(self.outs) > len(self.outs) * self.outs.shape[1]
+            outputs = None if whole else _both(outputs, self.outs)
         if self.joint is not None:
-            n = self.joint.shape[1]
-            inputs = np.tile(np.eye(n), (len(self.joint), 1, 1))
+            plain = white(len(channels), (channels.shape[1], *map(len, taps)))
+            inputs, channels, taps = None, plain.channels, plain.taps
         else:
             if self.channels is not None:
                 channels = _both(channels, self.channels)
@@ -152,8 +154,10 @@ def _root(c: Array, whole: bool) -> Array:
     return np.asarray(roots[:, :, None] * np.eye(c.shape[-1]))
 
 
-def _split(n: Network, roles: _Roles, s: Scaling, tensors: Sequence[Array]) -> list[Array]:
-    """Weights as they are before scaling, from those that were fitted to scaled modes."""
+def _split(
+    n: Network, roles: _Roles, s: Scaling, tensors: Sequence[Array], scaled: bool = False
+) -> list[Array]:
+    """Weights as they are before scaling, from those for scaled modes; or `scaled`, back again."""
     found = list(tensors)
 
     def undo(modes: str, root: Array | None) -> None:
@@ -164,9 +168,10 @@ def _split(n: Network, roles: _Roles, s: Scaling, tensors: Sequence[Array]) -> l
         at, alone = _holder(n, modes, batch)
         assert at is not None
         if alone:
-            found[at] = _times(found[at], n.stages[at], modes, np.linalg.inv(root), batch)
+            found[at] = _times(found[at], n.stages[at], modes, root, batch, scaled)
         else:  # a diagonal of modes that several stages hold: undone in one of them
-            diagonal = 1 / np.diagonal(root, axis1=1, axis2=2)
+            diagonal = np.diagonal(root, axis1=1, axis2=2)
+            diagonal = diagonal if scaled else 1 / diagonal
             shape = n.shape(batch + modes)
             found[at] = _rows(found[at], n.stages[at], batch + modes, diagonal.reshape(shape))
 
@@ -180,12 +185,19 @@ def _split(n: Network, roles: _Roles, s: Scaling, tensors: Sequence[Array]) -> l
     return found
 
 
-def _times(x: Array, have: str, modes: str, inverse: Array, batch: str) -> Array:
-    """`x` times the inverse root over `modes`: (groups or 1, n, n)."""
+def _times(x: Array, have: str, modes: str, root: Array, batch: str, scaled: bool) -> Array:
+    """`x` times the (inverse) root over `modes`: (groups or 1, n, n), lower triangular."""
     rest = "".join(m for m in have if m not in batch + modes)
     order = batch + rest + modes
     moved = x.transpose([have.index(m) for m in order])
-    flat = moved.reshape(len(inverse), -1, inverse.shape[1]) @ inverse
+    flat = moved.reshape(len(root), -1, root.shape[1])
+    flat = (
+        flat @ root
+        if scaled
+        else np.stack(
+            [linalg.solve_triangular(r, f.T, trans="T", lower=True).T for r, f in zip(root, flat)]
+        )
+    )
     return flat.reshape(moved.shape).transpose([order.index(m) for m in have])
 
 
@@ -343,23 +355,13 @@ class Weighted:
         metric = s.seen(self.metric)
         roles = _Roles.of(n, self.conv.transposed)
         tensors = [t.astype(np.float64) for t in n.tensors(stages)]
-        # Into scaled modes: the inverse of the inverse.
-        tensors = _split(n, roles, _inverted(s), tensors)
+        tensors = _split(n, roles, s, tensors, scaled=True)
         fit = _Fit(n, self, metric.astype(dtype), s.to(self.wanted).astype(dtype))
         tensors, energy = fit.run([t.astype(dtype) for t in tensors], sweeps, tolerance)
         whole = fit.whole
         error = math.sqrt(max(energy, 0.0) / whole) if whole else 0.0
         tensors = _split(n, roles, s, [t.astype(np.float64) for t in tensors])
         return self._put(stages, n, tensors), error
-
-
-def _inverted(s: Scaling) -> Scaling:
-    def inverse(a: Array | None) -> Array | None:
-        return None if a is None else np.linalg.inv(a)
-
-    return Scaling(
-        inverse(s.outs), inverse(s.joint), inverse(s.channels), tuple(map(inverse, s.taps))
-    )
 
 
 def _thin(conv: Factorization) -> Factorization:

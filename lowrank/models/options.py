@@ -23,9 +23,9 @@ QUICK = ("encode", "decode", "spatial", "basis", "decouple", "tucker", "tensor_t
 #: What a budget can be in.
 AXES = ("macs", "params", "seconds", "bytes")
 POINTS = 16  # of a form, that are looked at more closely
-KEPT = 20  # of a layer, that are fitted in the full metric
+KEPT = 16  # of a layer, that are fitted in the full metric
 SLACK = 1.25  # the error that roots say may be so far off
-SWEEPS = 4  # of a fit for comparison
+SWEEPS = 3  # of a fit for comparison
 
 
 @dataclass(frozen=True, slots=True, eq=False)
