@@ -101,7 +101,7 @@ def test_commands_on_the_front_page_are_real(monkeypatch, tmp_path, capsys):
     pytest.importorskip("PIL.Image").new("L", (30, 20)).save(photo)
     lines = [x for b in blocks_of(ROOT / "README.md", "sh") for x in b.splitlines()]
     commands = [x.split() for x in lines if x.startswith("lowrank ")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for words in commands:
         words = [w.replace("lowrank/", f"{ROOT}/lowrank/") if "/" in w else w for w in words]
         monkeypatch.chdir(tmp_path)
