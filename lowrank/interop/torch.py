@@ -12,7 +12,15 @@ from torch import nn
 
 from lowrank import models
 from lowrank._typing import Array
-from lowrank.interop.torch_modules import LAYERS, array, names_of, of_module, rows_of, to_module
+from lowrank.interop.torch_engine import on_engine as on_engine
+from lowrank.interop.torch_modules import (
+    array,
+    is_layer,
+    names_of,
+    of_module,
+    rows_of,
+    to_module,
+)
 from lowrank.models.net import Chains, Layer, Samples
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -79,7 +87,7 @@ class TorchNet:
 
     def _traced(self) -> tuple[Layer, ...]:
         """Layers in the order in which the first example runs them."""
-        modules = {m: n for n, m in self._model.named_modules() if isinstance(m, LAYERS)}
+        modules = _layers(self._model)
         seen: dict[str, list[torch.Tensor]] = {}
         given: list[tuple[str, torch.Tensor]] = []
         scales: dict[str, Array] = {}
@@ -103,7 +111,7 @@ class TorchNet:
         hooks += [
             m.register_forward_pre_hook(norm)
             for m in self._model.modules()
-            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
         try:
             with torch.inference_mode():
@@ -115,6 +123,8 @@ class TorchNet:
         finally:
             for h in hooks:
                 h.remove()
+        calls = {name: len(found) for name, found in seen.items()}
+        self._apart = self._calls(modules, self.data[0][:2]) != calls
         layers = []
         by_name = {n: m for m, n in modules.items()}
         for name, inputs in seen.items():
@@ -125,6 +135,22 @@ class TorchNet:
             )
         return tuple(layers)
 
+    def _calls(self, modules: Mapping[nn.Module, str], x: torch.Tensor) -> dict[str, int]:
+        """How often layers are called."""
+        found: dict[str, int] = {}
+
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[modules[module]] = found.get(modules[module], 0) + 1
+
+        hooks = [m.register_forward_pre_hook(count) for m in modules]
+        try:
+            with torch.inference_mode():
+                self._model(x)
+        finally:
+            for h in hooks:
+                h.remove()
+        return found
+
     def _synced(self, chains: Chains) -> nn.Module:
         """The working copy with these chains in place, and no others."""
         if not chains:
@@ -133,8 +159,9 @@ class TorchNet:
             if self._have.get(name) is not chains.get(name):
                 old = self._model.get_submodule(name)
                 new = to_module(chains[name], old).eval() if name in chains else old
+                new.requires_grad_(False)
                 for alias in names_of(self._model, old):
-                    _set(self._work, alias, new.requires_grad_(False))
+                    self._work = _set(self._work, alias, new)
         self._have = dict(chains)
         return self._work
 
@@ -147,8 +174,9 @@ class TorchNet:
 
             def hook(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
                 old = self._model.get_submodule(name)
-                found[name].append(array(_batched(old, args[0])))  # noqa: B023
-                if all(len(found[n]) >= times[n] for n in names):  # noqa: B023
+                # A copy: what follows may write there.
+                found[name].append(array(_batched(old, args[0])).copy())  # noqa: B023
+                if not self._apart and all(len(found[n]) >= times[n] for n in names):  # noqa: B023
                     raise _Stop
 
             hooks = [
@@ -176,14 +204,16 @@ class TorchNet:
         for x in self.data:
             found: dict[str, list[Array]] = {name: [] for name in names}
 
-            def hook(name: str, out: torch.Tensor) -> None:
+            def hook(name: str, out: torch.Tensor) -> torch.Tensor:
                 old = self._model.get_submodule(name)
 
                 def keep(g: torch.Tensor) -> None:
                     found[name].append(array(_batched(old, g)))  # noqa: B023
 
-                if out.requires_grad:
-                    out.register_hook(keep)
+                if not out.requires_grad:  # such as behind an embedding
+                    out = out.detach().requires_grad_().clone()
+                out.register_hook(keep)
+                return out
 
             hooks = [
                 self._model.get_submodule(n).register_forward_hook(
@@ -193,8 +223,12 @@ class TorchNet:
             ]
             try:
                 with torch.enable_grad():
-                    y = _output(self._model(x.clone().requires_grad_()))
-                    self._lost(y, random).backward()
+                    given = x.clone()
+                    if given.is_floating_point() or given.is_complex():
+                        given.requires_grad_()
+                    loss = self._lost(_output(self._model(given)), random)
+                    if loss.requires_grad:
+                        loss.backward()
             finally:
                 for h in hooks:
                     h.remove()
@@ -204,9 +238,14 @@ class TorchNet:
         if callable(self.loss):
             return self.loss(y, random)
         if self.loss == "labels":
+            if y.ndim < 2:
+                raise ValueError(
+                    f"labels are drawn from outputs (batch, classes, ...), got {tuple(y.shape)}"
+                )
             flat = y.reshape(len(y), y.shape[1], -1).movedim(1, 2).reshape(-1, y.shape[1])
-            drawn = torch.multinomial(flat.detach().float().softmax(1), 1, generator=random)
-            return nn.functional.cross_entropy(flat, drawn[:, 0], reduction="sum")
+            shares = flat.detach().float().cpu().softmax(1)
+            drawn = torch.multinomial(shares, 1, generator=random)[:, 0].to(y.device)
+            return nn.functional.cross_entropy(flat, drawn, reduction="sum")
         return (y * torch.randn(y.shape, generator=random).to(y)).sum()
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
@@ -236,7 +275,7 @@ class TorchNet:
             old = model.get_submodule(name)
             new = to_module(f, old, tied)
             for alias in names_of(model, old):
-                _set(model, alias, new)
+                model = _set(model, alias, new)
         return model
 
 
@@ -340,19 +379,26 @@ def renormalise(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     batches : iterable of torch.Tensor
         Inputs; all count alike.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before, momenta = model.training, [m.momentum for m in norms]
+    modes = {m: m.training for m in model.modules()}
+    norms = {
+        m: m.momentum
+        for m in modes
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    }
     model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a plain mean
-        m.train()
-    with torch.inference_mode():
-        for x in batches:
-            model(x)
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
-    model.train(before)
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a plain mean
+            m.train()
+        with torch.no_grad():
+            for x in batches:
+                model(x)
+    finally:
+        for m, momentum in norms.items():
+            m.momentum = momentum
+        for m, mode in modes.items():
+            m.training = mode
 
 
 def layers(model: nn.Module, example: torch.Tensor) -> Mapping[str, Layer]:
@@ -410,10 +456,20 @@ def _batched(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return x if x.ndim == ndim + 2 else x[None]
 
 
-def _set(model: nn.Module, name: str, new: nn.Module) -> None:
+def _layers(model: nn.Module) -> dict[nn.Module, str]:
+    """Modules that may be replaced: those whose weights nobody but themselves reads."""
+    found = {m: n for n, m in model.named_modules() if is_layer(m)}
+    for owner in model.modules():
+        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            for child in owner.children():
+                found.pop(child, None)
+    return found
+
+
+def _set(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """The model with another module of that name; the module itself if the name is empty."""
     if not name:
-        raise ValueError("the model is itself a layer: put it into an nn.Sequential first")
+        return new
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
+    return model

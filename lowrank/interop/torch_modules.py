@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lowrank import algebra
 from lowrank._typing import Array, PaddingMode
 from lowrank.factorization import Factorization, dense
 from lowrank.stage import Stage
@@ -26,7 +27,7 @@ _PADS = {
 }
 
 
-class Tied(nn.Module):
+class Tied(nn.Module):  # type: ignore[misc]
     """A convolution whose weights serve several blocks of channels: ``I_left (x) W (x) I_right``.
 
     The Kronecker families need it.  Copies on the left go along the batch, copies on the right
@@ -35,7 +36,7 @@ class Tied(nn.Module):
     Parameters
     ----------
     inner : nn.Module
-        The convolution of one block.
+        The convolution of one block, or the linear layer.
     left, right : int
         Copies.
     shuffle : (int, int)
@@ -45,9 +46,14 @@ class Tied(nn.Module):
     def __init__(self, inner: nn.Module, left: int, right: int, shuffle: tuple[int, int]) -> None:
         super().__init__()
         self.inner, self.left, self.right, self.shuffle = inner, left, right, shuffle
+        self.ndim = max(p.ndim for p in inner.parameters()) - 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run it; (batch, channels, *spatial)."""
+        """Run it; (batch, channels, *spatial), of a linear layer (..., features)."""
+        if isinstance(self.inner, nn.Linear):
+            return self._rows(x)
+        if x.ndim == self.ndim + 1:
+            return cast(torch.Tensor, self.forward(x[None])[0])
         n, space = x.shape[0], x.shape[2:]
         a, b = self.shuffle
         if a > 1 and b > 1:
@@ -59,9 +65,47 @@ class Tied(nn.Module):
         y = y.reshape(n, self.right, self.left, *y.shape[1:]).movedim(1, 3)
         return y.reshape(n, -1, *y.shape[4:])
 
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        lead, (a, b) = x.shape[:-1], self.shuffle
+        x = x.reshape(*lead, a, b, -1).transpose(-3, -2)
+        x = x.reshape(*lead, self.left, -1, self.right).transpose(-2, -1)
+        y = cast(torch.Tensor, self.inner(x))
+        return y.transpose(-2, -1).reshape(*lead, -1)
+
     def extra_repr(self) -> str:
         """What printing a model says of it."""
         return f"left={self.left}, right={self.right}, shuffle={self.shuffle}"
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's convolutions or linear layers, and does what they do.
+
+    Parameters
+    ----------
+    module : nn.Module
+
+    Returns
+    -------
+    bool
+        False for a subclass with a forward pass of its own.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from lowrank.interop.torch_modules import is_layer
+    >>> is_layer(nn.Conv1d(2, 3, 5)), is_layer(nn.ReLU())
+    (True, False)
+    """
+    kind = next((k for k in LAYERS if isinstance(module, k)), None)
+    return kind is not None and all(
+        getattr(type(module), name, None) is getattr(kind, name, None)
+        for name in ("forward", "_conv_forward", "_output_padding")
+    )
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's convolutions; see :func:`is_layer`."""
+    return is_layer(module) and not isinstance(module, nn.Linear)
 
 
 def of_module(module: nn.Module) -> Factorization:
@@ -135,9 +179,7 @@ def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequen
     for i, stage in enumerate(f.stages):
         bias = f.bias if i == len(f.stages) - 1 else None
         if isinstance(like, nn.Linear):
-            linear = nn.Linear(stage.in_channels, stage.out_channels, bias=bias is not None)
-            _put(linear, stage.weight[..., 0], bias)
-            made.append(linear)
+            made += _linear(stage, bias, tied)
             continue
         if stage.left * stage.right > 1 or min(stage.shuffle) > 1:
             if tied:
@@ -146,12 +188,25 @@ def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequen
             stage = expanded(stage)
         made += _conv(stage, bias)
     chain = nn.Sequential(*made).to(device=weight.device, dtype=weight.dtype)
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        if not weight.is_contiguous():
-            chain = chain.to(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.ndim)
+    if last and not weight.is_contiguous() and weight.is_contiguous(memory_format=last):
+        chain = chain.to(memory_format=last)
     for p in chain.parameters():
         p.requires_grad_(weight.requires_grad)
     return chain.train(like.training)
+
+
+def _linear(stage: Stage, bias: Array | None, tied: bool) -> list[nn.Module]:
+    """A pointwise stage as a linear layer over the last axis."""
+    copies = stage.left * stage.right > 1 or min(stage.shuffle) > 1
+    if copies and tied and stage.groups == 1:
+        rows, columns = stage.weight.shape[:2]
+        inner = _put(nn.Linear(columns, rows, bias=False), stage.weight[..., 0], None)
+        made: list[nn.Module] = [Tied(inner, stage.left, stage.right, stage.shuffle)]
+        return made if bias is None else [*made, Bias(bias)]
+    stage = expanded(stage)
+    weight = algebra.compose([stage], 1)[..., 0]
+    return [_put(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight, bias)]
 
 
 def _conv(stage: Stage, bias: Array | None) -> list[nn.Module]:
@@ -193,25 +248,28 @@ def _tied(stage: Stage, bias: Array | None) -> list[nn.Module]:
         Tied(nn.Sequential(*_conv(inner, None)), stage.left, stage.right, stage.shuffle)
     ]
     if bias is not None:
-        made.append(Bias(bias))
+        made.append(Bias(bias, stage.geometry.ndim))
     return made
 
 
-class Bias(nn.Module):
+class Bias(nn.Module):  # type: ignore[misc]
     """A number added to each channel, behind a stage whose weights are tied.
 
     Parameters
     ----------
     values : ndarray, shape (channels,)
+    ndim : int
+        Axes behind the channels: 0 for a linear layer.
     """
 
-    def __init__(self, values: Array) -> None:
+    def __init__(self, values: Array, ndim: int = 0) -> None:
         super().__init__()
+        self.ndim = ndim
         self.bias = nn.Parameter(torch.from_numpy(np.array(values)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Add it; (batch, channels, *spatial)."""
-        return x + self.bias.view(-1, *[1] * (x.ndim - 2))
+        """Add it; (..., channels, *spatial)."""
+        return x + self.bias.view(-1, *[1] * self.ndim)
 
 
 def _put(module: Any, weight: Array, bias: Array | None) -> nn.Module:

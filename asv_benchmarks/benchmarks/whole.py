@@ -1,0 +1,60 @@
+"""Whole networks: PyTorch's dense and compressed ones beside the same on lowrank's engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from .measure import measured
+
+try:
+    import torch
+    from torch.fx.experimental.optimization import fuse
+except ImportError:  # asv imports every module of this folder, whatever is installed
+    torch = None
+
+SECONDS = 4.0  # of measuring
+SIZES = {"faststyle_udnie": (256, 256)}  # spatial sizes of inputs that are not those of the data
+
+
+def inputs(case: Any, batch: int) -> Any:
+    """Inputs of a case, some of them several times."""
+    if case.name in SIZES:
+        random = torch.Generator().manual_seed(0)
+        return 255 * torch.rand(batch, 3, *SIZES[case.name], generator=random)
+    x = case.calibration(0)[0]
+    return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch].contiguous()
+
+
+def calls(case: Any, small: Any, x: Any, threads: int) -> dict[str, Callable[[], object]]:
+    """The dense and the compressed net on `x`, in PyTorch's two layouts and on the engine."""
+    from lowrank.interop.torch import on_engine
+
+    found = {}
+    for name, model in (("dense", case.model), ("compressed", small)):
+        folded = fuse(copy.deepcopy(model).eval()).requires_grad_(False)
+        found[f"torch {name} NCHW"] = lambda m=folded: m(x)
+        if x.ndim == 4:
+            other = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+            given = x.contiguous(memory_format=torch.channels_last)
+            found[f"torch {name} channels_last"] = lambda m=other, x=given: m(x)
+        engine = on_engine(model, threads=threads)
+        found[f"engine {name}"] = lambda m=engine: m(x)
+    return found
+
+
+def timings(case: Any, small: Any, batch: int, threads: int) -> dict[str, float]:
+    """Seconds a batch of a case's net and of a compressed copy of it, by who runs it.
+
+    Medians of calls that take turns, after batch norms were folded for all.  The environment
+    variable OMP_WAIT_POLICY should be "passive": two libraries' threads share the cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            some = calls(case, small, inputs(case, batch), threads)
+            return dict(zip(some, measured(list(some.values()), SECONDS), strict=True))
+    finally:
+        torch.set_num_threads(before)
