@@ -1,5 +1,6 @@
 """The scripts of the gallery run, each on its own, and draw what they say."""
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -19,6 +20,8 @@ def test_there_are_scripts_where_there_is_a_gallery():
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_a_script_of_the_gallery_runs(script, monkeypatch, tmp_path, capsys):
+    for name in libraries(script):
+        pytest.importorskip(name)
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -38,6 +41,15 @@ def test_a_script_of_the_gallery_runs(script, monkeypatch, tmp_path, capsys):
         plt.close("all")
     assert shown
     assert not re.search(r"\bnan\b", capsys.readouterr().out)
+
+
+def libraries(script):
+    """What a script imports at its top; a page may need an optional one."""
+    for node in ast.parse(script.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module).split(".")[0]
 
 
 def drawn(number):
