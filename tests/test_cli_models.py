@@ -173,6 +173,17 @@ def net_of(path, weights, **about):
     path.with_suffix(".json").write_text(json.dumps({"conv_layers": entries}))
 
 
+def test_layers_that_stay_are_named(lowrank, tmp_path):
+    net_of(tmp_path / "net.npz", {n: np.eye(8, dtype=np.float32)[..., None, None] for n in "ab"})
+    about = json.loads((tmp_path / "net.json").read_text())
+    del about["conv_layers"][1]["in_size"]
+    (tmp_path / "net.json").write_text(json.dumps(about))
+    code, out, _ = lowrank("compress", "net.npz", "--macs", "0.5", "-o", "c.npz")
+    assert code == 0
+    assert "stay as they are, uncounted: b: its input size" in out
+    assert [x.name for x in layers(tmp_path / "c.npz")] == ["a", "b"]
+
+
 def test_nothing_is_written_where_nothing_is_won(lowrank, tmp_path):
     net_of(tmp_path / "net.npz", {"a": np.ones((2, 2, 1, 1), np.float32)})
     there = sorted(p.name for p in tmp_path.iterdir())
@@ -225,6 +236,7 @@ MISTAKES = [
     (("compress", "net.txt", "--macs", "0.5", "-o", "a.txt"), "'.txt'"),
     (("compress", "net.npz", "--macs", "0.5", "-o", "net.safetensors"), "net.json, the original"),
     (("compress", "none.npz", "--macs", "0.5", "-o", "a.npz"), "no convolution"),
+    (("plan", "bare.npz", "--macs", "0.5"), "no layer can be changed: bare: its input size"),
     (("plan", DIGITS, "--macs", "0.5", "-o", DIGITS), "another file of this command"),
 ]
 
@@ -233,6 +245,7 @@ MISTAKES = [
 def test_a_mistake_gets_one_line_and_no_file(lowrank, tmp_path, words, message):
     net_of(tmp_path / "net.npz", {"a": np.ones((4, 4, 3, 3), np.float32)})
     np.savez(tmp_path / "none.npz", vector=np.ones(3, np.float32))
+    np.savez(tmp_path / "bare.npz", **{"bare.weight": np.ones((4, 4, 3, 3), np.float32)})
     np.savez(tmp_path / "shape.npz", conv2=np.ones((2, 3, 8, 8), np.float32))
     np.savez(tmp_path / "nan.npz", conv2=np.full((2, 32, 8, 8), np.nan, np.float32))
     np.savez(tmp_path / "part.npz", conv2=np.ones((2, 32, 8, 8), np.float32))
@@ -338,6 +351,31 @@ def test_onnx_in_and_out(lowrank, tmp_path):
     assert not (tmp_path / "b.onnx").exists()
 
 
+def test_keras_in_and_out(lowrank, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    about = {"name": "a", "kernel_size": 5, "strides": 1, "filters": 16, "use_bias": False}
+    layer = {"class_name": "Conv1D", "config": about | {"batch_input_shape": [None, 20, 8]}}
+    with h5py.File(tmp_path / "net.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps(
+            {"class_name": "Sequential", "config": {"name": "net", "layers": [layer]}}
+        )
+        file["model_weights/a/a/kernel:0"] = rng.standard_normal((5, 8, 16)).astype(np.float32)
+        file["model_weights/a"].attrs["weight_names"] = ["a/kernel:0"]
+        file["model_weights"].attrs["layer_names"] = ["a"]
+    np.savez(tmp_path / "a.npz", a=rng.standard_normal((30, 8, 20)).astype(np.float32))
+    words = ("compress", "net.h5", "--params", "0.5", "--calibrate", "a.npz", *QUICK)
+    code, out, err = lowrank(*words, "-o", "small.h5", "--report", "page.html")
+    assert (code, err) == (0, "")
+    assert "white noise" not in out
+    old, new = (files.open_net(tmp_path / name) for name in ("net.h5", "small.h5"))
+    params = [sum(x.conv.params for x in net.layers) for net in (old, new)]
+    assert len(new.layers) == 2
+    assert params[1] <= 0.5 * params[0]
+    assert "30 examples in 1 batch." in (tmp_path / "page.html").read_text()
+    assert lowrank(*words, "-o", "small.keras")[0] == 2
+
+
 def test_every_net_of_others(lowrank, data, tmp_path):
     for path in sorted((data / "weights").glob("*.safetensors")):
         if path.stat().st_size < 400_000:
@@ -346,3 +384,19 @@ def test_every_net_of_others(lowrank, data, tmp_path):
             )
             assert code == 0, err
             assert macs(tmp_path / "a.safetensors") <= 0.7 * macs(path)
+
+
+def test_time_left_is_told_from_the_first_step_on():
+    from rich.progress import Progress
+
+    from lowrank.cli.console import _Left
+
+    clock = iter([0.0, *[30.0] * 99])
+    bar = Progress(get_time=lambda: next(clock))
+    bar.add_task("layers", total=1.0)
+    (task,) = bar.tasks
+    assert _Left().render(task) == ""
+    bar.update(task.id, completed=0.25)
+    assert _Left().render(task) == "1:30 left"
+    bar.update(task.id, completed=1.0)
+    assert _Left().render(task) == ""

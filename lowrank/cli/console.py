@@ -16,10 +16,11 @@ try:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.table import Table
 except ImportError:  # the library works without; the command does not
@@ -123,18 +124,27 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
     Console(width=max(need, wide.options.min_width), highlight=False).print(table)
 
 
+class _Left(ProgressColumn):
+    """Time left, from the first step on: rich's own waits for more of them, which are minutes."""
+
+    def render(self, task: Task) -> str:
+        """Of one thing."""
+        share = task.completed / (task.total or 1.0)
+        if not 0 < share < 1 or task.elapsed is None:
+            return ""
+        seconds = round(task.elapsed * (1 - share) / share)
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
 @contextmanager
 def share_bars() -> Iterator[Any]:
     """Bars on stderr of how much is done and how long the rest takes, one for each thing."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:20}"), BarColumn(), TaskProgressColumn(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TimeElapsedColumn(), _Left(),
     )  # fmt: skip
-    # Steps may take minutes: the speed is that of the last half an hour.
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=1800
-    ) as bar:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def step(name: str, share: float) -> None:

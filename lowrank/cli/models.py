@@ -99,8 +99,7 @@ def plan(
         _check_beside("--out", out, model, calibrate)
     wanted = _wanted(macs, params, seconds, bytes, families, pin, leave_out, cap, no_gradients,
                      seed, batch, threads)  # fmt: skip
-    net = files.open_net(model, calibrate)
-    notes = _notes(net)
+    net, notes = _opened(model, calibrate)
     try:
         with share_bars() as step:
             found = models.make_plan(net, progress=step, **wanted)
@@ -188,8 +187,7 @@ def compress(
         }  # fmt: skip
         if double := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"--plan has all that is chosen: {', '.join(double)} has no place")
-    net = files.open_net(model, calibrate)
-    notes = _notes(net)
+    net, notes = _opened(model, calibrate)
     folder = None
     if resume is not None:
         about = {"passes": passes, "refit": refit, "plan": plan and chosen.to_json(), **wanted}
@@ -291,14 +289,17 @@ def _read_plan(path: Path) -> Plan:
         raise ValueError(f"{path}: {why}") from None
 
 
-def _notes(net: Net) -> list[str]:
-    """Which layers cannot be touched, and why."""
+def _opened(model: Path, calibrate: Path | None) -> tuple[Net, list[str]]:
+    """The network, and which of its layers cannot be touched."""
+    net = files.open_net(model, calibrate)
     left = getattr(net, "left_out", {})
     if not left:
-        return []
+        return net, []
     some = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:5])
     more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
-    return [f"Layers that stay as they are, uncounted: {some}{more}."]
+    if not net.layers:
+        raise ValueError(f"{model}: no layer can be changed: {some}{more}")
+    return net, [f"Layers that stay as they are, uncounted: {some}{more}."]
 
 
 def _print_plan(plan: Plan, notes: Sequence[str]) -> None:

@@ -238,7 +238,8 @@ def _notes(facts: Facts) -> str:
     """What the numbers are, and what they are not."""
     if facts.batches:
         data = (
-            f"Calibration data: {facts.examples} examples in {facts.batches} batches. Output "
+            f"Calibration data: {facts.examples} examples in {facts.batches} batch"
+            f"{'es' if facts.batches > 1 else ''}. Output "
             "errors are of the layer's outputs for its inputs from these data, relative to those "
             "outputs less their mean"
         )
