@@ -218,3 +218,6 @@ def test_a_front_marks_the_choice_where_it_lies():
     assert "100%" in drawn
     tiny = charts.front([*options, Alternative("cp", (1,), 0.9999, 1e-3)], 100.0, (0.0, 100.0))
     assert "nan" not in tiny
+    more = charts.front([*options, Alternative("cp", (9,), 0.1, 400.0)], 100.0, (0.1, 400.0))
+    places = [float(x) for x in re.findall(r'cx="(.*?)"', more)]
+    assert places[0] < places[2] == places[3] == charts.WIDTH - charts.RIGHT

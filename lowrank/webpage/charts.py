@@ -46,15 +46,15 @@ def front(options: Sequence[Alternative], macs: float, chosen: tuple[float, floa
     3
     """
     shares = [max(o.macs / macs, 1e-9) for o in options] or [1.0]
-    low = min(0.1, *shares)
-    decades = math.log10(low)
+    low, high = min(0.1, *shares), max(1.0, *shares)  # what saves parameters may take more work
+    decades = math.log10(high / low)
     top = max(0.1, *(o.error for o in options)) if options else 1.0
 
     def at(share: float, error: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * (1 - math.log10(max(share, low)) / decades)
+        x = LEFT + (WIDTH - LEFT - RIGHT) * math.log10(max(share, low) / low) / decades
         return x, TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(error / top, 1))
 
-    ticks = [t for n in range(-9, 0) for t in _ticks(n, decades) if t >= low] + [1.0]
+    ticks = [t for n in range(-9, 3) for t in _ticks(n, decades) if low <= t <= high]
     parts = [*_grid(_levels(top), lambda v: at(1, v)[1], lambda v: f"{v:.2g}")]
     parts += _under(ticks, lambda v: at(v, 0)[0], lambda v: f"{100 * v:g}%")
     parts.append(_axis_title("multiply-adds, share of the layer's"))
@@ -188,7 +188,7 @@ def _line(points: Sequence[tuple[float, float]], look: str, said: str = "") -> s
 def _ticks(decade: int, decades: float) -> tuple[float, ...]:
     """Of one decade: more of them where there are few decades."""
     one = 10.0**decade
-    return (one, 2 * one, 5 * one) if decades > -2.2 else (one,)
+    return (one, 2 * one, 5 * one) if decades < 2.2 else (one,)
 
 
 def _levels(top: float) -> list[float]:

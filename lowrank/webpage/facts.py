@@ -376,8 +376,10 @@ def spectra(conv: Factorization) -> dict[str, Array]:
     w = conv.to_dense().astype(np.float64)
     w = w.reshape(conv.groups, -1, *w.shape[1:]) / (algebra.magnitude(w) or 1.0)
     names = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}[conv.ndim]
-    rows: dict[str, tuple[int, ...]] = {"outputs": (1,), "inputs": (2,)}
+    rows: dict[str, tuple[int, ...]] = {"outputs": (1,)}
     long = [axis for axis in range(3, w.ndim) if w.shape[axis] > 1]
+    if long:  # else it is the same matrix, turned
+        rows["inputs"] = (2,)
     many = w.shape[2] > 1
     if len(long) > 1:
         name = names[long[0] - 3]

@@ -98,16 +98,17 @@ _AXES = {
 
 
 def _summary(facts: Facts) -> str:
-    tiles = [_tile(label.capitalize(), *facts.total(axis), axis) for axis, label in _AXES.items()]
+    tiles = []
+    if facts.scores is not None:
+        before, after = facts.scores
+        tiles.append(_plain_tile("Your evaluation", f"{after:.6g}", f"was {before:.6g}"))
+    tiles += [_tile(label.capitalize(), *facts.total(axis), axis) for axis, label in _AXES.items()]
     timed = facts.timed()
     if timed is not None:
         tiles.append(_tile(f"Measured time{facts.measured_layers}", *timed[:2], "seconds"))
     if facts.realised is not None:
         said = "of the speed that fewer multiply-adds promise was measured"
         tiles.append(_plain_tile("Realised", f"{facts.realised:.0%}", said))
-    if facts.scores is not None:
-        before, after = facts.scores
-        tiles.append(_plain_tile("Your evaluation", f"{after:.6g}", f"was {before:.6g}"))
     return _section("Summary", "summary", f'<div class="tiles">{"".join(tiles)}</div>')
 
 

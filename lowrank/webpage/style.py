@@ -20,14 +20,14 @@ body {
   margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
 }
-main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 48px; }
+main { max-width: 1240px; margin: 0 auto; padding: 24px 16px 48px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 40px 0 12px; }
 h3 { font-size: 0.95rem; margin: 0; overflow-wrap: anywhere; }
 h4 { font-size: 0.8rem; font-weight: 500; color: var(--soft); margin: 12px 0 4px; }
 .lead, footer { color: var(--soft); margin: 0; }
 footer { margin-top: 40px; font-size: 0.85rem; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); }
+.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .tile, .card, .scroll {
   background: var(--surface); border: 1px solid var(--line); border-radius: 8px;
 }
@@ -46,13 +46,13 @@ td .bar.before > span { background: var(--old); }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--one); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.85rem; }
-caption { text-align: left; padding: 10px 14px; color: var(--soft); }
+caption { text-align: left; padding: 10px 14px 10px 9px; color: var(--soft); }
 caption span {
-  display: inline-block; position: sticky; left: 14px; max-width: min(100%, 100vw - 62px);
+  display: inline-block; position: sticky; left: 9px; max-width: min(100%, 100vw - 62px);
 }
 small { display: block; color: var(--soft); font-size: 0.9em; font-weight: 400; }
 th, td {
-  padding: 7px 14px; text-align: left; border-top: 1px solid var(--line); white-space: nowrap;
+  padding: 7px 9px; text-align: left; border-top: 1px solid var(--line); white-space: nowrap;
 }
 thead th { font-weight: 500; color: var(--soft); vertical-align: bottom; }
 tbody th, tfoot th { font-weight: 600; }
@@ -60,7 +60,7 @@ tbody th, tfoot th, thead th:first-child { position: sticky; left: 0; background
 tbody th {
   white-space: normal; overflow-wrap: anywhere; min-width: 9em; max-width: 20em;
 }
-@media (min-width: 900px) { tbody th { min-width: 15em; } }
+@media (min-width: 900px) { tbody th { min-width: 13em; } }
 tfoot td, tfoot th { font-weight: 600; border-top: 2px solid var(--line); }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
 .share { display: inline-block; min-width: 3em; color: var(--soft); }
