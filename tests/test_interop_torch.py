@@ -638,6 +638,27 @@ class Control(nn.Module):
         return self.chain(self.part(x))
 
 
+class InPlace(nn.Module):
+    """Writes where others read, and where nobody does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.InstanceNorm2d(4)
+
+    def forward(self, x):
+        x = x * 2
+        y = torch.relu_(self.norm(self.a(x)))
+        y += self.b(x)
+        z = self.a(y)
+        z += x
+        other = self.b(z)
+        x += other
+        other = self.a(other)
+        other.relu_()
+        return x, y, z + self.norm(z), other, self.norm(other)
+
+
 class Methods(nn.Module):
     def __init__(self):
         super().__init__()
@@ -667,6 +688,7 @@ TREES = {
     "control": (Control, 2),
     "inside": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Control(), nn.ReLU()), 3),
     "methods": (Methods, 4),
+    "in place": (InPlace, 5),
     "shared": (Shared, 2),
     "pads": (
         lambda: nn.Sequential(

@@ -126,6 +126,13 @@ class Engine(nn.Module):  # type: ignore[misc]
         return " -> ".join(words)
 
 
+# Modules whose outputs share no memory with their inputs.
+_FRESH = (
+    Engine, *_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm,
+    nn.LayerNorm, nn.Linear,
+)  # fmt: skip
+
+
 def _trim(plans: dict[Any, Any]) -> None:
     if len(plans) > PLANS:
         plans.pop(next(iter(plans)), None)
@@ -274,7 +281,15 @@ def _traced(model: nn.Module, threads: int | None) -> nn.Module:
         for node in reversed(run.nodes):
             graph.erase_node(node)
         run.nodes = [new]
-    _add_in_place(graph, {run.nodes[0] for run in runs})
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    _write_in_place(
+        graph,
+        {
+            node
+            for node in graph.nodes
+            if node.op == "call_module" and isinstance(modules.get(str(node.target)), _FRESH)
+        },
+    )
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced.eval()
@@ -479,28 +494,32 @@ def _swapped(model: nn.Module, threads: int | None) -> nn.Module:
     return swapped(model)
 
 
-def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
-    """Sums into outputs of the engine that nothing else reads, and a ReLU after them."""
+def _write_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
+    """Sums and ReLUs into outputs that are in memory of their own and that nothing else reads."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _ADDS or node.kwargs:
+        given = [a for a in node.args if isinstance(a, fx.Node)]
+        own = [a for a in given if a in fresh and len(a.users) == 1]
+        if not own:
             continue
-        if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
-            continue
-        a, b = cast("tuple[fx.Node, fx.Node]", node.args)
-        if a not in fresh or len(a.users) > 1:
-            a, b = b, a
-        if a not in fresh or len(a.users) > 1 or a is b:
-            continue
-        users = list(node.users)
-        ended = len(users) == 1 and _activation(users[0], _called(graph, users[0])) == "relu"
-        with graph.inserting_before(node):
-            new = graph.call_function(_added_relu if ended else _added, (a, b))
-        if ended:
-            users[0].replace_all_uses_with(new)
-            graph.erase_node(users[0])
+        if _activation(node, _called(graph, node)) == "relu":
+            with graph.inserting_before(node):
+                new = graph.call_function(torch.relu_, (own[0],))
+        elif (
+            node.op == "call_function"
+            and node.target in _ADDS
+            and len(given) == len(node.args) == 2
+            and given[0] is not given[1]
+            and not node.kwargs
+            and (node.target is not operator.iadd or given[0] in own)  # else it writes elsewhere
+        ):
+            with graph.inserting_before(node):
+                other = given[1] if own[0] is given[0] else given[0]
+                new = graph.call_function(_added, (own[0], other))
         else:
-            node.replace_all_uses_with(new)
+            continue
+        node.replace_all_uses_with(new)
         graph.erase_node(node)
+        fresh.add(new)
 
 
 def _called(graph: fx.Graph, node: fx.Node) -> nn.Module | None:
@@ -515,7 +534,3 @@ def _added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.shape == b.shape and a.dtype == b.dtype:
         return a.add_(b)
     return a + b
-
-
-def _added_relu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.relu_(_added(a, b))
