@@ -85,6 +85,7 @@ def make_plan(
     engine: str = "lowrank",
     seed: int = 0,
     progress: Progress | None = None,
+    _metrics_of: dict[str, Metric] | None = None,
 ) -> Plan:
     """Choose a family, form and rank for every layer of a network within a budget.
 
@@ -149,6 +150,8 @@ def make_plan(
     timed = "seconds" in asked
     found: dict[str, list[Option]] = {}
     metrics = _metrics(net, free, gradients, seed, progress)
+    if _metrics_of is not None:
+        _metrics_of |= metrics
 
     def tried(layer: Layer) -> list[Option]:
         clock = timing(layer, batch, threads, engine) if timed else None
@@ -249,8 +252,9 @@ def compress(
     >>> sorted(small.chains) == sorted(small.plan.changed)
     True
     """
+    metrics: dict[str, Metric] = {}
     if plan is None:
-        plan = make_plan(net, progress=progress, **budget)
+        plan = make_plan(net, progress=progress, _metrics_of=metrics, **budget)
     elif budget:
         raise TypeError(f"a plan has its budget: {', '.join(budget)} cannot be given with it")
     layers = {x.name: x for x in net.layers}
@@ -259,10 +263,14 @@ def compress(
             raise ValueError(f"the plan is of another network: this one has no layer {name!r}")
     seed = int(plan.about.get("seed", 0))
     order = [x for x in net.layers if x.name in plan.layers]
-    metrics = _metrics(
-        net, [x for x in order if plan.layers[x.name].family != "dense"],
-        bool(plan.about.get("gradients")), seed, progress,
-    )  # fmt: skip
+    changed = [x for x in order if plan.layers[x.name].family != "dense"]
+    if not all(x.name in metrics for x in changed):
+        gradients = bool(plan.about.get("gradients"))
+        metrics = _metrics(net, changed, gradients, seed, progress)
+    originals = None
+    if net.batches:
+        wanted = order if refit else changed
+        originals = reconstruct.Originals(net, [x.name for x in wanted], MEMORY // 2)
     store = None if folder is None else _Store(Path(folder), plan)
     chains: dict[str, Factorization] = {}
     rows: list[Reconstructed] = []
@@ -286,8 +294,8 @@ def compress(
             others = {k: v for k, v in chains.items() if k != name}
             if others or metric is None:
                 outputs = None if metric is None else metric.outputs
-                metric = reconstruct.moments(net, [name], others, seed=seed)[name].metric()
-                metric = metric.with_outputs(outputs)
+                seen = reconstruct.moments(net, [name], others, originals=originals, seed=seed)
+                metric = seen[name].metric().with_outputs(outputs)
         f = reconstruct.fitted(layer, option, metric or _white(layer), sweeps=sweeps)
         weighted = Weighted(layer.conv, metric or _white(layer), entry.family, entry.form)
         error = weighted.error(f.stages)

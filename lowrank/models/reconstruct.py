@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +10,53 @@ import numpy as np
 from lowrank._typing import Array
 from lowrank.factorization import Factorization
 from lowrank.metric import Metric, Moments, unrolled
-from lowrank.models.net import Layer, Net
+from lowrank.models.net import Layer, Net, Samples
 from lowrank.models.options import Option
 from lowrank.weighted import Weighted
+
+
+class Originals:
+    """What layers get in the original network: kept, as far as memory is given for it.
+
+    Parameters
+    ----------
+    net : Net
+        With calibration data.
+    names : sequence of str
+        Layers.
+    memory : int
+        Bytes that may be held; layers whose inputs take the most are run for again.
+    """
+
+    def __init__(self, net: Net, names: Sequence[str], memory: int = 1 << 29) -> None:
+        self.net = net
+        self._kept: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
+        for batch in net.inputs(names, {}) if names else ():
+            for name, kept in self._kept.items():
+                kept.append(tuple(a.copy() for a in batch[name]))
+            while (held := {k: _bytes(v) for k, v in self._kept.items()}) and (
+                sum(held.values()) > memory
+            ):
+                del self._kept[max(held, key=held.__getitem__)]
+
+    def of(self, name: str) -> Iterator[Samples]:
+        """A layer's inputs, a batch at a time.
+
+        Parameters
+        ----------
+        name : str
+
+        Yields
+        ------
+        dict of str to tuple of ndarray
+        """
+        if name in self._kept:
+            return ({name: arrays} for arrays in self._kept[name])
+        return self.net.inputs([name], {})
+
+
+def _bytes(kept: list[tuple[Array, ...]]) -> int:
+    return sum(a.nbytes for arrays in kept for a in arrays)
 
 
 def moments(
@@ -20,6 +64,7 @@ def moments(
     names: list[str],
     chains: Mapping[str, Factorization] | None = None,
     *,
+    originals: Originals | None = None,
     centred: bool = True,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
@@ -34,6 +79,8 @@ def moments(
         Layers.
     chains : mapping of str to Factorization, optional
         What stands in for layers already; moments are then paired with those of the original.
+    originals : Originals, optional
+        Where those of a single layer come from, if not from a run.
     centred : bool
         Whether a bias is free to make up for means.
     seed : int
@@ -50,9 +97,12 @@ def moments(
         name: Moments(layers[name].conv, paired=chains is not None, centred=centred, seed=seed + i)
         for i, name in enumerate(names)
     }
-    original = net.inputs(names, {})
-    now = original if chains is None else net.inputs(names, chains)
-    pairs = ((b, None) for b in now) if chains is None else zip(now, original, strict=True)
+    pairs: Iterator[tuple[Samples, Samples | None]]
+    if chains is None:
+        pairs = ((batch, None) for batch in net.inputs(names, {}))
+    else:
+        original = net.inputs(names, {}) if originals is None else originals.of(*names)
+        pairs = zip(net.inputs(names, chains), original, strict=True)
     for i, (batch, before) in enumerate(pairs):
         for name in names:
             first = batch[name] if before is None else before[name]
