@@ -326,8 +326,14 @@ def compress(
         As for :class:`TorchNet`.
     tied : bool
         Whether tied weights stay one parameter; see :class:`lowrank.interop.torch_modules.Tied`.
-    passes, refit, folder, progress
-        As for :func:`lowrank.models.compress`.
+    passes : int
+        Over all layers, as for :func:`lowrank.models.compress`.
+    refit : bool
+        Whether layers that stay make up for errors ahead of them, too.
+    folder : path, optional
+        Where finished layers are kept, for a run that is interrupted.
+    progress : callable, optional
+        Called with what is being done and the share of it that is.
     renorm : bool
         Whether batch norms are estimated anew on the calibration batches.  It repairs crude
         fits and harms good ones.
@@ -407,6 +413,7 @@ def layers(model: nn.Module, example: torch.Tensor) -> Mapping[str, Layer]:
     Parameters
     ----------
     model : nn.Module
+        Of any kind; it stays as it is.
     example : torch.Tensor
         A batch of inputs.
 

@@ -83,6 +83,7 @@ def is_layer(module: nn.Module) -> bool:
     Parameters
     ----------
     module : nn.Module
+        Of any kind.
 
     Returns
     -------
@@ -258,6 +259,7 @@ class Bias(nn.Module):  # type: ignore[misc]
     Parameters
     ----------
     values : ndarray, shape (channels,)
+        To begin with; they are trained like any.
     ndim : int
         Axes behind the channels: 0 for a linear layer.
     """
