@@ -239,6 +239,17 @@ def test_the_gain_of_a_batch_norm_counts():
     assert net.layers[2].scale is None
 
 
+def test_inputs_may_be_passed_by_name():
+    data = batches(shape=(4, 8, 8))
+    net = TorchNet(warmed(Optional()), data)
+    (layer,) = net.layers
+    assert layer.scale is not None
+    np.testing.assert_array_equal(next(net.inputs(["conv"], {}))["conv"][0], data[0])
+    small = compress(net.original, data, macs=0.5).model
+    with torch.inference_mode():
+        assert equal(on_engine(small)(data[0], scale=2), 2 * small(data[0]))
+
+
 class Unbatched(nn.Module):
     """Calls its layers example by example."""
 
@@ -333,6 +344,21 @@ def test_losses(loss):
         np.testing.assert_allclose(found[0]["8"][0].sum(1), 0, atol=1e-5)
         other = list(net.gradients(["0", "8"], 1))
         assert not np.array_equal(found[1]["0"][0], other[1]["0"][0])
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv1d(2, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        return {"a": self.a(x), "rest": (self.b(x), self.c(x).argmax(1))}
+
+
+def test_all_outputs_count_that_have_a_gradient():
+    net = TorchNet(Several(), batches(shape=(2, 4)))
+    found = next(net.gradients(["a", "b", "c"], 0))
+    assert [len(found[name]) for name in "abc"] == [1, 1, 0]
 
 
 def test_labels_are_drawn_of_channels_at_every_sample():
@@ -659,6 +685,19 @@ class InPlace(nn.Module):
         return x, y, z + self.norm(z), other, self.norm(other)
 
 
+class Optional(nn.Module):
+    """An input that may be left out, and one that is passed by its name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x, scale=None):
+        y = self.norm(input=self.conv(input=x))
+        return y if scale is None else scale * y
+
+
 class Methods(nn.Module):
     def __init__(self):
         super().__init__()
@@ -689,6 +728,7 @@ TREES = {
     "inside": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Control(), nn.ReLU()), 3),
     "methods": (Methods, 4),
     "in place": (InPlace, 5),
+    "optional": (Optional, 1),
     "shared": (Shared, 2),
     "pads": (
         lambda: nn.Sequential(

@@ -42,7 +42,8 @@ class TorchNet:
         labels gives.
     loss : str or callable
         What output gradients are of.  ``"projections"``: random combinations of the outputs, so
-        that the second moment of gradients is what the squared change of the outputs weighs.
+        that the second moment of gradients is what the squared change of the outputs weighs;
+        all outputs, where there are several.
         ``"labels"``: the cross-entropy of labels that are drawn from the softmax of the outputs,
         the Fisher information; where a network is sure of all calibration examples, few of them
         then decide.  Or a function of the output and a generator, to the sum over examples.
@@ -92,24 +93,24 @@ class TorchNet:
         given: list[tuple[str, torch.Tensor]] = []
         scales: dict[str, Array] = {}
 
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(modules[module], []).append(args[0])
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.setdefault(modules[module], []).append(_given(args, kwargs))
 
         def after(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             given.append((modules[module], out))
 
-        def norm(module: Any, args: tuple[Any, ...]) -> None:
+        def norm(module: Any, args: Any, kwargs: Any) -> None:
             for name, out in given:
-                if out is args[0] and module.running_var is not None:
+                if out is _given(args, kwargs) and module.running_var is not None:
                     gain = torch.rsqrt(module.running_var + module.eps)
                     if module.weight is not None:
                         gain = gain * module.weight
                     scales[name] = array(gain)
 
-        hooks = [m.register_forward_pre_hook(before) for m in modules]
+        hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules]
         hooks += [m.register_forward_hook(after) for m in modules]
         hooks += [
-            m.register_forward_pre_hook(norm)
+            m.register_forward_pre_hook(norm, with_kwargs=True)
             for m in self._model.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
@@ -172,16 +173,17 @@ class TorchNet:
             found: dict[str, list[Array]] = {name: [] for name in names}
             times = {layer.name: layer.times for layer in self.layers}
 
-            def hook(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+            def hook(x: torch.Tensor, name: str) -> None:
                 old = self._model.get_submodule(name)
                 # A copy: what follows may write there.
-                found[name].append(array(_batched(old, args[0])).copy())  # noqa: B023
+                found[name].append(array(_batched(old, x)).copy())  # noqa: B023
                 if not self._apart and all(len(found[n]) >= times[n] for n in names):  # noqa: B023
                     raise _Stop
 
             hooks = [
                 model.get_submodule(n).register_forward_pre_hook(
-                    lambda module, args, name=n: hook(module, args, name)
+                    lambda module, args, kwargs, name=n: hook(_given(args, kwargs), name),
+                    with_kwargs=True,
                 )
                 for n in names
             ]
@@ -226,7 +228,7 @@ class TorchNet:
                     given = x.clone()
                     if given.is_floating_point() or given.is_complex():
                         given.requires_grad_()
-                    loss = self._lost(_output(self._model(given)), random)
+                    loss = self._lost(self._model(given), random)
                     if loss.requires_grad:
                         loss.backward()
             finally:
@@ -234,7 +236,8 @@ class TorchNet:
                     h.remove()
             yield {name: tuple(a) for name, a in found.items()}
 
-    def _lost(self, y: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    def _lost(self, given: Any, random: torch.Generator) -> torch.Tensor:
+        y = _output(given)
         if callable(self.loss):
             return self.loss(y, random)
         if self.loss == "labels":
@@ -246,7 +249,12 @@ class TorchNet:
             shares = flat.detach().float().cpu().softmax(1)
             drawn = torch.multinomial(shares, 1, generator=random)[:, 0].to(y.device)
             return nn.functional.cross_entropy(flat, drawn, reduction="sum")
-        return (y * torch.randn(y.shape, generator=random).to(y)).sum()
+        every = [t for t in torch.utils._pytree.tree_leaves(given) if torch.is_tensor(t)]
+        return sum(
+            ((t * torch.randn(t.shape, generator=random).to(t)).sum() for t in every
+             if t.is_floating_point()),
+            torch.zeros(()),
+        )  # fmt: skip
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
         """See :class:`lowrank.models.Net`."""
@@ -442,6 +450,11 @@ def _input(batch: Any) -> torch.Tensor:
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         raise ValueError("calibration batches must be finite: found NaN or infinity")
     return x
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a layer, however it is passed."""
+    return args[0] if args else kwargs["input"]
 
 
 def _output(y: Any) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -66,16 +67,27 @@ class Engine(nn.Module):  # type: ignore[misc]
         self._plans: dict[Any, tuple[Runner, tuple[int, ...]]] = {}
         self._runners: dict[Any, tuple[Runner, tuple[int, ...]]] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Run it; (batch, channels, *spatial), or without the batch.
+
+        Parameters
+        ----------
+        input : torch.Tensor
+            By the name that PyTorch's layers have for it.
+
+        Returns
+        -------
+        torch.Tensor
+            In memory of its own.
 
         Raises
         ------
         TypeError
-            If `x` is no float32 or float64 tensor on the CPU.
+            If it is no float32 or float64 tensor on the CPU.
         ValueError
             If gradients are asked for, or the shape does not fit.
         """
+        x = input
         if x.requires_grad:
             x = _without_gradient(x)
         dtype = x.dtype
@@ -196,7 +208,7 @@ def on_engine(
         made: nn.Module = Engine([(of_module(plain), "none")], threads)
     else:
         try:
-            made = _traced(plain, threads)
+            made = _traced(plain, threads) if _one_way(plain) else _swapped(plain, threads)
         except Exception:  # control flow that depends on tensors, and whatever else models do
             made = _swapped(fresh(), threads)
     if example is None or _alike(model, made, example):
@@ -208,6 +220,12 @@ def on_engine(
             "weights or attributes of its convolutions, or random numbers?"
         )
     return made
+
+
+def _one_way(model: nn.Module) -> bool:
+    """Whether all inputs are always given: a trace cannot tell whether others are."""
+    given = inspect.signature(model.forward).parameters.values()
+    return all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in given)
 
 
 def _alike(model: nn.Module, made: nn.Module, example: torch.Tensor) -> bool:
