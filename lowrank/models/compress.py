@@ -149,7 +149,7 @@ def make_plan(
     free = [x for x in layers if not _matches(x.name, pinned)]
     timed = "seconds" in asked
     found: dict[str, list[Option]] = {}
-    metrics = _metrics(net, free, gradients, seed, progress)
+    metrics, absolute = _metrics(net, free, gradients, seed, progress)
     if _metrics_of is not None:
         _metrics_of |= metrics
 
@@ -157,7 +157,9 @@ def make_plan(
         clock = timing(layer, batch, threads, engine) if timed else None
         fixed = layer.name not in metrics
         metric = _white(layer) if fixed else metrics[layer.name]
-        some = options(layer, metric, () if fixed else names, axes=list(asked), timed=clock)
+        some = options(
+            layer, metric, () if fixed else names, absolute=absolute, axes=list(asked), timed=clock
+        )
         return some if fixed else _capped(layer.name, some, capped or {})
 
     # Fits are many small products: a layer a thread is faster than more threads a product.
@@ -186,9 +188,8 @@ def make_plan(
     for name, some in found.items():
         o = choice.options[name]
         entries[name] = Entry(o.family, o.form, o.rank, o.error, o.loss, o.costs, some[0].costs)
-    weighed = any(m.outputs is not None for m in metrics.values()) and gradients
     about = {
-        "families": list(names), "seed": seed, "gradients": weighed, "batch": batch,
+        "families": list(names), "seed": seed, "gradients": absolute, "batch": batch,
         "threads": threads, "engine": engine, "calibrated": bool(net.batches),
     }  # fmt: skip
     fronts = {
@@ -266,7 +267,7 @@ def compress(
     changed = [x for x in order if plan.layers[x.name].family != "dense"]
     if not all(x.name in metrics for x in changed):
         gradients = bool(plan.about.get("gradients"))
-        metrics = _metrics(net, changed, gradients, seed, progress)
+        metrics, _ = _metrics(net, changed, gradients, seed, progress)
     originals = None
     if net.batches:
         wanted = order if refit else changed
@@ -325,10 +326,10 @@ def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
 
 def _metrics(
     net: Net, layers: Sequence[Layer], gradients: bool, seed: int, progress: Progress | None
-) -> dict[str, Metric]:
-    """Of the original inputs, in as many passes as memory asks for."""
+) -> tuple[dict[str, Metric], bool]:
+    """Of the original inputs, in as many passes as memory asks for; whether gradients count."""
     if not net.batches:
-        return {x.name: _white(x) for x in layers}
+        return {x.name: _white(x) for x in layers}, False
     found: dict[str, Metric] = {}
     for part in _parts(layers):
         names = [x.name for x in part]
@@ -343,11 +344,14 @@ def _metrics(
                 for name in names:
                     for g in sample.get(name, ()):
                         moments[name].add_gradients(g)
-        for layer in part:
-            metric = moments[layer.name].metric()
-            weight = reconstruct.weight_of_outputs(layer, metric.outputs)
-            found[layer.name] = metric.with_outputs(weight)
-    return found
+        found |= {name: moments[name].metric() for name in names}
+    # Where a layer has no gradient, losses would not be in one unit: then nobody's count.
+    absolute = all(m.outputs is not None for m in found.values())
+    for layer in layers:
+        metric = found[layer.name]
+        weight = metric.outputs if absolute else reconstruct.gains(layer)
+        found[layer.name] = metric.with_outputs(weight)
+    return found, absolute
 
 
 def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -371,7 +375,7 @@ def _white(layer: Layer) -> Metric:
     weight, conv = layer.conv.stages[0].weight, layer.conv
     ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
     metric = white(conv.groups, (ins, *weight.shape[2:]))
-    return metric.with_outputs(reconstruct.weight_of_outputs(layer, None))
+    return metric.with_outputs(reconstruct.gains(layer))
 
 
 def _capped(name: str, some: list[Option], capped: Mapping[str, float]) -> list[Option]:

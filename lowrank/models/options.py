@@ -66,6 +66,7 @@ def options(
     metric: Metric,
     families: Iterable[str] = QUICK,
     *,
+    absolute: bool = False,
     axes: Sequence[str] = ("macs",),
     timed: Callable[[Sequence[Stage]], float] | None = None,
 ) -> list[Option]:
@@ -79,6 +80,9 @@ def options(
         Of its inputs; of its outputs, where gradients are known.
     families : iterable of str
         Names from :data:`lowrank.FAMILIES`.
+    absolute : bool
+        Whether the metric weighs outputs by gradients of one loss, so that errors of layers are in
+        one unit.
     axes : sequence of str
         Costs that count.
     timed : callable, optional
@@ -91,9 +95,9 @@ def options(
 
     Notes
     -----
-    With a second moment of output gradients G the loss is half of :math:`\\operatorname{tr}(G E C
-    E^\\top)`: an estimate of what the network's own loss, in its units, rises by, so that layers
-    add up.  Without, it is the squared relative error of the layer's output.
+    Where it is absolute the loss is half of :math:`\\operatorname{tr}(G E C E^\\top)`: an estimate
+    of what the network's own loss, in its units, rises by, so that layers add up.  Else it is the
+    squared relative error of the layer's output.
 
     Examples
     --------
@@ -138,7 +142,7 @@ def options(
     found = [f for f in found if all(f[2][a] < dense.costs[a] for a in axes)]
     found = _thinned(_front(found, axes, SLACK), axes[0], KEPT)
     whole = Weighted(conv, metric, "dense", "").energy
-    scale = whole / 2 if metric.outputs is not None and layer.scale is None else 1.0
+    scale = whole / 2 * layer.times if absolute else 1.0
     fitted = [dense]
     for weighted, point, price in found:
         stages, error = weighted.refined(point.build(), SWEEPS, dtype=np.float32)

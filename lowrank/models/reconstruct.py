@@ -113,10 +113,19 @@ def moments(
     return found
 
 
-def weight_of_outputs(layer: Layer, gradients: Array | None) -> Array | None:
-    """G of a layer: of its gradients, else of the gains that its outputs are multiplied by."""
-    if gradients is not None or layer.scale is None:
-        return gradients
+def gains(layer: Layer) -> Array | None:
+    """Weights of a layer's outputs: the squared gains of the norm behind it, if there is one.
+
+    Parameters
+    ----------
+    layer : Layer
+
+    Returns
+    -------
+    ndarray, shape (groups, out, out), or None
+    """
+    if layer.scale is None:
+        return None
     squares = np.square(layer.scale.astype(np.float64)).reshape(layer.conv.groups, -1)
     squares = np.maximum(squares, 1e-6 * squares.max(initial=1e-30))
     return np.asarray(squares[:, :, None] * np.eye(squares.shape[1]))
