@@ -191,6 +191,7 @@ def make_plan(
     about = {
         "families": list(names), "seed": seed, "gradients": absolute, "batch": batch,
         "threads": threads, "engine": engine, "calibrated": bool(net.batches),
+        "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
     }  # fmt: skip
     fronts = {
         name: tuple(Alternative(o.name, o.rank, o.error, o.costs["macs"]) for o in some)

@@ -79,7 +79,8 @@ class Plan:
     loss, gap : float
         Of the choice; the gap is 0 where it is proven to be the best one.
     about : dict
-        How it was made: families, seed, whether gradients counted, batch, threads.
+        How it was made: families, seed, whether gradients counted, batch, threads; ``"factored"``
+        has, by layer, how far the Kronecker product of its factors is from the second moment.
     fronts : dict of str to tuple of Alternative
         What each layer could have become, the layer as it came among them; nothing is fitted
         by them, and they may be taken out.
@@ -169,10 +170,25 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self.title(), *report.columns(self.rows())])
+        return "\n".join([self.title(), *report.columns(self.rows()), *self.notes()])
 
     def _repr_html_(self) -> str:
-        return report.html_table(self.rows(), [self.title()])
+        return report.html_table(self.rows(), [self.title(), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What is to be said below the table.
+
+        Returns
+        -------
+        list of str
+        """
+        off = sorted(self.about.get("factored", {}).values())
+        if not off:
+            return []
+        return [
+            f"second moments are {off[0]:.0%} to {off[-1]:.0%} away from a product of factors for "
+            "channels and axes; errors are in the full ones"
+        ]
 
     def to_json(self) -> str:
         """As text, a line a layer, and a line for each of its alternatives.
