@@ -22,7 +22,7 @@ WIDEST = 4608  # in * taps, above which only factors are kept: 512 channels of 3
 POSITIONS = 1 << 14  # outputs of a batch that are looked at, at the most: a random choice
 CHUNK = 1 << 21  # numbers that are unrolled at a time: what the caches hold
 RIDGE = 1e-3  # of the mean eigenvalue, added to all: what was never seen is not free
-FEW = 0.05  # more of it for fewer samples than unknowns, by their ratio
+FEW = 0.05  # more of it by the ratio of unknowns to samples, 1 at the most
 
 
 @final
@@ -54,6 +54,10 @@ class Metric:
         The same of the patches that the original kernel got.
     samples : int
         Patches that were counted.
+    unit : float
+        That errors count by among layers: 0 where every gradient was 0.
+    made : ndarray of float64, shape (groups, out, out), or None
+        Second moment of the original outputs, where there is a target.
 
     Notes
     -----
@@ -82,6 +86,8 @@ class Metric:
     shift: Array | None
     reference: Array | None
     samples: int
+    unit: float = 1.0
+    made: Array | None = None
 
     def weighted(self, e: Array) -> Array:
         """``G E C`` of an error (groups, out, in, \\*taps).
@@ -157,6 +163,32 @@ class Metric:
         return replace(
             self, inputs=of(self.inputs), channels=self.channels.astype(dtype),
             taps=tuple(t.astype(dtype) for t in self.taps), outputs=of(self.outputs),
+        )  # fmt: skip
+
+    def unscaled(self) -> Metric:
+        """The same up to a factor: moments with eigenvalues of 1 in the mean.
+
+        Returns
+        -------
+        Metric
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank.metric import white
+        >>> heavy = white(1, (4, 3)).with_outputs(np.full((1, 1, 1), 5.0))
+        >>> float(heavy.unscaled().outputs[0, 0, 0])
+        1.0
+        """
+
+        def of(a: Array | None) -> Array | None:
+            mean = 0.0 if a is None else float(np.trace(a, axis1=-2, axis2=-1).mean()) / a.shape[-1]
+            return a if a is None or not mean > 0 else a / mean
+
+        channels = of(self.channels)
+        assert channels is not None
+        return replace(
+            self, inputs=of(self.inputs), outputs=of(self.outputs), channels=channels,
         )  # fmt: skip
 
     def with_outputs(self, outputs: Array | None) -> Metric:
@@ -252,6 +284,10 @@ class Moments:
         self.samples, self.looks = 0, 0
         self.full = n <= WIDEST
         self._mean, self._mean0 = np.zeros((g, n)), np.zeros((g, n))
+        # What is taken off before products are formed in single precision, if means are free.
+        self._base: Array | None = None
+        self._base0: Array | None = None
+        self._made, self._made_mean = np.zeros((g, self.outs, self.outs)), np.zeros((g, self.outs))
         if self.full:
             self._c = np.zeros((g, n, n))
             self._cross = np.zeros((g, n, n)) if paired else None
@@ -298,6 +334,15 @@ class Moments:
     def _count(self, p: Array, q: Array) -> None:
         """Patches (groups, samples, in * taps) of now and of the original."""
         self.samples += p.shape[1]
+        if self.centred:
+            if self._base is None or self._base0 is None:
+                self._base, self._base0 = p.mean(axis=1), q.mean(axis=1)
+            p, q = p - self._base[:, None], q - self._base0[:, None]
+        if self.paired:
+            w = unrolled(self.conv).astype(q.dtype)
+            y = q @ w.reshape(*w.shape[:2], -1).swapaxes(1, 2)
+            self._made += y.swapaxes(1, 2) @ y
+            self._made_mean += y.sum(axis=1, dtype=np.float64)
         self._mean += p.sum(axis=1, dtype=np.float64)
         self._mean0 += q.sum(axis=1, dtype=np.float64)
         if self.full:
@@ -357,15 +402,20 @@ class Moments:
         """
         if not self.samples:
             raise ValueError("no inputs were counted")
+        # Of what was counted: without the base, which is added below.
         mean, mean0 = self._mean / self.samples, self._mean0 / self.samples
         n = mean.shape[1]
         shift = mean if self.centred else np.zeros_like(mean)
         shift0 = mean0 if self.centred else np.zeros_like(mean)
+        if self._base is not None and self._base0 is not None:
+            mean, mean0 = mean + self._base, mean0 + self._base0
         if ridge:
             ridge += FEW * min(1.0, n / self.samples)
-        outputs = self._gradients / self.looks if self.looks else None
-        if outputs is not None:
-            outputs = _ridged(outputs, RIDGE)
+        outputs, unit = None, 1.0
+        if self.looks:
+            # Without any gradient nothing that the layer does is lost: outputs count alike, as 0.
+            unit = float(self._gradients.any())
+            outputs = _ridged(self._gradients / self.looks, RIDGE)
         if not self.full:
             channels = self._channels / self.samples / math.prod(self.kernel)
             taps = [t / max(np.trace(t), 1e-300) * len(t) for t in self._taps]
@@ -373,19 +423,23 @@ class Moments:
             return Metric(
                 None, _ridged(channels, ridge), tuple(taps), math.nan, outputs, None,
                 mean if self.centred else None, mean0 if self.centred else None, self.samples,
+                unit,
             )  # fmt: skip
         c = self._c / self.samples - shift[:, :, None] * shift[:, None]
         c = _ridged((c + c.swapaxes(1, 2)) / 2, ridge)
-        target = None
+        target = made = None
         if self._cross is not None:
             cross = self._cross / self.samples - shift0[:, :, None] * shift[:, None]
             # The ridge pulls towards the original kernel, not towards zero.
             own = c - self._c / self.samples + shift[:, :, None] * shift[:, None]
             target = self._target(c, cross + own)
+            offset = self._made_mean / self.samples if self.centred else 0 * self._made_mean
+            made = self._made / self.samples - offset[:, :, None] * offset[:, None]
         channels, factors, distance = factored(c, (self.ins, *self.kernel))
         return Metric(
             c, channels, factors, distance, outputs, target,
             mean if self.centred else None, mean0 if self.centred else None, self.samples,
+            unit, made,
         )  # fmt: skip
 
     def _target(self, c: Array, cross: Array) -> Array:

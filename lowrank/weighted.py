@@ -135,10 +135,8 @@ def scaling(n: Network, conv: Factorization, m: Metric) -> Scaling:
         return None if c is None or at is None else _root(c, alone)
 
     outs = root(m.outputs, roles.outs, roles.batch)
-    if m.inputs is not None and _holder(n, roles.channels + space, roles.batch) == (
-        _holder(n, roles.channels, roles.batch)[0],
-        True,
-    ):
+    at, alone = _holder(n, roles.channels + space, roles.batch)
+    if m.inputs is not None and at is not None and alone:
         return Scaling(outs, joint=root(m.inputs, roles.channels + space, roles.batch))
     channels = root(m.channels, roles.channels, roles.batch)
     # Roots of taps are shared by groups, so that the stage need not hold them.
@@ -356,8 +354,13 @@ class Weighted:
         roles = _Roles.of(n, self.conv.transposed)
         tensors = [t.astype(np.float64) for t in n.tensors(stages)]
         tensors = _split(n, roles, s, tensors, scaled=True)
-        fit = _Fit(n, self, metric.astype(dtype), s.to(self.wanted).astype(dtype))
+        # In units of their own, so that squares are in the range of single precision.
+        wanted = s.to(self.wanted)
+        unit = float(np.abs(wanted).max()) or 1.0
+        tensors[0] = tensors[0] / unit
+        fit = _Fit(n, self, metric.unscaled().astype(dtype), (wanted / unit).astype(dtype))
         tensors, energy = fit.run([t.astype(dtype) for t in tensors], sweeps, tolerance)
+        tensors[0] = tensors[0].astype(np.float64) * unit
         whole = fit.whole
         error = math.sqrt(max(energy, 0.0) / whole) if whole else 0.0
         tensors = _split(n, roles, s, [t.astype(np.float64) for t in tensors])
@@ -458,7 +461,9 @@ class _Fit:
         size = entries(self.n, bonds)
         gram = gram.reshape(-1, size, size)
         mean = np.trace(gram, axis1=1, axis2=2)[:, None, None] / size
-        inverse = np.linalg.inv(gram + (1e-8 * mean + 1e-300) * np.eye(size))
+        if not (mean > 0).all():
+            return lambda z: z
+        inverse = np.linalg.inv(gram + 1e-7 * mean * np.eye(size, dtype=gram.dtype))
         rest = "".join(m for m in mine if m not in batch + bonds)
         order = batch + bonds + rest
         there, back = [mine.index(m) for m in order], [order.index(m) for m in mine]

@@ -23,6 +23,7 @@ CASES = {
     "3-D": ((6, 5, 3, 3, 3), {"padding": 1}),
     "depthwise": ((8, 1, 3, 3), {"groups": 8, "padding": 1}),
     "pointwise": ((8, 6, 1, 1), {}),
+    "grey": ((8, 1, 3, 3), {"padding": 1}),
 }
 
 
@@ -264,3 +265,27 @@ def test_a_layer_that_sees_nothing_can_be_fitted():
     w = Weighted(conv, moments.metric(), "spatial", "h-w")
     f = lowrank.chain(w.at((3,)))
     assert np.isfinite(f.to_dense()).all()
+
+
+def test_means_far_from_zero_do_not_drown_the_moments():
+    conv = lowrank.dense(np.ones((4, 3, 3, 3), np.float32))
+    x = np.random.default_rng(0).standard_normal((8, 3, 12, 12))
+    found = []
+    for offset, dtype in ((0, np.float64), (3000, np.float32)):
+        moments = Moments(conv, centred=True)
+        moments.add((x + offset).astype(dtype))
+        found.append(moments.metric().inputs)
+    # 3000 in single precision is known to 2e-4; samples have a spread of 1.
+    assert np.abs(found[0] - found[1]).max() < 2e-3
+
+
+def test_tiny_outputs_do_not_underflow():
+    shape, about = CASES["plain"]
+    weight = 1e-20 * np.random.default_rng(0).standard_normal(shape)
+    conv = lowrank.dense(weight.astype(np.float32), **about)
+    moments = Moments(conv)
+    moments.add(inputs(conv))
+    w = Weighted(conv, moments.metric(), "spatial", "h-w")
+    stages, error = w.refined(w.at((3,)), 3, dtype=np.float32)
+    assert error == pytest.approx(w.error(stages), rel=1e-3)
+    assert error > 0.05

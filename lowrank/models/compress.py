@@ -158,8 +158,9 @@ def make_plan(
         fixed = layer.name not in metrics
         metric = _white(layer) if fixed else metrics[layer.name]
         some = options(
-            layer, metric, () if fixed else names, absolute=absolute, axes=list(asked), timed=clock
-        )
+            layer, metric, () if fixed else names, absolute=absolute, biased=bool(net.batches),
+            axes=list(asked), timed=clock,
+        )  # fmt: skip
         return some if fixed else _capped(layer.name, some, capped or {})
 
     # Fits are many small products: a layer a thread is faster than more threads a product.
@@ -168,7 +169,7 @@ def make_plan(
             found[layer.name] = some
             if progress is not None:
                 progress("options", i / len(layers))
-    if all(len(some) == 1 for some in found.values()):
+    if free and all(len(some) == 1 for some in found.values()):
         raise Nothing(
             "nothing can be won: no family writes any of these layers with less "
             + " and ".join(asked)
@@ -192,6 +193,7 @@ def make_plan(
         "families": list(names), "seed": seed, "gradients": absolute, "batch": batch,
         "threads": threads, "engine": engine, "calibrated": bool(net.batches),
         "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
+        "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
     }  # fmt: skip
     fronts = {
         name: tuple(Alternative(o.name, o.rank, o.error, o.costs["macs"]) for o in some)
@@ -273,7 +275,9 @@ def compress(
     if net.batches:
         wanted = order if refit else changed
         originals = reconstruct.Originals(net, [x.name for x in wanted], MEMORY // 2)
-    store = None if folder is None else _Store(Path(folder), plan)
+    store = None
+    if folder is not None:
+        store = _Store(Path(folder), plan, order, metrics, (sweeps, refit, passes))
     chains: dict[str, Factorization] = {}
     rows: list[Reconstructed] = []
     work = [(p, x) for p in range(passes) for x in order]
@@ -299,15 +303,32 @@ def compress(
                 seen = reconstruct.moments(net, [name], others, originals=originals, seed=seed)
                 metric = seen[name].metric().with_outputs(outputs)
         f = reconstruct.fitted(layer, option, metric or _white(layer), sweeps=sweeps)
-        weighted = Weighted(layer.conv, metric or _white(layer), entry.family, entry.form)
-        error = weighted.error(f.stages)
+        error = reconstruct.output_error(layer, f, metric or _white(layer))
         chains[name] = f
         rows.append(Reconstructed(name, error))
         if store is not None:
             store.write(name, p, f, error)
     if progress is not None:
         progress("layers", 1.0)
-    return Compressed(plan, chains, tuple(rows))
+    return Compressed(_counted(plan, layers, chains), chains, tuple(rows))
+
+
+def _counted(plan: Plan, layers: Mapping[str, Layer], chains: Mapping[str, Factorization]) -> Plan:
+    """The plan with the costs of the chains themselves: a file may have been edited by hand."""
+    entries = {}
+    for name, entry in plan.layers.items():
+        layer = layers[name]
+        f = layer.conv if entry.family == "dense" else chains[name]
+        cost = f.cost(layer.input_size)
+        counted = {
+            "macs": float(cost.macs * layer.times),
+            "params": float(cost.params),
+            "bytes": float(cost.params * f.dtype.itemsize),
+        }
+        if entry.family == "dense":
+            entry = replace(entry, form="", rank=(), error=0.0, loss=0.0)
+        entries[name] = replace(entry, costs=entry.costs | counted)
+    return replace(plan, layers=entries)
 
 
 def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
@@ -381,6 +402,8 @@ def _white(layer: Layer) -> Metric:
 
 def _capped(name: str, some: list[Option], capped: Mapping[str, float]) -> list[Option]:
     for pattern, share in capped.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{pattern} must be capped at a share in (0, 1], got {share!r}")
         if fnmatchcase(name, pattern):
             kept = [o for o in some if o.costs["macs"] <= share * some[0].costs["macs"]]
             if not kept:
@@ -395,8 +418,13 @@ def _capped(name: str, some: list[Option], capped: Mapping[str, float]) -> list[
 
 
 def _limit(axis: str, budget: float | str, whole: float) -> float:
-    if isinstance(budget, int | float | np.number) and not isinstance(budget, bool):
-        if not 0 < budget <= 1:
+    if isinstance(budget, str) and budget.strip().endswith("%"):
+        try:
+            budget = float(budget.strip()[:-1]) / 100
+        except ValueError:
+            raise ValueError(f"{axis} must be a share such as '50%', got {budget!r}") from None
+    if isinstance(budget, int | float | np.number):
+        if isinstance(budget, bool) or not 0 < budget <= 1:
             unit = "3ms" if axis == "seconds" else "20M"
             raise ValueError(
                 f"{axis} must be a share in (0, 1] or an amount with a unit such as {unit!r}, got "
@@ -423,8 +451,23 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 class _Store:
     """Finished layers of one plan in a folder."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder = folder / hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        layers: Sequence[Layer],
+        metrics: Mapping[str, Metric],
+        settings: object,
+    ) -> None:
+        key = hashlib.sha256(plan.to_json().encode())
+        key.update(repr(settings).encode())
+        for layer in layers:  # other weights or other data are another run
+            key.update(layer.conv.to_dense().tobytes())
+            metric = metrics.get(layer.name)
+            if metric is not None:
+                seen = metric.channels if metric.inputs is None else metric.inputs
+                key.update(seen.tobytes())
+        self.folder = folder / key.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str, number: int) -> Path:
@@ -433,10 +476,10 @@ class _Store:
 
     def read(self, name: str, number: int) -> tuple[Factorization, float] | None:
         path = self._path(name, number)
-        if not path.exists():
+        try:
+            return io.load(path)["layer"], float(path.with_suffix(".error").read_text())
+        except (OSError, ValueError):  # not there, or cut off while it was written
             return None
-        f = io.load(path)["layer"]
-        return f, float(path.with_suffix(".error").read_text())
 
     def write(self, name: str, number: int, f: Factorization, error: float) -> None:
         path = self._path(name, number)

@@ -67,6 +67,7 @@ def options(
     families: Iterable[str] = QUICK,
     *,
     absolute: bool = False,
+    biased: bool = False,
     axes: Sequence[str] = ("macs",),
     timed: Callable[[Sequence[Stage]], float] | None = None,
 ) -> list[Option]:
@@ -83,6 +84,8 @@ def options(
     absolute : bool
         Whether the metric weighs outputs by gradients of one loss, so that errors of layers are in
         one unit.
+    biased : bool
+        Whether a chain gets a bias where the layer has none.
     axes : sequence of str
         Costs that count.
     timed : callable, optional
@@ -114,7 +117,8 @@ def options(
     shape = conv.shape(layer.input_size)
 
     def costs(stages: Sequence[Stage]) -> dict[str, float]:
-        cost = chain_cost(stages, shape, conv.bias is not None)
+        # Chains that are fitted to data get a bias that makes up for means.
+        cost = chain_cost(stages, shape, conv.bias is not None or (biased and len(stages) > 1))
         size = conv.dtype.itemsize
         return {
             "macs": float(cost.macs * layer.times),
@@ -139,10 +143,10 @@ def options(
         dense.costs["seconds"] = timed(conv.stages) * layer.times
         for _, point, price in found:
             price["seconds"] = timed(point.stages) * layer.times
-    found = [f for f in found if all(f[2][a] < dense.costs[a] for a in axes)]
+    found = [f for f in found if any(f[2][a] < dense.costs[a] for a in axes)]
     found = _thinned(_front(found, axes, SLACK), axes[0], KEPT)
     whole = Weighted(conv, metric, "dense", "").energy
-    scale = whole / 2 * layer.times if absolute else 1.0
+    scale = whole / 2 * layer.times * metric.unit if absolute else 1.0
     fitted = [dense]
     for weighted, point, price in found:
         stages, error = weighted.refined(point.build(), SWEEPS, dtype=np.float32)

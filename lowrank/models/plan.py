@@ -182,13 +182,26 @@ class Plan:
         -------
         list of str
         """
+        said = []
+        for axis, limit in self.limits.items():
+            if self.total(axis)[0] > limit * (1 + 1e-9):
+                over = _said(axis, limit)
+                said.append(f"over its limit of {over} {axis}: the plan has been edited")
+        if self.about.get("calibrated") and not self.about.get("gradients"):
+            said.append(
+                "errors count relative to each layer's output: there is no gradient for every layer"
+            )
         off = sorted(self.about.get("factored", {}).values())
-        if not off:
-            return []
-        return [
-            f"second moments are {off[0]:.0%} to {off[-1]:.0%} away from a product of factors for "
-            "channels and axes; errors are in the full ones"
-        ]
+        if off:
+            said.append(
+                f"second moments are {off[0]:.0%} to {off[-1]:.0%} away from a product of factors "
+                "for channels and axes; errors are in the full ones"
+            )
+        if self.about.get("wide"):
+            said.append(
+                f"of {', '.join(self.about['wide'])} only such factors are kept: too wide for more"
+            )
+        return said
 
     def to_json(self) -> str:
         """As text, a line a layer, and a line for each of its alternatives.
@@ -236,7 +249,7 @@ class Plan:
                 raise ValueError(f"a plan of version {read['version']}, not {VERSION}")
             layers = {
                 str(name): Entry(
-                    str(e["family"]), str(e["form"]), tuple(int(r) for r in e["rank"]),
+                    str(e["family"]), str(e["form"]), tuple(_whole(r) for r in e["rank"]),
                     float(e["error"]), float(e["loss"]), _numbers(e["costs"]), _numbers(e["dense"]),
                 )
                 for name, e in read["layers"].items()
@@ -294,3 +307,9 @@ def _said(axis: str, amount: float) -> str:
 def _pair(now: Mapping[str, float], before: Mapping[str, float], axis: str) -> tuple[str, str]:
     whole = before[axis]
     return _said(axis, now[axis]), f"{now[axis] / whole:.0%}" if whole else "-"
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"a rank must be a whole number, got {value!r}")
+    return int(value)

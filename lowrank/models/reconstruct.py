@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -94,8 +96,13 @@ def moments(
     """
     layers = {layer.name: layer for layer in net.layers}
     found = {
-        name: Moments(layers[name].conv, paired=chains is not None, centred=centred, seed=seed + i)
-        for i, name in enumerate(names)
+        name: Moments(
+            layers[name].conv,
+            paired=chains is not None,
+            centred=centred,
+            seed=zlib.crc32(name.encode()) ^ seed,
+        )
+        for name in names
     }
     pairs: Iterator[tuple[Samples, Samples | None]]
     if chains is None:
@@ -168,6 +175,33 @@ def fitted(
     if bias and metric.shift is not None and metric.reference is not None:
         f = replace(f, bias=corrected_bias(conv, f, metric))
     return f
+
+
+def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
+    """Relative error of a layer's outputs against those of the original, means made up for.
+
+    Parameters
+    ----------
+    layer : Layer
+    f : Factorization
+        What stands in for it.
+    metric : Metric
+        Of what it gets; with a target, against what the original got.
+
+    Returns
+    -------
+    float
+    """
+    v, w = unrolled(layer.conv, f.to_dense()), unrolled(layer.conv)
+    if metric.target is None or metric.made is None:
+        missed, whole = metric.energy(v - w), metric.energy(w)
+    else:
+        # What no kernel can make of these inputs comes on top.
+        g = np.eye(v.shape[1])[None] if metric.outputs is None else metric.outputs
+        whole = float((g * metric.made).sum())
+        least = max(whole - metric.energy(metric.target), 0.0)
+        missed = metric.energy(v - metric.target) + least
+    return math.sqrt(missed / whole) if whole > 0 else 0.0
 
 
 def corrected_bias(conv: Factorization, f: Factorization, metric: Metric) -> Array:
