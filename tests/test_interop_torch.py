@@ -916,3 +916,10 @@ def test_a_plan_can_be_made_beforehand():
     plan = models.make_plan(TorchNet(model, batches()), macs=0.5)
     small = compress(model, batches(), plan=plan)
     assert small.plan is plan
+
+
+def test_a_batch_that_does_not_fit_is_named():
+    (x,) = batches(1)
+    wrong = torch.zeros(2, x.shape[1] + 1, *x.shape[2:])
+    with pytest.raises(ValueError, match=r"cannot be run on a batch of shape \(2, "):
+        compress(small_net(), [x, wrong], macs=0.5)

@@ -192,6 +192,10 @@ class TorchNet:
                     model(x)
             except _Stop:
                 pass
+            except Exception as why:
+                raise ValueError(
+                    f"the model cannot be run on a batch of shape {tuple(x.shape)}: {why}"
+                ) from why
             finally:
                 for h in hooks:
                     h.remove()

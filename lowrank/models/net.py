@@ -70,8 +70,8 @@ class Net(Protocol):
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
         """What layers get, a batch at a time, where `chains` stand in for layers of their names.
 
-        One array for every time that a layer runs.  Nothing behind the last of the layers needs
-        to be run.
+        One array for every time that a layer runs, which nothing writes to later.  Nothing behind
+        the last of the layers needs to be run.
         """
 
     def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:

@@ -35,7 +35,7 @@ class Originals:
         self._kept: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
         for batch in net.inputs(names, {}) if names else ():
             for name, kept in self._kept.items():
-                kept.append(tuple(a.copy() for a in batch[name]))
+                kept.append(batch[name])
             while (held := {k: _bytes(v) for k, v in self._kept.items()}) and (
                 sum(held.values()) > memory
             ):
