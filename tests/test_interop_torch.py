@@ -915,7 +915,7 @@ def test_a_plan_can_be_made_beforehand():
     model = warmed(small_net())
     plan = models.make_plan(TorchNet(model, batches()), macs=0.5)
     small = compress(model, batches(), plan=plan)
-    assert small.plan is plan
+    assert small.plan.layers == plan.layers  # counted anew, and alike
 
 
 def test_a_batch_that_does_not_fit_is_named():
