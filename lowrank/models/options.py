@@ -26,6 +26,7 @@ POINTS = 16  # of a form, that are looked at more closely
 KEPT = 16  # of a layer, that are fitted in the full metric
 SLACK = 1.25  # the error that roots say may be so far off
 SWEEPS = 3  # of a fit for comparison
+HEAVY = 1e8  # multiply-adds of a step, from which on half as many are fitted, for one sweep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,12 +145,14 @@ def options(
         for _, point, price in found:
             price["seconds"] = timed(point.stages) * layer.times
     found = [f for f in found if any(f[2][a] < dense.costs[a] for a in axes)]
-    found = _thinned(_front(found, axes, SLACK), axes[0], KEPT)
+    n = metric.channels.shape[1] * math.prod(len(t) for t in metric.taps)
+    heavy = conv.stages[0].weight.size * n > HEAVY
+    found = _thinned(_front(found, axes, SLACK), axes[0], KEPT // 2 if heavy else KEPT)
     whole = Weighted(conv, metric, "dense", "").energy
     scale = whole / 2 * layer.times * metric.unit if absolute else 1.0
     fitted = [dense]
     for weighted, point, price in found:
-        stages, error = weighted.refined(point.build(), SWEEPS, dtype=np.float32)
+        stages, error = weighted.refined(point.build(), 1 if heavy else SWEEPS, dtype=np.float32)
         fitted.append(
             Option(
                 weighted.family, weighted.form, point.rank, scale * error**2, error, price, stages
