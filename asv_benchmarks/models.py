@@ -63,12 +63,14 @@ def paired(case: nets.Case, small: torch.nn.Module) -> tuple[float, float] | Non
     return float(change.mean()), 1.96 * float(change.std()) / math.sqrt(len(change))
 
 
-def row(case: nets.Case, share: float, seeds: int, threads: int, speed: bool) -> dict[str, Any]:
+def row(
+    case: nets.Case, share: float, seeds: int, threads: int, speed: bool, **how: Any
+) -> dict[str, Any]:
     found = []
     for seed in range(seeds):
         begin = time.perf_counter()
         try:
-            small = compress(case.model, case.calibration(seed), macs=share, seed=seed)
+            small = compress(case.model, case.calibration(seed), macs=share, seed=seed, **how)
         except (Nothing, ValueError) as why:
             return {"net": case.name, "asked": share, "share": share, "says": str(why)}
         took = time.perf_counter() - begin
@@ -130,12 +132,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--loss", default="projections", help="projections or labels")
+    parser.add_argument("--no-gradients", action="store_true")
+    parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--passes", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    how = {
+        "loss": given.loss,
+        "gradients": not given.no_gradients,
+        "refit": given.refit,
+        "passes": given.passes,
+    }
     found = []
     for case in nets.cases(given.net):
         for share in SHARES:
-            r = row(case, share, given.seeds, given.threads, not given.no_speed)
+            r = row(case, share, given.seeds, given.threads, not given.no_speed, **how)
             found.append(r)
             if not given.json:
                 for line in said(r):

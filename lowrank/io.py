@@ -82,7 +82,7 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
             "form": f.form,
             "rank": list(f.rank),
             "groups": f.groups,
-            "geometry": _record(f.geometry),
+            "geometry": geometry_record(f.geometry),
             "stages": [
                 {
                     "groups": s.groups,
@@ -90,7 +90,7 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
                     "right": s.right,
                     "shuffle": list(s.shuffle),
                     "transposed": s.transposed,
-                    "geometry": _record(s.geometry),
+                    "geometry": geometry_record(s.geometry),
                 }
                 for s in f.stages
             ],
@@ -191,7 +191,8 @@ def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Fa
     return f
 
 
-def _record(g: Geometry) -> dict[str, Any]:
+def geometry_record(g: Geometry) -> dict[str, Any]:
+    """A geometry as JSON has it."""
     return {
         "stride": list(g.stride),
         "padding": [list(p) for p in g.padding],

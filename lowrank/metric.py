@@ -295,6 +295,10 @@ class Moments:
             self._channels = np.zeros((g, self.ins, self.ins))
             self._taps = [np.zeros((k, k)) for k in self.kernel]
         self._gradients = np.zeros((g, self.outs, self.outs))
+        # The original kernel, (groups, in * taps, out), where what it made is asked for.
+        self._rows: Array | None = None
+        if paired and self.full:
+            self._rows = unrolled(conv).reshape(g, self.outs, n).swapaxes(1, 2)
 
     def add(self, x: Array, original: Array | None = None) -> None:
         """Count a batch.
@@ -338,9 +342,8 @@ class Moments:
             if self._base is None or self._base0 is None:
                 self._base, self._base0 = p.mean(axis=1), q.mean(axis=1)
             p, q = p - self._base[:, None], q - self._base0[:, None]
-        if self.paired:
-            w = unrolled(self.conv).astype(q.dtype)
-            y = q @ w.reshape(*w.shape[:2], -1).swapaxes(1, 2)
+        if self._rows is not None:
+            y = q @ self._rows.astype(q.dtype, copy=False)
             self._made += y.swapaxes(1, 2) @ y
             self._made_mean += y.sum(axis=1, dtype=np.float64)
         self._mean += p.sum(axis=1, dtype=np.float64)

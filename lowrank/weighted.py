@@ -244,7 +244,6 @@ class Weighted:
             Its error is relative, ``sqrt(tr(G E C E') / tr(G W C W'))``; `build` gives stages that
             are fitted in the metric, to be refined by :meth:`refined`.
         """
-        tried = Scaling(taps=(None,) * len(self.metric.taps))
         # Which modes stages hold alone is the same for every rank: found from the first one's.
         sample = next(iter(FAMILIES[self.family].sweep(_thin(self.conv), self.form)), None)
         if sample is None:

@@ -398,3 +398,14 @@ def test_what_is_no_budget_is_refused_at_once(net, bad):
     with pytest.raises((ValueError, TypeError), match=r"macs|share"):
         models.make_plan(net, macs=bad)
     assert net.passes == 0
+
+
+def test_the_cheapest_rank_of_all_is_an_option():
+    """Budgets have to reach it, however many ranks there are to thin out."""
+    conv = lowrank.dense(np.random.default_rng(0).standard_normal((48, 48, 3, 3)))
+    found = options(Layer("conv", conv, (8, 8)), white(1, (48, 3, 3)), ["encode", "spatial"])
+    least = min(
+        lowrank.encode(conv, rank=1).cost((8, 8)).macs,
+        lowrank.spatial(conv, rank=1).cost((8, 8)).macs,
+    )
+    assert min(o.costs["macs"] for o in found) == least

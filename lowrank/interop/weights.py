@@ -16,7 +16,6 @@ from lowrank import io, weights
 from lowrank._typing import Array, Ints
 from lowrank.cost import stage_costs
 from lowrank.factorization import Factorization
-from lowrank.geometry import Geometry
 from lowrank.models.net import Chains, Layer, Samples
 
 _BATCH = 64  # examples at a time
@@ -201,7 +200,7 @@ class WeightsNet:
                 "form": f.form,
                 "rank": list(f.rank),
                 "groups": f.groups,
-                **_geometry(f.geometry),
+                **io.geometry_record(f.geometry),
             }
         manifest["conv_layers"] = entries
         if "parameters" in manifest:
@@ -440,7 +439,7 @@ def _entries(name: str, f: Factorization, size: Ints | None, bias: str | None) -
                 "weight": f"{name}.{i}.weight",
                 "bias": bias if f.bias is not None and i == len(f.stages) - 1 else None,
                 "shape": list(stage.weight.shape),
-                **_geometry(stage.geometry),
+                **io.geometry_record(stage.geometry),
                 "groups": stage.groups,
                 "left": stage.left,
                 "right": stage.right,
@@ -453,17 +452,6 @@ def _entries(name: str, f: Factorization, size: Ints | None, bias: str | None) -
         )
         size = out
     return entries
-
-
-def _geometry(g: Geometry) -> dict[str, Any]:
-    return {
-        "stride": list(g.stride),
-        "padding": [list(p) for p in g.padding],
-        "dilation": list(g.dilation),
-        "padding_mode": g.padding_mode,
-        "value": g.value,
-        "output_padding": list(g.output_padding),
-    }
 
 
 def _write_npz(path: Path, tensors: Mapping[str, Array]) -> None:

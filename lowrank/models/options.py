@@ -182,8 +182,8 @@ def _front(found: Sequence[Found], axes: Sequence[str], slack: float = 1.0) -> l
 
 
 def _thinned(found: Sequence[Found], axis: str, most: int) -> list[Found]:
-    """At most so many, evenly spread in the logarithm of a cost; of those near one another the
-    ones with the least error."""
+    """About so many, evenly spread in the logarithm of a cost; of those near one another the ones
+    with the least error, and the cheapest of all: budgets have to reach it."""
     if len(found) <= most:
         return list(found)
     logs = np.log([f[2][axis] for f in found])
@@ -194,7 +194,8 @@ def _thinned(found: Sequence[Found], axis: str, most: int) -> list[Found]:
     for at, f in zip(place, found):
         if at not in best or f[1].error < best[at][1].error:
             best[int(at)] = f
-    return list(best.values())
+    kept = list(best.values())
+    return kept if kept[0] is found[0] else [found[0], *kept]
 
 
 def timing(
