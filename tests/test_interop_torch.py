@@ -486,6 +486,42 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert again.rows == whole.rows
 
 
+class Pair(nn.Module):
+    """Two images through one branch, and a number that scales their difference."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = warmed(small_net())
+
+    def forward(self, left, right, scale=1.0):
+        return (self.branch(left) - self.branch(right)) * scale
+
+
+def test_models_of_several_inputs():
+    model = Pair().eval()
+    pairs = [(a, b) for a, b in zip(batches(4)[:2], batches(4)[2:])]
+    named = compress(model, [{"left": a, "right": b} for a, b in pairs], macs=0.5, renorm=True)
+    run = lambda m, batch: m(batch["a"], batch["b"][0], scale=2.0)  # noqa: E731
+    free = compress(model, [{"a": a, "b": [b]} for a, b in pairs], macs=0.5, run=run)
+    for small in (named, free):
+        now, before = small.plan.total("macs")
+        assert now <= 0.5 * before
+        # twice an example: once for each image
+        assert (
+            before
+            == 2 * models.make_plan(TorchNet(model.branch, batches()), macs=0.9).total("macs")[1]
+        )
+        assert small.model(*pairs[0]).shape == model(*pairs[0]).shape
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_made_anew_in_every_pass_are_refused():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model(batches()[0])
+    with pytest.raises(ValueError, match="remove_weight_norm"):
+        compress(model, batches(), macs=0.5)
+
+
 def test_a_model_that_is_itself_a_layer():
     conv = nn.Conv2d(8, 8, 3, padding=1)
     data = batches(shape=(8, 8, 8))
@@ -538,7 +574,7 @@ def test_types_are_checked():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         TorchNet("net", batches())
     with pytest.raises(TypeError, match="tensor"):
-        TorchNet(small_net(), [{"x": torch.ones(1)}])
+        TorchNet(small_net(), [{"x": 1.0}])
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         on_engine("net")
     with pytest.raises(TypeError, match="give a budget"):

@@ -266,6 +266,8 @@ def test_what_cannot_be_is_said(net):
         models.make_plan(net, macs=0.5, families=["svd"])
     with pytest.raises(ValueError, match="capped"):
         models.make_plan(net, macs=0.5, capped={"conv1": 0.001})
+    with pytest.raises(ValueError, match="conv1 is capped, but pinned"):
+        models.make_plan(net, macs=0.5, capped={"conv1": 0.5}, pinned=["conv1"])
     plan = models.make_plan(net, macs=0.5)
     other = Straight(list(net.convs.values()), net.data, ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="another network"):
@@ -409,3 +411,22 @@ def test_the_cheapest_rank_of_all_is_an_option():
         lowrank.spatial(conv, rank=1).cost((8, 8)).macs,
     )
     assert min(o.costs["macs"] for o in found) == least
+
+
+def test_budgets_share_what_was_measured(net):
+    measured = models.Measured(net, seed=5)
+    models.make_plan(net, macs=0.4, measured=measured)
+    passes = net.passes
+    shared = models.make_plan(net, macs=0.7, measured=measured)
+    assert net.passes == passes
+    apart = models.make_plan(net, macs=0.7, seed=5)
+    assert shared.layers == apart.layers
+    assert shared.about == apart.about
+
+
+def test_values_that_are_not_finite_are_named(net):
+    bad = Straight(list(net.convs.values()), [net.data[0] * np.float32(np.inf)])
+    with pytest.raises(ValueError, match="layer 'conv0': inputs must be finite"):
+        models.make_plan(bad, macs=0.5)
+    with pytest.raises(ValueError, match="same network"):
+        models.make_plan(net, macs=0.5, measured=models.Measured(bad))

@@ -24,6 +24,7 @@ from lowrank.interop.torch_modules import (
 from lowrank.models.net import Chains, Layer, Samples
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Run = Callable[[nn.Module, Any], Any]
 
 
 class _Stop(Exception):
@@ -38,8 +39,9 @@ class TorchNet:
     model : nn.Module
         Copied, never changed; run in evaluation mode.
     batches : iterable
-        Of inputs: a tensor, or a tuple whose first entry is it, such as a loader of images and
-        labels gives.
+        Of inputs: a tensor; a tuple whose first entry is it, such as a loader of images and
+        labels gives; a mapping of the model's arguments by name; or what `run` takes, tensors
+        anywhere in it.  All are held in memory.
     loss : str or callable
         What output gradients are of.  ``"projections"``: random combinations of the outputs, so
         that the second moment of gradients is what the squared change of the outputs weighs;
@@ -47,6 +49,9 @@ class TorchNet:
         ``"labels"``: the cross-entropy of labels that are drawn from the softmax of the outputs,
         the Fisher information; where a network is sure of all calibration examples, few of them
         then decide.  Or a function of the output and a generator, to the sum over examples.
+    run : callable, optional
+        How a model gets a batch, such as ``lambda model, batch: model(batch[0], batch[1])``; the
+        first axis of every tensor in it counts examples.
 
     Raises
     ------
@@ -64,18 +69,23 @@ class TorchNet:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], loss: str | Loss = "projections"
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: str | Loss = "projections",
+        run: Run | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
         if loss not in ("projections", "labels") and not callable(loss):
             raise ValueError(f"loss must be 'projections', 'labels' or a function, got {loss!r}")
-        self.data = [_input(b) for b in batches]
+        self.data = [_checked(b if run else _input(b)) for b in batches]
         if not self.data:
             raise ValueError("there must be at least one calibration batch")
         self.loss = loss
+        self.run: Run = run or _run
         self.original = model
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._model = _copied(model).eval().requires_grad_(False)
         self._work = copy.deepcopy(self._model)
         self._have: dict[str, Any] = {}
         self.layers = self._traced()
@@ -116,16 +126,14 @@ class TorchNet:
         ]
         try:
             with torch.inference_mode():
-                self._model(self.data[0][:1])
+                self.run(self._model, _cut(self.data[0], 1))
         except Exception as why:
-            raise ValueError(
-                f"the model cannot be run on a batch of shape {tuple(self.data[0].shape)}: {why}"
-            ) from why
+            raise _refused(self.data[0], why) from why
         finally:
             for h in hooks:
                 h.remove()
         calls = {name: len(found) for name, found in seen.items()}
-        self._apart = self._calls(modules, self.data[0][:2]) != calls
+        self._apart = self._calls(modules, _cut(self.data[0], 2)) != calls
         layers = []
         by_name = {n: m for m, n in modules.items()}
         for name, inputs in seen.items():
@@ -136,7 +144,7 @@ class TorchNet:
             )
         return tuple(layers)
 
-    def _calls(self, modules: Mapping[nn.Module, str], x: torch.Tensor) -> dict[str, int]:
+    def _calls(self, modules: Mapping[nn.Module, str], x: Any) -> dict[str, int]:
         """How often layers are called."""
         found: dict[str, int] = {}
 
@@ -146,7 +154,7 @@ class TorchNet:
         hooks = [m.register_forward_pre_hook(count) for m in modules]
         try:
             with torch.inference_mode():
-                self._model(x)
+                self.run(self._model, x)
         finally:
             for h in hooks:
                 h.remove()
@@ -189,13 +197,11 @@ class TorchNet:
             ]
             try:
                 with torch.inference_mode():
-                    model(x)
+                    self.run(model, x)
             except _Stop:
                 pass
             except Exception as why:
-                raise ValueError(
-                    f"the model cannot be run on a batch of shape {tuple(x.shape)}: {why}"
-                ) from why
+                raise _refused(x, why) from why
             finally:
                 for h in hooks:
                     h.remove()
@@ -229,10 +235,8 @@ class TorchNet:
             ]
             try:
                 with torch.enable_grad():
-                    given = x.clone()
-                    if given.is_floating_point() or given.is_complex():
-                        given.requires_grad_()
-                    loss = self._lost(self._model(given), random)
+                    given = _map(_followed, x)
+                    loss = self._lost(self.run(self._model, given), random)
                     if loss.requires_grad:
                         loss.backward()
             finally:
@@ -265,7 +269,7 @@ class TorchNet:
         model = self._synced(chains)
         for x in self.data:
             with torch.inference_mode():
-                yield (array(_output(model(x))),)
+                yield (array(_output(self.run(model, x))),)
 
     def replaced(self, chains: Chains, tied: bool = True) -> nn.Module:
         """A copy of the model with chains in the place of layers.
@@ -282,7 +286,7 @@ class TorchNet:
         nn.Module
             Ordinary, trainable modules in the mode that the original is in.
         """
-        model = copy.deepcopy(self.original)
+        model = _copied(self.original)
         for name, f in chains.items():
             old = model.get_submodule(name)
             new = to_module(f, old, tied)
@@ -315,6 +319,7 @@ def compress(
     *,
     plan: models.Plan | None = None,
     loss: str | Loss = "projections",
+    run: Run | None = None,
     tied: bool = True,
     passes: int = 1,
     refit: bool = False,
@@ -336,6 +341,8 @@ def compress(
         What to do; made from `budget` if not given.
     loss : str or callable
         As for :class:`TorchNet`.
+    run : callable, optional
+        As for :class:`TorchNet`: how a model of several inputs gets a batch.
     tied : bool
         Whether tied weights stay one parameter; see :class:`lowrank.interop.torch_modules.Tied`.
     passes : int
@@ -377,25 +384,27 @@ def compress(
     >>> now <= before / 2, tuple(small.model(torch.zeros(1, 3, 12, 12)).shape)
     (True, (1, 16, 10, 10))
     """
-    net = TorchNet(model, calibration_batches, loss)
+    net = TorchNet(model, calibration_batches, loss, run)
     done = models.compress(
         net, plan, passes=passes, refit=refit, folder=folder, progress=progress, **budget
     )
     small = net.replaced(done.chains, tied)
     if renorm:
-        renormalise(small, net.data)
+        renormalise(small, net.data, net.run)
     return Small(small, done.plan, done.rows)
 
 
-def renormalise(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+def renormalise(model: nn.Module, batches: Iterable[Any], run: Run | None = None) -> None:
     """Estimate the means and variances of batch norms anew, in place.
 
     Parameters
     ----------
     model : nn.Module
         Its batch norms are changed.
-    batches : iterable of torch.Tensor
-        Inputs; all count alike.
+    batches : iterable
+        Inputs, as :class:`TorchNet` takes them; all count alike.
+    run : callable, optional
+        How the model gets a batch.
     """
     modes = {m: m.training for m in model.modules()}
     norms = {
@@ -411,7 +420,7 @@ def renormalise(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
             m.train()
         with torch.no_grad():
             for x in batches:
-                model(x)
+                (run or _run)(model, x if run else _input(x))
     finally:
         for m, momentum in norms.items():
             m.momentum = momentum
@@ -444,16 +453,60 @@ def layers(model: nn.Module, example: torch.Tensor) -> Mapping[str, Layer]:
     return {layer.name: layer for layer in TorchNet(model, [example]).layers}
 
 
-def _input(batch: Any) -> torch.Tensor:
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(x, torch.Tensor):
+def _input(batch: Any) -> Any:
+    """A batch without what is not for the model."""
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def _run(model: nn.Module, x: Any) -> Any:
+    return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+def _checked(batch: Any) -> Any:
+    tensors = _tensors(batch)
+    if not tensors:
         raise TypeError(
-            f"a calibration batch must be a tensor or a tuple that begins with one, got "
-            f"{type(batch).__qualname__}"
+            f"a calibration batch must be a tensor, a tuple that begins with one or a mapping of "
+            f"them, got {type(batch).__qualname__}"
         )
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+    if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
         raise ValueError("calibration batches must be finite: found NaN or infinity")
-    return x
+    return batch
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, torch.Tensor)]
+
+
+def _map(do: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, do, batch)
+
+
+def _cut(batch: Any, examples: int) -> Any:
+    """The first examples of a batch."""
+    return _map(lambda t: t[:examples] if t.ndim else t, batch)
+
+
+def _followed(x: torch.Tensor) -> torch.Tensor:
+    """A copy that gradients go back to."""
+    x = x.clone()
+    return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x
+
+
+def _refused(batch: Any, why: Exception) -> ValueError:
+    shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(batch))
+    return ValueError(f"the model cannot be run on a batch of shape {shapes}: {why}")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as why:
+        raise ValueError(
+            f"the model cannot be copied ({why}); weights that are made anew in every pass, such "
+            "as those of torch.nn.utils.weight_norm, have to be fixed first: "
+            "torch.nn.utils.remove_weight_norm, or parametrize.remove_parametrizations"
+        ) from why
 
 
 def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

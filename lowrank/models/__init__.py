@@ -8,6 +8,7 @@ from lowrank.models.compress import Compressed as Compressed
 from lowrank.models.compress import Nothing as Nothing
 from lowrank.models.compress import compress as compress
 from lowrank.models.compress import make_plan as make_plan
+from lowrank.models.measured import Measured as Measured
 from lowrank.models.net import Layer as Layer
 from lowrank.models.net import Net as Net
 from lowrank.models.options import Option as Option

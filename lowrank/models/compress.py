@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,18 +19,17 @@ from lowrank import io, search
 from lowrank._kernels import _core
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
-from lowrank.metric import Metric, Moments, white
+from lowrank.metric import Metric
 from lowrank.models import reconstruct
 from lowrank.models.budget import spend
+from lowrank.models.measured import Measured, Progress, blank
 from lowrank.models.net import Layer, Net
 from lowrank.models.options import QUICK, Option, options, timing
 from lowrank.models.plan import Alternative, Entry, Plan
 from lowrank.weighted import Weighted
 
-MEMORY = 1 << 30  # bytes of second moments that are held at a time, before a further pass
+MEMORY = 1 << 29  # bytes of the original's inputs that are held, in place of further passes
 SWEEPS = 30  # of a final fit
-
-Progress = Callable[[str, float], object]
 
 
 class Reconstructed(NamedTuple):
@@ -84,8 +83,8 @@ def make_plan(
     threads: int | None = None,
     engine: str = "lowrank",
     seed: int = 0,
+    measured: Measured | None = None,
     progress: Progress | None = None,
-    _metrics_of: dict[str, Metric] | None = None,
 ) -> Plan:
     """Choose a family, form and rank for every layer of a network within a budget.
 
@@ -111,6 +110,9 @@ def make_plan(
         That seconds are predicted for; see :func:`lowrank.machine.predict`.
     seed : int
         For every random choice.
+    measured : Measured, optional
+        Of the same network, which plans of several budgets can share.  It has its own seed and
+        gradients.
     progress : callable, optional
         Called with what is being done and the share of it that is.
 
@@ -147,16 +149,23 @@ def make_plan(
             known = ", ".join(x.name for x in net.layers[:20])
             raise ValueError(f"no layer is called {pattern!r}; layers are {known}")
     free = [x for x in layers if not _matches(x.name, pinned)]
+    for pattern, share in (capped or {}).items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{pattern} must be capped at a share in (0, 1], got {share!r}")
+        if not any(fnmatchcase(x.name, pattern) for x in free):
+            raise ValueError(f"{pattern} is capped, but pinned or left out, too: it stays dense")
+    if measured is None:
+        measured = Measured(net, gradients=gradients, seed=seed)
+    elif measured.net is not net:
+        raise ValueError("measured must be of the same network")
     timed = "seconds" in asked
     found: dict[str, list[Option]] = {}
-    metrics, absolute = _metrics(net, free, gradients, seed, progress)
-    if _metrics_of is not None:
-        _metrics_of |= metrics
+    metrics, absolute = measured.of(free, progress)
 
     def tried(layer: Layer) -> list[Option]:
         clock = timing(layer, batch, threads, engine) if timed else None
         fixed = layer.name not in metrics
-        metric = _white(layer) if fixed else metrics[layer.name]
+        metric = blank(layer) if fixed else metrics[layer.name]
         some = options(
             layer, metric, () if fixed else names, absolute=absolute, biased=bool(net.batches),
             axes=list(asked), timed=clock,
@@ -190,7 +199,7 @@ def make_plan(
         o = choice.options[name]
         entries[name] = Entry(o.family, o.form, o.rank, o.error, o.loss, o.costs, some[0].costs)
     about = {
-        "families": list(names), "seed": seed, "gradients": absolute, "batch": batch,
+        "families": list(names), "seed": measured.seed, "gradients": absolute, "batch": batch,
         "threads": threads, "engine": engine, "calibrated": bool(net.batches),
         "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
         "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
@@ -256,25 +265,28 @@ def compress(
     >>> sorted(small.chains) == sorted(small.plan.changed)
     True
     """
-    metrics: dict[str, Metric] = {}
     if plan is None:
-        plan = make_plan(net, progress=progress, _metrics_of=metrics, **budget)
+        known = {k: budget[k] for k in ("gradients", "seed") if k in budget}
+        measured = budget.setdefault("measured", Measured(net, **known))
+        plan = make_plan(net, progress=progress, **budget)
     elif budget:
         raise TypeError(f"a plan has its budget: {', '.join(budget)} cannot be given with it")
+    else:
+        about = plan.about
+        measured = Measured(
+            net, gradients=bool(about.get("gradients")), seed=int(about.get("seed", 0))
+        )
     layers = {x.name: x for x in net.layers}
     for name in plan.layers:
         if name not in layers:
             raise ValueError(f"the plan is of another network: this one has no layer {name!r}")
-    seed = int(plan.about.get("seed", 0))
     order = [x for x in net.layers if x.name in plan.layers]
     changed = [x for x in order if plan.layers[x.name].family != "dense"]
-    if not all(x.name in metrics for x in changed):
-        gradients = bool(plan.about.get("gradients"))
-        metrics, _ = _metrics(net, changed, gradients, seed, progress)
+    metrics, _ = measured.of(changed, progress)
     originals = None
     if net.batches:
         wanted = order if refit else changed
-        originals = reconstruct.Originals(net, [x.name for x in wanted], MEMORY // 2)
+        originals = reconstruct.Originals(net, [x.name for x in wanted], MEMORY)
     store = None
     if folder is not None:
         store = _Store(Path(folder), plan, order, metrics, (sweeps, refit, passes))
@@ -300,10 +312,12 @@ def compress(
             others = {k: v for k, v in chains.items() if k != name}
             if others or metric is None:
                 outputs = None if metric is None else metric.outputs
-                seen = reconstruct.moments(net, [name], others, originals=originals, seed=seed)
+                seen = reconstruct.moments(
+                    net, [name], others, originals=originals, seed=measured.seed
+                )
                 metric = seen[name].metric().with_outputs(outputs)
-        f = reconstruct.fitted(layer, option, metric or _white(layer), sweeps=sweeps)
-        error = reconstruct.output_error(layer, f, metric or _white(layer))
+        f = reconstruct.fitted(layer, option, metric or blank(layer), sweeps=sweeps)
+        error = reconstruct.output_error(layer, f, metric or blank(layer))
         chains[name] = f
         rows.append(Reconstructed(name, error))
         if store is not None:
@@ -339,71 +353,15 @@ def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
     else:
         if entry.family not in FAMILIES:
             raise ValueError(f"the plan asks for the unknown family {entry.family!r}")
-        weighted = Weighted(conv, metric or _white(layer), entry.family, entry.form)
+        weighted = Weighted(conv, metric or blank(layer), entry.family, entry.form)
         stages = weighted.at(entry.rank)
     return Option(
         entry.family, entry.form, entry.rank, entry.loss, entry.error, entry.costs, stages
     )
 
 
-def _metrics(
-    net: Net, layers: Sequence[Layer], gradients: bool, seed: int, progress: Progress | None
-) -> tuple[dict[str, Metric], bool]:
-    """Of the original inputs, in as many passes as memory asks for; whether gradients count."""
-    if not net.batches:
-        return {x.name: _white(x) for x in layers}, False
-    found: dict[str, Metric] = {}
-    for part in _parts(layers):
-        names = [x.name for x in part]
-
-        def said(share: float, done: int = len(found)) -> None:
-            if progress is not None:
-                progress("moments", (done + share * len(names)) / len(layers))  # noqa: B023
-
-        moments = reconstruct.moments(net, names, seed=seed, progress=said)
-        if gradients:
-            for sample in net.gradients(names, seed) or ():
-                for name in names:
-                    for g in sample.get(name, ()):
-                        moments[name].add_gradients(g)
-        found |= {name: moments[name].metric() for name in names}
-    # Where a layer has no gradient, losses would not be in one unit: then nobody's count.
-    absolute = all(m.outputs is not None for m in found.values())
-    for layer in layers:
-        metric = found[layer.name]
-        weight = metric.outputs if absolute else reconstruct.gains(layer)
-        found[layer.name] = metric.with_outputs(weight)
-    return found, absolute
-
-
-def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Layers whose second moments fit into memory together."""
-    parts: list[list[Layer]] = []
-    used = math.inf
-    for layer in layers:
-        m = Moments(layer.conv)
-        n = m.ins * math.prod(m.kernel)
-        size = 8 * layer.conv.groups * (n * n if m.full else m.ins**2)
-        if used + size > MEMORY:
-            parts.append([])
-            used = 0.0
-        parts[-1].append(layer)
-        used += size
-    return parts
-
-
-def _white(layer: Layer) -> Metric:
-    """Nothing is known of the inputs; of the outputs, the gain of a batch norm."""
-    weight, conv = layer.conv.stages[0].weight, layer.conv
-    ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
-    metric = white(conv.groups, (ins, *weight.shape[2:]))
-    return metric.with_outputs(reconstruct.gains(layer))
-
-
 def _capped(name: str, some: list[Option], capped: Mapping[str, float]) -> list[Option]:
     for pattern, share in capped.items():
-        if not 0 < share <= 1:
-            raise ValueError(f"{pattern} must be capped at a share in (0, 1], got {share!r}")
         if fnmatchcase(name, pattern):
             kept = [o for o in some if o.costs["macs"] <= share * some[0].costs["macs"]]
             if not kept:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -114,10 +115,20 @@ def moments(
         for name in names:
             first = batch[name] if before is None else before[name]
             for x, x0 in zip(batch[name], first, strict=True):
-                found[name].add(x, None if before is None else x0)
+                with named(name):
+                    found[name].add(x, None if before is None else x0)
         if progress is not None:
             progress((i + 1) / max(net.batches, 1))
     return found
+
+
+@contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Errors in here say which layer they are about."""
+    try:
+        yield
+    except ValueError as why:
+        raise ValueError(f"layer {layer!r}: {why}") from why
 
 
 def gains(layer: Layer) -> Array | None:
