@@ -614,6 +614,17 @@ def test_a_compressed_model_can_be_exported(done):
     assert equal(program.module()(torch.ones(2, 8, 6, 6)), tied(torch.ones(2, 8, 6, 6)))
 
 
+def test_tied_weights_are_seen_through_by_symbolic_tracing(rng):
+    conv = lowrank.dense(rng.standard_normal((8, 8, 3, 3)).astype(np.float32), padding=1)
+    f = lowrank.kronecker(conv, rank=1, form="2x2x1x1 first")
+    module = to_module(f, nn.Conv2d(8, 8, 3, padding=1))
+    assert any(isinstance(m, Tied) for m in module.modules())
+    traced = torch.fx.symbolic_trace(module)
+    for shape in ((2, 8, 6, 6), (8, 6, 6), (0, 8, 6, 6)):
+        x = torch.randn(shape)
+        assert torch.equal(traced(x), module(x))
+
+
 def test_a_compressed_model_runs_in_half_precision(done):
     small = copy.deepcopy(done[1].model).half()
     x = batches()[0]

@@ -187,7 +187,7 @@ def test_a_calibration_is_kept_and_used(cache, conv):
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"version": 1', '"version": 0'),
+        lambda text: text.replace('"version": 2', '"version": 0'),
         lambda text: text.replace('"call": 1e-06', '"call": -1'),
         lambda text: text.replace('"call": 1e-06', '"call": NaN'),
         lambda text: text.replace('"cpu": "', '"cpu": "another '),

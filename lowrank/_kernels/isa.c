@@ -11,6 +11,7 @@
 #define LR_TAPS 1024 /* of one channel that depthwise.inc takes; dense.inc does the others */
 #define LR_NEAR 16384 /* bytes of channels that a depthwise stage takes at a time, well inside L1 */
 #define LR_FEW 4 /* samples at the end of a run, at the most, that do not get a vector */
+#define LR_PUTS 32 /* taps that take as long as putting what a row gave to its places */
 #define LR_SHORT 256 /* samples of a plane that go by lanes of channels */
 #define LR_SHORT_TAPS 64
 #define LR_STAGES 16 /* of a chain; longer ones are cut by the caller */

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lowrank import algebra
 from lowrank._typing import Array, PaddingMode
@@ -25,6 +25,35 @@ _PADS = {
     "constant": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
     "zeros": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
 }
+
+
+# Shapes decide here, which symbolic tracing does not know: it takes these functions as they are.
+@fx.wrap  # type: ignore[misc]
+def _apart(
+    x: torch.Tensor, ndim: int, left: int, right: int, shuffle: tuple[int, int]
+) -> torch.Tensor:
+    """Channels (left, channels, right), after the shuffle, with left and right in the batch."""
+    a, b = shuffle
+    if not ndim:  # features of a linear layer
+        lead = x.shape[:-1]
+        x = x.reshape(*lead, a, b, -1).transpose(-3, -2)
+        return x.reshape(*lead, left, -1, right).transpose(-2, -1)
+    n, (channels, *space) = math.prod(x.shape[: -ndim - 1]), x.shape[-ndim - 1 :]
+    inner = channels // (left * right)
+    if a > 1 and b > 1:
+        x = x.reshape(n, a, b, channels // (a * b), *space).transpose(1, 2)
+    x = x.reshape(n, left, inner, right, *space).movedim(3, 1)
+    return x.reshape(n * right * left, inner, *space)
+
+
+@fx.wrap  # type: ignore[misc]
+def _together(y: torch.Tensor, x: torch.Tensor, ndim: int, left: int, right: int) -> torch.Tensor:
+    """The outputs of blocks as channels (left, channels, right), batched as `x` was."""
+    if not ndim:
+        return y.transpose(-2, -1).reshape(*x.shape[:-1], -1)
+    lead = x.shape[: -ndim - 1]
+    y = y.reshape(math.prod(lead), right, left, *y.shape[1:]).movedim(1, 3)  # n left out right
+    return y.reshape(*lead, left * y.shape[2] * right, *y.shape[4:])
 
 
 class Tied(nn.Module):  # type: ignore[misc]
@@ -49,28 +78,9 @@ class Tied(nn.Module):  # type: ignore[misc]
         self.ndim = max(p.ndim for p in inner.parameters()) - 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run it; (batch, channels, *spatial), of a linear layer (..., features)."""
-        if isinstance(self.inner, nn.Linear):
-            return self._rows(x)
-        if x.ndim == self.ndim + 1:
-            return cast(torch.Tensor, self.forward(x[None])[0])
-        n, space = x.shape[0], x.shape[2:]
-        a, b = self.shuffle
-        if a > 1 and b > 1:
-            x = x.reshape(n, a, b, -1, *space).transpose(1, 2)
-        # (left, channels, right): left and right join the batch.
-        x = x.reshape(n, self.left, -1, self.right, *space).movedim(3, 1)
-        x = x.reshape(n * self.right * self.left, -1, *space)
-        y = cast(torch.Tensor, self.inner(x))
-        y = y.reshape(n, self.right, self.left, *y.shape[1:]).movedim(1, 3)
-        return y.reshape(n, -1, *y.shape[4:])
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        lead, (a, b) = x.shape[:-1], self.shuffle
-        x = x.reshape(*lead, a, b, -1).transpose(-3, -2)
-        x = x.reshape(*lead, self.left, -1, self.right).transpose(-2, -1)
-        y = cast(torch.Tensor, self.inner(x))
-        return y.transpose(-2, -1).reshape(*lead, -1)
+        """Run it; (batch, channels, *spatial) or one example, of a linear layer (..., features)."""
+        y = self.inner(_apart(x, self.ndim, self.left, self.right, self.shuffle))
+        return cast(torch.Tensor, _together(y, x, self.ndim, self.left, self.right))
 
     def extra_repr(self) -> str:
         """What printing a model says of it."""

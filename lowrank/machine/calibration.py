@@ -22,7 +22,7 @@ from lowrank.backends import fourier, pytorch
 from lowrank.cost import chain_shapes
 from lowrank.machine import counts
 from lowrank.machine.counts import Counts, Work
-from lowrank.machine.rates import ENGINES, Machine, Rates
+from lowrank.machine.rates import ENGINES, SECONDS, Machine, Rates
 from lowrank.machine.workloads import filterings, workloads
 from lowrank.stage import Epilogue, Stage
 
@@ -172,28 +172,29 @@ def fitted(counted: Sequence[Counts], times: Sequence[float], groups: Sequence[i
     Rates are not negative, and relative errors are what is made small: least squares, weighted
     anew until a few odd samples no longer decide (a norm between the squares and the absolute).
     """
-    names = sorted({name for c in counted for name in c})
+    names = sorted({name for c in counted for name in c if name not in SECONDS})
     table = np.array([[c.get(name, 0.0) for name in names] for c in counted])
+    known = np.array([sum(rate * c.get(k, 0.0) for k, rate in SECONDS.items()) for c in counted])
     seconds = np.asarray(times)
     errors = np.empty(len(times))
     fold = np.asarray(groups) % FOLDS
     for i in range(FOLDS):
         here = fold == i
-        errors[here] = np.abs(
-            table[here] @ _solved(table[~here], seconds[~here]) / seconds[here] - 1
-        )
-    rates = _solved(table, seconds)
+        rates = _solved(table[~here], seconds[~here], known[~here])
+        errors[here] = np.abs((table[here] @ rates + known[here]) / seconds[here] - 1)
+    rates = _solved(table, seconds, known)
     kept = {name: float(rate) for name, rate in zip(names, rates) if rate > 0}
     return Rates(MappingProxyType(kept), float(np.median(errors)), float(np.quantile(errors, 0.9)))
 
 
-def _solved(table: Array, seconds: Array) -> Array:
-    size = table.max(axis=0)
+def _solved(table: Array, seconds: Array, known: Array) -> Array:
+    """Rates with table @ rates + known near to the seconds, relatively."""
+    size, left = table.max(axis=0), 1 - known / seconds
     scaled = table / np.where(size > 0, size, 1) / seconds[:, None]
     weights, found = np.ones(len(seconds)), np.zeros(len(size))
     for _ in range(ROUNDS):
-        found, _ = nnls(scaled * weights[:, None], weights, maxiter=100 * len(size))
-        weights = 1 / np.sqrt(np.maximum(np.abs(scaled @ found - 1), NEAR))
+        found, _ = nnls(scaled * weights[:, None], weights * left, maxiter=100 * len(size))
+        weights = 1 / np.sqrt(np.maximum(np.abs(scaled @ found - left), NEAR))
     return np.asarray(found / np.where(size > 0, size, 1))
 
 

@@ -3,6 +3,9 @@
 Counts follow the plan that the engine would make, tiles and all; weights are not touched, so
 chains of blank stages can be counted.  They are meant to be few and to have a cause each: a
 machine's rates are fitted to them, and a count that nothing on the machine does is noise.
+
+One count is seconds itself: ``"wake"``, what this process takes to wake a team.  It is measured and
+not fitted, since it differs fiftyfold between processes whose idle threads sleep and spin.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ Counts = dict[str, float]
 LANES = 64  # bytes of a vector
 ROWS = 8  # output channels that the micro-kernel does at a time, of runs of three vectors
 FEW = 4  # samples at the end of a run that need no vector
+PUTS = 32  # taps that take as long as putting what a row gave to its places
 TAPS = 1024  # of one channel, at the most, that go by rows
 SHORT = 256  # samples of a plane that goes by vectors of channels
 LINE = 64  # bytes
 THIN = 8  # input channels, below which PyTorch has another way
+WAKES = 2.6  # of a team for one of PyTorch's convolutions: measured with threads asleep and spinning
 LONG = 512  # points of a transform along any axis but the last
 
 
@@ -74,7 +79,8 @@ def engine(work: Work, most: int) -> Counts:
         for name, count in _moved(moved, moved + kept, threads, most).items():
             total[name] += count
         total["call"] += 1
-        total["team"] += team * _core.wake(work.threads)  # seconds: waiting threads sleep or spin
+        total["team"] += team
+        total["wake"] += team * _core.wake(work.threads)
     return total
 
 
@@ -143,10 +149,11 @@ def _stage(
     # Rows without a border are read where they lie, if taps do not cross them.
     in_place = first and not strided and spec.before[2] == spec.after[2] == 0 and taps[2] == 1
     if per > 1 or math.prod(taps) > TAPS:
-        return _dense(spec, out, extent, lanes) | {
+        lines = _lines(spec, out, extent, lanes)
+        return _dense(spec, out, extent, lanes, lines) | {
             "bring strided" if strided else "bring": first * (not in_place) * taken / lanes,
-            "put": (not last) * given / lanes,
-            "put out": last * given / lanes,
+            "put": (not lines) * (not last) * given / lanes,
+            "put out": (not lines) * last * given / lanes,
         }
     short = first and rows == 1 and inputs >= lanes and height * width <= SHORT
     if short:
@@ -158,19 +165,32 @@ def _stage(
     }
 
 
-def _dense(spec: StageSpec, out: Sequence[float], extent: Sequence[float], lanes: int) -> Counts:
-    """Runs over planes, whose rows go on into one another."""
+def _lines(spec: StageSpec, out: Sequence[float], extent: Sequence[float], lanes: int) -> bool:
+    """Whether the engine goes row by row, straight to its place: the rule of chain.inc."""
+    terms, width = math.prod(spec.weight.shape[1:]), out[2]
+    vectors, pitch = math.ceil(width / lanes), math.ceil(extent[2] / spec.stride[2])
+    enough = min(spec.weight.shape[0] // spec.groups, ROWS) * min(vectors, 3) >= ROWS
+    held = vectors * lanes * terms <= pitch * terms + PUTS * lanes
+    return width >= lanes and pitch > width and enough and held
+
+
+def _dense(
+    spec: StageSpec, out: Sequence[float], extent: Sequence[float], lanes: int, lines: bool
+) -> Counts:
+    """Runs over rows, or over planes, whose rows go on into one another."""
     rows = spec.weight.shape[0] // spec.groups
     terms = math.prod(spec.weight.shape[1:])
     inputs = spec.left * spec.groups * spec.right
     depth, height, width = out
     length = (height - 1) * math.ceil(extent[2] / spec.stride[2]) + width
-    vectors = depth * max(1, math.ceil((length - FEW) / lanes))
+    planes, each = depth, max(1, math.ceil((length - FEW) / lanes))
+    if lines:
+        planes, each = depth * height, math.ceil(width / lanes)
     blocks = inputs * math.ceil(rows / ROWS)
     return {
-        "multiply": inputs * rows * terms * vectors,
-        "load": blocks * terms * vectors,
-        "run": blocks * math.ceil(vectors / 3),
+        "multiply": inputs * rows * terms * planes * each,
+        "load": blocks * terms * planes * each,
+        "run": blocks * planes * math.ceil(each / 3),
         "weight": blocks * ROWS * terms / lanes,
     }
 
@@ -222,7 +242,8 @@ def torch(work: Work, most: int) -> Counts:
                 total[f"{name}, not shared"] += count
         total["op"] += 1
         total["weight"] += stage.weight.size / lanes
-        total["team"] += (work.threads > 1) * _core.wake(work.threads)
+        total["team"] += work.threads > 1
+        total["wake"] += (work.threads > 1) * WAKES * _core.wake(work.threads)
         moved = (taken + given) * LANES
         held = moved + stage.weight.size * work.itemsize
         for name, count in _moved(moved, held, work.threads, most).items():

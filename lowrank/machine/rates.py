@@ -20,8 +20,10 @@ from lowrank.machine import counts
 from lowrank.machine.counts import Counts, Work
 from lowrank.stage import Stage
 
-VERSION = 1  # of what is counted: rates of another version mean nothing
+VERSION = 2  # of what is counted: rates of another version mean nothing
 
+#: Counts that are seconds already.
+SECONDS = {"wake": 1.0}
 #: What is counted for each way to run a chain.
 ENGINES = {
     "lowrank": counts.engine,
@@ -95,7 +97,7 @@ class Rates:
         >>> Rates({"call": 2e-6}, error=0.1, spread=0.2).predict({"call": 3}).seconds
         6e-06
         """
-        parts = {k: v * self.seconds.get(k, 0.0) for k, v in counted.items()}
+        parts = {k: v * (SECONDS.get(k) or self.seconds.get(k, 0.0)) for k, v in counted.items()}
         kept = {k: v for k, v in parts.items() if v > 0}
         return Prediction(sum(kept.values()), self.error, MappingProxyType(kept))
 
