@@ -1,6 +1,7 @@
 """Every kind of work that the engine does, beside the libraries that people use for it today.
 
     python -m asv_benchmarks.compare [--quick] [--only WORD] [--threads N] [--json]
+    python -m asv_benchmarks.compare --device cuda [--quick] [--only WORD] [--json]
 
 Contestants of a row run in turns in one process, each on N threads (2 if not given; SciPy has one);
 times are medians.  A peer that is not installed is left out.  The fastest one counts against the
@@ -8,6 +9,9 @@ target, PyTorch in the better of its two layouts; onnxruntime has a column of it
 roofline is what arithmetic at the measured peak, or the bytes of input, weights and output at the
 measured copy rate, would take.  A thread that waits sleeps (OMP_WAIT_POLICY=passive): teams
 that spin take each other's cores.
+
+On a GPU the peers are cupyx.scipy.ndimage and PyTorch (cuDNN); float32 is without TF32 on both
+sides, TF32 and float16 are rows of their own, and the share is that of the device's copy rate.
 """
 
 from __future__ import annotations
@@ -173,8 +177,12 @@ def main() -> None:
         help="rows with this in 'KIND: NAME', such as 'image:'",
     )
     parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if given.device == "cuda":
+        on_gpu(given.quick, given.only, given.json)
+        return
     if torch is not None:
         torch.set_num_threads(given.threads)
     if cv2 is not None:
@@ -207,6 +215,38 @@ def main() -> None:
         return
     print("\ngeometric means")
     for line in verdicts(found):
+        print(line)
+
+
+def on_gpu(quick: bool, only: str, as_json: bool) -> None:
+    """The table of the GPU."""
+    from asv_benchmarks.benchmarks import gpu
+    from lowrank.backends import cuda
+
+    try:
+        cuda.check_device()
+    except RuntimeError as why:
+        sys.exit(str(why))
+    about = gpu.device()
+    found = []
+    if not as_json:
+        print(", ".join(f"{k} {v}" for k, v in about.items()))
+        head = f"{'work':72} {'ours us':>9} {'best peer':>18} {'speed-up':>8} "
+        print(head + f"{'of copy':>8} {'GFLOP/s':>8}")
+    for row in gpu.rows(quick, only, about):
+        found.append(row)
+        if not as_json:
+            print(
+                f"{row['name']:72} {row['ours_s'] * 1e6:9.1f} {row['peer'] or '-':>18} "
+                f"{_number(row['speedup']):>8} {row['copy_share']:8.2f} {row['gflops']:8.0f}",
+                flush=True,
+            )
+    if as_json:
+        json.dump({"machine": about, "rows": found}, sys.stdout, indent=1)
+        print()
+        return
+    print("\ngeometric means")
+    for line in gpu.verdicts(found):
         print(line)
 
 

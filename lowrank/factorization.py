@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any, final, get_args
+from typing import Any, cast, final, get_args
 
 import numpy as np
 
@@ -299,8 +299,9 @@ class Factorization:
 
         Parameters
         ----------
-        x : ndarray or dask.array.Array, shape (batch, channels, \\*spatial)
-            Floating-point; it is computed in its own precision.
+        x : ndarray, cupy.ndarray or dask.array.Array, shape (batch, channels, \\*spatial)
+            Floating-point; it is computed in its own precision.  A CuPy array runs on its GPU, for
+            a chain that was moved there; see :meth:`to`.
         out : ndarray, optional
             Where to put the result; must not overlap `x`.
 
@@ -399,6 +400,49 @@ class Factorization:
             stages=tuple(replace(s, weight=s.weight.astype(dtype)) for s in self.stages),
             bias=None if self.bias is None else self.bias.astype(dtype),
         )
+
+    @property
+    def device(self) -> str:
+        """Where the weights are: ``"cpu"``, or such as ``"cuda:0"``."""
+        return backends.device_of(self.stages[0].weight)
+
+    def to(self, device: str) -> Factorization:
+        """The same chain with its weights on another device; CuPy arrays then run there.
+
+        Parameters
+        ----------
+        device : str
+            ``"cpu"``, ``"cuda"`` (the current GPU), or such as ``"cuda:1"``.
+
+        Returns
+        -------
+        Factorization
+            A new object; this one where it is there already.
+
+        Raises
+        ------
+        ImportError
+            If CuPy is not installed.
+        RuntimeError
+            If there is no GPU, or no driver that this CuPy can use.
+        ValueError
+            If there is no such device.
+        MemoryError
+            If the weights do not fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> f = lowrank.dense(np.ones((8, 3, 3, 3)))
+        >>> f.to("cpu") is f, f.device
+        (True, 'cpu')
+        """
+        if backends.is_there(self.stages[0].weight, device):
+            return self
+        bias = None if self.bias is None else backends.moved(self.bias, device)
+        moved = (replace(s, weight=backends.moved(s.weight, device)) for s in self.stages)
+        return replace(self, stages=tuple(moved), bias=bias)
 
     def adjoint(self) -> Factorization:
         """The transposed convolution with the same weights, its stages in reverse; without bias.
@@ -580,9 +624,8 @@ def planned(
 ) -> backends.Runner:
     """Plan chains, each with what follows it, to run as one; see :meth:`Factorization.compile`."""
     first = parts[0][0]
-    dtype = np.dtype(np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype)
-    if dtype not in (np.float32, np.float64):
-        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
+    dtype = backends.precision(dtype, first.stages[0].weight)
     if threads is not None:
         (threads,) = integers("threads", threads, 1)
     stages: list[Stage] = []
@@ -616,6 +659,8 @@ def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     """`value` as a float32 or float64 array; of the library of the weights if there are any."""
     if stages:
         backends.check(name, value, stages)
+        if not isinstance(value, np.ndarray):  # a GPU's: its plan says what it takes
+            return cast(Array, value)
     array = np.asarray(value)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)

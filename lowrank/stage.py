@@ -232,7 +232,9 @@ def is_blank(weight: Array) -> bool:
 
 
 def frozen(array: Array) -> Array:
-    """`array`, read-only, and a copy if anybody could still write to it."""
+    """`array`, read-only, and a copy if anybody could still write to it; CuPy has no such flag."""
+    if not isinstance(array, np.ndarray):
+        return array
     held = array.copy() if array.flags.writeable else array.view()
     held.flags.writeable = False
     return held

@@ -273,8 +273,11 @@ def test_stages_are_copies_and_stay_read_only_when_copied(rng):
         (lambda g: lr.Geometry((1.5,), ((0, 0),), (1,)), "stride.*1.5"),
         (lambda g: dense().astype(int), "dtype.*int64"),
         (lambda g: dense().compile((8, 8), threads=1.5), "threads.*1.5"),
-        (lambda g: dense()([[1.0]]), "x must be a NumPy array, got list"),
-        (lambda g: dense()(np.ma.ones((1, 4, 8, 8))), "x must be a NumPy array, got Masked"),
+        (lambda g: dense()([[1.0]]), "x must be a NumPy or CuPy array, got list"),
+        (
+            lambda g: dense()(np.ma.ones((1, 4, 8, 8))),
+            "x must be a NumPy or CuPy array, got Masked",
+        ),
         (lambda g: dense().cost((8.7, 8)), "input_shape.*8.7"),
         (lambda g: lr.approximate(W, (8, 8), macs=0.5), "conv must come from"),
         (lambda g: lr.certificate(W, dense()), "conv must come from"),

@@ -177,7 +177,7 @@ def test_a_calibration_is_kept_and_used(cache, conv):
     assert cache == [None, ["lowrank"]]
     machine.path().unlink()
     machine.calibrate(engines=["lowrank"])  # nothing to add to: everything
-    assert cache == [None, ["lowrank"], None]
+    assert cache == [None, ["lowrank"], ("fft", "lowrank", "torch", "torch channels-last")]
     with pytest.raises(ValueError, match=r"engines must be some of fft, lowrank.* got warp"):
         machine.calibrate(engines=["warp"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,16 @@ from lowrank.stage import Epilogue, Stage
 #: Beside float32 and float64, what plans read and write, rounded to nearest and saturated.
 INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
 
-_MODULES = {"numpy": "lowrank.backends.cpu"}
+_MODULES = {"numpy": "lowrank.backends.cpu", "cupy": "lowrank.backends.cuda"}
+#: Precisions that plans run in, by the library of the weights.
+PRECISIONS = {
+    "numpy": ("float32", "float64"),
+    "cupy": ("float32", "float64", "float16", "bfloat16"),
+}
+
+
+class NoGPU(RuntimeError):
+    """No GPU can be used; the message says why, and what to install."""
 
 
 class Step(NamedTuple):
@@ -86,17 +95,62 @@ def plan(
 
 def check(name: str, x: object, stages: Sequence[Stage]) -> None:
     """Refuse arrays that no backend runs, and arrays that live elsewhere than the weights."""
-    library = _library(x)
+    library, own = _library(x), _library(stages[0].weight)
     if library not in _MODULES or isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a NumPy array, got {type(x).__qualname__}")
-    if library != _library(stages[0].weight):
+        raise TypeError(f"{name} must be a NumPy or CuPy array, got {type(x).__qualname__}")
+    if library != own:
+        there = "f.to('cuda')" if library == "cupy" else "f.to('cpu')"
         raise TypeError(
-            f"{name} is a {library} array but the weights are {_library(stages[0].weight)} arrays"
+            f"{name} is a {library} array but the weights are {own} arrays: {there} moves a chain"
         )
+    here, there = device_of(x), device_of(stages[0].weight)
+    if here != there:
+        raise ValueError(f"{name} is on {here} but the weights are on {there}")
+
+
+def precision(dtype: Any, weight: object) -> np.dtype[Any]:
+    """A dtype that plans run in where this weight is; else says which there are."""
+    found: np.dtype[Any] = np.dtype(dtype)
+    known = PRECISIONS[_library(weight)]
+    if found.name not in known:
+        raise TypeError(f"dtype must be one of {', '.join(known)}, got {found}")
+    return found
+
+
+def device_of(x: Any) -> str:
+    """Where an array is: ``"cpu"``, or such as ``"cuda:0"``."""
+    return "cpu" if _library(x) != "cupy" else f"cuda:{x.device.id}"
+
+
+def is_there(x: Any, device: str) -> bool:
+    """Whether an array is on a device; ``"cuda"`` is any GPU."""
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a string such as 'cuda', got {device!r}")
+    here = device_of(x)
+    return device == here or (device == "cuda" and here != "cpu")
+
+
+def moved(x: Any, device: str) -> Any:
+    """A copy of an array on a device where it is not yet."""
+    return _cuda().fetched(x) if device == "cpu" else _cuda().sent(x, device)
+
+
+def check_gpu() -> None:
+    """Refuse to go on where no GPU can be used: ImportError or NoGPU with the reason."""
+    _cuda().check_device()
+
+
+def is_array(x: object) -> bool:
+    """Whether some backend has arrays of this type."""
+    return _library(x) in _MODULES
 
 
 def _library(x: object) -> str:
     return "numpy" if isinstance(x, np.ndarray) else type(x).__module__.partition(".")[0]
+
+
+def _cuda() -> ModuleType:
+    return importlib.import_module(_MODULES["cupy"])
 
 
 def _backend(x: object) -> ModuleType:

@@ -16,7 +16,12 @@ from lowrank.stage import Epilogue, Stage
 
 
 def call(
-    stages: Sequence[Stage], epilogues: Sequence[Epilogue], x: Array, channels_last: bool = False
+    stages: Sequence[Stage],
+    epilogues: Sequence[Epilogue],
+    x: Array,
+    channels_last: bool = False,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> Callable[[], Any]:
     """A call of `stages` on `x`, weights and input in PyTorch's memory and layout beforehand."""
     import torch
@@ -29,6 +34,7 @@ def call(
         if a is None:
             return None
         t = torch.from_numpy(np.require(a, requirements=["C", "W"]))
+        t = t.to(device, getattr(torch, dtype) if dtype else None)
         return t.contiguous(memory_format=formats[t.ndim]) if t.ndim in formats else t
 
     given = of(x)

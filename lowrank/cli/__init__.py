@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 from typing import Annotated
 
+from lowrank.backends import NoGPU
 from lowrank.cli.console import USAGE, app, fail, typer
 
 # Each brings its commands; the order is that of the help.
@@ -28,7 +29,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except OSError as why:
         fail(f"{why.filename}: {why.strerror}" if why.strerror else str(why))
-    except (ValueError, TypeError, ImportError) as why:
+    except (ValueError, TypeError, ImportError, NoGPU) as why:
         fail(str(why))
     except MemoryError as why:
         fail(f"not enough memory: {why}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from lowrank import machine
+from lowrank import backends, machine
 from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
 
 
@@ -14,6 +14,9 @@ def calibrate(
         list[str] | None,
         typer.Option(help=f"Measure only this, of {', '.join(machine.ENGINES)}; may be repeated."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="'cpu', or 'cuda' to measure the GPU; what is kept stays.")
+    ] = "cpu",
     show: Annotated[
         bool, typer.Option("--show", help="Measure nothing; show what is kept.")
     ] = False,
@@ -25,6 +28,11 @@ def calibrate(
     """
     if engine and set(engine) - set(machine.ENGINES):
         raise ValueError(f"--engine must be one of {', '.join(machine.ENGINES)}, got {engine}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda":
+        backends.check_gpu()
+        engine = [*(engine or []), "cuda"]
     if show:
         here = machine.current()
     else:

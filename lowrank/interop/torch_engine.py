@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import operator
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ class Engine(nn.Module):  # type: ignore[misc]
         if x.requires_grad:
             x = _without_gradient(x)
         dtype = x.dtype
-        found = self._plans.get((x.shape, dtype))
+        key = x.shape, dtype, x.device
+        found = self._plans.get(key)
         if found is None:
             if x.ndim == self.links[0][0].ndim + 1:
                 return self.forward(x[None])[0]
@@ -99,15 +101,20 @@ class Engine(nn.Module):  # type: ignore[misc]
         if not x.is_contiguous():
             x = x.contiguous()
         run, shape = found
-        y = torch.empty(shape, dtype=dtype)
-        run(x.numpy(), y.numpy())
+        y = torch.empty(shape, dtype=dtype, device=x.device)
+        if x.is_cuda:
+            _run_on_gpu(run, x, y)
+        else:
+            run(x.numpy(), y.numpy())
         return y
 
     def _planned(self, x: torch.Tensor) -> tuple[Runner, tuple[int, ...]]:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        known = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        if x.device.type not in ("cpu", "cuda") or x.dtype not in known[: 4 if x.is_cuda else 2]:
             raise TypeError(
-                f"lowrank's engine runs float32 and float64 tensors on the CPU, got {x.dtype} on "
-                f"{x.device}: convert with .to('cpu', torch.float32)"
+                f"lowrank's engine runs float32 and float64 tensors on the CPU, on CUDA half "
+                f"precisions as well, got {x.dtype} on {x.device}: convert with "
+                ".to('cpu', torch.float32)"
             )
         first = self.links[0][0]
         if x.ndim != first.ndim + 2 or x.shape[1] != first.in_channels:
@@ -116,16 +123,20 @@ class Engine(nn.Module):  # type: ignore[misc]
                 f"got {tuple(x.shape)}"
             )
         shape: tuple[int, ...] = tuple(x.shape[1:])
-        plan = self._runners.get((shape, x.dtype))
+        key = shape, x.dtype, x.device
+        plan = self._runners.get(key)
         if plan is None:
             threads = self.threads or torch.get_num_threads()
-            run = planned(self.links, shape, str(x.dtype).removeprefix("torch."), threads)
+            links = self.links
+            if x.is_cuda:
+                links = tuple((f.to(f"cuda:{x.device.index}"), a) for f, a in links)
+            run = planned(links, shape, str(x.dtype).removeprefix("torch."), threads)
             size = shape
             for f, _ in self.links:
                 size = f.output_shape(size)
-            plan = self._runners[shape, x.dtype] = run, size
+            plan = self._runners[key] = run, size
             _trim(self._runners)
-        found = self._plans[x.shape, x.dtype] = plan[0], (len(x), *plan[1])
+        found = self._plans[x.shape, x.dtype, x.device] = plan[0], (len(x), *plan[1])
         _trim(self._plans)
         return found
 
@@ -220,6 +231,14 @@ def on_engine(
             "weights or attributes of its convolutions, or random numbers?"
         )
     return made
+
+
+def _run_on_gpu(run: Runner, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Run a plan of CuPy's on PyTorch's memory and in PyTorch's current stream."""
+    cupy = importlib.import_module("cupy")
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream, x.device.index):
+        run(cupy.from_dlpack(x), cupy.from_dlpack(y))
 
 
 def _one_way(model: nn.Module) -> bool:

@@ -28,7 +28,10 @@ _PADS = {
 
 
 # Shapes decide here, which symbolic tracing does not know: it takes these functions as they are.
-@fx.wrap  # type: ignore[misc]
+fx.wrap("_apart")
+fx.wrap("_together")
+
+
 def _apart(
     x: torch.Tensor, ndim: int, left: int, right: int, shuffle: tuple[int, int]
 ) -> torch.Tensor:
@@ -46,7 +49,6 @@ def _apart(
     return x.reshape(n * right * left, inner, *space)
 
 
-@fx.wrap  # type: ignore[misc]
 def _together(y: torch.Tensor, x: torch.Tensor, ndim: int, left: int, right: int) -> torch.Tensor:
     """The outputs of blocks as channels (left, channels, right), batched as `x` was."""
     if not ndim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import platform
 import statistics
@@ -27,7 +28,9 @@ from lowrank.machine.workloads import filterings, workloads
 from lowrank.stage import Epilogue, Stage
 
 #: Seconds that each is measured for, beside making plans and first calls.
-BUDGETS = {"fft": 6.0, "lowrank": 11.0, "torch": 7.0, "torch channels-last": 7.0}
+BUDGETS = {"fft": 6.0, "lowrank": 11.0, "torch": 7.0, "torch channels-last": 7.0, "cuda": 10.0}
+ON_CPU = tuple(name for name in BUDGETS if name != "cuda")  # what is measured unless asked for
+EXAMPLES = 32  # of a GPU's batch for one of the CPU's, as far as memory goes
 PASSES = 2  # over all work, at least, in turns: what disturbs one pass does not disturb them all
 LARGE = 1 << 18  # samples that PyTorch is not asked to filter
 LONG = 0.02  # seconds of a call that are too many
@@ -43,7 +46,7 @@ def measure(
     """Measure this machine; see :func:`lowrank.machine.calibrate`."""
     most = _core.max_threads()
     found = {}
-    for name in BUDGETS if engines is None else engines:
+    for name in ON_CPU if engines is None else engines:
         torch = _torch() if "torch" in name else None
         if "torch" in name and torch is None:
             continue
@@ -74,13 +77,19 @@ class Task(NamedTuple):
 
 def _chains(engine: str, most: int) -> list[Task]:
     found, shared = [], _Shared()
+    if engine == "cuda":
+        most = 1
     for threads in sorted({1, most}):  # PyTorch has one number of threads for all calls
         for number, load in enumerate(workloads()):
             if "torch" in engine and math.prod(load.shape) > LARGE:
                 continue
             stages = tuple(replace(s, weight=shared.array(s.weight.shape)) for s in load.stages)
-            x = shared.array((load.batch, *load.shape))
-            counted = ENGINES[engine](Work(load.stages, load.shape, load.batch, threads), most)
+            batch = load.batch
+            if engine == "cuda":
+                widest = max(map(math.prod, chain_shapes(stages, load.shape)))
+                batch = max(1, min(EXAMPLES * batch, shared.numbers.size // widest))
+            x = shared.array((batch, *load.shape))
+            counted = ENGINES[engine](Work(load.stages, load.shape, batch, threads), most)
             call = _call(engine, stages, x, threads, shared)
             found.append(Task(call, counted, threads, number))
     return found
@@ -144,6 +153,11 @@ def _call(
     if engine == "lowrank":
         run = backends.plan(stages, x.shape[1:], np.float32, ends, threads)
         return partial(run, x, shared.result((len(x), *chain_shapes(stages, x.shape[1:])[-1])))
+    if engine == "cuda":
+        there = [replace(s, weight=backends.moved(s.weight, "cuda")) for s in stages]
+        given = backends.moved(x, "cuda")
+        run = backends.plan(there, x.shape[1:], np.float32, ends)
+        return partial(run, given, run(given))
     return pytorch.call(stages, ends, x, "last" in engine)
 
 
@@ -152,10 +166,19 @@ def _seconds(task: Task, n: int, engine: str) -> float:
         torch = _torch()
         if torch.get_num_threads() != task.threads:
             torch.set_num_threads(task.threads)
+    wait = _cuda().Device().synchronize if engine == "cuda" else None
+    if wait is not None:
+        wait()
     start = time.perf_counter()
     for _ in range(n):
         task.call()
+    if wait is not None:
+        wait()
     return (time.perf_counter() - start) / n
+
+
+def _cuda() -> Any:
+    return importlib.import_module("cupy").cuda
 
 
 def _torch() -> Any:

@@ -19,7 +19,7 @@ from lowrank._kernels import _core
 from lowrank._kernels.layout import output_size
 from lowrank._kernels.spec import StageSpec
 from lowrank._typing import Ints
-from lowrank.backends import fourier
+from lowrank.backends import fourier, steps
 from lowrank.backends.lowering import Part, lowered
 from lowrank.cost import chain_shapes
 from lowrank.stage import Epilogue, Stage
@@ -34,7 +34,9 @@ TAPS = 1024  # of one channel, at the most, that go by rows
 SHORT = 256  # samples of a plane that goes by vectors of channels
 LINE = 64  # bytes
 THIN = 8  # input channels, below which PyTorch has another way
-WAKES = 2.6  # of a team for one of PyTorch's convolutions: measured with threads asleep and spinning
+WAKES = (
+    2.6  # of a team for one of PyTorch's convolutions: measured with threads asleep and spinning
+)
 LONG = 512  # points of a transform along any axis but the last
 
 
@@ -214,6 +216,42 @@ def _depthwise(spec: StageSpec, out: Sequence[float], lanes: int) -> Counts:
         "row": planes * depth * height * (0.25 if close else 1),
         "plane": planes,
     }
+
+
+def cuda(work: Work, most: int) -> Counts:
+    """Counts of a GPU: launches, bytes through its memory, and multiply-adds by what does them."""
+    del most  # a GPU has as many threads as it has
+    total: dict[str, float] = defaultdict(float)
+    for step in steps.cut(work.stages, work.shape, max(4, work.itemsize)):
+        stages = work.stages[step.first : step.first + step.many]
+        given = work.batch * math.prod(step.out)
+        each = [math.prod(s.weight.shape[1:]) for s in stages]
+        moved = work.batch * math.prod(step.shape) + given + sum(s.weight.size for s in stages)
+        total["launch"] += 1
+        if step.kind == "filter":
+            terms = len(stages[0].weight) // stages[0].groups
+            # Rows of a halo go through the passes that come before theirs.
+            total["pass"] += given * terms * sum(step.taps) * steps.halo(step.taps, step.tile)
+        elif step.kind == "depthwise + pointwise":
+            total["product in place"] += given * each[1]
+            # What a block of rows needs is made anew by each.
+            blocks = math.ceil(len(stages[1].weight) / steps.ROWS)
+            total["row"] += (
+                work.batch * math.prod(step.out[1:]) * stages[1].in_channels * each[0] * blocks
+            )
+        elif step.kind == "matrix product":
+            (s,) = stages
+            total["product"] += given * each[0]
+            if math.prod(s.kernel) > 1 or set(s.geometry.stride) != {1}:
+                outs = len(s.weight) // s.groups
+                moved += 2 * given * each[0] / outs  # unrolled, and read again
+                total["launch"] += 1
+        else:
+            (s,) = stages
+            worked = work.batch * math.prod(step.shape) if s.transposed else given
+            total["row" if step.kind == "depthwise" else "sum"] += worked * each[0]
+        total["byte"] += moved * work.itemsize
+    return total
 
 
 def torch(work: Work, most: int) -> Counts:

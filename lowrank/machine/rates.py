@@ -29,6 +29,7 @@ ENGINES = {
     "lowrank": counts.engine,
     "torch": counts.torch,
     "torch channels-last": counts.torch,
+    "cuda": counts.cuda,
 }
 
 
@@ -171,14 +172,7 @@ class Machine:
         """
         if engine not in self.rates or engine not in ENGINES:
             known = ", ".join(e for e in ENGINES if e in self.rates)
-            raise ValueError(
-                f"engine must be one of {known}, got {engine!r}"
-                + (
-                    ": 'lowrank calibrate' with PyTorch installed adds it"
-                    if "torch" in engine
-                    else ""
-                )
-            )
+            raise ValueError(f"engine must be one of {known}, got {engine!r}" + _added(engine))
         if not isinstance(f, Factorization):
             raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
         return self.of_stages(f.stages, f.shape(input_shape), batch, threads, engine)
@@ -316,6 +310,12 @@ class Machine:
             return cls(*facts, MappingProxyType(rates))
         except (KeyError, TypeError, AttributeError) as why:
             raise ValueError(f"not a calibration: {why!r}") from None
+
+
+def _added(engine: str) -> str:
+    if "torch" in engine:
+        return ": 'lowrank calibrate' with PyTorch installed adds it"
+    return ": 'lowrank calibrate --device cuda' adds it" if engine == "cuda" else ""
 
 
 def _threads(threads: int | None) -> int:

@@ -80,7 +80,9 @@ def calibrate(
         with contextlib.suppress(ValueError, OSError):
             kept = _read(file)
     # Without a calibration to add to, everything is measured: rates of another machine do not mix.
-    found = calibration.measure(progress, None if kept is None else engines)
+    if engines is not None and kept is None:
+        engines = tuple(dict.fromkeys((*calibration.ON_CPU, *engines)))
+    found = calibration.measure(progress, engines)
     if kept is not None:
         found = replace(found, rates={**kept.rates, **found.rates})
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,468 @@
+/* All kernels of the GPU: templates, compiled for a device when a plan first asks for one of them.
+ *
+ * Spatial axes are always three, D, H, W; a missing one has length 1.  Samples outside an image are no
+ * case of their own: a table says, for every place that a tap can look at, which sample stands there,
+ * and -1 where it is a constant.  So one loop serves all borders, strides and dilations.
+ *
+ * Channel (l, g, c, r) of a stage's input has the number ((l * groups + g) * C + c) * right + r, that
+ * of its output ((l * groups + g) * O + o) * right + r: the words of lowrank.Stage.
+ *
+ * T is what memory holds: float, double, f16 or bf16; sums are double for double, else float.
+ *
+ * No header is needed, so that every compiler of CUDA C++ takes it as it is.  Tests compile it for the
+ * CPU, where LR_SHIM names what stands in for the GPU.
+ */
+#ifdef LR_SHIM
+#include LR_SHIM
+#else
+#define LR_SHARED(S) extern __shared__ __align__(16) double lr_shared[]; S *const shared = (S *)lr_shared
+#endif
+
+typedef long long i64;
+
+/* --- numbers in memory ---------------------------------------------------------------------------- */
+
+struct f16 { unsigned short bits; };
+struct bf16 { unsigned short bits; };
+
+template <class T> struct sum_of { typedef float type; };
+template <> struct sum_of<double> { typedef double type; };
+#define SUM typename sum_of<T>::type
+
+__device__ inline float wide(float v) { return v; }
+__device__ inline double wide(double v) { return v; }
+__device__ inline float wide(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+__device__ inline float wide(f16 v)
+{
+#ifdef LR_SHIM
+    return lr_half_to_float(v.bits);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+#endif
+}
+
+__device__ inline void narrow(float v, float *to) { *to = v; }
+__device__ inline void narrow(double v, double *to) { *to = v; }
+__device__ inline void narrow(float v, bf16 *to) /* to nearest, halves to even */
+{
+    const unsigned u = __float_as_uint(v);
+    to->bits = v != v ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+__device__ inline void narrow(float v, f16 *to)
+{
+#ifdef LR_SHIM
+    to->bits = lr_float_to_half(v);
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
+#endif
+}
+
+/* A sum with its bias and what follows: 1 is ReLU, 2 is ReLU6. */
+template <class S> __device__ inline S ended(S v, const S *bias, i64 channel, int activation)
+{
+    if (bias) v += bias[channel];
+    if (activation && v < 0) v = 0;
+    if (activation == 2 && v > 6) v = 6;
+    return v;
+}
+
+/* Where a stage's input lies: images of `channels` channels, D x H x W samples each. */
+template <class T> struct planes {
+    const T *x;
+    const int *source;      /* channel of x at each channel of the stage, or 0 */
+    const SUM *outside;     /* what stands outside, a channel of x each, or 0: zeros */
+    i64 channels;
+    int d, h, w;
+
+    __device__ SUM at(i64 image, i64 channel, int id, int ih, int iw) const
+    {
+        if (id < 0 || ih < 0 || iw < 0) return outside ? outside[channel] : (SUM)0;
+        return wide(x[(((image * channels + channel) * d + id) * h + ih) * (i64)w + iw]);
+    }
+};
+
+/* --- depthwise ------------------------------------------------------------------------------------- */
+
+/* One channel in, `per` out.  A thread does a column of ROWS outputs, whose taps overlap: lanes go
+ * along the rows, so that each load of a warp is one piece of memory.  H and W are the taps where they
+ * are known, and STRIDE that of H; dilation is 1 along H there.  With H = 0 anything goes.
+ * pos_d, pos_h and pos_w say which sample stands at each padded place of an axis. */
+template <class T, int H, int W, int STRIDE, int ROWS>
+__global__ void depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
+                          const SUM *outside, const int *pos_d, const int *pos_h, const int *pos_w,
+                          i64 images, int copies, int groups, int right, int per, int id, int ih, int iw,
+                          int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
+                          int dh, int dw, int activation)
+{
+    const i64 inputs = (i64)copies * groups * right, outputs = inputs * per;
+    const planes<T> in = {x, source, outside, inputs, id, ih, iw};
+    const int strips = (oh + ROWS - 1) / ROWS;
+    const i64 total = images * outputs * od * strips * ow;
+    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x) {
+        i64 rest = n;
+        const int pw = (int)(rest % ow);
+        rest /= ow;
+        const int first = (int)(rest % strips) * ROWS;
+        rest /= strips;
+        const int pd = (int)(rest % od);
+        rest /= od;
+        const i64 channel = rest % outputs, image = rest / outputs;
+        const int r = (int)(channel % right), o = (int)(channel / right % per);
+        const i64 lg = channel / right / per, stage_channel = lg * right + r;
+        const i64 from = source ? source[stage_channel] : stage_channel;
+        const T *k = weight + ((lg % groups) * per + o) * (i64)kd * kh * kw;
+        SUM sum[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) sum[i] = 0;
+        for (int td = 0; td < kd; td++) {
+            const int at_d = pos_d[pd * sd + td * dd];
+            const T *kt = k + td * (i64)kh * kw;
+            if (H > 0) {
+                int at_w[W > 0 ? W : 1];
+#pragma unroll
+                for (int tw = 0; tw < W; tw++) at_w[tw] = pos_w[pw * sw + tw * dw];
+#pragma unroll
+                for (int p = 0; p < (ROWS - 1) * STRIDE + (H > 0 ? H : 1); p++) {
+                    /* rows past the last output are loaded from the last place and not kept */
+                    const int place = first * STRIDE + p, most = (oh - 1) * STRIDE + H - 1;
+                    const int at_h = pos_h[place < most ? place : most];
+                    SUM v[W > 0 ? W : 1];
+#pragma unroll
+                    for (int tw = 0; tw < W; tw++) v[tw] = in.at(image, from, at_d, at_h, at_w[tw]);
+#pragma unroll
+                    for (int i = 0; i < ROWS; i++) {
+                        const int th = p - i * STRIDE;
+                        if (th >= 0 && th < H) {
+#pragma unroll
+                            for (int tw = 0; tw < W; tw++) sum[i] += wide(kt[th * W + tw]) * v[tw];
+                        }
+                    }
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    if (first + i >= oh) break;
+                    for (int th = 0; th < kh; th++) {
+                        const int at_h = pos_h[(first + i) * sh + th * dh];
+                        for (int tw = 0; tw < kw; tw++)
+                            sum[i] += wide(kt[th * kw + tw]) *
+                                      in.at(image, from, at_d, at_h, pos_w[pw * sw + tw * dw]);
+                    }
+                }
+            }
+        }
+        T *to = y + (((image * outputs + channel) * od + pd) * oh + first) * (i64)ow + pw;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+            if (first + i < oh) narrow(ended(sum[i], bias, channel, activation), to + (i64)i * ow);
+    }
+}
+
+/* --- dense and grouped, and depthwise then pointwise ---------------------------------------------- */
+
+/* A tile of a matrix product: O x P outputs of the sum over k of weight[k] x in[k], where `load` makes
+ * input k at a place.  256 threads, 16 x 16, each with (O / 16) x (P / 16) sums in registers. */
+#define DEPTH 16
+
+template <class T, int O, int P, class Load>
+__device__ inline void product(const Load &load, const T *weight, i64 outs, i64 depth, i64 first,
+                               SUM (&sum)[O / 16][P / 16])
+{
+    __shared__ SUM a[DEPTH][O + 1], b[DEPTH][P];
+    const int t = threadIdx.x, row = t / 16, column = t % 16;
+#pragma unroll
+    for (int i = 0; i < O / 16; i++)
+#pragma unroll
+        for (int j = 0; j < P / 16; j++) sum[i][j] = 0;
+    for (i64 k0 = 0; k0 < depth; k0 += DEPTH) {
+#pragma unroll
+        for (int e = t; e < DEPTH * O; e += 256) {
+            const int k = e % DEPTH, o = e / DEPTH;
+            const int there = k0 + k < depth && first + o < outs;
+            a[k][o] = there ? wide(weight[(first + o) * depth + k0 + k]) : (SUM)0;
+        }
+#pragma unroll
+        for (int e = t; e < DEPTH * P; e += 256) {
+            const int k = e / P; /* the place is t % P throughout: `load` knows it */
+            b[k][e % P] = k0 + k < depth ? load(k0 + k) : (SUM)0;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++) {
+            SUM w[O / 16], v[P / 16];
+#pragma unroll
+            for (int i = 0; i < O / 16; i++) w[i] = a[k][row + 16 * i];
+#pragma unroll
+            for (int j = 0; j < P / 16; j++) v[j] = b[k][column + 16 * j];
+#pragma unroll
+            for (int i = 0; i < O / 16; i++)
+#pragma unroll
+                for (int j = 0; j < P / 16; j++) sum[i][j] += w[i] * v[j];
+        }
+        __syncthreads();
+    }
+}
+
+/* Where output `p`, counted over images and samples, lies. */
+struct place {
+    i64 image;
+    int d, h, w, inside;
+    __device__ place(i64 p, i64 images, int od, int oh, int ow)
+    {
+        inside = p < images * od * oh * ow;
+        if (!inside) p = 0;
+        w = (int)(p % ow), p /= ow;
+        h = (int)(p % oh), p /= oh;
+        d = (int)(p % od), image = p / od;
+    }
+};
+
+/* Input k of a dense stage: channel and taps from a list of terms (c, d, h, w), the last three as rows
+ * of the tables at_d, at_h and at_w (taps, outputs): the sample that each tap of each output sees. */
+template <class T> struct gathered {
+    planes<T> in;
+    const int *terms, *at_d, *at_h, *at_w;
+    place p;
+    i64 first;  /* channel of the stage where this group begins */
+    int right;
+    __device__ SUM operator()(i64 k) const
+    {
+        if (!p.inside) return 0;
+        const int *term = terms + 4 * k;
+        const i64 channel = first + (i64)term[0] * right;
+        return in.at(p.image, in.source ? in.source[channel] : channel, at_d[term[1] + p.d],
+                     at_h[term[2] + p.h], at_w[term[3] + p.w]);
+    }
+};
+
+template <class T, int O, int P>
+__global__ void __launch_bounds__(256)
+    dense(const T *x, const T *weight, const SUM *bias, T *y, const int *source, const int *target,
+          const SUM *outside, const int *terms, const int *at_d, const int *at_h, const int *at_w,
+          i64 images, int copies, int groups, int right, int ins, int outs, i64 depth, int id, int ih,
+          int iw, int od, int oh, int ow, int activation)
+{
+    const i64 blocks = (outs + O - 1) / O, block = blockIdx.x % (blocks * copies * groups * right);
+    const i64 tile = blockIdx.x / (blocks * copies * groups * right);
+    const i64 lgr = block / blocks, lg = lgr / right, first = block % blocks * O;
+    const int r = (int)(lgr % right), g = (int)(lg % groups);
+    const i64 channels = (i64)copies * groups * ins * right, given = (i64)copies * groups * outs * right;
+    const planes<T> in = {x, source, outside, channels, id, ih, iw};
+    const gathered<T> load = {in, terms, at_d, at_h, at_w,
+                              place(tile * P + threadIdx.x % P, images, od, oh, ow),
+                              lg * ins * right + r, right};
+    SUM sum[O / 16][P / 16];
+    product<T, O, P>(load, weight + (i64)g * outs * depth, outs, depth, first, sum);
+#pragma unroll
+    for (int j = 0; j < P / 16; j++) {
+        const place p(tile * P + threadIdx.x % 16 + 16 * j, images, od, oh, ow);
+        if (!p.inside) continue;
+#pragma unroll
+        for (int i = 0; i < O / 16; i++) {
+            const i64 o = first + threadIdx.x / 16 + 16 * i;
+            if (o >= outs) continue;
+            i64 channel = (lg * outs + o) * right + r;
+            if (target) channel = target[channel];
+            narrow(ended(sum[i][j], bias, channel, activation),
+                   y + (((p.image * given + channel) * od + p.d) * oh + p.h) * (i64)ow + p.w);
+        }
+    }
+}
+
+/* Input k of a pointwise stage behind a depthwise one: made where it is needed, and held nowhere. */
+template <class T> struct separable_input {
+    planes<T> in;
+    const T *weight;
+    const SUM *bias;
+    const int *pos_d, *pos_h, *pos_w;
+    place p;
+    int per, kd, kh, kw, sd, sh, sw, dd, dh, dw, activation;
+    __device__ SUM operator()(i64 k) const
+    {
+        if (!p.inside) return 0;
+        const i64 stage_channel = k / per;
+        const i64 channel = in.source ? in.source[stage_channel] : stage_channel;
+        const T *taps = weight + k * kd * kh * kw;
+        SUM v = 0;
+        for (int td = 0; td < kd; td++)
+            for (int th = 0; th < kh; th++)
+                for (int tw = 0; tw < kw; tw++)
+                    v += wide(*taps++) * in.at(p.image, channel, pos_d[p.d * sd + td * dd],
+                                               pos_h[p.h * sh + th * dh], pos_w[p.w * sw + tw * dw]);
+        return ended(v, bias, k, activation);
+    }
+};
+
+template <class T, int O, int P>
+__global__ void __launch_bounds__(256)
+    separable(const T *x, const T *taps, const SUM *taps_bias, int taps_activation, const T *weight,
+              const SUM *bias, T *y, const int *source, const SUM *outside, const int *pos_d,
+              const int *pos_h, const int *pos_w, i64 images, int ins, int per, int outs, int id, int ih,
+              int iw, int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
+              int dh, int dw, int activation)
+{
+    const i64 blocks = (outs + O - 1) / O, first = blockIdx.x % blocks * O, tile = blockIdx.x / blocks;
+    const planes<T> in = {x, source, outside, ins, id, ih, iw};
+    const separable_input<T> load = {in, taps, taps_bias, pos_d, pos_h, pos_w,
+                                     place(tile * P + threadIdx.x % P, images, od, oh, ow),
+                                     per, kd, kh, kw, sd, sh, sw, dd, dh, dw, taps_activation};
+    SUM sum[O / 16][P / 16];
+    product<T, O, P>(load, weight, outs, (i64)ins * per, first, sum);
+#pragma unroll
+    for (int j = 0; j < P / 16; j++) {
+        const place p(tile * P + threadIdx.x % 16 + 16 * j, images, od, oh, ow);
+        if (!p.inside) continue;
+#pragma unroll
+        for (int i = 0; i < O / 16; i++) {
+            const i64 o = first + threadIdx.x / 16 + 16 * i;
+            if (o < outs)
+                narrow(ended(sum[i][j], bias, o, activation),
+                       y + (((p.image * outs + o) * od + p.d) * oh + p.h) * (i64)ow + p.w);
+        }
+    }
+}
+
+/* What each output sees, side by side: (images, channels, terms, outputs), for a matrix product. */
+template <class T>
+__global__ void unrolled(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
+                         const int *at_d, const int *at_h, const int *at_w, i64 images, i64 blocks,
+                         int ins, int right, i64 depth, int id, int ih, int iw, int od, int oh, int ow)
+{
+    const planes<T> in = {x, source, outside, blocks * ins * right, id, ih, iw};
+    const i64 outputs = (i64)od * oh * ow, total = images * blocks * depth * right * outputs;
+    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x) {
+        i64 rest = n;
+        const i64 o = rest % outputs;
+        rest /= outputs;
+        const int r = (int)(rest % right);
+        rest /= right;
+        const int *term = terms + 4 * (rest % depth);
+        rest /= depth;
+        const i64 lg = rest % blocks, image = rest / blocks;
+        const i64 channel = (lg * ins + term[0]) * right + r;
+        const int pw = (int)(o % ow), ph = (int)(o / ow % oh), pd = (int)(o / ow / oh);
+        narrow(in.at(image, source ? source[channel] : channel, at_d[term[1] + pd], at_h[term[2] + ph],
+                     at_w[term[3] + pw]), to + n);
+    }
+}
+
+/* Bias and activation in place, where a library made the product: (images, channels, samples). */
+template <class T>
+__global__ void finished(T *y, const SUM *bias, i64 images, i64 channels, i64 samples, int activation)
+{
+    const i64 total = images * channels * samples;
+    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x)
+        narrow(ended(wide(y[n]), bias, n / samples % channels, activation), y + n);
+}
+
+/* --- separable filters ----------------------------------------------------------------------------- */
+
+/* Four neighbouring outputs of a pass of n taps (a multiple of 4) over samples `step` apart: every
+ * sample and every tap is read once. */
+template <class S>
+__device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps, int n)
+{
+    S v[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = from[i * step];
+    for (int t = 0; t < n; t += 4) {
+#pragma unroll
+        for (int i = 4; i < 8; i++) v[i] = from[(t + i) * step];
+        const S w0 = taps[t], w1 = taps[t + 1], w2 = taps[t + 2], w3 = taps[t + 3];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum[i] += w0 * v[i] + w1 * v[i + 1] + w2 * v[i + 2] + w3 * v[i + 3];
+#pragma unroll
+        for (int i = 0; i < 4; i++) v[i] = v[i + 4];
+    }
+}
+
+/* R terms, each a product of taps along W, H and D, on one plane: a tile comes into shared memory once,
+ * and every pass of every term reads it there.  Stride and dilation 1.
+ *
+ * taps: (groups, R, kd + kh + kw), each padded with zeros to a multiple of 4; kd may be 0, with td = 1.
+ * Tiles are td x th x tw, multiples of 4 but for that.  Shared memory holds (filter_box in cuda.py)
+ *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd rows: lanes go down, each to a bank of its own
+ *     after W       (td + kd) (th + kh) (tw + 1)
+ *     after H       (td + kd) th tw
+ *     all terms     td th tw
+ *     and the taps of one. */
+template <class T>
+__global__ void __launch_bounds__(256)
+    filter(const T *x, const T *taps, const SUM *bias, T *y, const int *source, const int *pos_d,
+           const int *pos_h, const int *pos_w, i64 images, int copies, int groups, int right, int terms,
+           int id, int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw, int td, int th, int tw,
+           int activation)
+{
+    typedef SUM S;
+    LR_SHARED(S);
+    const int ed = td + kd, eh = th + kh, pitch = tw + kw + 1, after = tw + 1, t = threadIdx.x;
+    const int many = td * th * tw, all = kd + kh + kw;
+    S *const box = shared, *const rows = box + ed * eh * pitch, *const columns = rows + ed * eh * after;
+    S *const total = columns + ed * th * tw, *const kernel = total + many;
+    const int nw = (ow + tw - 1) / tw, nh = (oh + th - 1) / th, nd = (od + td - 1) / td;
+    const i64 channels = (i64)copies * groups * right;
+    const i64 tiles = images * channels * nd * nh * nw;
+    for (i64 n = blockIdx.x; n < tiles; n += gridDim.x) {
+        i64 rest = n;
+        const int w0 = (int)(rest % nw) * tw;
+        rest /= nw;
+        const int h0 = (int)(rest % nh) * th;
+        rest /= nh;
+        const int d0 = (int)(rest % nd) * td;
+        rest /= nd;
+        const i64 channel = rest % channels, image = rest / channels;
+        const int g = (int)(channel / right % groups);
+        const planes<T> in = {x, 0, 0, channels, id, ih, iw};
+        const i64 from = source ? source[channel] : channel;
+        /* Samples past what the last output sees are multiplied by padded taps: zeros. */
+        for (int e = t; e < ed * eh * pitch; e += 256) {
+            const int w = e % pitch, h = e / pitch % eh, d = e / pitch / eh;
+            const int there = w0 + w < ow + kw - 1 && h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
+            box[e] = there ? in.at(image, from, pos_d[d0 + d], pos_h[h0 + h], pos_w[w0 + w]) : (S)0;
+        }
+        for (int e = t; e < many; e += 256) total[e] = 0;
+        for (int term = 0; term < terms; term++) {
+            __syncthreads();
+            for (int e = t; e < all; e += 256) kernel[e] = wide(taps[((i64)g * terms + term) * all + e]);
+            __syncthreads();
+            for (int e = t; e < ed * eh * (tw / 4); e += 256) {
+                const int row = e % (ed * eh), w = e / (ed * eh) * 4;
+                S sum[4] = {0, 0, 0, 0};
+                four(sum, box + row * pitch + w, 1, kernel + kd + kh, kw);
+#pragma unroll
+                for (int i = 0; i < 4; i++) rows[row * after + w + i] = sum[i];
+            }
+            __syncthreads();
+            for (int e = t; e < ed * (th / 4) * tw; e += 256) {
+                const int w = e % tw, h = e / tw % (th / 4) * 4, d = e / tw / (th / 4);
+                S sum[4] = {0, 0, 0, 0};
+                four(sum, rows + (d * eh + h) * after + w, after, kernel + kd, kh);
+#pragma unroll
+                for (int i = 0; i < 4; i++) columns[(d * th + h + i) * tw + w] = sum[i];
+            }
+            __syncthreads();
+            if (!kd) {
+                for (int e = t; e < many; e += 256) total[e] += columns[e];
+                continue;
+            }
+            for (int e = t; e < (td / 4) * th * tw; e += 256) {
+                const int hw = e % (th * tw), d = e / (th * tw) * 4;
+                S sum[4] = {0, 0, 0, 0};
+                four(sum, columns + d * th * tw + hw, th * tw, kernel, kd);
+#pragma unroll
+                for (int i = 0; i < 4; i++) total[(d + i) * th * tw + hw] += sum[i];
+            }
+        }
+        __syncthreads();
+        for (int e = t; e < many; e += 256) {
+            const int w = w0 + e % tw, h = h0 + e / tw % th, d = d0 + e / tw / th;
+            if (w < ow && h < oh && d < od)
+                narrow(ended(total[e], bias, channel, activation),
+                       y + (((image * channels + channel) * od + d) * oh + h) * (i64)ow + w);
+        }
+        __syncthreads();
+    }
+}

@@ -1,0 +1,224 @@
+/* What stands in for a GPU where kernels.cu runs on the CPU: exactly, and with what no GPU checks.
+ *
+ * A thread of a block is a fiber: it runs until it waits at a barrier, then the next one runs.  Blocks
+ * run one after another.  Reported as errors: barriers that not all threads of a block reach, accesses
+ * outside of arrays (which lie before a page that cannot be touched) and undefined behaviour (which
+ * traps).  Shared memory is full of NaN before every block, and threads run in turns from the first to
+ * the last and from the last to the first, so that what a missing barrier lets through shows.
+ */
+#pragma once
+
+#include <csetjmp>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <sys/mman.h>
+#include <type_traits>
+#include <ucontext.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static /* lies in .bss, with nothing else: all of that is filled before a block */
+#define __align__(n) alignas(n)
+#define __syncthreads() lr_shim::barrier(__LINE__)
+#define LR_SHARED(S) S *const shared = (S *)lr_shim::dynamic
+
+#define LR_KEPT __attribute__((section(".data"))) static
+extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[]; /* of this library */
+
+struct lr_three { unsigned x, y, z; };
+LR_KEPT lr_three threadIdx, blockIdx, blockDim, gridDim;
+
+namespace lr_shim {
+
+struct fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    lr_three thread;
+    int line; /* of the barrier where it waits, or 0 */
+};
+
+LR_KEPT std::deque<fiber> fibers;          /* kept: stacks are used again */
+LR_KEPT std::vector<fiber *> idle, waiting;
+LR_KEPT fiber *current;
+LR_KEPT ucontext_t scheduler;
+LR_KEPT std::function<void()> body;        /* the kernel with its arguments */
+LR_KEPT unsigned next, threads;            /* of the block: to be started, and all */
+LR_KEPT char *dynamic;
+LR_KEPT char message[200];
+LR_KEPT sigjmp_buf fault;
+
+/* A fiber runs thread after thread until one waits: without barriers a single one does them all. */
+static void run_threads()
+{
+    for (;;) {
+        while (next < threads) {
+            const unsigned t = next++;
+            current->thread = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+            threadIdx = current->thread;
+            body();
+        }
+        current->line = 0;
+        swapcontext(&current->context, &scheduler);
+    }
+}
+
+[[maybe_unused]] static void barrier(int line)
+{
+    fiber *const me = current;
+    me->line = line;
+    swapcontext(&me->context, &scheduler);
+    threadIdx = me->thread;
+}
+
+static void resume(fiber *f)
+{
+    current = f;
+    swapcontext(&scheduler, &f->context);
+    (f->line ? waiting : idle).push_back(f);
+}
+
+static void make(fiber *f)
+{
+    f->stack.resize(64 << 10);
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack.data();
+    f->context.uc_stack.ss_size = f->stack.size();
+    makecontext(&f->context, run_threads, 0);
+    idle.push_back(f);
+}
+
+static fiber *unused()
+{
+    if (idle.empty()) make(&fibers.emplace_back());
+    fiber *const f = idle.back();
+    idle.pop_back();
+    return f;
+}
+
+static bool run_block()
+{
+    waiting.clear();
+    for (next = 0; next < threads;) resume(unused());
+    while (!waiting.empty()) {
+        const std::vector<fiber *> all(waiting.rbegin(), waiting.rend()); /* the other way round */
+        for (const fiber *f : all)
+            if (all.size() != threads || f->line != all[0]->line) {
+                snprintf(message, sizeof message, "%zu of %u threads of block %u wait at a barrier, in "
+                         "lines %d to %d", all.size(), threads, blockIdx.x, f->line, all[0]->line);
+                return false;
+            }
+        waiting.clear();
+        for (fiber *f : all) resume(f);
+    }
+    return true;
+}
+
+static void failed(int signal, siginfo_t *info, void *)
+{
+    snprintf(message, sizeof message, "%s at %p, thread %u of block %u",
+             signal == SIGILL ? "undefined behaviour" : "access outside of memory", info->si_addr,
+             threadIdx.x, blockIdx.x);
+    siglongjmp(fault, 1);
+}
+
+/* Memory whose end is the start of a page that cannot be touched, as far as 16 bytes are aligned. */
+struct guarded {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), size, room;
+    char *all, *begin;
+    explicit guarded(size_t n) : size(n), room((n + 16 + 2 * page - 1) / page * page)
+    {
+        all = (char *)mmap(0, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        mprotect(all + room - page, page, PROT_NONE);
+        begin = all + room - page - (n + 15) / 16 * 16;
+        memset(all, 0xcd, room - page);
+    }
+    bool kept() const /* what is not part of it is as it was */
+    {
+        for (const char *p = all; p < all + room - page; p++)
+            if ((p < begin || p >= begin + size) && *p != (char)0xcd) return false;
+        return true;
+    }
+    ~guarded() { munmap(all, room); }
+};
+
+static bool run_grid(size_t shared)
+{
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) {
+                memset(dynamic, 0xff, shared);
+                memset(__bss_start, 0xff, (size_t)(_end - __bss_start));
+                if (!run_block()) return false;
+            }
+    return true;
+}
+
+static const char *run(const unsigned *grid, const unsigned *block, size_t shared)
+{
+    const guarded memory(shared);
+    struct sigaction action = {}, before[3];
+    const int signals[3] = {SIGSEGV, SIGBUS, SIGILL};
+    action.sa_sigaction = failed;
+    action.sa_flags = SA_SIGINFO;
+    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};
+    threads = block[0] * block[1] * block[2], dynamic = memory.begin, message[0] = 0;
+    for (int i = 0; i < 3; i++) sigaction(signals[i], &action, &before[i]);
+    const bool done = !sigsetjmp(fault, 1) && run_grid(shared);
+    for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], 0);
+    if (!done) idle.clear(), fibers.clear(); /* some are in the middle of a kernel */
+    if (done && !memory.kept()) snprintf(message, sizeof message, "write beside the shared memory");
+    return message[0] ? message : 0;
+}
+
+/* Size and kind of a parameter, to check arguments with: what it is, or what it points to. */
+template <class T> constexpr char kind()
+{
+    typedef std::remove_cv_t<std::remove_pointer_t<T>> to;
+    return std::is_same_v<to, int> ? 'i' : std::is_same_v<to, long long> ? 'l' :
+           std::is_same_v<to, float> ? 'f' : std::is_same_v<to, double> ? 'd' : sizeof(to) == 2 ? 'h' : '?';
+}
+
+template <class... A, size_t... I>
+const char *launch(void (*kernel)(A...), const unsigned *grid, const unsigned *block, size_t shared,
+                   void **args, std::index_sequence<I...>)
+{
+    body = [=] { kernel(*(A *)args[I]...); };
+    return run(grid, block, shared);
+}
+
+} // namespace lr_shim
+
+/* Launch a kernel on arguments, a pointer to each; what went wrong, or 0. */
+template <class... A>
+const char *lr_launch(void (*kernel)(A...), const unsigned *grid, const unsigned *block, size_t shared,
+                      void **args)
+{
+    return lr_shim::launch(kernel, grid, block, shared, args, std::index_sequence_for<A...>());
+}
+
+/* A parameter is two letters: p for a pointer or v for a value, then its kind. */
+template <class... A> void lr_signature(void (*)(A...), char *to)
+{
+    ((*to++ = std::is_pointer_v<A> ? 'p' : 'v', *to++ = lr_shim::kind<A>()), ...);
+    *to = 0;
+}
+
+template <class To, class From> To lr_bits(From v)
+{
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &v, sizeof to);
+    return to;
+}
+
+inline float __uint_as_float(unsigned v) { return lr_bits<float>(v); }
+inline unsigned __float_as_uint(float v) { return lr_bits<unsigned>(v); }
+inline float lr_half_to_float(unsigned short v) { return (float)lr_bits<_Float16>(v); }
+inline unsigned short lr_float_to_half(float v) { return lr_bits<unsigned short>((_Float16)v); }

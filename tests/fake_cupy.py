@@ -1,0 +1,767 @@
+"""What stands in for CuPy where there is no GPU: NumPy arrays, and kernels compiled for the CPU.
+
+It refuses what CuPy refuses (NumPy arrays beside its own, silent copies to the CPU, arrays of
+another device than the current one), and what a GPU does not even notice: arguments of another
+type than the kernel's, accesses outside of arrays, barriers that not all threads reach; see
+cuda_shim.h.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import mmap
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+__version__ = "14.0.0"
+
+SHIM = Path(__file__).with_name("cuda_shim.h")
+# Undefined behaviour traps, and the shim says where; warnings are errors, as for the engine in C.
+FLAGS = ["-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-fno-gnu-unique"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+MEMORY = 16 << 30  # bytes of a device, as far as anybody asks
+
+
+class _Hooks(SimpleNamespace):
+    """What tests set: devices, and what is to fail the next time that it is tried."""
+
+    def reset(self):
+        self.devices = 2  # that there are
+        self.allocations = None  # that still succeed before one runs out of memory
+        self.compiling = None  # what the compiler says
+        self.counting = None  # status of CUDA's error when devices are counted
+        self.launches = collections.deque(maxlen=10000)  # each a Launch
+
+
+hooks = _Hooks()
+hooks.reset()
+Launch = collections.namedtuple("Launch", "name grid block shared device stream")
+_thread = threading.local()  # the current device, and the current stream of each device
+
+
+# --- cupy.cuda ------------------------------------------------------------------------------------
+
+
+ERRORS = {2: "MemoryAllocation", 35: "InsufficientDriver", 100: "NoDevice", 101: "InvalidDevice"}
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status):
+        self.status = status
+        super().__init__(f"cudaError{ERRORS.get(status, 'Unknown')}: error {status}")
+
+
+class CUDADriverError(RuntimeError):
+    """As for a launch that asks for too much."""
+
+
+class OutOfMemoryError(MemoryError):
+    def __init__(self, size, total, limit=0):
+        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,}).")
+
+
+class CompileException(Exception):
+    def __init__(self, msg, source, name, options, backend="nvrtc"):
+        self.source, self.name, self.options, self.backend = source, name, options, backend
+        super().__init__(msg)
+
+
+def _device_count():
+    if hooks.counting is not None:
+        raise CUDARuntimeError(hooks.counting)
+    return hooks.devices
+
+
+class Device:
+    def __init__(self, device=None):
+        self.id = _current() if device is None else int(getattr(device, "id", device))
+        self._before = []
+
+    def use(self):
+        if not 0 <= self.id < _device_count():
+            raise CUDARuntimeError(101)
+        _thread.device = self.id
+
+    def __enter__(self):
+        self._before.append(_current())
+        self.use()
+        return self
+
+    def __exit__(self, *_):
+        _thread.device = self._before.pop()
+
+    def __eq__(self, other):
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self):
+        return hash(self.id)
+
+    def __int__(self):
+        return self.id
+
+    def __repr__(self):
+        return f"<CUDA Device {self.id}>"
+
+    def synchronize(self):
+        pass
+
+    compute_capability = "80"
+    mem_info = (MEMORY // 2, MEMORY)
+    attributes = {  # noqa: RUF012
+        "MaxSharedMemoryPerBlockOptin": 101376,
+        "MaxSharedMemoryPerBlock": 49152,
+        "MultiProcessorCount": 4,
+    }
+
+
+def _current():
+    return getattr(_thread, "device", 0)
+
+
+class Stream:
+    _pointers = itertools.count(4096, 16)
+
+    def __init__(self, null=False, non_blocking=False, ptds=False):
+        self.ptr = 0 if null else next(self._pointers)
+        self.device_id = _current()
+        self._before = []
+
+    def use(self):
+        _streams()[_current()] = self
+        return self
+
+    def __enter__(self):
+        self._before.append(_stream())
+        return self.use()
+
+    def __exit__(self, *_):
+        _streams()[_current()] = self._before.pop()
+
+    def record(self, event=None):
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    @property
+    def done(self):
+        return True
+
+
+def _streams():
+    if not hasattr(_thread, "streams"):
+        _thread.streams = {}
+    return _thread.streams
+
+
+def _stream():
+    return _streams().get(_current(), Stream.null)
+
+
+Stream.null = Stream(null=True)
+
+
+class Event:
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        self.time = None
+
+    def record(self, stream=None):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    @property
+    def done(self):
+        return True
+
+
+def _elapsed(start, end):
+    """Milliseconds."""
+    return (end.time - start.time) * 1e3
+
+
+def _module(name, **members):
+    made = types.ModuleType(name)
+    vars(made).update(members)
+    return made
+
+
+runtime = _module(
+    "cupy.cuda.runtime",
+    CUDARuntimeError=CUDARuntimeError,
+    getDeviceCount=_device_count,
+    getDevice=_current,
+    setDevice=lambda number: Device(number).use(),
+    getDeviceProperties=lambda number: {"name": b"none", "major": 8, "minor": 0},
+    runtimeGetVersion=lambda: 13000,
+    driverGetVersion=lambda: 13000,
+    deviceSynchronize=lambda: None,
+    is_hip=False,
+)
+cuda = _module(
+    "cupy.cuda",
+    runtime=runtime,
+    driver=_module("cupy.cuda.driver", CUDADriverError=CUDADriverError),
+    memory=_module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError),
+    compiler=_module("cupy.cuda.compiler", CompileException=CompileException),
+    Device=Device,
+    Stream=Stream,
+    Event=Event,
+    get_current_stream=_stream,
+    get_elapsed_time=_elapsed,
+    is_available=lambda: hooks.counting is None and hooks.devices > 0,
+)
+
+
+@functools.lru_cache
+def get_default_memory_pool():
+    return SimpleNamespace(
+        used_bytes=lambda: 0,
+        total_bytes=lambda: 0,
+        free_all_blocks=lambda: None,
+        get_limit=lambda: 0,
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+_C = ctypes.CDLL(None, use_errno=True)
+_C.mmap.restype = ctypes.c_void_p
+_C.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_C.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _unwritten(shape, dtype):
+    """A NumPy array of nonsense that ends where a page begins that cannot be touched."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if hooks.allocations is not None:
+        hooks.allocations -= 1
+        if hooks.allocations < 0:
+            hooks.allocations = None
+            raise OutOfMemoryError(size, MEMORY)
+    if not size:
+        return np.empty(shape, dtype)
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    start = _C.mmap(None, room + mmap.PAGESIZE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if start in (None, ctypes.c_void_p(-1).value) or _C.mprotect(start + room, mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "no memory for an array")
+    held = (ctypes.c_char * size).from_address(start + room - size)
+    weakref.finalize(held, _C.munmap, start, room + mmap.PAGESIZE).atexit = False
+    ctypes.memset(held, 0x5B if dtype.kind in "iub" else 0xFF, size)
+    return np.ndarray(shape, dtype, held)
+
+
+def _placed(a):
+    """`a` in memory of that kind, in its order, if it is not a view of some."""
+    if a.base is not None or not a.size:
+        return a
+    if a.flags.f_contiguous and not a.flags.c_contiguous:
+        return _placed(a.T.copy()).T
+    to = _unwritten(a.shape, a.dtype)
+    to[...] = a
+    return to
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+class _Flags:
+    def __init__(self, flags):
+        self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
+        self.owndata = flags.owndata
+
+    def __getitem__(self, name):
+        return getattr(self, name.lower())
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
+    __module__ = "cupy"
+    __hash__ = None
+    __array_priority__ = 100
+
+    def __init__(self, held, device):
+        self._held, self._device = held, device
+
+    shape = property(lambda self: self._held.shape)
+    dtype = property(lambda self: self._held.dtype)
+    ndim = property(lambda self: self._held.ndim)
+    size = property(lambda self: self._held.size)
+    itemsize = property(lambda self: self._held.itemsize)
+    nbytes = property(lambda self: self._held.nbytes)
+    strides = property(lambda self: self._held.strides)
+    flags = property(lambda self: _Flags(self._held.flags))
+    device = property(lambda self: Device(self._device))
+    T = property(lambda self: ndarray(self._held.T, self._device))
+    real = property(lambda self: ndarray(self._held.real, self._device))
+    imag = property(lambda self: ndarray(self._held.imag, self._device))
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self._pointer, device_id=self._device, device=self.device)
+
+    @property
+    def _pointer(self):
+        return self._held.ctypes.data if self.size else 0
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
+            "a NumPy array explicitly."
+        )
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method not in ("__call__", "reduce", "outer"):
+            return NotImplemented
+        return _call(getattr(ufunc, method), inputs, kwargs)
+
+    def __array_function__(self, function, kinds, args, kwargs):
+        if not all(issubclass(k, (ndarray, np.ndarray)) for k in kinds):
+            return NotImplemented
+        return _call(function, args, kwargs, views=function.__name__ in VIEWS)
+
+    def __dlpack__(self, **kwargs):
+        return self._held.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self._held.__dlpack_device__()
+
+    def __getitem__(self, index):
+        found = self._held[_opened(index)]
+        if np.ndim(found) and not np.may_share_memory(found, self._held):
+            found = np.ascontiguousarray(found)  # NumPy leaves what it gathers in another order
+        return _closed(found, self._device)
+
+    def __setitem__(self, index, value):
+        _opened(self)
+        self._held[_opened(index)] = _opened(value)
+
+    def __len__(self):
+        return len(self._held)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self):
+        return bool(self._held)
+
+    def __int__(self):
+        return int(self._held)
+
+    def __float__(self):
+        return float(self._held)
+
+    def __complex__(self):
+        return complex(self._held)
+
+    def __repr__(self):
+        return repr(self._held)
+
+    def __reduce__(self):
+        return asarray, (self.get(),)
+
+    def __copy__(self):
+        return self.copy()
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+    def get(self, stream=None, order="C", out=None, blocking=True):
+        if out is None:
+            return np.array(self._held, order=order)
+        out[...] = self._held
+        return out
+
+    def set(self, values, stream=None):
+        assert isinstance(values, np.ndarray)
+        assert (values.shape, values.dtype) == (self.shape, self.dtype)
+        self._held[...] = values
+
+    def copy(self, order="C"):
+        """On the current device, from any."""
+        return _closed(self._held.copy(order))
+
+    def item(self, *index):
+        return self._held.item(*index)
+
+    def tolist(self):
+        return self._held.tolist()
+
+    def tobytes(self, order="C"):
+        return self._held.tobytes(order)
+
+    def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
+        if not copy and self.dtype == dtype:
+            return self
+        return _closed(_opened(self).astype(dtype, order))
+
+    def fill(self, value):
+        _opened(self).fill(_opened(value))
+
+
+def _method(name):
+    def method(self, *args, **kwargs):
+        held = self._held if name in VIEWS else _opened(self)
+        device = self._device if name in VIEWS else None
+        out = kwargs.get("out")
+        result = getattr(held, name)(*_opened(args), **_opened(kwargs))
+        return _closed(result, device) if out is None else out
+
+    return method
+
+
+# What looks at an array of another device than the current one without touching it.
+VIEWS = ["reshape", "transpose", "swapaxes", "ravel", "view", "squeeze", "diagonal", "moveaxis"]
+VIEWS += ["rollaxis", "expand_dims", "broadcast_to", "permute_dims", "shape", "ndim", "size"]
+METHODS = ["sum", "max", "min", "mean", "all", "any", "prod", "std", "var", "argmax", "argmin"]
+METHODS += [
+    "argsort",
+    "clip",
+    "conj",
+    "cumsum",
+    "dot",
+    "flatten",
+    "repeat",
+    "round",
+    "take",
+    "trace",
+]
+for _name in (*METHODS, *VIEWS[:7]):
+    setattr(ndarray, _name, _method(_name))
+
+
+def _opened(value, views=False):
+    """What NumPy gets, of the current device; no array of its own is let through."""
+    if isinstance(value, ndarray):
+        if value._device != _current() and not views:
+            raise ValueError(
+                f"Array device must be same as the current device: array device = {value._device} "
+                f"while current = {_current()}"
+            )
+        return value._held
+    if isinstance(value, np.ndarray) and value.ndim:
+        raise TypeError(f"Unsupported type {type(value)}")
+    if type(value) in (list, tuple):
+        return type(value)(_opened(v, views) for v in value)
+    if type(value) is dict:
+        return {k: _opened(v, views) for k, v in value.items()}
+    if type(value) is slice:
+        return slice(
+            *(None if v is None else int(v) for v in (value.start, value.stop, value.step))
+        )
+    return value
+
+
+def _closed(value, device=None):
+    """What CuPy gives for what NumPy does: arrays of its own, for numbers also."""
+    device = _current() if device is None else device
+    if isinstance(value, np.ndarray):
+        return ndarray(_placed(value), device)
+    if isinstance(value, np.generic):
+        return ndarray(_placed(np.array(value)), device)
+    if isinstance(value, (tuple, list)):
+        kind = list if type(value) is list else tuple  # NumPy's named tuples are plain ones here
+        return kind(_closed(v, device) for v in value)
+    return value
+
+
+def _call(function, args, kwargs, views=False):
+    if "device" in kwargs:  # of NumPy's, and not of CuPy's
+        raise TypeError(f"{function.__name__}() got an unexpected keyword argument 'device'")
+    first = next((a._device for a in args if isinstance(a, ndarray)), None)
+    result = function(*_opened(args, views), **_opened(kwargs, views))
+    out = kwargs.get("out")
+    if out is not None:
+        return out[0] if isinstance(out, tuple) else out
+    return _closed(result, first if views else None)
+
+
+def _all_numpy(value):
+    """A copy for NumPy of lists that may hold arrays of either kind."""
+    if isinstance(value, ndarray):
+        return value._held
+    return [_all_numpy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def array(obj, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
+    here = isinstance(obj, ndarray) and obj._device == _current() and obj.ndim >= ndmin
+    if here and not copy and order in "KA" and (dtype is None or obj.dtype == dtype):
+        return obj
+    return _closed(np.array(_all_numpy(obj), dtype, order=order, ndmin=ndmin))
+
+
+def asarray(a, dtype=None, order=None, *, copy=None, blocking=False):
+    return array(a, dtype, bool(copy), order or "K")
+
+
+def ascontiguousarray(a, dtype=None):
+    if not isinstance(a, ndarray):
+        raise TypeError(f"Argument 'a' has incorrect type (expected cupy.ndarray, got {type(a)})")
+    if a.flags.c_contiguous and (dtype is None or a.dtype == dtype) and a.ndim:
+        return a
+    return _closed(np.array(_opened(a), dtype, order="C", ndmin=1))
+
+
+def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
+    return a.get(stream, order, out) if isinstance(a, ndarray) else np.asarray(a, order=order)
+
+
+def from_dlpack(array, *, device=None, copy=None):
+    return _closed(np.from_dlpack(array))
+
+
+def empty(shape, dtype=float, order="C"):
+    if order == "F":
+        return empty(shape if isinstance(shape, int) else tuple(shape)[::-1], dtype).T
+    return ndarray(_unwritten(shape, dtype), _current())
+
+
+def empty_like(prototype, dtype=None, order="K", subok=None, shape=None):
+    _opened(prototype)
+    return empty(prototype.shape if shape is None else shape, dtype or prototype.dtype)
+
+
+def get_array_module(*args):
+    return sys.modules[__name__] if any(isinstance(a, ndarray) for a in args) else np
+
+
+def _wrapped(owner, name):
+    found = getattr(owner, name)
+    if isinstance(found, types.ModuleType):
+        return _Namespace(found)
+    if isinstance(found, type) or not callable(found):
+        return found  # dtypes, constants
+
+    @functools.wraps(found, assigned=("__name__", "__doc__"), updated=())
+    def function(*args, **kwargs):
+        return _call(found, args, kwargs, views=name in VIEWS)
+
+    return function
+
+
+class _Namespace:
+    """linalg, fft or random."""
+
+    def __init__(self, owner):
+        self._owner = owner
+
+    def __getattr__(self, name):
+        return _wrapped(self._owner, name)
+
+
+def __getattr__(name):
+    if name.startswith("_") or name in ("testing", "matrix", "memmap", "lib", "core", "ma"):
+        raise AttributeError(f"module 'cupy' has no attribute {name!r}")
+    try:
+        return _wrapped(np, name)
+    except AttributeError:
+        raise AttributeError(f"module 'cupy' has no attribute {name!r}") from None
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _folder():
+    made = tempfile.mkdtemp(prefix="fake-cupy-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+_built = {}  # by code and name: the launcher, and the kinds of the kernel's parameters
+_lock = threading.RLock()
+
+
+def prepare(code, names, jobs=1):
+    """Compile what is not compiled yet, with so many compilers at once."""
+    with _lock:
+        names = [n for n in dict.fromkeys(names) if (code, n) not in _built]
+        parts = [part for i in range(jobs) if (part := names[i::jobs])]
+        with ThreadPoolExecutor(jobs) as pool:
+            for found in pool.map(functools.partial(_compiled, code), parts):
+                _built.update(found)
+
+
+def _compiled(code, names):
+    lines = ['#include "kernels.cu"']
+    for i, name in enumerate(names):
+        lines += [
+            f'extern "C" const char *run_{i}(const unsigned *grid, const unsigned *block,',
+            "    size_t shared, void **args)",
+            f"{{ return lr_launch(&{name}, grid, block, shared, args); }}",
+            f'extern "C" void signature_{i}(char *to) {{ lr_signature(&{name}, to); }}',
+        ]
+    unit = "\n".join([*lines, ""])
+    key = hashlib.sha256("\0".join([code, unit]).encode()).hexdigest()[:20]
+    folder = _folder() / key
+    folder.mkdir(exist_ok=True)
+    folder.joinpath("kernels.cu").write_text(code)
+    folder.joinpath("unit.cpp").write_text(unit)
+    command = ["g++", *FLAGS, f'-DLR_SHIM="{SHIM}"', "unit.cpp", "-o", "unit.so"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileException(done.stderr, code, "unit.cpp", FLAGS)
+    library = ctypes.CDLL(str(folder / "unit.so"))
+    found = {}
+    for i, name in enumerate(names):
+        launcher = getattr(library, f"run_{i}")
+        launcher.restype = ctypes.c_char_p
+        text = ctypes.create_string_buffer(400)
+        getattr(library, f"signature_{i}")(text)
+        kinds = text.value.decode()
+        found[code, name] = launcher, [kinds[k : k + 2] for k in range(0, len(kinds), 2)]
+    return found
+
+
+class RawModule:
+    def __init__(self, code=None, *, path=None, options=(), backend="nvrtc", name_expressions=None):
+        assert isinstance(code, str)
+        assert isinstance(options, tuple)
+        assert path is None
+        assert backend == "nvrtc"
+        self.code, self.options, self.name_expressions = code, options, name_expressions
+
+    def compile(self, log_stream=None):
+        if hooks.compiling is not None:
+            message, hooks.compiling = hooks.compiling, None
+            raise CompileException(message, self.code, "kernels.cu", self.options)
+        prepare(self.code, self.name_expressions)
+
+    def get_function(self, name):
+        if name not in self.name_expressions:
+            raise CUDADriverError("CUDA_ERROR_NOT_FOUND: named symbol not found")
+        self.compile()
+        return RawKernel(self.code, name)
+
+
+class RawKernel:
+    num_regs, local_size_bytes, shared_size_bytes, max_threads_per_block = 32, 0, 0, 1024
+
+    def __init__(self, code, name):
+        self.name = name
+        self._launcher, self._kinds = _built[code, name]
+        self._shared = {}  # by device
+        plain = re.escape(name.partition("<")[0])
+        bound = re.search(rf"__launch_bounds__\((\d+)\)\s*{plain}\(", code)
+        if bound:
+            self.max_threads_per_block = int(bound[1])
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._shared.get(_current(), 48 << 10)
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if size > Device.attributes["MaxSharedMemoryPerBlockOptin"]:
+            raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+        self._shared[_current()] = size
+
+    def __call__(self, grid, block, args, *, shared_mem=0, stream=None):
+        assert isinstance(grid, tuple)
+        assert isinstance(block, tuple)
+        sizes = [(ctypes.c_uint * 3)(*(*s, 1, 1)[:3]) for s in (grid, block)]
+        limits = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
+        if (
+            any(not 1 <= n <= top for s, tops in zip(sizes, limits) for n, top in zip(s, tops))
+            or np.prod(sizes[1]) > self.max_threads_per_block
+            or shared_mem > self.max_dynamic_shared_size_bytes
+        ):
+            raise CUDADriverError(
+                f"CUDA_ERROR_INVALID_VALUE: {self.name} {grid} {block} {shared_mem}"
+            )
+        assert len(args) == len(self._kinds), (
+            f"{self.name} takes {len(self._kinds)} arguments, got {len(args)}"
+        )
+        values = [self._value(i, a, k) for i, (a, k) in enumerate(zip(args, self._kinds))]
+        pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
+        used = stream or _stream()
+        hooks.launches.append(Launch(self.name, grid, block, shared_mem, _current(), used.ptr))
+        with _lock:  # kernels keep what they share in one place
+            wrong = self._launcher(*sizes, ctypes.c_size_t(shared_mem), pointers)
+        if wrong:
+            odd = [
+                i for i, a in enumerate(args) if isinstance(a, ndarray) and not a.flags.c_contiguous
+            ]
+            hint = f"; not contiguous are the arguments {odd}" if odd else ""
+            raise AssertionError(f"{self.name}: {wrong.decode()}{hint}")
+
+    def _value(self, number, given, kind):
+        """One argument as an array of what is passed, if it is of the kind of the parameter."""
+        what = f"argument {number} of {self.name}, of kind {kind}"
+        if isinstance(given, ndarray):
+            assert kind[0] == "p", f"{what}: got an array"
+            assert _kind(given.dtype) == kind[1], f"{what}: got an array of {given.dtype}"
+            assert given._device == _current(), f"{what}: got an array of another device"
+            return np.array([given._pointer], np.uint64)
+        assert isinstance(given, np.generic), f"{what}: got {type(given)}"
+        if kind[0] == "p":
+            assert given.dtype in (np.intp, np.uint64), f"{what}: got {given.dtype}"
+        else:
+            assert _kind(given.dtype) == kind[1], f"{what}: got {given.dtype}"
+        return np.array([given])
+
+
+def _kind(dtype):
+    known = {"int32": "i", "int64": "l", "float32": "f", "float64": "d"}
+    return known.get(dtype.name, "h" if dtype.itemsize == 2 else "?")
+
+
+# --- taking CuPy's place --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def installed(devices=2):
+    """Take CuPy's place; what imported CuPy is imported anew, then and afterwards."""
+    import lowrank.backends
+
+    def ours(name):
+        return name.partition(".")[0] in ("cupy", "cupyx") or name == "lowrank.backends.cuda"
+
+    def without():
+        gone = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+        vars(lowrank.backends).pop("cuda", None)
+        return gone
+
+    before = without()
+    me = sys.modules[__name__]
+    sys.modules["cupy"] = me
+    for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
+        sys.modules[module.__name__] = module
+    hooks.reset()
+    hooks.devices = devices
+    vars(_thread).clear()
+    try:
+        yield me
+    finally:
+        without()
+        sys.modules.update(before)
+        if "lowrank.backends.cuda" in before:
+            lowrank.backends.cuda = before["lowrank.backends.cuda"]
+        hooks.reset()
+        vars(_thread).clear()

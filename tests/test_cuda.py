@@ -1,0 +1,338 @@
+"""Chains on a GPU, with what stands in for one: the kernels themselves, compiled for the CPU."""
+
+import warnings
+from pathlib import Path
+
+import fake_cupy
+import numpy as np
+import pytest
+
+import lowrank
+from lowrank import Geometry, Stage, filters, reference
+from lowrank.backends import steps
+from lowrank.families import FAMILIES, NotApplicable
+
+SOURCE = Path(lowrank.__file__).parent / "backends" / "kernels.cu"
+KERNELS = [
+    "depthwise<float, 3, 3, 1, 4>", "depthwise<float, 3, 3, 2, 2>", "depthwise<float, 0, 0, 0, 1>",
+    "dense<float, 16, 128>", "dense<float, 64, 64>", "separable<float, 64, 64>",
+    "unrolled<float>", "finished<float>", "filter<float>", "filter<double>",
+    "dense<double, 16, 128>", "unrolled<double>", "depthwise<f16, 3, 3, 1, 4>", "finished<f16>",
+]  # fmt: skip
+ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11}
+
+
+@pytest.fixture
+def cupy():
+    with fake_cupy.installed() as module:
+        fake_cupy.prepare(SOURCE.read_text(), KERNELS, jobs=2)
+        yield module
+
+
+def near(found, wanted, terms, dtype="float32", stages=1):
+    """Sums of so many products in any order, each stage's results rounded to what memory holds."""
+    found = found.get().astype(np.float64)
+    assert found.shape == wanted.shape
+    eps = ROUNDING["float64" if dtype == "float64" else "float32"] * terms
+    scale = np.abs(wanted).max(initial=1e-30)
+    bound = 8 * (eps + stages * ROUNDING[dtype]) * scale
+    assert np.abs(found - wanted).max(initial=0) <= bound
+
+
+def chains(transposed=False, ndim=2):
+    rng = np.random.default_rng(0)
+    conv = lowrank.dense(
+        rng.standard_normal((6, 4, *(3,) * ndim)), rng.standard_normal(4 if transposed else 6),
+        stride=2 if transposed else 1, padding=1, transposed=transposed,
+    )  # fmt: skip
+    for name, family in FAMILIES.items():
+        try:
+            form = family.forms(conv)[0]
+        except NotApplicable:
+            continue
+        point = next(iter(family.sweep(conv, form)))
+        yield name, family.fit(conv, point.rank, form)
+
+
+@pytest.mark.parametrize(("transposed", "ndim"), [(False, 2), (True, 2), (False, 1), (False, 3)])
+def test_every_family_gives_what_it_gives_on_the_cpu(transposed, ndim, cupy, rng):
+    for name, f in chains(transposed, ndim):
+        x = rng.standard_normal((2, f.in_channels, *(7, 6, 5)[:ndim])).astype(np.float32)
+        g = f.astype(np.float32).to("cuda")
+        assert (g.device, f.device) == ("cuda:0", "cpu")
+        y = g(cupy.asarray(x))
+        assert isinstance(y, cupy.ndarray), name
+        assert y.dtype == np.float32
+        wanted = reference.run_chain(f.stages, x.astype(np.float64), f.bias)
+        near(y, wanted, 200)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "constant", "replicate", "reflect", "circular"])
+def test_borders_strides_and_dilations(mode, cupy, rng):
+    for groups, per in ((4, 1), (2, 2), (1, 4)):
+        for stride, dilation, padding in ((1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 3)):
+            f = lowrank.dense(
+                rng.standard_normal((8, per, 3, 3)), groups=groups, stride=stride, padding=padding,
+                dilation=dilation, padding_mode=mode, value=0.5,
+            )  # fmt: skip
+            x = rng.standard_normal((2, 4, 9, 7)).astype(np.float32)
+            y = f.astype(np.float32).to("cuda")(cupy.asarray(x))
+            near(y, f(x.astype(np.float64)), 36)
+
+
+def test_wide_layers_go_to_cublas_and_narrow_ones_do_not(cupy, rng):
+    for outs, kind in ((48, "matrix product"), (24, "dense")):
+        f = lowrank.dense(rng.standard_normal((outs, 6, 3, 3)), padding=1, stride=2)
+        run = f.astype(np.float32).to("cuda").compile((9, 8))
+        x = rng.standard_normal((3, 6, 9, 8)).astype(np.float32)
+        near(run(cupy.asarray(x)), f(x.astype(np.float64)), 54)
+        assert [s.step for s in run.breakdown(cupy.asarray(x))] == [kind, "rest"]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_bias_and_activation_end_every_kind_of_step(activation, cupy, rng):
+    g = Geometry.of(2, padding=1)
+    wide = lowrank.dense(rng.standard_normal((48, 4, 3, 3)), rng.standard_normal(48))
+    narrow = lowrank.dense(rng.standard_normal((5, 4, 3, 3)), rng.standard_normal(5))
+    depthwise = lowrank.dense(rng.standard_normal((4, 1, 3, 3)), rng.standard_normal(4), groups=4)
+    pair = lowrank.chain(
+        [Stage(rng.standard_normal((8, 1, 3, 3)), g, groups=4),
+         Stage(rng.standard_normal((6, 8, 1, 1)), Geometry.of(2))],
+        rng.standard_normal(6),
+    )  # fmt: skip
+    x = rng.standard_normal((2, 4, 6, 7)).astype(np.float32)
+    for f in (wide, narrow, depthwise, pair):
+        wanted = f(x.astype(np.float64))
+        if activation != "none":
+            wanted = np.clip(wanted, 0, 6 if activation == "relu6" else None)
+        f = f.astype(np.float32).to("cuda")
+        near(f.compile((6, 7), activation=activation)(cupy.asarray(x)), wanted, 72)
+
+
+@pytest.mark.parametrize("shape", [(40, 37), (9, 10, 11)])
+@pytest.mark.parametrize("mode", ["reflect", "mirror", "nearest", "wrap", "constant"])
+def test_filters_of_several_terms_are_one_kernel(shape, mode, cupy, rng):
+    kernel = sum(
+        np.multiply.outer(a, b) if len(shape) == 2 else np.einsum("i,j,k->ijk", a, b, a)
+        for a, b in rng.standard_normal((2, 2, 5))
+    )
+    image = rng.random(shape)
+    found = filters.correlate(cupy.asarray(image), kernel, rank=2, mode=mode)
+    assert [k.name for k in fake_cupy.hooks.launches] == ["filter<double>"]
+    wanted = filters.correlate(image, kernel, rank=2, mode=mode)
+    near(found, wanted, 100, "float64")
+
+
+def test_images_of_colours_and_integers(cupy, rng):
+    picture = rng.integers(0, 256, (20, 23, 3)).astype(np.uint8)
+    for kernel in (filters.gauss(1.0), rng.random((3, 3)) / 9):
+        found = lowrank.filter_image(cupy.asarray(picture), kernel)
+        assert found.dtype == np.uint8
+        wanted = lowrank.filter_image(picture, kernel)
+        # a sum that lies between two levels may be rounded either way
+        assert np.abs(found.get().astype(int) - wanted.astype(int)).max() <= 1
+
+
+def test_known_values_outside_go_through_a_filter(cupy, rng):
+    image = rng.random((12, 14), np.float32)
+    found = filters.correlate(cupy.asarray(image), filters.gauss(1.0), mode="constant", cval=0.3)
+    near(found, filters.correlate(image, filters.gauss(1.0), mode="constant", cval=0.3), 100)
+
+
+def test_tied_copies_and_shuffles(cupy, rng):
+    g = Geometry.of(2, padding=1)
+    for options in ({"left": 2}, {"right": 3}, {"left": 2, "right": 2, "shuffle": (2, 2)}):
+        for shape, groups in (((8, 1, 3, 3), 4), ((6, 2, 3, 3), 2), ((40, 2, 1, 1), 1)):
+            g = Geometry.of(2, padding=shape[2] // 2)
+            stage = Stage(rng.standard_normal(shape), g, groups=groups, **options)
+            x = rng.standard_normal((2, stage.in_channels, 6, 5)).astype(np.float32)
+            f = lowrank.chain([stage])
+            near(f.astype(np.float32).to("cuda")(cupy.asarray(x)), f(x.astype(np.float64)), 36)
+
+
+def test_half_precision_is_held_and_summed_in_single(cupy, rng):
+    f = lowrank.dense(
+        rng.standard_normal((4, 1, 3, 3)), rng.standard_normal(4), groups=4, padding=1
+    )
+    f = f.astype(np.float32)
+    x = rng.standard_normal((2, 4, 8, 8)).astype(np.float16)
+    y = f.to("cuda")(cupy.asarray(x))
+    assert y.dtype == np.float16
+    held = lowrank.dense(
+        f.stages[0].weight.astype(np.float16), f.bias, groups=4, padding=1
+    )  # weights are rounded, too
+    near(y, held(x.astype(np.float32)), 9, "float16")
+
+
+def test_a_result_goes_where_it_is_asked_to(cupy, rng):
+    f = lowrank.dense(rng.standard_normal((4, 3, 3, 3)).astype(np.float32)).to("cuda")
+    x = cupy.asarray(rng.standard_normal((2, 3, 6, 6)).astype(np.float32))
+    run = f.compile((6, 6))
+    out = cupy.empty((2, 4, 4, 4), np.float32)
+    assert run(x, out) is out
+    assert (out.get() == run(x).get()).all()
+    small = cupy.empty((2, 4, 4, 4), np.int8)
+    run(x, small)
+    assert (small.get() == np.clip(np.rint(out.get()), -128, 127)).all()
+    assert run(x[:0]).shape == (0, 4, 4, 4)
+    strided = cupy.asarray(np.repeat(x.get(), 2, axis=3))[:, :, :, ::2]
+    assert (run(strided).get() == out.get()).all()
+
+
+def test_streams_have_buffers_of_their_own(cupy, rng):
+    f = lowrank.cp(lowrank.dense(rng.standard_normal((8, 4, 3, 3)).astype(np.float32)), 3)
+    run = f.to("cuda").compile((6, 6))
+    x = cupy.asarray(rng.standard_normal((2, 4, 6, 6)).astype(np.float32))
+    first = run(x)
+    many = len(run.held)
+    with cupy.cuda.Stream():
+        second = run(x)
+    assert len(run.held) == many + 1
+    run(x)
+    assert len(run.held) == many + 1
+    assert (first.get() == second.get()).all()
+    for batch in range(1, 12):
+        run(cupy.asarray(np.zeros((batch, 4, 6, 6), np.float32)))
+    assert len(run.held) <= 8
+
+
+def test_a_run_allocates_nothing_but_its_result(cupy, rng):
+    f = lowrank.decouple(lowrank.dense(rng.standard_normal((200, 64, 3, 3)).astype(np.float32)), 1)
+    run = f.to("cuda").compile((6, 6))
+    x = cupy.asarray(rng.standard_normal((2, 64, 6, 6)).astype(np.float32))
+    out = run(x)
+    fake_cupy.hooks.allocations = 0
+    run(x, out)  # as in a graph that is captured
+
+
+def test_what_is_on_another_device_is_refused_by_name(cupy, rng):
+    f = lowrank.dense(rng.standard_normal((4, 3, 3, 3)).astype(np.float32))
+    x = rng.standard_normal((1, 3, 6, 6)).astype(np.float32)
+    with pytest.raises(TypeError, match=r"x is a cupy array but the weights are numpy arrays"):
+        f(cupy.asarray(x))
+    with pytest.raises(TypeError, match=r"x is a numpy array but the weights are cupy arrays"):
+        f.to("cuda")(x)
+    other = f.to("cuda:1")
+    assert other.device == "cuda:1"
+    with pytest.raises(ValueError, match="x is on cuda:0 but the weights are on cuda:1"):
+        other(cupy.asarray(x))
+    run = f.to("cuda").compile((6, 6))
+    with cupy.cuda.Device(1):
+        there = cupy.asarray(x)
+    with pytest.raises(ValueError, match="x is on cuda:1 but the weights are on cuda:0"):
+        run(there)
+    with pytest.raises(TypeError, match="x must be a CuPy array"):
+        run(x)
+    near(other(there), f(x.astype(np.float32)).astype(np.float64), 27)
+    with pytest.raises(ValueError, match="there is no cuda:7: this machine has 2 GPUs"):
+        f.to("cuda:7")
+    with pytest.raises(ValueError, match="device must be"):
+        f.to("gpu")
+
+
+def test_there_and_back(cupy, rng):
+    f = lowrank.tucker(
+        lowrank.dense(rng.standard_normal((8, 6, 3, 3)), rng.standard_normal(8)), (2, 3)
+    )
+    back = f.to("cuda").to("cpu")
+    assert all((a.weight == b.weight).all() for a, b in zip(f.stages, back.stages))
+    assert (back.bias == f.bias).all()
+    there = f.to("cuda")
+    assert there.to("cuda") is there
+    assert there.to("cuda:1").device == "cuda:1"
+    assert (there.params, there.cost((9, 9)).macs) == (f.params, f.cost((9, 9)).macs)
+    assert "Factorization tucker" in repr(there)
+
+
+def test_shapes_and_types_that_do_not_fit_are_named(cupy):
+    f = lowrank.dense(np.ones((4, 3, 3, 3), np.float32)).to("cuda")
+    with pytest.raises(ValueError, match="must be"):
+        f(cupy.asarray(np.ones((1, 2, 6, 6), np.float32)))
+    run = f.compile((6, 6))
+    with pytest.raises(ValueError, match=r"x must be \(batch"):
+        run(cupy.asarray(np.ones((1, 3, 7, 6), np.float32)))
+    with pytest.raises(TypeError, match="float32 arrays"):
+        run(cupy.asarray(np.ones((1, 3, 6, 6))))
+    with pytest.raises(TypeError, match="dtype must be one of float32, float64, float16, bfloat16"):
+        f.compile((6, 6), np.int32)
+    with pytest.raises(ValueError, match="out must be"):
+        run(cupy.asarray(np.ones((1, 3, 6, 6), np.float32)), cupy.empty((1, 4, 5, 4), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (35, "driver is missing, or too old"),
+        (100, "no GPU that CUDA can use"),
+        (2, "does not start"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(status, words, cupy):
+    fake_cupy.hooks.counting = status
+    with pytest.raises(lowrank.backends.NoGPU, match=words):
+        lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
+
+
+def test_without_cupy_or_a_device(cupy, monkeypatch):
+    fake_cupy.hooks.devices = 0
+    with pytest.raises(lowrank.backends.NoGPU, match="no device"):
+        lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
+
+
+def test_without_a_compiler_plain_code_runs(cupy, rng):
+    f = lowrank.tucker(
+        lowrank.dense(rng.standard_normal((8, 6, 3, 3)), rng.standard_normal(8), padding=1), (2, 3)
+    )
+    x = rng.standard_normal((2, 6, 7, 7)).astype(np.float32)
+    fake_cupy.hooks.compiling = "no NVRTC"
+    with pytest.warns(RuntimeWarning, match="could not be compiled"):
+        run = f.astype(np.float32).to("cuda").compile((7, 7), activation="relu")
+    near(run(cupy.asarray(x)), np.maximum(f(x.astype(np.float64)), 0), 60)
+
+
+def test_a_full_memory_says_how_much_there_is(cupy):
+    f = lowrank.dense(np.ones((4, 3, 3, 3), np.float32))
+    fake_cupy.hooks.allocations = 0
+    with pytest.raises(MemoryError, match="MiB free"):
+        f.to("cuda")
+    fake_cupy.hooks.allocations = None
+    run = f.to("cuda").compile((6, 6))
+    x = cupy.asarray(np.ones((1, 3, 6, 6), np.float32))
+    fake_cupy.hooks.allocations = 0
+    with pytest.raises(MemoryError, match="smaller batches"):
+        run(x)
+
+
+def test_dlpack_brings_arrays_in_and_out(cupy, rng):
+    f = lowrank.dense(rng.standard_normal((4, 3, 3, 3)).astype(np.float32)).to("cuda")
+    x = rng.standard_normal((1, 3, 6, 6)).astype(np.float32)
+    y = f(cupy.from_dlpack(cupy.asarray(x)))
+    assert (cupy.from_dlpack(y).get() == y.get()).all()
+
+
+def test_steps_of_a_chain_are_known_without_a_gpu():
+    conv = lowrank.dense(np.ones((64, 64, 3, 3), np.float32), padding=1)
+    kinds = {
+        name: [s.kind for s in steps.cut(f.stages, (64, 28, 28))]
+        for name, f in (
+            ("tucker", lowrank.tucker(conv, (16, 16))),
+            ("decouple", lowrank.decouple(conv, 1)),
+            ("spatial", lowrank.spatial(conv, 40)),
+        )
+    }
+    assert kinds == {
+        "tucker": ["matrix product", "dense", "matrix product"],
+        "decouple": ["depthwise + pointwise"],
+        "spatial": ["matrix product", "matrix product"],
+    }
+
+
+def test_predictions_need_a_calibration_of_the_gpu():
+    conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        here = lowrank.machine.current()
+    if "cuda" in here.rates:
+        pytest.skip("this machine's GPU has been measured")
+    with pytest.raises(ValueError, match="calibrate --device cuda"):
+        here.predict(conv, (28, 28), engine="cuda")
