@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy import linalg
 
 from lowrank._typing import Array, Ints, trailing
 from lowrank.geometry import Geometry
@@ -325,6 +326,16 @@ def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Arra
     matrices = weight.transpose(*batch, *rows, *columns).reshape(b, m, n).astype(np.float64)
     matrices /= magnitude(weight) or 1.0
     return tails_of(np.linalg.svd(matrices, compute_uv=False))
+
+
+def leading(matrix: Array, count: int) -> tuple[Array, Array]:
+    """The largest eigenvalues of a symmetric matrix, in ascending order, and their vectors."""
+    if isinstance(matrix, np.ndarray):
+        n = len(matrix)
+        values, vectors = linalg.eigh(matrix, subset_by_index=[n - count, n - 1])
+    else:  # a GPU's libraries have no part of a decomposition
+        values, vectors = (a[..., -count:] for a in np.linalg.eigh(matrix))
+    return values, vectors
 
 
 def tails_of(singular_values: Array) -> Array:

@@ -75,6 +75,33 @@ class Block:
         """The linear parts."""
         return tuple(p for p in self.parts if not isinstance(p, str))
 
+    def to(self, device: str) -> Block:
+        """The same block with its weights on another device; see :meth:`Factorization.to`.
+
+        Parameters
+        ----------
+        device : str
+            ``"cpu"``, ``"cuda"``, or such as ``"cuda:1"``.
+
+        Returns
+        -------
+        Block
+
+        Raises
+        ------
+        ImportError, RuntimeError, ValueError, MemoryError
+            As for a chain.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from lowrank import blocks
+        >>> block = blocks.mobilenet_v1(np.ones((3, 1, 3, 3)), np.ones((8, 3, 1, 1)))
+        >>> [f.device for f in block.to("cpu").chains]
+        ['cpu', 'cpu']
+        """
+        return Block(tuple(p if isinstance(p, str) else p.to(device) for p in self.parts))
+
     def costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
         r"""Cost of each chain for one example.
 

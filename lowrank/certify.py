@@ -255,6 +255,7 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     >>> 0 < c.bound < c.error < 1
     True
     """
+    conv, f = conv.to("cpu"), f.to("cpu")
     kernel_of(conv)
     error = f.error(conv.to_dense())
     if f.family != "dense" and f.family not in FAMILIES:

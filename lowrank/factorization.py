@@ -123,7 +123,8 @@ class Factorization:
         -------
         ndarray, shape (out, in // groups, \*kernel)
             The kernel that the chain stands for, in the layout that :func:`lowrank.dense`
-            takes; for a transposed convolution (in, out // groups, \*kernel).
+            takes; for a transposed convolution (in, out // groups, \*kernel).  NumPy's, wherever
+            the weights are.
 
         Raises
         ------
@@ -139,7 +140,7 @@ class Factorization:
         >>> bool(np.allclose(f.to_dense(), weight))
         True
         """
-        kernel = algebra.compose(self.stages, self.groups)
+        kernel = algebra.compose(self.to("cpu").stages, self.groups)
         every = (slice(None, None, d) for d in self.geometry.dilation)
         return np.asarray(kernel[trailing(*every)])
 
@@ -661,7 +662,7 @@ def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
         backends.check(name, value, stages)
         if not isinstance(value, np.ndarray):  # a GPU's: its plan says what it takes
             return cast(Array, value)
-    array = np.asarray(value)
+    array = value if backends.is_array(value) else np.asarray(value)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)
     if array.dtype.newbyteorder("=") not in (np.float32, np.float64):
@@ -679,6 +680,8 @@ def native(array: Array) -> Array:
     format, which the engine does not read: a view does without.
     """
     plain = array.dtype.newbyteorder("=")
+    if not isinstance(array, np.ndarray):
+        return array
     return array.view(plain) if array.dtype == plain else array.astype(plain)
 
 

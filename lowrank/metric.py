@@ -13,7 +13,7 @@ from typing import Any, final
 import numpy as np
 from scipy import linalg
 
-from lowrank import reference
+from lowrank import backends, reference
 from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization, as_input
 from lowrank.geometry import Geometry
@@ -305,8 +305,8 @@ class Moments:
 
         Parameters
         ----------
-        x : ndarray, shape (batch, channels, \\*spatial)
-            What the layer gets.
+        x : ndarray or cupy.ndarray, shape (batch, channels, \\*spatial)
+            What the layer gets; on a GPU it is counted there.
         original : ndarray of the same shape, optional
             What the original kernel got, if moments are paired.
 
@@ -320,8 +320,10 @@ class Moments:
         if (original is not None) != self.paired:
             raise ValueError("original must be given where moments are paired, and only there")
         x = _finite(self.conv, x)
-        if original is not None and _finite(self.conv, original).shape != x.shape:
+        original = None if original is None else _finite(self.conv, original)
+        if original is not None and original.shape != x.shape:
             raise ValueError(f"original must have the shape of x, {x.shape}, got {original.shape}")
+        self._follow(x)
         patches = _Patches(self.conv, x.shape[2:])
         total = len(x) * math.prod(patches.outs)
         chosen = np.arange(total)
@@ -334,6 +336,24 @@ class Moments:
             at = chosen[first : first + each]
             p = patches.taken(now, at)
             self._count(p, p if original is None else patches.taken(before, at))
+
+    def _follow(self, x: Array) -> None:
+        """Keep sums where the data are: products on a GPU stay there until all are counted."""
+        device = backends.device_of(x)
+        if backends.is_there(self._mean, device):
+            return
+
+        def there(a: Any) -> Any:
+            return a if a is None else backends.moved(a, device)
+
+        for name in ("_mean", "_mean0", "_made", "_made_mean", "_gradients", "_rows"):
+            setattr(self, name, there(getattr(self, name)))
+        self._base, self._base0 = there(self._base), there(self._base0)
+        if self.full:
+            self._c, self._cross = there(self._c), there(self._cross)
+        else:
+            self._channels = there(self._channels)
+            self._taps = [there(t) for t in self._taps]
 
     def _count(self, p: Array, q: Array) -> None:
         """Patches (groups, samples, in * taps) of now and of the original."""
@@ -380,6 +400,7 @@ class Moments:
                 f"gradients must be finite, (batch, {self.conv.groups * self.outs}, ...), got "
                 f"shape {g.shape}"
             )
+        self._follow(g)
         parts = np.moveaxis(g.reshape(len(g), self.conv.groups, self.outs, -1), 0, 2)
         rows = parts.reshape(self.conv.groups, self.outs, -1).astype(np.float64)
         self._gradients += rows @ rows.swapaxes(1, 2)
@@ -405,6 +426,7 @@ class Moments:
         """
         if not self.samples:
             raise ValueError("no inputs were counted")
+        self._follow(np.empty(0))
         # Of what was counted: without the base, which is added below.
         mean, mean0 = self._mean / self.samples, self._mean0 / self.samples
         n = mean.shape[1]
@@ -546,7 +568,16 @@ def _ridged(c: Array, ridge: float) -> Array:
 
 
 def _finite(conv: Factorization, x: Array) -> Array:
-    x = as_input(conv, x)
+    if backends.is_array(x) and backends.device_of(x) != "cpu":
+        if x.ndim != conv.ndim + 2 or x.shape[1] != conv.in_channels:
+            raise ValueError(
+                f"x must be (batch, {conv.in_channels}, and {conv.ndim} spatial axes), got "
+                f"{x.shape}"
+            )
+        if conv.geometry.padding_mode == "constant":  # which NumPy alone pads with here
+            x = backends.moved(x, "cpu")
+    else:
+        x = as_input(conv, x)
     if not np.isfinite(x).all():
         raise ValueError("inputs must be finite: found NaN or infinity")
     return x
@@ -583,9 +614,9 @@ class _Patches:
 
     def taken(self, windows: Array, at: Array) -> Array:
         """Some outputs' patches, by their number: (groups, samples, in * taps)."""
-        where = np.unravel_index(at, windows.shape[: 1 + len(self.outs)])
+        where = np.unravel_index(backends.like(at, windows), windows.shape[: 1 + len(self.outs)])
         flat = windows[where].reshape(len(at), self.conv.groups, -1)
-        return np.ascontiguousarray(flat.swapaxes(0, 1))
+        return flat.swapaxes(0, 1).copy()
 
     def _spread(self, x: Array) -> Array:
         g = self.conv.geometry

@@ -336,3 +336,93 @@ def test_predictions_need_a_calibration_of_the_gpu():
         pytest.skip("this machine's GPU has been measured")
     with pytest.raises(ValueError, match="calibrate --device cuda"):
         here.predict(conv, (28, 28), engine="cuda")
+
+
+@pytest.fixture
+def tensorly(cupy, monkeypatch):
+    """TensorLy's backend of CuPy, over what stands in for CuPy; gone afterwards."""
+    import sys
+    import types
+
+    import tensorly as tl
+
+    for name in ("cupyx", "cupyx.scipy", "cupyx.scipy.special"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["cupyx"].scipy = sys.modules["cupyx.scipy"]
+    sys.modules["cupyx.scipy"].special = sys.modules["cupyx.scipy.special"]
+    monkeypatch.delitem(sys.modules, "tensorly.backend.cupy_backend", raising=False)
+    manager = type(sys.modules["tensorly.backend"])
+    loaded = dict(manager._loaded_backends)
+    yield tl
+    manager._loaded_backends.clear()
+    manager._loaded_backends.update(loaded)
+    sys.modules.pop("tensorly.backend.cupy_backend", None)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_are_decomposed_where_they_are(transposed, cupy, tensorly):
+    for name, wanted in chains(transposed):
+        conv = lowrank.dense(
+            np.random.default_rng(0).standard_normal((6, 4, 3, 3)),
+            stride=2 if transposed else 1, padding=1, transposed=transposed,
+        )  # fmt: skip
+        found = FAMILIES[name].fit(conv.to("cuda"), wanted.rank, wanted.form)
+        assert found.device == "cuda:0", name
+        # The same decompositions, in another library's order of sums.
+        gap = np.abs(found.to_dense() - wanted.to_dense()).max()
+        assert gap <= 1e-10 * np.abs(wanted.to_dense()).max(), name
+
+
+def test_the_choice_on_a_gpu_is_that_on_the_cpu(cupy, tensorly, rng):
+    conv = lowrank.dense(rng.standard_normal((12, 8, 3, 3)), padding=1)
+    found, wanted = (lowrank.approximate(c, (8, 8), macs=0.4) for c in (conv.to("cuda"), conv))
+    assert found.device == "cuda:0"
+    assert (found.family, found.form, found.rank) == (wanted.family, wanted.form, wanted.rank)
+    ours, theirs = (lowrank.certificate(conv, f) for f in (found, wanted))
+    assert np.isclose(ours.error, theirs.error, rtol=1e-6)
+    assert np.isclose(ours.sensitivity, theirs.sensitivity, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_metrics_are_accumulated_on_the_gpu(wide, cupy, monkeypatch, rng):
+    from lowrank import metric
+
+    if wide:
+        monkeypatch.setattr(metric, "WIDEST", 10)
+    conv = lowrank.dense(rng.standard_normal((5, 4, 3, 3)), padding=1)
+    here, there = (metric.Moments(conv, paired=not wide, centred=True) for _ in range(2))
+    for _ in range(2):
+        x, x0 = rng.standard_normal((2, 3, 4, 7, 7)).astype(np.float32)
+        g = rng.standard_normal((3, 5, 7, 7)).astype(np.float32)
+        here.add(x, None if wide else x0)
+        there.add(cupy.asarray(x), None if wide else cupy.asarray(x0))
+        here.add_gradients(g)
+        there.add_gradients(cupy.asarray(g))
+    a, b = here.metric(), there.metric()
+    for name in ("inputs", "channels", "outputs", "target", "shift"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert isinstance(y, np.ndarray)
+            assert np.abs(x - y).max() <= 1e-6 * np.abs(x).max()  # products in float32
+
+
+def test_blocks_move_as_a_whole(cupy, rng):
+    block = lowrank.blocks.fused_separable(
+        rng.standard_normal((8, 1, 3, 3)).astype(np.float32),
+        rng.standard_normal((16, 8, 1, 1)).astype(np.float32),
+        activation=["relu6", "relu"],
+    )
+    x = rng.standard_normal((2, 8, 9, 9)).astype(np.float32)
+    wanted = block.compile((9, 9))(x)
+    run = block.to("cuda").compile((9, 9))
+    near(run(cupy.asarray(x)), wanted.astype(np.float64), 80)
+    assert [k.name for k in fake_cupy.hooks.launches] == ["separable<float, 64, 64>"]
+
+
+def test_what_is_no_number_stays_where_taps_see_it(cupy):
+    image = np.zeros((20, 21))
+    image[9, 10] = np.inf
+    found = filters.correlate(cupy.asarray(image), np.ones((3, 5)) / 15, method="separable").get()
+    assert (np.isinf(found)).sum() == 15
+    assert not np.isnan(found).any()

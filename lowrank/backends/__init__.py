@@ -135,6 +135,11 @@ def moved(x: Any, device: str) -> Any:
     return _cuda().fetched(x) if device == "cpu" else _cuda().sent(x, device)
 
 
+def like(values: Array, x: Any) -> Any:
+    """NumPy's `values` in the library, and on the device, of `x`."""
+    return values if device_of(x) == "cpu" else moved(values, device_of(x))
+
+
 def check_gpu() -> None:
     """Refuse to go on where no GPU can be used: ImportError or NoGPU with the reason."""
     _cuda().check_device()

@@ -333,10 +333,11 @@ def _filter(links: Sequence[_Link], step: steps.Step, dtype: Any, total: Any) ->
     for link in links:
         (axis,) = steps.axes_of(link.stage)
         owners[axis + 3 - link.stage.geometry.ndim] = link
-    weight = cupy.zeros((groups, terms, sum(step.taps)), dtype)
+    padded = steps.fours(step.taps)
+    weight = cupy.zeros((groups, terms, sum(padded)), dtype)
     at, pos = 0, []
     out = three(step.out[1:])
-    for axis, n in enumerate(step.taps):
+    for axis, n in enumerate(padded):
         owner = owners.get(axis)
         if owner is not None:
             taps = owner.stage.weight.reshape(groups, terms, -1).astype(dtype)

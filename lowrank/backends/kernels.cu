@@ -170,6 +170,7 @@ template <class T, int O, int P, class Load>
 __device__ inline void product(const Load &load, const T *weight, i64 outs, i64 depth, i64 first,
                                SUM (&sum)[O / 16][P / 16])
 {
+    static_assert(O % 16 == 0 && P % 16 == 0 && 256 % P == 0, "a thread has one place of all P");
     __shared__ SUM a[DEPTH][O + 1], b[DEPTH][P];
     const int t = threadIdx.x, row = t / 16, column = t % 16;
 #pragma unroll
@@ -219,8 +220,8 @@ struct place {
     }
 };
 
-/* Input k of a dense stage: channel and taps from a list of terms (c, d, h, w), the last three as rows
- * of the tables at_d, at_h and at_w (taps, outputs): the sample that each tap of each output sees. */
+/* Input k of a dense stage: channel and taps from a list of terms (c, d, h, w), the last three as where a
+ * tap's row begins in the tables at_d, at_h and at_w (taps, outputs) of what each output sees. */
 template <class T> struct gathered {
     planes<T> in;
     const int *terms, *at_d, *at_h, *at_w;
@@ -324,7 +325,7 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-/* What each output sees, side by side: (images, channels, terms, outputs), for a matrix product. */
+/* What each output sees, side by side, for a matrix product: (images, blocks, terms, right, outputs). */
 template <class T>
 __global__ void unrolled(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
                          const int *at_d, const int *at_h, const int *at_w, i64 images, i64 blocks,
@@ -359,8 +360,8 @@ __global__ void finished(T *y, const SUM *bias, i64 images, i64 channels, i64 sa
 
 /* --- separable filters ----------------------------------------------------------------------------- */
 
-/* Four neighbouring outputs of a pass of n taps (a multiple of 4) over samples `step` apart: every
- * sample and every tap is read once. */
+/* Four neighbouring outputs of a pass of n taps over samples `step` apart, four taps at a time: every
+ * sample and every tap is read once.  What stands where no tap is may be no number. */
 template <class S>
 __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps, int n)
 {
@@ -370,10 +371,13 @@ __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps,
     for (int t = 0; t < n; t += 4) {
 #pragma unroll
         for (int i = 4; i < 8; i++) v[i] = from[(t + i) * step];
-        const S w0 = taps[t], w1 = taps[t + 1], w2 = taps[t + 2], w3 = taps[t + 3];
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            sum[i] += w0 * v[i] + w1 * v[i + 1] + w2 * v[i + 2] + w3 * v[i + 3];
+        for (int k = 0; k < 4; k++) {
+            if (t + k == n) break;
+            const S w = taps[t + k];
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[i] += w * v[i + k];
+        }
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = v[i + 4];
     }
@@ -382,8 +386,10 @@ __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps,
 /* R terms, each a product of taps along W, H and D, on one plane: a tile comes into shared memory once,
  * and every pass of every term reads it there.  Stride and dilation 1.
  *
- * taps: (groups, R, kd + kh + kw), each padded with zeros to a multiple of 4; kd may be 0, with td = 1.
- * Tiles are td x th x tw, multiples of 4 but for that.  Shared memory holds (filter_box in cuda.py)
+ * taps: (groups, R, kd + kh + kw), of kd, kh and kw taps rounded up to multiples of 4; no taps along D
+ * are kd = 0, with td = 1.  Tiles are td x th x tw, multiples of 4 but for that.  pos_d, pos_h and pos_w
+ * have so many entries more than outputs as there are rounded taps, less 1.  Shared memory holds
+ * (filter_bytes in steps.py), for the rounded taps,
  *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd rows: lanes go down, each to a bank of its own
  *     after W       (td + kd) (th + kh) (tw + 1)
  *     after H       (td + kd) th tw
@@ -393,11 +399,12 @@ template <class T>
 __global__ void __launch_bounds__(256)
     filter(const T *x, const T *taps, const SUM *bias, T *y, const int *source, const int *pos_d,
            const int *pos_h, const int *pos_w, i64 images, int copies, int groups, int right, int terms,
-           int id, int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw, int td, int th, int tw,
-           int activation)
+           int id, int ih, int iw, int od, int oh, int ow, int taps_d, int taps_h, int taps_w, int td,
+           int th, int tw, int activation)
 {
     typedef SUM S;
     LR_SHARED(S);
+    const int kd = (taps_d + 3) / 4 * 4, kh = (taps_h + 3) / 4 * 4, kw = (taps_w + 3) / 4 * 4;
     const int ed = td + kd, eh = th + kh, pitch = tw + kw + 1, after = tw + 1, t = threadIdx.x;
     const int many = td * th * tw, all = kd + kh + kw;
     S *const box = shared, *const rows = box + ed * eh * pitch, *const columns = rows + ed * eh * after;
@@ -417,7 +424,7 @@ __global__ void __launch_bounds__(256)
         const int g = (int)(channel / right % groups);
         const planes<T> in = {x, 0, 0, channels, id, ih, iw};
         const i64 from = source ? source[channel] : channel;
-        /* Samples past what the last output sees are multiplied by padded taps: zeros. */
+        /* Samples past what the last output sees are held, and not used. */
         for (int e = t; e < ed * eh * pitch; e += 256) {
             const int w = e % pitch, h = e / pitch % eh, d = e / pitch / eh;
             const int there = w0 + w < ow + kw - 1 && h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
@@ -431,7 +438,7 @@ __global__ void __launch_bounds__(256)
             for (int e = t; e < ed * eh * (tw / 4); e += 256) {
                 const int row = e % (ed * eh), w = e / (ed * eh) * 4;
                 S sum[4] = {0, 0, 0, 0};
-                four(sum, box + row * pitch + w, 1, kernel + kd + kh, kw);
+                four(sum, box + row * pitch + w, 1, kernel + kd + kh, taps_w);
 #pragma unroll
                 for (int i = 0; i < 4; i++) rows[row * after + w + i] = sum[i];
             }
@@ -439,7 +446,7 @@ __global__ void __launch_bounds__(256)
             for (int e = t; e < ed * (th / 4) * tw; e += 256) {
                 const int w = e % tw, h = e / tw % (th / 4) * 4, d = e / tw / (th / 4);
                 S sum[4] = {0, 0, 0, 0};
-                four(sum, rows + (d * eh + h) * after + w, after, kernel + kd, kh);
+                four(sum, rows + (d * eh + h) * after + w, after, kernel + kd, taps_h);
 #pragma unroll
                 for (int i = 0; i < 4; i++) columns[(d * th + h + i) * tw + w] = sum[i];
             }
@@ -451,7 +458,7 @@ __global__ void __launch_bounds__(256)
             for (int e = t; e < (td / 4) * th * tw; e += 256) {
                 const int hw = e % (th * tw), d = e / (th * tw) * 4;
                 S sum[4] = {0, 0, 0, 0};
-                four(sum, columns + d * th * tw + hw, th * tw, kernel, kd);
+                four(sum, columns + d * th * tw + hw, th * tw, kernel, taps_d);
 #pragma unroll
                 for (int i = 0; i < 4; i++) total[(d + i) * th * tw + hw] += sum[i];
             }
@@ -463,6 +470,5 @@ __global__ void __launch_bounds__(256)
                 narrow(ended(total[e], bias, channel, activation),
                        y + (((image * channels + channel) * od + d) * oh + h) * (i64)ow + w);
         }
-        __syncthreads();
     }
 }

@@ -36,8 +36,8 @@ class Step(NamedTuple):
     shape, out : tuple of int
         (channels, \\*spatial) in and out.
     tile, taps : tuple of int
-        Of a filter: samples of a tile, and taps of each of three axes, in fours; 0 for a first
-        axis without any.
+        Of a filter: samples of a tile, and taps of each of three axes; 0 for a first axis without
+        any, 1 for the others.
     """
 
     kind: Kind
@@ -163,23 +163,29 @@ def is_filter(stages: Sequence[Stage]) -> bool:
 
 
 def _taps(stages: Sequence[Stage]) -> Sizes:
-    found = [0, 4, 4]  # an axis without taps has one of 1, in fours
+    found = [0, 1, 1]  # an axis without taps has one of 1
     for s in stages:
         (axis,) = axes_of(s)
-        found[axis + 3 - s.geometry.ndim] = -(-s.kernel[axis] // 4) * 4
+        found[axis + 3 - s.geometry.ndim] = s.kernel[axis]
     return found[0], found[1], found[2]
+
+
+def fours(taps: Sizes) -> Sizes:
+    """Taps as a filter holds them: up to multiples of 4."""
+    d, h, w = (-(-n // 4) * 4 for n in taps)
+    return d, h, w
 
 
 def filter_bytes(taps: Sizes, tile: Sizes, itemsize: int) -> int:
     """Shared memory that a tile of a filter takes; see filter in kernels.cu."""
-    (kd, kh, kw), (td, th, tw) = taps, tile
+    (kd, kh, kw), (td, th, tw) = fours(taps), tile
     box = (td + kd) * (th + kh) * (tw + kw + 1 + tw + 1) + (td + kd) * th * tw + td * th * tw
     return (box + kd + kh + kw) * itemsize
 
 
 def halo(taps: Sizes, tile: Sizes) -> float:
     """Samples that a tile reads, for each that it gives."""
-    return math.prod((t + k) / t for t, k in zip(tile, taps))
+    return math.prod((t + k) / t for t, k in zip(tile, fours(taps)))
 
 
 def _tile(taps: Sizes, itemsize: int, shared: int) -> Sizes | None:

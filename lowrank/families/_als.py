@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from lowrank import algebra
+from lowrank import algebra, backends
 from lowrank._typing import Array, Ints
 from lowrank.families import _tensorly
 
@@ -61,7 +61,7 @@ def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
             if 2 * n < len(modes) or modes[0] in rows:  # halves only once
                 found.append(algebra.tails(tensor, rows, batch))
     longest = max(map(len, found))
-    return np.asarray(np.max([np.pad(f, (0, longest - len(f))) for f in found], axis=0))
+    return cast(Array, np.max(np.stack([np.pad(f, (0, longest - len(f))) for f in found]), axis=0))
 
 
 def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
@@ -75,7 +75,7 @@ def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
         else:
             some = np.linalg.svd(unfolded, full_matrices=False)[0][:, :rank]
         fill = rng.standard_normal((size, rank - some.shape[1])) / math.sqrt(size)
-        factors.append(np.hstack([some, fill]))
+        factors.append(np.hstack([some, backends.like(fill, tensor)]))
     return factors
 
 
@@ -84,7 +84,9 @@ def grown(factors: Sequence[Array], rank: int, seed: int = 0) -> list[Array]:
     rng = np.random.default_rng(seed)
     fills = [(*f.shape[:-1], rank - f.shape[-1]) for f in factors]
     return [
-        np.concatenate([f, rng.standard_normal(fill) / math.sqrt(fill[-2])], axis=-1)
+        np.concatenate(
+            [f, backends.like(rng.standard_normal(fill) / math.sqrt(fill[-2]), f)], axis=-1
+        )
         for f, fill in zip(factors, fills)
     ]
 
@@ -93,7 +95,7 @@ def cp(
     tensor: Array, factors: Sequence[Array], iterations: int, tolerance: float = TOLERANCE
 ) -> Fit:
     """CP of one tensor from a start, by TensorLy; finite for every tensor."""
-    zeros = [np.zeros(f.shape) for f in factors]
+    zeros = [np.zeros_like(f) for f in factors]
     norm = float(np.linalg.norm(tensor))
     if norm == 0:
         return Fit(zeros, 0.0, 0.0)
@@ -127,9 +129,7 @@ def balanced(factors: Sequence[Array], scale: float = 1.0) -> list[Array]:
     """
     norms = [np.linalg.norm(f, axis=-2, keepdims=True) / math.sqrt(f.shape[-2]) for f in factors]
     even = (math.prod(norms) * scale) ** (1 / len(factors))
-    return [
-        f * np.divide(even, n, out=np.zeros_like(n), where=n > 0) for f, n in zip(factors, norms)
-    ]
+    return [f * np.where(n > 0, even / np.where(n > 0, n, 1), 0) for f, n in zip(factors, norms)]
 
 
 def batched_cp(
@@ -188,7 +188,7 @@ def _khatri_rao(factors: Sequence[Array]) -> Array:
 def _gram(factors: Sequence[Array], mode: int) -> Array:
     """Normal equations of one factor: the Hadamard product of the others' Gram matrices."""
     grams = (f.swapaxes(1, 2) @ f for m, f in enumerate(factors) if m != mode)
-    return np.asarray(math.prod(grams))
+    return cast(Array, math.prod(grams))
 
 
 def _solved(rhs: Array, gram: Array, ridge: float) -> Array:
@@ -197,7 +197,8 @@ def _solved(rhs: Array, gram: Array, ridge: float) -> Array:
     mean = diagonal.mean(-1, keepdims=True)
     # Of a zero slice the Gram matrix is zero: there the ridge is the whole equation.
     added = ridge * diagonal + RIDGE * mean + (mean == 0)
-    system = gram + added[:, None] * np.eye(gram.shape[-1])
+    system = gram.copy()
+    system.reshape(len(gram), -1)[:, :: gram.shape[-1] + 1] += added  # its diagonals
     return np.linalg.solve(system, rhs.swapaxes(1, 2)).swapaxes(1, 2)
 
 
@@ -223,11 +224,8 @@ def sensitivity(factors: Sequence[Array]) -> float:
 
 def _others(squares: Sequence[Array], *but: int) -> Array:
     """Term by term, the product of the modes' squared norms, but for some modes."""
-    return np.asarray(
-        math.prod(
-            (q for m, q in enumerate(squares) if m not in but), start=np.ones_like(squares[0])
-        )
-    )
+    others = (q for m, q in enumerate(squares) if m not in but)
+    return math.prod(others, start=np.ones_like(squares[0]))
 
 
 def spared(error: float) -> float:
@@ -268,7 +266,7 @@ def corrected(
     .. [2] B. O'Donoghue, E. Candes, "Adaptive restart for accelerated gradient schemes",
        Found. Comput. Math. 15, 2015. :arxiv:`1204.3982`.
     """
-    tensors = np.asarray(tensors, np.float64)
+    tensors = tensors.astype(np.float64, copy=False)
     energy = float(np.vdot(tensors, tensors))
     first = best = last = balanced(factors)
     least = sensitivity(best)
@@ -314,14 +312,14 @@ def _least_sensitive(rhs: Array, factors: Sequence[Array], mode: int, spare: flo
     s, q = np.linalg.eigh(_gram(factors, mode) / (root * root.swapaxes(1, 2)))
     s = np.maximum(s, EPS * s.shape[-1] * s[:, -1:])  # below there is rounding only
     along = rhs / root @ q
-    p = np.divide(np.square(along).sum(1), s, out=np.zeros_like(s), where=s > 0)
+    p = np.where(s > 0, np.square(along).sum(1) / np.where(s > 0, s, 1), 0)
     spare += float(p.sum())
     if spare <= 0:
         return None
     if spare >= p.sum():
         return np.zeros_like(rhs)
     mu = _multiplier(s[p > 0], p[p > 0], spare)
-    return np.asarray((along / (s + mu)[:, None]) @ q.swapaxes(1, 2) / root)
+    return cast(Array, (along / (s + mu)[:, None]) @ q.swapaxes(1, 2) / root)
 
 
 def _multiplier(s: Array, p: Array, spare: float) -> float:

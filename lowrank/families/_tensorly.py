@@ -29,12 +29,12 @@ def parafac(
         from tensorly.decomposition import parafac as als
 
     errors: list[float] = []
-    with _LOCK, _fast_mttkrp(), warnings.catch_warnings():
+    with _LOCK, _backend(tensor), _fast_mttkrp(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cp = als(
             tl.tensor(tensor),
             rank=start[0].shape[1],
-            init=(np.ones(start[0].shape[1]), [f.copy() for f in start]),
+            init=(np.ones_like(start[0][0]), [f.copy() for f in start]),
             n_iter_max=iterations,
             tol=tolerance,
             l2_reg=ridge,
@@ -49,7 +49,18 @@ def tensor_train(tensor: Array, ranks: Ints) -> list[Array]:
     with _LOCK:
         from tensorly.decomposition import tensor_train as tt_svd
 
-    return [np.asarray(core) for core in tt_svd(tensor, rank=[1, *ranks, 1])]
+    with _LOCK, _backend(tensor):
+        return list(tt_svd(tensor, rank=[1, *ranks, 1]))
+
+
+@contextmanager
+def _backend(tensor: Array) -> Iterator[None]:
+    """TensorLy's backend for arrays of this library, in this thread."""
+    import tensorly as tl
+
+    name = "numpy" if isinstance(tensor, np.ndarray) else "cupy"
+    with tl.backend_context(name, local_threadsafe=True):
+        yield
 
 
 @contextmanager

@@ -149,7 +149,8 @@ def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """`stages`, fitted to the weight as a plain convolution, in the direction of `conv`."""
     dtype = conv.dtype
     if not is_blank(stages[0].weight):
-        stages = [replace(s, weight=np.ascontiguousarray(s.weight, dtype)) for s in stages]
+        kept = [s.weight.astype(dtype, order="C", copy=False) for s in stages]
+        stages = [replace(s, weight=w) for s, w in zip(stages, kept)]
     if conv.transposed:
         stages = [s.adjoint() for s in reversed(stages)]
     return tuple(stages)

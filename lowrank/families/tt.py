@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -190,7 +190,7 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
                 roots = np.sqrt(values[:, -r:].clip(min=0))
                 rest = roots[:, :, None] * vectors[:, :, -r:].swapaxes(1, 2)
         elif r < rest.shape[1]:
-            rest = np.asarray(np.linalg.qr(rest, mode="r"))
+            rest = cast(Array, np.linalg.qr(rest, mode="r"))
         before = rest.shape[1]
     return math.sqrt(max(0.0, 1 - float(np.square(rest).sum()) / total))
 

@@ -11,10 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
-from scipy.linalg import eigh
 
 from lowrank import algebra
 from lowrank._typing import Array, Ints
@@ -100,8 +99,7 @@ def truncated(kernel: Kernel, conv: Factorization, axes: tuple[str, ...], rank: 
     tensor = _unfoldable(kernel, axes)
     factors = []
     for mode, r in enumerate(rank, start=1):
-        n = tensor.shape[mode]
-        leading = [eigh(g, subset_by_index=[n - r, n - 1])[1] for g in _grams(tensor, mode)]
+        leading = [algebra.leading(g, r)[1] for g in _grams(tensor, mode)]
         factors.append(np.stack(leading)[:, :, ::-1])
     none = np.empty(0)
     return Parts(conv, kernel, axes, tensor, tuple(factors), none, none, ())
@@ -114,13 +112,13 @@ def _unfoldable(kernel: Kernel, axes: tuple[str, ...]) -> Array:
     rest = [3 + i for i, a in enumerate(kernel.letters) if a not in "".join(axes)]
     sizes = [math.prod(w.shape[3 + kernel.letters.index(a)] for a in mode) for mode in axes]
     w = w.transpose(0, 1, 2, *order, *rest)
-    return np.ascontiguousarray(w).reshape(*w.shape[:3], *sizes, -1)
+    return w.reshape(*w.shape[:3], *sizes, -1)
 
 
 def _grams(tensor: Array, mode: int) -> Array:
     """Unfoldings along `mode` times their transposes, group by group."""
     unfolded = np.moveaxis(tensor, mode, 1).reshape(len(tensor), tensor.shape[mode], -1)
-    return np.asarray(unfolded @ unfolded.swapaxes(1, 2))
+    return cast(Array, unfolded @ unfolded.swapaxes(1, 2))
 
 
 def _projected(tensor: Array, factor: Array, mode: int) -> Array:
@@ -167,9 +165,7 @@ def hooi(
                 part = _projected(part, factors[m][None], m + 1)
             size, rank = factor.shape
             unfolded = np.moveaxis(part[0], mode, 0).reshape(size, -1)
-            values, factors[mode] = eigh(
-                unfolded @ unfolded.T, subset_by_index=[size - rank, size - 1]
-            )
+            values, factors[mode] = algebra.leading(unfolded @ unfolded.T, rank)
         error = math.sqrt(max(0.0, 1 - float(values.sum()) / whole))
         if before - error < tolerance:
             break

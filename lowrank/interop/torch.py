@@ -15,6 +15,7 @@ from lowrank._typing import Array
 from lowrank.interop.torch_engine import on_engine as on_engine
 from lowrank.interop.torch_modules import (
     array,
+    held,
     is_layer,
     names_of,
     of_module,
@@ -184,7 +185,7 @@ class TorchNet:
             def hook(x: torch.Tensor, name: str) -> None:
                 old = self._model.get_submodule(name)
                 # A copy: what follows may write there.
-                found[name].append(array(_batched(old, x)).copy())  # noqa: B023
+                found[name].append(held(_batched(old, x)))  # noqa: B023
                 if not self._apart and all(len(found[n]) >= times[n] for n in names):  # noqa: B023
                     raise _Stop
 
@@ -220,7 +221,7 @@ class TorchNet:
                 old = self._model.get_submodule(name)
 
                 def keep(g: torch.Tensor) -> None:
-                    found[name].append(array(_batched(old, g)))  # noqa: B023
+                    found[name].append(held(_batched(old, g)))  # noqa: B023
 
                 if not out.requires_grad:  # such as behind an embedding
                     out = out.detach().requires_grad_().clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -168,6 +170,17 @@ def array(t: torch.Tensor) -> Array:
     if t.dtype not in (torch.float32, torch.float64):
         t = t.float()
     return np.ascontiguousarray(t.numpy())
+
+
+def held(t: torch.Tensor) -> Any:
+    """A copy of a tensor's numbers where they are: NumPy's, or on a GPU CuPy's if there is CuPy."""
+    if t.is_cuda and importlib.util.find_spec("cupy") is not None:
+        cupy = importlib.import_module("cupy")
+        with cupy.cuda.Device(t.device.index):
+            torch.cuda.current_stream(t.device).synchronize()
+            kept = cupy.from_dlpack(t.detach().float().contiguous())
+            return kept.copy()
+    return array(t).copy()
 
 
 def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequential:

@@ -231,7 +231,9 @@ def cuda(work: Work, most: int) -> Counts:
         if step.kind == "filter":
             terms = len(stages[0].weight) // stages[0].groups
             # Rows of a halo go through the passes that come before theirs.
-            total["pass"] += given * terms * sum(step.taps) * steps.halo(step.taps, step.tile)
+            total["pass"] += (
+                given * terms * sum(steps.fours(step.taps)) * steps.halo(step.taps, step.tile)
+            )
         elif step.kind == "depthwise + pointwise":
             total["product in place"] += given * each[1]
             # What a block of rows needs is made anew by each.
