@@ -110,7 +110,12 @@ class Metric:
         if self.inputs is not None:
             rows = e.reshape(*e.shape[:2], -1) @ self.inputs
         else:
-            rows = (self.channels[:, None] @ e.reshape(*e.shape[:3], -1)).reshape(e.shape)
+            n = self.channels.shape[-1]
+            if np.count_nonzero(self.channels) <= len(self.channels) * n:  # as behind roots
+                diagonal = np.diagonal(self.channels, axis1=1, axis2=2)
+                rows = e * diagonal[:, None, :].reshape(len(e), 1, n, *(1,) * (e.ndim - 3))
+            else:
+                rows = (self.channels[:, None] @ e.reshape(*e.shape[:3], -1)).reshape(e.shape)
             for axis, c in enumerate(self.taps, start=3):
                 rows = np.moveaxis(np.moveaxis(rows, axis, -1) @ c, -1, axis)
             rows = rows.reshape(*e.shape[:2], -1)

@@ -16,7 +16,7 @@ from lowrank.families import FAMILIES, NotApplicable, Point
 from lowrank.metric import Metric
 from lowrank.models.net import Layer
 from lowrank.stage import Stage
-from lowrank.weighted import Weighted
+from lowrank.weighted import Prepared, Weighted
 
 #: Families that are tried unless others are named: those that sweeps make quickly.
 QUICK = ("encode", "decode", "spatial", "basis", "decouple", "tucker", "tensor_train")
@@ -151,8 +151,15 @@ def options(
     whole = Weighted(conv, metric, "dense", "").energy
     scale = whole / 2 * layer.times * metric.unit if absolute else 1.0
     fitted = [dense]
+    shared: dict[str, Prepared] = {}
     for weighted, point, price in found:
-        stages, error = weighted.refined(point.build(), 1 if heavy else SWEEPS, dtype=np.float32)
+        start = point.build()
+        form = f"{weighted.family} {weighted.form}"
+        if form not in shared:
+            shared = {form: weighted.prepared(start)}  # of one form at a time: they are large
+        stages, error = weighted.refined(
+            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[form]
+        )
         fitted.append(
             Option(
                 weighted.family, weighted.form, point.rank, scale * error**2, error, price, stages

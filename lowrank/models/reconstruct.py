@@ -17,6 +17,9 @@ from lowrank.models.net import Layer, Net, Samples
 from lowrank.models.options import Option
 from lowrank.weighted import Weighted
 
+COARSE = 0.01  # relative error above which single precision tells fits apart
+POLISH = 2  # sweeps in double precision behind it
+
 
 class Originals:
     """What layers get in the original network: kept, as far as memory is given for it.
@@ -181,7 +184,9 @@ def fitted(
             stages = (replace(conv.stages[0], weight=weight.astype(conv.dtype)),)
     else:
         weighted = Weighted(conv, metric, option.family, option.form)
-        stages, _ = weighted.refined(option.stages, sweeps)
+        # Single precision takes half the time, and is not what limits a fit of such an error.
+        stages, error = weighted.refined(option.stages, sweeps, dtype=np.float32)
+        stages, _ = weighted.refined(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
     f = replace(conv, stages=stages, family=option.family, form=option.form, rank=option.rank)
     if bias and metric.shift is not None and metric.reference is not None:
         f = replace(f, bias=corrected_bias(conv, f, metric))
