@@ -426,3 +426,29 @@ def test_what_is_no_number_stays_where_taps_see_it(cupy):
     found = filters.correlate(cupy.asarray(image), np.ones((3, 5)) / 15, method="separable").get()
     assert (np.isinf(found)).sum() == 15
     assert not np.isnan(found).any()
+
+
+def test_plans_that_share_a_kernel_keep_their_shared_memory(cupy, rng):
+    x = cupy.asarray(rng.random((70, 70)))
+    large, small = np.outer(*rng.random((2, 31))), np.outer(*rng.random((2, 21)))
+    first = filters.correlate(x, large, method="separable").get()
+    filters.correlate(x, small, method="separable")
+    sizes = {k.shared for k in fake_cupy.hooks.launches}
+    assert len(sizes) == 2
+    assert min(sizes) > 48 << 10
+    assert (filters.correlate(x, large, method="separable").get() == first).all()
+
+
+def test_bfloat16_is_held_and_summed_in_single(cupy, rng):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    f = lowrank.dense(rng.standard_normal((40, 4, 3, 3)), rng.standard_normal(40), padding=1)
+    f = f.astype(np.float32)
+    x = rng.standard_normal((2, 4, 8, 8)).astype(ml_dtypes.bfloat16)
+    run = f.to("cuda").compile((8, 8), "bfloat16")
+    y = run(cupy.asarray(x))
+    assert y.dtype == ml_dtypes.bfloat16
+    held = lowrank.dense(f.stages[0].weight.astype(ml_dtypes.bfloat16).astype(np.float32), f.bias,
+                         padding=1)  # fmt: skip
+    wanted = held(x.astype(np.float64))
+    gap = np.abs(y.get().astype(np.float64) - wanted).max()
+    assert gap <= 2.0**-8 * np.abs(wanted).max()  # half a unit of 8 bits, and sums in float32

@@ -110,6 +110,8 @@ def check(name: str, x: object, stages: Sequence[Stage]) -> None:
 
 def precision(dtype: Any, weight: object) -> np.dtype[Any]:
     """A dtype that plans run in where this weight is; else says which there are."""
+    if dtype == "bfloat16":  # NumPy knows the name once this is imported
+        importlib.import_module("ml_dtypes")
     found: np.dtype[Any] = np.dtype(dtype)
     known = PRECISIONS[_library(weight)]
     if found.name not in known:

@@ -124,7 +124,8 @@ class _Kernel:
 
     def __init__(self, name: str, shared: int = 0) -> None:
         self._call, self._shared = _compiled(cupy.cuda.Device().id, name), shared
-        if shared > 48 << 10:  # what needs no leave
+        # What needs leave; plans share kernels, so that the largest of them counts.
+        if shared > max(48 << 10, self._call.max_dynamic_shared_size_bytes):
             self._call.max_dynamic_shared_size_bytes = shared
 
     def __call__(self, blocks: int, *arguments: Any) -> None:
@@ -388,7 +389,9 @@ def _steps(links: Sequence[_Link], dtype: Any) -> tuple[_Step, ...]:
         elif step.kind == "depthwise + pointwise":
             run = _separable(part[0], part[1], dtype, total)
         else:
-            make = {"depthwise": _depthwise, "dense": _dense, "matrix product": _product}
+            # cuBLAS has bfloat16, CuPy's matrix product has not.
+            product = _dense if dtype.name == "bfloat16" else _product
+            make = {"depthwise": _depthwise, "dense": _dense, "matrix product": product}
             run = make[step.kind](part[0], dtype, total)
         held = tuple(link.stage for link in part)
         found.append(_Step(step.kind, held, run, step.shape, step.out))
