@@ -4,6 +4,7 @@
     python3 dev.py test             the tests; what follows goes to pytest
     python3 dev.py test --full      all of them: sanitizers, optional libraries (several 100 MB)
     python3 dev.py lint             formatting, lint and types
+    python3 dev.py paper            the paper, measured, drawn and set; --from-data: not measured
 
 The first call makes the environment .venv; later ones renew it only if something that it was
 made from has changed.
@@ -24,7 +25,13 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 #: Dependency groups of pyproject.toml that each command needs.
-GROUPS = {"demo": ["demo"], "test": ["test"], "full": ["test", "full"], "lint": ["test", "lint"]}
+GROUPS = {
+    "demo": ["demo"],
+    "test": ["test"],
+    "full": ["test", "full"],
+    "lint": ["test", "lint"],
+    "paper": ["demo", "paper"],
+}
 
 
 def missing() -> list[str]:
@@ -91,7 +98,7 @@ def quietly(*command: str | Path) -> None:
 def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
     command, *rest = arguments or ["help"]
-    if command not in ("demo", "test", "lint"):
+    if command not in ("demo", "test", "lint", "paper"):
         print(__doc__, file=sys.stderr)
         raise SystemExit(0 if command in ("help", "-h", "--help") else 2)
     lacks = missing()
@@ -101,6 +108,11 @@ def main(arguments: list[str]) -> None:
     set_up(GROUPS["full" if full else command])
     if command == "demo":
         run(PYTHON, "-m", "lowrank.demo", *rest)
+    elif command == "paper":
+        if not shutil.which("make"):
+            raise SystemExit("make is missing; on Debian: apt install make.")
+        # A figure without its data fails alone; the paper needs them all.
+        run("make", "-k", "-C", "paper", "from-data" if "--from-data" in rest else "all")
     elif command == "test":
         run(PYTHON, "-m", "pytest", *rest)
     else:

@@ -1,0 +1,32 @@
+"""What correction buys: sensitivity with it over without, at the errors of the two."""
+
+import csv
+import sys
+from collections import defaultdict
+
+import style
+from matplotlib import pyplot as plt
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def main(source, target):
+    pairs = defaultdict(lambda: defaultdict(dict))
+    with open(source, newline="") as file:
+        for r in csv.DictReader(file):
+            pairs[r["layer"]][int(r["rank"])][r["way"]] = r
+    figure, panels = plt.subplots(1, 2, figsize=(style.PAGE, 2.4))
+    for colour, (layer, ranks) in zip(COLOURS, pairs.items()):
+        for axes, key in zip(panels, ("sensitivity", "float16")):
+            for way, line in (("without", "o:"), ("with", "s-")):
+                values = [float(both[way][key]) for both in ranks.values()]
+                label = f"{layer}, {way} correction" if key == "sensitivity" else None
+                axes.plot(list(ranks), values, line, color=colour, label=label)
+    panels[0].set(yscale="log", xlabel="rank", ylabel="sensitivity")
+    panels[1].set(yscale="log", xlabel="rank", ylabel="float16 error of the output")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    style.save(figure, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
