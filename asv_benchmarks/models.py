@@ -136,6 +136,9 @@ def main() -> None:
     parser.add_argument("--no-gradients", action="store_true")
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--families", help="names with commas between them")
+    parser.add_argument("--seconds", type=float, help="a share of the predicted time, too")
+    parser.add_argument("--batch", type=int, default=1, help="that seconds are predicted for")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     how = {
@@ -144,6 +147,10 @@ def main() -> None:
         "refit": given.refit,
         "passes": given.passes,
     }
+    if given.families:
+        how["families"] = given.families.split(",")
+    if given.seconds:
+        how |= {"seconds": given.seconds, "batch": given.batch, "threads": given.threads}
     found = []
     for case in nets.cases(given.net):
         for share in SHARES:
