@@ -299,7 +299,7 @@ def relative_error(actual: Array, expected: Array) -> float:
 
 def magnitude(weight: Array) -> float:
     """``max|weight|``: the scale that everything is divided by before it is squared."""
-    return float(np.abs(weight).max(initial=0.0))
+    return float(np.abs(weight).max()) if weight.size else 0.0
 
 
 def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Array:
@@ -326,6 +326,16 @@ def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Arra
     matrices = weight.transpose(*batch, *rows, *columns).reshape(b, m, n).astype(np.float64)
     matrices /= magnitude(weight) or 1.0
     return tails_of(np.linalg.svd(matrices, compute_uv=False))
+
+
+def eigh(matrices: Array) -> tuple[Array, Array]:
+    """Eigenvalues, ascending, and vectors of symmetric matrices (batch, n, n)."""
+    if isinstance(matrices, np.ndarray) or matrices.shape[-1] <= 32:
+        values, vectors = np.linalg.eigh(matrices)
+        return values, vectors
+    # A GPU's batched decomposition is Jacobi's, for small matrices: large ones go one by one.
+    found = [np.linalg.eigh(m) for m in matrices]
+    return np.stack([v for v, _ in found]), np.stack([q for _, q in found])
 
 
 def leading(matrix: Array, count: int) -> tuple[Array, Array]:

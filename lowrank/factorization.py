@@ -74,6 +74,12 @@ class Factorization:
             )
         if self.groups > 1 and not algebra.block_diagonal(self.stages, self.groups):
             raise ValueError(f"the stages mix the channels of {self.groups} groups")
+        homes = {backends.device_of(s.weight) for s in self.stages}
+        homes |= set() if self.bias is None else {backends.device_of(self.bias)}
+        if len(homes) > 1:
+            raise ValueError(
+                f"weights and bias are on {' and '.join(sorted(homes))}: a chain lives in one place"
+            )
         if self.bias is not None:
             if self.bias.shape != (self.out_channels,):
                 raise ValueError(
@@ -172,7 +178,8 @@ class Factorization:
         >>> f.error(2 * np.ones((1, 1, 3)))
         0.5
         """
-        return algebra.relative_error(self.to_dense(), np.asarray(weight))
+        given = backends.moved(weight, "cpu") if backends.on_gpu(weight) else np.asarray(weight)
+        return algebra.relative_error(self.to_dense(), given)
 
     def cost(self, input_shape: Sequence[int]) -> Cost:
         """Multiply-adds, parameters and memory for one example.

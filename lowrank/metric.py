@@ -322,6 +322,10 @@ class Moments:
         TypeError
             If `x` is not a floating-point array.
         """
+        with backends.at(x):
+            self._add(x, original)
+
+    def _add(self, x: Array, original: Array | None) -> None:
         if (original is not None) != self.paired:
             raise ValueError("original must be given where moments are paired, and only there")
         x = _finite(self.conv, x)
@@ -400,6 +404,10 @@ class Moments:
         ValueError
             If the channels do not fit, or a number is not finite.
         """
+        with backends.at(g):
+            self._add_gradients(g)
+
+    def _add_gradients(self, g: Array) -> None:
         if g.ndim < 2 or g.shape[1] != self.conv.groups * self.outs or not np.isfinite(g).all():
             raise ValueError(
                 f"gradients must be finite, (batch, {self.conv.groups * self.outs}, ...), got "
@@ -573,7 +581,7 @@ def _ridged(c: Array, ridge: float) -> Array:
 
 
 def _finite(conv: Factorization, x: Array) -> Array:
-    if backends.is_array(x) and backends.device_of(x) != "cpu":
+    if backends.on_gpu(x):
         if x.ndim != conv.ndim + 2 or x.shape[1] != conv.in_channels:
             raise ValueError(
                 f"x must be (batch, {conv.in_channels}, and {conv.ndim} spatial axes), got "

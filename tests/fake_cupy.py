@@ -48,6 +48,7 @@ class _Hooks(SimpleNamespace):
         self.devices = 2  # that there are
         self.allocations = None  # that still succeed before one runs out of memory
         self.compiling = None  # what the compiler says
+        self.capturing = False  # whether a graph is
         self.counting = None  # status of CUDA's error when devices are counted
         self.launches = collections.deque(maxlen=10000)  # each a Launch
 
@@ -218,6 +219,7 @@ runtime = _module(
     getDevice=_current,
     setDevice=lambda number: Device(number).use(),
     getDeviceProperties=lambda number: {"name": b"none", "major": 8, "minor": 0},
+    streamIsCapturing=lambda stream: hooks.capturing,
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
     deviceSynchronize=lambda: None,
@@ -226,6 +228,7 @@ runtime = _module(
 cuda = _module(
     "cupy.cuda",
     runtime=runtime,
+    device=_module("cupy.cuda.device", get_cublas_handle=lambda: 1, Device=Device),
     driver=_module("cupy.cuda.driver", CUDADriverError=CUDADriverError),
     memory=_module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError),
     compiler=_module("cupy.cuda.compiler", CompileException=CompileException),
@@ -246,6 +249,46 @@ def get_default_memory_pool():
         free_all_blocks=lambda: None,
         get_limit=lambda: 0,
     )
+
+
+# --- cuBLAS ---------------------------------------------------------------------------------------
+
+
+def _matrix(pointer, columns, rows, kind):
+    """Columns of `rows` numbers each, one after another, as NumPy's (rows, columns)."""
+    dtype = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}[kind]
+    size = np.dtype(dtype).itemsize * rows * columns
+    held = np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype)
+    return held.reshape(columns, rows).T
+
+
+def _gemm(
+    handle, transa, transb, m, n, k, alpha, a, kind_a, lda, stride_a, b, kind_b, ldb, stride_b,
+    beta, c, kind_c, ldc, stride_c, many, compute, algo,
+):  # fmt: skip
+    """Products of matrices that lie column by column, without gaps or transposes."""
+    assert (handle, transa, transb, algo) == (1, 0, 0, -1)
+    assert (lda, ldb, ldc) == (m, k, m)
+    assert kind_a == kind_b == kind_c
+    assert compute == (70 if kind_a == 1 else 68)
+    total = ctypes.c_double if kind_a == 1 else ctypes.c_float
+    assert (total.from_address(alpha).value, total.from_address(beta).value) == (1, 0)
+    wide = np.float64 if kind_a == 1 else np.float32
+    size = {0: 4, 1: 8, 2: 2, 14: 2}[kind_a]
+    for i in range(many):
+        x = _matrix(a + i * stride_a * size, k, m, kind_a).astype(wide)
+        y = _matrix(b + i * stride_b * size, n, k, kind_b).astype(wide)
+        _matrix(c + i * stride_c * size, n, m, kind_c)[...] = x @ y
+
+
+LIBRARIES = [
+    _module("cupy_backends"),
+    _module("cupy_backends.cuda"),
+    _module("cupy_backends.cuda.libs"),
+    _module("cupy_backends.cuda.libs.nvrtc"),
+    _module("cupy_backends.cuda.libs.cusolver"),
+    _module("cupy_backends.cuda.libs.cublas", gemmStridedBatchedEx=_gemm),
+]
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -425,8 +468,14 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         _opened(self).fill(_opened(value))
 
 
+#: What NumPy's methods take and CuPy's do not.
+REFUSED = {"initial", "where", "correction"}
+
+
 def _method(name):
     def method(self, *args, **kwargs):
+        if name in METHODS and REFUSED & kwargs.keys():
+            raise TypeError(f"{name}() got an unexpected keyword argument")
         held = self._held if name in VIEWS else _opened(self)
         device = self._device if name in VIEWS else None
         out = kwargs.get("out")
@@ -741,7 +790,10 @@ def installed(devices=2):
     import lowrank.backends
 
     def ours(name):
-        return name.partition(".")[0] in ("cupy", "cupyx") or name == "lowrank.backends.cuda"
+        return (
+            name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")
+            or name == "lowrank.backends.cuda"
+        )
 
     def without():
         gone = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
@@ -752,6 +804,8 @@ def installed(devices=2):
     me = sys.modules[__name__]
     sys.modules["cupy"] = me
     for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
+        sys.modules[module.__name__] = module
+    for module in LIBRARIES:
         sys.modules[module.__name__] = module
     hooks.reset()
     hooks.devices = devices

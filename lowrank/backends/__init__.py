@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -145,6 +146,16 @@ def like(values: Array, x: Any) -> Any:
 def check_gpu() -> None:
     """Refuse to go on where no GPU can be used: ImportError or NoGPU with the reason."""
     _cuda().check_device()
+
+
+def on_gpu(x: object) -> bool:
+    """Whether this is an array of a GPU's."""
+    return is_array(x) and not isinstance(x, np.ndarray)
+
+
+def at(x: Any) -> AbstractContextManager[Any]:
+    """A context in which new arrays are made where `x` is."""
+    return x.device if on_gpu(x) else nullcontext()
 
 
 def is_array(x: object) -> bool:

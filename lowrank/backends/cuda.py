@@ -8,7 +8,9 @@ captured.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,13 +32,23 @@ from lowrank.stage import Epilogue, Stage
 try:
     import cupy
 except ImportError as missing:
+    if not isinstance(missing, ModuleNotFoundError) or missing.name != "cupy":
+        raise ImportError(
+            f"CuPy is installed but cannot be imported ({str(missing).strip().splitlines()[0]}): "
+            "keep one CuPy wheel only, that of the driver's CUDA"
+        ) from missing
     raise ImportError(
         "lowrank runs on a GPU through CuPy, which is not installed: pip install 'lowrank[gpu]', "
-        "or cupy-cuda12x where the driver is of CUDA 12"
+        "or cupy-cuda12x[ctk] where the driver is of CUDA 12"
     ) from missing
 
 #: What memory may hold, by the name of the dtype, in the words of kernels.cu.
 NUMBERS = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
+#: What is called of CUDA, beside the driver.
+LIBRARIES = ("nvrtc", "cublas", "cusolver")
+#: cudaDataType_t, and cublasComputeType_t: sums in float32, or float64 for float64.
+CUBLAS_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+SUMS, DOUBLE_SUMS, TF32_SUMS = 68, 70, 77
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 THREADS = 256  # of a block
 BLOCKS = 1 << 20  # that go over all outputs in turns
@@ -59,6 +71,14 @@ def check_device() -> None:
         ) from why
     if not count:
         raise NoGPU("there is no GPU: CuPy finds a driver, but no device")
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(f"cupy_backends.cuda.libs.{name}")
+        except ImportError as why:
+            raise NoGPU(
+                f"CUDA's library {name} is missing: pip install 'cupy-cuda13x[ctk]', or "
+                "'cupy-cuda12x[ctk]' where the driver is of CUDA 12"
+            ) from why
 
 
 def _reason(why: str) -> str:
@@ -69,7 +89,7 @@ def _reason(why: str) -> str:
         )
     if "NoDevice" in why:
         return f"there is no GPU that CUDA can use ({why})"
-    return f"CUDA does not start: {why}"
+    return f"CUDA does not start ({why}): update NVIDIA's driver, or restart the machine"
 
 
 def _number(array: Any) -> int:
@@ -81,7 +101,7 @@ def sent(array: Any, device: str) -> Any:
     check_device()
     name, _, number = device.partition(":")
     count = cupy.cuda.runtime.getDeviceCount()
-    if name != "cuda" or (number and not number.isdecimal()):
+    if name != "cuda" or (number and not number.isdecimal()) or device == "cuda:":
         raise ValueError(f"device must be 'cpu', 'cuda' or such as 'cuda:1', got {device!r}")
     if number and int(number) >= count:
         raise ValueError(f"there is no {device}: this machine has {count} GPUs")
@@ -192,7 +212,7 @@ class _Link(NamedTuple):
         return source, outside
 
 
-Run = Callable[[Any, Any], None]
+Run = Callable[[Any, Any, Any], None]  # input, output, and room for what is between
 
 
 def _depthwise(link: _Link, dtype: Any, total: Any) -> Run:
@@ -214,7 +234,7 @@ def _depthwise(link: _Link, dtype: Any, total: Any) -> Run:
         s.left, s.groups, s.right, per, d, h, w, *out, *kernel, *stride, *dilation, activation
     )  # fmt: skip
 
-    def run(x: Any, y: Any) -> None:
+    def run(x: Any, y: Any, _: Any) -> None:
         threads = y.shape[0] * link.out[0] * out[0] * -(-out[1] // rows) * out[2]
         kernel_of(_turns(threads), x, weight, bias, y, source, outside, *pos, _Long(len(x)), *fixed)
 
@@ -250,7 +270,7 @@ def _dense(link: _Link, dtype: Any, total: Any) -> Run:
         s.left, groups, s.right, ins, outs, _Long(depth), d, h, w, *out, activation
     )  # fmt: skip
 
-    def run(x: Any, y: Any) -> None:
+    def run(x: Any, y: Any, _: Any) -> None:
         tiles = -(-y.shape[0] * math.prod(out) // places)
         kernel(
             blocks * tiles, x, weight, bias, y, source, target, outside, terms, *at,
@@ -260,43 +280,73 @@ def _dense(link: _Link, dtype: Any, total: Any) -> Run:
     return run
 
 
-def _product(link: _Link, dtype: Any, total: Any) -> Run:
-    """A product of cuBLAS: of the input as it lies for a pointwise stage, else unrolled."""
+def _product(link: _Link, dtype: Any, total: Any) -> tuple[Run, Callable[[int], int]]:
+    """A product of cuBLAS: of the input as it lies for a pointwise stage, else unrolled.
+
+    With it the numbers that are held between, for so many examples.
+    """
     s = link.stage
     weight = cupy.ascontiguousarray(link.weight).astype(dtype)
-    groups, outs, ins, taps = weight.shape
-    weight = weight.reshape(1, 1, groups, outs, ins * taps)
+    groups, _, ins, taps = weight.shape
     size, out = link.sizes
     plain = taps == 1 and size == out and not link.stage.transposed and s.shuffle == (1, 1)
     plain = plain and not any(map(any, s.geometry.padding)) and set(s.geometry.stride) == {1}
     terms, at = (None, []) if plain else _terms(link, ins)
     (bias, activation), (source, outside) = link.ending(total), link.sources(total)
     samples = math.prod(out) * s.right
-    each = max(1, UNROLLED // max(1, s.left * groups * ins * taps * samples * dtype.itemsize))
+    one = s.left * groups * ins * taps * samples  # numbers of an example
+    each = max(1, UNROLLED // max(1, one * dtype.itemsize))
     number = NUMBERS[dtype.name]
     unroll = None if plain else _Kernel(f"unrolled<{number}>")
     finish = _Kernel(f"finished<{number}>") if bias is not None or activation else None
     fixed = (ins, s.right, _Long(ins * taps), *size, *out)
 
-    def run(x: Any, y: Any) -> None:
-        for first in range(0, x.shape[0], each if not plain else max(1, x.shape[0])):
-            part = x[first : first + each] if not plain else x
-            to = y[first : first + len(part)]
-            shape = (len(part), s.left, groups, ins * taps, samples)
-            if unroll is None:
-                columns = part.reshape(shape)
-            else:
-                columns = cupy.empty(shape, dtype)
+    def run(x: Any, y: Any, work: Any) -> None:
+        for first in range(0, len(x), len(x) if unroll is None else each):
+            part, to = x[first:], y[first:]
+            if unroll is not None:
+                part, to = part[:each], to[:each]
+                columns = work[: len(part) * one]
                 unroll(
                     _turns(columns.size), part, columns, source, outside, terms, *at,
                     _Long(len(part)), _Long(s.left * groups), *fixed,
                 )  # fmt: skip
-            cupy.matmul(weight, columns, out=to.reshape(len(part), s.left, groups, outs, samples))
+                part = columns
+            _multiply(weight, part, to, len(to) * s.left, ins * taps, samples)
         if finish is not None:
             given = len(y), link.out[0], math.prod(out)
             finish(_turns(y.size), y, bias, *map(_Long, given), activation)
 
-    return run
+    return run, lambda batch: 0 if plain else min(batch, each) * one
+
+
+def _multiply(weight: Any, x: Any, y: Any, batch: int, depth: int, samples: int) -> None:
+    """``y[b, g] = weight[g] @ x[b, g]``, (outs, depth) times (depth, samples), by cuBLAS.
+
+    Not by CuPy's matrix product, which makes lists of pointers where the weight is shared, and
+    goes through float32 for halves.  cuBLAS counts columns first: it gets transposes, swapped.
+    """
+    cublas = importlib.import_module("cupy_backends.cuda.libs.cublas")
+    groups, outs = weight.shape[:2]
+    kind, item = CUBLAS_TYPES[y.dtype.name], y.dtype.itemsize
+    total = np.float64 if y.dtype == np.float64 else np.float32
+    one, zero = np.ones(1, total), np.zeros(1, total)
+    sums = DOUBLE_SUMS if total is np.float64 else SUMS
+    if y.dtype == np.float32 and os.environ.get("CUPY_TF32", "0") not in ("", "0"):
+        sums = TF32_SUMS
+    taken, given, shared = depth * samples, outs * samples, outs * depth
+    # The fewer calls: a group at a time for all examples, or an example for all groups.
+    by_group = groups <= batch
+    for i in range(groups if by_group else batch):
+        skip = i if by_group else i * groups
+        many, step, stride = (batch, groups, 0) if by_group else (groups, 1, shared)
+        cublas.gemmStridedBatchedEx(
+            cupy.cuda.device.get_cublas_handle(), 0, 0, samples, outs, depth, one.ctypes.data,
+            x.data.ptr + skip * taken * item, kind, samples, step * taken,
+            weight.data.ptr + (i * shared * item if by_group else 0), kind, depth, stride,
+            zero.ctypes.data,
+            y.data.ptr + skip * given * item, kind, samples, step * given, many, sums, -1,
+        )  # fmt: skip
 
 
 def _separable(first: _Link, second: _Link, dtype: Any, total: Any) -> Run:
@@ -316,7 +366,7 @@ def _separable(first: _Link, second: _Link, dtype: Any, total: Any) -> Run:
         s.groups, per, outs, d, h, w, *out, *kernel, *stride, *dilation, activation
     )  # fmt: skip
 
-    def run(x: Any, y: Any) -> None:
+    def run(x: Any, y: Any, _: Any) -> None:
         tiles = -(-y.shape[0] * math.prod(out) // places)
         kernel_of(
             tiles * -(-outs // rows), x, taps, taps_bias, taps_activation, weight, bias, y, source,
@@ -357,7 +407,7 @@ def _filter(links: Sequence[_Link], step: steps.Step, dtype: Any, total: Any) ->
     )
     fixed = (s.left, groups, s.right, terms, *size, *out, *step.taps, *step.tile, activation)
 
-    def run(x: Any, y: Any) -> None:
+    def run(x: Any, y: Any, _: Any) -> None:
         tiles = len(y) * step.out[0] * math.prod(-(-n // t) for n, t in zip(out, step.tile))
         passes(min(tiles, BLOCKS), x, weight, bias, y, source, *pos, _Long(len(x)), *fixed)
 
@@ -373,6 +423,7 @@ class _Step:
     run: Run
     shape: Ints
     out: Ints
+    between: Callable[[int], int] = lambda batch: 0  # numbers that it holds meanwhile
 
 
 def _steps(links: Sequence[_Link], dtype: Any) -> tuple[_Step, ...]:
@@ -388,11 +439,13 @@ def _steps(links: Sequence[_Link], dtype: Any) -> tuple[_Step, ...]:
             run = _filter(part, step, dtype, total)
         elif step.kind == "depthwise + pointwise":
             run = _separable(part[0], part[1], dtype, total)
+        elif step.kind == "matrix product":
+            run, between = _product(part[0], dtype, total)
+            made = (part[0].stage,)
+            found.append(_Step(step.kind, made, run, step.shape, step.out, between))
+            continue
         else:
-            # cuBLAS has bfloat16, CuPy's matrix product has not.
-            product = _dense if dtype.name == "bfloat16" else _product
-            make = {"depthwise": _depthwise, "dense": _dense, "matrix product": product}
-            run = make[step.kind](part[0], dtype, total)
+            run = (_depthwise if step.kind == "depthwise" else _dense)(part[0], dtype, total)
         held = tuple(link.stage for link in part)
         found.append(_Step(step.kind, held, run, step.shape, step.out))
     return tuple(found)
@@ -412,41 +465,56 @@ class Plan:
     dtype: Any
     device: int
     held: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
+    captured: set[tuple[int, int]] = field(default_factory=set)  # graphs have their addresses
 
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
         self._check(x, out)
-        with cupy.cuda.Device(self.device):
+        with cupy.cuda.Device(self.device), _memory(self._bytes(len(x), self.out_shape)):
             given = cupy.ascontiguousarray(x).astype(self.dtype, copy=False)
             y = out
             if out is None or out.dtype != self.dtype or not out.flags.c_contiguous:
-                with _memory(self._bytes(len(x), self.out_shape)):
-                    y = cupy.empty((len(x), *self.out_shape), self.dtype)
+                y = cupy.empty((len(x), *self.out_shape), self.dtype)
+            if _capturing() and (given is not x or y is not out):
+                raise ValueError(
+                    "while a graph is captured x and out must be given, C-contiguous and "
+                    f"{self.dtype}: what is made meanwhile is gone when the graph runs"
+                )
             if len(x):
-                for step, (a, b) in zip(self.steps, self._pairs(given, y)):
-                    step.run(a, b)
+                self._go(given, y)
             if out is None or y is out:
                 return y
             out[...] = _saturated(y, out.dtype) if out.dtype in INTEGERS else y
             return out
+
+    def _go(self, x: Any, y: Any, after: Callable[[], object] | None = None) -> None:
+        *between, room = self._buffers(len(x))
+        for step, (a, b) in zip(self.steps, pairwise([x, *between, y])):
+            step.run(a, b, room)
+            if after is not None:
+                after()
 
     def breakdown(self, x: Any, out: Any = None, *, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes, by the GPU's clock; waits for it."""
         (repeat,) = integers("repeat", repeat, 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
-        y = self(x, out)
-        given = cupy.ascontiguousarray(x).astype(self.dtype, copy=False)
+        self(x, out)
         runs = []
         with cupy.cuda.Device(self.device):
+            given = cupy.ascontiguousarray(x).astype(self.dtype, copy=False)
+            y = cupy.empty((len(x), *self.out_shape), self.dtype)
             for _ in range(repeat):
-                events = [cupy.cuda.Event()]
-                events[0].record()
-                start = time.perf_counter()
-                for step, (a, b) in zip(self.steps, self._pairs(given, y)):
-                    step.run(a, b)
+                events: list[Any] = []
+
+                def mark(events: list[Any] = events) -> None:
                     events.append(cupy.cuda.Event())
                     events[-1].record()
+
+                mark()
+                start = time.perf_counter()
+                if len(x):
+                    self._go(given, y, mark)
                 events[-1].synchronize()
                 whole = time.perf_counter() - start
                 took = [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)]
@@ -464,19 +532,26 @@ class Plan:
             number += len(step.stages)
         return (*found, Step("run", "rest", max(0.0, whole - total), 0, 0))
 
-    def _pairs(self, x: Any, y: Any) -> list[tuple[Any, Any]]:
-        """Input and output of every step, of this batch on this stream."""
-        key = cupy.cuda.get_current_stream().ptr, len(x)
-        buffers = self.held.get(key)
-        if buffers is None:
-            needed = sum(self._bytes(len(x), s.out) for s in self.steps[:-1])
-            with _memory(needed):
-                buffers = [cupy.empty((len(x), *s.out), self.dtype) for s in self.steps[:-1]]
-            if len(self.held) >= BATCHES:
-                self.held.pop(next(iter(list(self.held))), None)
-            self.held[key] = buffers
-        ends = [x, *buffers, y]
-        return list(pairwise(ends))
+    def _buffers(self, batch: int) -> list[Any]:
+        """What steps give, and room for what one holds meanwhile, of this batch on this stream."""
+        key = cupy.cuda.get_current_stream().ptr, batch
+        found = self.held.get(key)
+        capturing = _capturing()
+        if found is None:
+            if capturing:
+                raise RuntimeError(
+                    f"run the plan once on this stream with {batch} examples before a graph is "
+                    "captured: its buffers have to be there"
+                )
+            found = [cupy.empty((batch, *s.out), self.dtype) for s in self.steps[:-1]]
+            found.append(cupy.empty(max(s.between(batch) for s in self.steps), self.dtype))
+            free = [k for k in self.held if k not in self.captured]
+            if len(free) >= BATCHES:
+                self.held.pop(free[0], None)
+            self.held[key] = found
+        if capturing:
+            self.captured.add(key)
+        return found
 
     def _bytes(self, batch: int, shape: Ints) -> int:
         return batch * math.prod(shape) * int(self.dtype.itemsize)
@@ -498,14 +573,23 @@ class Plan:
                 raise TypeError(
                     f"this plan takes {self.dtype} arrays, or 8- or 16-bit integers, got {a.dtype}"
                 )
+            if self.dtype.itemsize == 2 and a.dtype.itemsize == 2 and a.dtype in INTEGERS:
+                raise TypeError(f"{self.dtype} does not hold the values of {a.dtype}: use float32")
             if a.shape[1:] != shape or (name == "out" and len(a) != len(x)):
-                raise ValueError(f"{name} must be (batch, {shape}), got {a.shape}")
+                raise ValueError(
+                    f"{name} must be (batch, {', '.join(map(str, shape))}), got {a.shape}"
+                )
+
+
+def _capturing() -> bool:
+    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
 
 
 def _saturated(values: Any, dtype: Any) -> Any:
     """Integers nearest to `values`, halves to even; out of range at its end."""
     limits = np.iinfo(dtype)
-    return cupy.clip(cupy.rint(values.astype(np.float32)), limits.min, limits.max).astype(dtype)
+    wide = values if values.dtype.itemsize > 4 else values.astype(np.float32)
+    return cupy.clip(cupy.rint(wide), limits.min, limits.max).astype(dtype)
 
 
 def plan(
@@ -527,15 +611,18 @@ def plan(
             f"whole chain with f.to('cuda:{device}')"
         )
     ends = chain_shapes(stages, shape)
-    with cupy.cuda.Device(device):
-        plain = [replace(s, weight=fetched(s.weight)) for s in stages]
+    outside: list[Array | None] = [None] * len(stages)
+    with cupy.cuda.Device(device), _memory(sum(s.weight.nbytes for s in stages)):
+        if stages[0].geometry.value:  # a constant, that the stages make others of
+            plain = [replace(s, weight=fetched(s.weight)) for s in stages]
+            outside = arrays.outsides(plain)
         links = [
             _Link(s, e, a, b, o)
-            for s, e, a, b, o in zip(stages, epilogues, ends, ends[1:], arrays.outsides(plain))
+            for s, e, a, b, o in zip(stages, epilogues, ends, ends[1:], outside)
         ]
         try:
             made = _steps(links, dtype)
-        except (cupy.cuda.compiler.CompileException, ImportError, OSError) as why:
+        except cupy.cuda.compiler.CompileException as why:
             warnings.warn(
                 f"the kernels could not be compiled ({str(why).splitlines()[0]}): chains run in "
                 "plain CuPy code, which is slow",
@@ -557,7 +644,7 @@ def _plainly(links: Sequence[_Link], dtype: Any) -> _Step:
         bias, activation = link.epilogue
         endings.append(Epilogue(None if bias is None else fetched(bias), activation))
 
-    def run(x: Any, y: Any) -> None:
+    def run(x: Any, y: Any, _: Any) -> None:
         y[...] = arrays.run(cpu, x, weights, endings, cupy)
 
     return _Step("plain", stages, run, links[0].shape, links[-1].out)
@@ -571,6 +658,10 @@ class _Interleaved:
     many: int
 
     def __call__(self, x: Any, out: Any = None) -> Any:
+        with x.device:
+            return self._run(x, out)
+
+    def _run(self, x: Any, out: Any) -> Any:
         apart = x.reshape(*x.shape[:-1], x.shape[-1] // self.many, self.many)
         apart = cupy.moveaxis(apart, -1, 0)
         given = cupy.ascontiguousarray(apart).reshape(-1, *apart.shape[2:])

@@ -32,6 +32,7 @@ from lowrank.families.family import (
     checked_rank,
     index,
     kernel_of,
+    located,
     oriented,
 )
 from lowrank.stage import Stage, blank
@@ -259,6 +260,7 @@ def _build(
     return _stages(conv, kernel, modes, rank, factors)
 
 
+@located
 def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from lowrank import algebra
+from lowrank import algebra, backends
 from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization
 from lowrank.stage import Stage, is_blank
@@ -115,6 +116,21 @@ class Kernel:
     def letters(self) -> str:
         """All spatial axes in order."""
         return LETTERS[3 - (self.tensor.ndim - 3) :]
+
+
+Fit = TypeVar("Fit", bound=Callable[..., Factorization])
+
+
+def located(fit: Fit) -> Fit:
+    """A fit whose arrays are made where the weights are: on their GPU, whichever is current."""
+
+    @functools.wraps(fit)
+    def there(*arguments: Any, **options: Any) -> Factorization:
+        conv = next((a for a in arguments if isinstance(a, Factorization)), None)
+        with backends.at(None if conv is None else conv.stages[0].weight):
+            return fit(*arguments, **options)
+
+    return there  # type: ignore[return-value]
 
 
 def kernel_of(conv: Factorization) -> Kernel:

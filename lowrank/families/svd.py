@@ -32,6 +32,7 @@ from lowrank.families.family import (
     checked_rank,
     index,
     kernel_of,
+    located,
     oriented,
 )
 from lowrank.geometry import Geometry
@@ -333,6 +334,7 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
         )
 
 
+@located
 def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:

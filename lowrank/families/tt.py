@@ -24,6 +24,7 @@ from lowrank.families.family import (
     evened,
     index,
     kernel_of,
+    located,
     oriented,
 )
 from lowrank.stage import Stage, blank
@@ -183,10 +184,10 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
         rest = rest.reshape(g, before * size, -1)
         if r < min(rest.shape[1:]):
             if rest.shape[1] <= rest.shape[2]:
-                _, vectors = np.linalg.eigh(rest @ rest.swapaxes(1, 2))
+                _, vectors = algebra.eigh(rest @ rest.swapaxes(1, 2))
                 rest = vectors[:, :, -r:].swapaxes(1, 2) @ rest
             else:  # rows are orthogonal combinations: sqrt of the leading eigenvalues
-                values, vectors = np.linalg.eigh(rest.swapaxes(1, 2) @ rest)
+                values, vectors = algebra.eigh(rest.swapaxes(1, 2) @ rest)
                 roots = np.sqrt(values[:, -r:].clip(min=0))
                 rest = roots[:, :, None] * vectors[:, :, -r:].swapaxes(1, 2)
         elif r < rest.shape[1]:
@@ -195,6 +196,7 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
     return math.sqrt(max(0.0, 1 - float(np.square(rest).sum()) / total))
 
 
+@located
 def _fit(conv: Factorization, rank: Sequence[int], form: str | None = None) -> Factorization:
     form = checked_form(form, _forms(conv))
     parts = train(conv, form)

@@ -29,6 +29,7 @@ from lowrank.families.family import (
     evened,
     index,
     kernel_of,
+    located,
     oriented,
 )
 from lowrank.stage import Stage, blank
@@ -81,7 +82,7 @@ def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Par
     tensor = _unfoldable(kernel, axes)
     core, factors, tails = tensor, [], []
     for mode in range(1, 3 + len(axes)):
-        values, vectors = np.linalg.eigh(_grams(tensor, mode))
+        values, vectors = algebra.eigh(_grams(tensor, mode))
         values, vectors = values[:, ::-1].clip(min=0), vectors[:, :, ::-1]
         tails.append(algebra.tails_of(np.sqrt(values)))
         factors.append(vectors)
@@ -291,6 +292,7 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
         yield Point(rank, error, bound, stages, partial(_build, parts, rank))
 
 
+@located
 def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:
@@ -414,6 +416,7 @@ def _terms(core: Array) -> int:
     return math.prod(sorted(core.shape[1:])[:-1])
 
 
+@located
 def _cp_fit(
     family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
 ) -> Factorization:

@@ -168,7 +168,7 @@ def correlate(
     """
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
-    lazy, on_gpu = lazily(image), backends.is_array(image) and not isinstance(image, np.ndarray)
+    lazy, on_gpu = lazily(image), backends.on_gpu(image)
     if lazy is None and not on_gpu:
         image = np.asarray(image)
     elif lazy is not None and out is not None:
@@ -204,7 +204,8 @@ def correlate(
     if lazy is not None:
         return lazy.correlate(image, along, request)  # type: ignore[no-any-return]
     if on_gpu:
-        return cast(Array, gpu.correlate(image, along, request, work, out))
+        with backends.at(image):
+            return cast(Array, gpu.correlate(image, along, request, work, out))
     ways = _planned(request)
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
