@@ -90,7 +90,8 @@ template <class T> struct planes {
  * are known, and STRIDE that of H; dilation is 1 along H there.  With H = 0 anything goes.
  * pos_d, pos_h and pos_w say which sample stands at each padded place of an axis. */
 template <class T, int H, int W, int STRIDE, int ROWS>
-__global__ void depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
+__global__ void __launch_bounds__(256)
+depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
                           const SUM *outside, const int *pos_d, const int *pos_h, const int *pos_w,
                           i64 images, int copies, int groups, int right, int per, int id, int ih, int iw,
                           int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
@@ -171,7 +172,7 @@ __device__ inline void product(const Load &load, const T *weight, i64 outs, i64 
                                SUM (&sum)[O / 16][P / 16])
 {
     static_assert(O % 16 == 0 && P % 16 == 0 && 256 % P == 0, "a thread has one place of all P");
-    __shared__ SUM a[DEPTH][O + 1], b[DEPTH][P];
+    __shared__ SUM a[DEPTH][O + 2], b[DEPTH][P]; /* + 2: a warp stores to banks 2 k + o, each once */
     const int t = threadIdx.x, row = t / 16, column = t % 16;
 #pragma unroll
     for (int i = 0; i < O / 16; i++)
@@ -392,7 +393,7 @@ __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps,
  * (filter_bytes in steps.py), for the rounded taps,
  *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd rows: lanes go down, each to a bank of its own
  *     after W       (td + kd) (th + kh) (tw + 1)
- *     after H       (td + kd) th tw
+ *     after H       (td + kd) th tw                     where D has taps
  *     all terms     td th tw
  *     and the taps of one. */
 template <class T>
@@ -408,7 +409,7 @@ __global__ void __launch_bounds__(256)
     const int ed = td + kd, eh = th + kh, pitch = tw + kw + 1, after = tw + 1, t = threadIdx.x;
     const int many = td * th * tw, all = kd + kh + kw;
     S *const box = shared, *const rows = box + ed * eh * pitch, *const columns = rows + ed * eh * after;
-    S *const total = columns + ed * th * tw, *const kernel = total + many;
+    S *const total = columns + (kd ? ed * th * tw : 0), *const kernel = total + many;
     const int nw = (ow + tw - 1) / tw, nh = (oh + th - 1) / th, nd = (od + td - 1) / td;
     const i64 channels = (i64)copies * groups * right;
     const i64 tiles = images * channels * nd * nh * nw;
@@ -422,15 +423,21 @@ __global__ void __launch_bounds__(256)
         rest /= nd;
         const i64 channel = rest % channels, image = rest / channels;
         const int g = (int)(channel / right % groups);
-        const planes<T> in = {x, 0, 0, channels, id, ih, iw};
         const i64 from = source ? source[channel] : channel;
         /* Samples past what the last output sees are held, and not used. */
-        for (int e = t; e < ed * eh * pitch; e += 256) {
-            const int w = e % pitch, h = e / pitch % eh, d = e / pitch / eh;
-            const int there = w0 + w < ow + kw - 1 && h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
-            box[e] = there ? in.at(image, from, pos_d[d0 + d], pos_h[h0 + h], pos_w[w0 + w]) : (S)0;
+        for (int row = t / 32; row < ed * eh; row += 8) { /* a warp a row: lanes side by side in memory */
+            const int h = row % eh, d = row / eh;
+            const int rows_there = h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
+            const int at_d = rows_there ? pos_d[d0 + d] : -1, at_h = rows_there ? pos_h[h0 + h] : -1;
+            const T *line = x + (((image * channels + from) * id + at_d) * (i64)ih + at_h) * iw;
+            const int inside = at_d >= 0 && at_h >= 0;
+            for (int w = t % 32; w < pitch; w += 32) {
+                const int at_w = inside && w0 + w < ow + kw - 1 ? pos_w[w0 + w] : -1;
+                box[row * pitch + w] = at_w >= 0 ? (S)wide(line[at_w]) : (S)0;
+            }
         }
         for (int e = t; e < many; e += 256) total[e] = 0;
+        /* The next barrier is that of the first term. */
         for (int term = 0; term < terms; term++) {
             __syncthreads();
             for (int e = t; e < all; e += 256) kernel[e] = wide(taps[((i64)g * terms + term) * all + e]);
@@ -447,14 +454,12 @@ __global__ void __launch_bounds__(256)
                 const int w = e % tw, h = e / tw % (th / 4) * 4, d = e / tw / (th / 4);
                 S sum[4] = {0, 0, 0, 0};
                 four(sum, rows + (d * eh + h) * after + w, after, kernel + kd, taps_h);
+                S *const to = (kd ? columns : total) + (d * th + h) * tw + w;
 #pragma unroll
-                for (int i = 0; i < 4; i++) columns[(d * th + h + i) * tw + w] = sum[i];
+                for (int i = 0; i < 4; i++) to[i * tw] = sum[i] + (kd ? (S)0 : to[i * tw]);
             }
+            if (!kd) continue;
             __syncthreads();
-            if (!kd) {
-                for (int e = t; e < many; e += 256) total[e] += columns[e];
-                continue;
-            }
             for (int e = t; e < (td / 4) * th * tw; e += 256) {
                 const int hw = e % (th * tw), d = e / (th * tw) * 4;
                 S sum[4] = {0, 0, 0, 0};

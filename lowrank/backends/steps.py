@@ -179,7 +179,8 @@ def fours(taps: Sizes) -> Sizes:
 def filter_bytes(taps: Sizes, tile: Sizes, itemsize: int) -> int:
     """Shared memory that a tile of a filter takes; see filter in kernels.cu."""
     (kd, kh, kw), (td, th, tw) = fours(taps), tile
-    box = (td + kd) * (th + kh) * (tw + kw + 1 + tw + 1) + (td + kd) * th * tw + td * th * tw
+    box = (td + kd) * (th + kh) * (tw + kw + 1 + tw + 1) + td * th * tw
+    box += (td + kd) * th * tw if kd else 0
     return (box + kd + kh + kw) * itemsize
 
 

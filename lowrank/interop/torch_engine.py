@@ -236,9 +236,22 @@ def on_engine(
 def _run_on_gpu(run: Runner, x: torch.Tensor, y: torch.Tensor) -> None:
     """Run a plan of CuPy's on PyTorch's memory and in PyTorch's current stream."""
     cupy = importlib.import_module("cupy")
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream, x.device.index):
-        run(cupy.from_dlpack(x), cupy.from_dlpack(y))
+    stream = torch.cuda.current_stream(x.device)
+
+    def taken(t: torch.Tensor) -> Any:
+        if t.dtype == torch.bfloat16:  # which DLPack does not bring
+            importlib.import_module("ml_dtypes")
+            return cupy.from_dlpack(t.view(torch.int16)).view("bfloat16")
+        return cupy.from_dlpack(t)
+
+    with cupy.cuda.Device(x.device.index):
+        external = getattr(cupy.cuda.Stream, "from_external", None)
+        if external is not None and hasattr(stream, "__cuda_stream__"):
+            there = external(stream)
+        else:
+            there = cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index)
+        with there:
+            run(taken(x), taken(y))
 
 
 def _one_way(model: nn.Module) -> bool:

@@ -114,9 +114,16 @@ class _Shared:
         size = 1 << 24
         self.numbers = np.random.default_rng(0).random(size, np.float32) - np.float32(0.5)
         self.room = np.zeros(size, np.float32)
+        self._there: tuple[Any, Any] | None = None
 
     def array(self, shape: Ints) -> Array:
         return self.numbers[: math.prod(shape)].reshape(shape)
+
+    def on_gpu(self) -> tuple[Any, Any]:
+        """The same on the GPU, once for all tasks."""
+        if self._there is None:
+            self._there = backends.moved(self.numbers, "cuda"), backends.moved(self.room, "cuda")
+        return self._there
 
     def result(self, shape: Ints) -> Array:
         return self.room[: math.prod(shape)].reshape(shape)
@@ -155,9 +162,12 @@ def _call(
         return partial(run, x, shared.result((len(x), *chain_shapes(stages, x.shape[1:])[-1])))
     if engine == "cuda":
         there = [replace(s, weight=backends.moved(s.weight, "cuda")) for s in stages]
-        given = backends.moved(x, "cuda")
         run = backends.plan(there, x.shape[1:], np.float32, ends)
-        return partial(run, given, run(given))
+        given, room = shared.on_gpu()
+        shape = (len(x), *chain_shapes(stages, x.shape[1:])[-1])
+        return partial(
+            run, given[: x.size].reshape(x.shape), room[: math.prod(shape)].reshape(shape)
+        )
     return pytorch.call(stages, ends, x, "last" in engine)
 
 

@@ -250,8 +250,11 @@ def cuda(work: Work, most: int) -> Counts:
                 total["launch"] += 1
         else:
             (s,) = stages
-            worked = work.batch * math.prod(step.shape) if s.transposed else given
-            total["row" if step.kind == "depthwise" else "sum"] += worked * each[0]
+            # A transposed stage looks at all taps of every output, those between samples as well.
+            rows = len(s.weight) // s.groups * math.prod(s.kernel)
+            total["row" if step.kind == "depthwise" else "sum"] += given * (
+                rows if s.transposed else each[0]
+            )
         total["byte"] += moved * work.itemsize
     return total
 
