@@ -347,9 +347,10 @@ class Factorization:
         input_shape : sequence of int
             (channels, \\*spatial), or the spatial size alone; the batch is free.
         dtype : dtype, optional
-            float32 or float64; the precision of the weights if not given.
+            float32 or float64, on a GPU float16 and bfloat16 as well; the precision of the weights
+            if not given.
         threads : int, optional
-            Threads to use; all that OpenMP offers if not given.
+            Threads to use; all that OpenMP offers if not given, and of no meaning on a GPU.
         activation : str
             What follows the chain and its bias: ``"none"``, ``"relu"`` or ``"relu6"``.
 
@@ -359,6 +360,7 @@ class Factorization:
             ``run(x, out=None)``, to be called many times, from any thread.  `x` and `out` may
             also hold 8- or 16-bit integers: those of `out` are rounded to nearest, halves to
             even, and saturate.  ``run.breakdown(x)`` says where the time goes, stage by stage.
+            On a GPU threads that share a stream need a plan each.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""PyTorch models whose convolutions run on lowrank's engine: inference, on the CPU."""
+"""PyTorch models whose convolutions run on lowrank's engine, or on its GPU kernels: inference."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Engine(nn.Module):  # type: ignore[misc]
         Raises
         ------
         TypeError
-            If it is no float32 or float64 tensor on the CPU.
+            If it is of a precision that does not run where it is.
         ValueError
             If gradients are asked for, or the shape does not fit.
         """
@@ -164,7 +164,7 @@ def _trim(plans: dict[Any, Any]) -> None:
 def on_engine(
     model: nn.Module, example: torch.Tensor | None = None, threads: int | None = None
 ) -> nn.Module:
-    """A copy of a model for inference on the CPU, its convolutions on lowrank's engine.
+    """A copy of a model for inference, its convolutions on lowrank's engine.
 
     Batch norms are folded into the convolutions before them, ReLU and ReLU6 become part of the
     engine's runs, and chains of convolutions with nothing between them run as one.  Everything
@@ -186,7 +186,8 @@ def on_engine(
     -------
     nn.Module
         In evaluation mode, for float32 and float64 tensors that need no gradient.  Plans are made
-        when an input shape first comes.  Keep the original to train and to save.
+        when an input shape first comes.  Keep the original to train and to save.  Tensors on a GPU
+        run there, through CuPy, in half precisions as well; that has not been tried on one.
 
     Raises
     ------
