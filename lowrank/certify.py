@@ -255,8 +255,8 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     >>> 0 < c.bound < c.error < 1
     True
     """
-    conv, f = conv.to("cpu"), f.to("cpu")
     kernel_of(conv)
+    conv, f = conv.to("cpu"), f.to("cpu")
     error = f.error(conv.to_dense())
     if f.family != "dense" and f.family not in FAMILIES:
         raise ValueError(f"no family bounds the error of {f!r}")

@@ -242,7 +242,7 @@ def test_mistakes_are_named(rng):
     masked = da.ma.masked_equal(da.ones((30, 30)), 0)
     with pytest.raises(TypeError, match="Dask array of NumPy arrays, got Array of MaskedArray"):
         filters.correlate(masked, filters.sobel())
-    with pytest.raises(TypeError, match="must be a NumPy array"):
+    with pytest.raises(TypeError, match="must be a NumPy or CuPy array"):
         conv(dask.delayed(np.ones((1, 2, 30))))
 
 
