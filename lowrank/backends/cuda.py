@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank import reference
 from lowrank._typing import Array, Ints
 from lowrank.backends import INTEGERS, NoGPU, Step, arrays, steps
 from lowrank.backends.steps import Sizes, three
@@ -475,7 +476,7 @@ class Plan:
             y = out
             if out is None or out.dtype != self.dtype or not out.flags.c_contiguous:
                 y = cupy.empty((len(x), *self.out_shape), self.dtype)
-            if _capturing() and (given is not x or y is not out):
+            if _capturing() and (given.data.ptr != x.data.ptr or y is not out):
                 raise ValueError(
                     "while a graph is captured x and out must be given, C-contiguous and "
                     f"{self.dtype}: what is made meanwhile is gone when the graph runs"
@@ -586,10 +587,9 @@ def _capturing() -> bool:
 
 
 def _saturated(values: Any, dtype: Any) -> Any:
-    """Integers nearest to `values`, halves to even; out of range at its end."""
-    limits = np.iinfo(dtype)
-    wide = values if values.dtype.itemsize > 4 else values.astype(np.float32)
-    return cupy.clip(cupy.rint(wide), limits.min, limits.max).astype(dtype)
+    """Integers nearest to `values`; those of two bytes are compared in more digits."""
+    wide = values if values.dtype.itemsize > 2 else values.astype(np.float32)
+    return reference.saturated(wide, np.dtype(dtype))
 
 
 def plan(
@@ -599,9 +599,11 @@ def plan(
     epilogues: Sequence[Epilogue],
     threads: int | None = None,
     interleaved: int = 1,
-) -> Any:
+) -> Plan:
     """Plan `stages`, whose weights are on a GPU, for inputs of `shape` = (channels, *spatial)."""
     del threads  # a GPU has as many as it has
+    if interleaved != 1:
+        raise ValueError("numbers that lie side by side are taken apart before a GPU filters them")
     dtype = np.dtype(dtype)
     devices = [_number(stage.weight) for stage in stages]
     device = devices[0]
@@ -630,8 +632,7 @@ def plan(
                 stacklevel=2,
             )
             made = (_plainly(links, dtype),)
-    whole = Plan(made, tuple(shape), tuple(ends[-1]), dtype, device)
-    return whole if interleaved == 1 else _Interleaved(whole, interleaved)
+    return Plan(made, tuple(shape), tuple(ends[-1]), dtype, device)
 
 
 def _plainly(links: Sequence[_Link], dtype: Any) -> _Step:
@@ -648,32 +649,3 @@ def _plainly(links: Sequence[_Link], dtype: Any) -> _Step:
         y[...] = arrays.run(cpu, x, weights, endings, cupy)
 
     return _Step("plain", stages, run, links[0].shape, links[-1].out)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Interleaved:
-    """A plan for numbers that lie side by side in a sample, such as colours: taken apart first."""
-
-    inner: Plan
-    many: int
-
-    def __call__(self, x: Any, out: Any = None) -> Any:
-        with x.device:
-            return self._run(x, out)
-
-    def _run(self, x: Any, out: Any) -> Any:
-        apart = x.reshape(*x.shape[:-1], x.shape[-1] // self.many, self.many)
-        apart = cupy.moveaxis(apart, -1, 0)
-        given = cupy.ascontiguousarray(apart).reshape(-1, *apart.shape[2:])
-        y = self.inner(given)
-        y = cupy.moveaxis(y.reshape(self.many, len(x), *y.shape[1:]), 0, -1)
-        y = y.reshape(*y.shape[:-2], -1)
-        if out is None:
-            return y
-        out[...] = _saturated(y, out.dtype) if out.dtype in INTEGERS else y
-        return out
-
-    def breakdown(self, x: Any, out: Any = None, *, repeat: int = 5) -> tuple[Step, ...]:
-        """As for a plan, of one of the numbers side by side."""
-        part = cupy.ascontiguousarray(x[..., :: self.many])
-        return self.inner.breakdown(part, None, repeat=repeat)

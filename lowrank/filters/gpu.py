@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowrank import backends
+from lowrank import backends, reference
 from lowrank._typing import Ints
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def correlate(image: Any, along: Ints, request: Request, work: Any, out: Any) ->
     given = x.reshape(-1, 1, *x.shape[-k:]).astype(work, copy=False)
     run = _planned(request, backends.device_of(image))
     y = xp.moveaxis(run(given).reshape(x.shape), last, along)
-    if image.dtype.kind in "iu":
-        limits = np.iinfo(image.dtype)
-        y = xp.clip(xp.rint(y), limits.min, limits.max)
-    out[...] = y.astype(image.dtype, copy=False)
+    out[...] = reference.saturated(y, image.dtype) if image.dtype.kind in "iu" else y
     return out
 
 
