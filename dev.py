@@ -5,6 +5,8 @@
     python3 dev.py test --full      all of them: sanitizers, optional libraries (several 100 MB)
     python3 dev.py lint             formatting, lint and types
     python3 dev.py paper            the paper, measured, drawn and set; --from-data: not measured
+    python3 dev.py docs             the pages, in docs/_build/index.html
+    python3 dev.py bench            is this commit slower than main? minutes; have the machine alone
 
 The first call makes the environment .venv; later ones renew it only if something that it was
 made from has changed.
@@ -31,6 +33,8 @@ GROUPS = {
     "full": ["test", "full"],
     "lint": ["test", "lint"],
     "paper": ["demo", "paper"],
+    "docs": ["demo", "docs"],
+    "bench": ["demo", "bench"],
 }
 
 
@@ -98,7 +102,7 @@ def quietly(*command: str | Path) -> None:
 def main(arguments: list[str]) -> None:
     """Do what the command line asks for."""
     command, *rest = arguments or ["help"]
-    if command not in ("demo", "test", "lint", "paper"):
+    if command not in GROUPS or command == "full":
         print(__doc__, file=sys.stderr)
         raise SystemExit(0 if command in ("help", "-h", "--help") else 2)
     lacks = missing()
@@ -115,6 +119,11 @@ def main(arguments: list[str]) -> None:
         run("make", "-k", "-C", "paper", "from-data" if "--from-data" in rest else "all")
     elif command == "test":
         run(PYTHON, "-m", "pytest", *rest)
+    elif command == "docs":
+        run(PYTHON, "-m", "sphinx", "-W", "-b", "html", "docs", "docs/_build", *rest)
+        print(f"the pages: {ROOT / 'docs' / '_build' / 'index.html'}")
+    elif command == "bench":
+        run(PYTHON, "-m", "asv_benchmarks.gate", *rest)
     else:
         run(PYTHON, "-m", "ruff", "check")
         run(PYTHON, "-m", "ruff", "format", "--check")
