@@ -13,8 +13,8 @@ from lowrank import blocks, families, filters, machine, plots, ranks, weights
 ROOT = Path(lowrank.__file__).parents[1]
 PAGES = [
     p
-    for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
-    if p.exists()
+    for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if p.exists() and not {"_build", "auto_gallery"} & {*p.parts}
 ]
 
 
@@ -76,7 +76,7 @@ def blocks_of(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_code_on_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i, block in enumerate(blocks_of(page, "python")):
@@ -85,7 +85,7 @@ def test_code_on_pages_runs(page, tmp_path, monkeypatch):
         runpy.run_path(str(script))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_on_pages_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     local = [link for link in links if "://" not in link]
