@@ -11,7 +11,7 @@ import pytest
 PAPER = Path(__file__).parents[1] / "paper"
 NAMES = sorted(p.stem for p in (PAPER / "figures").glob("*.py"))
 #: What takes seconds to measure; the others take a minute each, or have to have the machine alone.
-QUICK = ("claims", "cost_ratio")
+QUICK = ("claims", "compound_scaling", "cost_ratio")
 
 
 def run(*words, cwd=PAPER):
