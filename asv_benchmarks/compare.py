@@ -5,7 +5,8 @@
 
 Contestants of a row run in turns in one process, each on N threads (2 if not given; SciPy has one);
 times are medians.  A peer that is not installed is left out.  The fastest one counts against the
-target, PyTorch in the better of its two layouts; onnxruntime has a column of its own.  The
+target, PyTorch in the better of its two layouts; onnxruntime and TensorLy-Torch, whose factorised
+layers are chains of PyTorch's convolutions, have columns of their own.  The
 roofline is what arithmetic at the measured peak, or the bytes of input, weights and output at the
 measured copy rate, would take.  A thread that waits sleeps (OMP_WAIT_POLICY=passive): teams
 that spin take each other's cores.
@@ -35,6 +36,9 @@ from asv_benchmarks.benchmarks.cases import KINDS
 from asv_benchmarks.benchmarks.libraries import cv2, torch
 from asv_benchmarks.benchmarks.measure import measured
 from lowrank._kernels import _core
+
+#: Peers with columns of their own, that are not what a chain is compared with.
+ASIDE = ("onnxruntime", "TensorLy-Torch")
 
 
 def cpu() -> str:
@@ -82,7 +86,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             calls = [work.ours, *work.peers.values(), *work.dense.values()]
             ours, *others = measured(calls, 0.15 if quick else 0.6)
             seen = dict(zip([*names, *work.dense], others))
-            rivals = [name for name in names if name != "onnxruntime"]
+            rivals = [name for name in names if name not in ASIDE]
             best = min(rivals, key=seen.__getitem__) if rivals else None
             limited = not names and kind == "call"  # a limit in place of a peer
             if limited:
@@ -92,7 +96,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
                 work.flops / (about["peak_gflops"] * 1e9), work.bytes / (about["copy_gbs"] * 1e9)
             )
             dense = min((seen[name] for name in work.dense), default=None)
-            nchw, onnx = seen.get("torch NCHW"), seen.get("onnxruntime")
+            nchw, onnx, tltorch = (seen.get(name) for name in ("torch NCHW", *ASIDE))
             yield {
                 "kind": kind,
                 "name": case.name,
@@ -105,6 +109,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
                 "nchw_speedup": None if nchw is None else nchw / ours,
                 "nchw_target": case.nchw,
                 "onnxruntime_speedup": None if onnx is None else onnx / ours,
+                "tensorly_torch_speedup": None if tltorch is None else tltorch / ours,
                 "realised": dense / ours / work.fewer if dense else None,
                 "roofline_share": least / ours,
                 "gflops": work.flops / ours * 1e-9,
@@ -129,6 +134,7 @@ def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
             ("speedup", "best peer", _mean(targets[0]), floor),
             ("nchw_speedup", "torch NCHW", _mean(targets[1]), 1.0 if layers else None),
             ("onnxruntime_speedup", "onnxruntime", None, 1.0),
+            ("tensorly_torch_speedup", "TensorLy-Torch", None, 1.0),
             ("realised", "realised share", REALISED, NEVER_UNDER),
         ):
             of = [r for r in these if r[key] is not None]
@@ -195,7 +201,10 @@ def main() -> None:
             f"peak {about['peak_gflops']:.0f} GFLOP/s, copy {about['copy_gbs']:.0f} GB/s"
         )
         head = f"{'work':72} {'ours us':>9} {'best peer':>24} {'speed-up':>8} {'target':>6}"
-        print(head + f" {'NCHW':>6} {'ONNX':>6} {'realised':>8} {'roofline':>8} {'GFLOP/s':>7}")
+        print(
+            head
+            + f" {'NCHW':>6} {'ONNX':>6} {'TLT':>6} {'realised':>8} {'roofline':>8} {'GFLOP/s':>7}"
+        )
     for row in rows(given.threads, given.quick, given.only, about):
         found.append(row)
         if not given.json:
@@ -203,6 +212,7 @@ def main() -> None:
                 f"{row['name']:72} {row['ours_s'] * 1e6:9.1f} {row['peer'] or '-':>24} "
                 f"{_number(row['speedup']):>8} {row['target']:6.2f} "
                 f"{_number(row['nchw_speedup']):>6} {_number(row['onnxruntime_speedup']):>6} "
+                f"{_number(row['tensorly_torch_speedup']):>6} "
                 f"{_number(row['realised']):>8} "
                 f"{row['roofline_share']:8.2f} {row['gflops']:7.1f}",
                 flush=True,

@@ -47,7 +47,8 @@ def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
     return lr.chain(stages)
 
 
-def items(quick: bool) -> Iterator[Item]:
+def items(quick: bool, engine: str = "lowrank") -> Iterator[Item]:
+    """What is predicted: layers, chains and families; images and volumes for our engine alone."""
     for row in cases.layers():
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         whole = lr.dense(cases.weight(c, c, *kernel), padding=[k // 2 for k in kernel])
@@ -65,6 +66,9 @@ def items(quick: bool) -> Iterator[Item]:
             yield "MobileNet block", chain(c, shapes, stride), (size, size), n
     for c, length in [(64, 4096), (256, 1024), (16, 100_000)]:
         yield "series", chain(c, [(c, 1, 9)]), (length,), 1
+    yield from families(quick)
+    if "torch" in engine:
+        return
     for k, size in itertools.product((3, 5, 9, 15, 31), (512, 1024, 2048, 4096)):
         yield "image", chain(1, [(1, 1, k, 1), (1, 1, 1, k)]), (size, size), 1
     for rank, size in itertools.product((2, 3), (512, 2048)):
@@ -72,7 +76,6 @@ def items(quick: bool) -> Iterator[Item]:
     for k in (3, 9, 15):
         passes = [(1, 1, k, 1, 1), (1, 1, 1, k, 1), (1, 1, 1, 1, k)]
         yield "volume", chain(1, passes), (256,) * 3, 1
-    yield from families(quick)
 
 
 def families(quick: bool) -> Iterator[Item]:
@@ -116,10 +119,8 @@ def main() -> None:
 
         torch.set_num_threads(given.threads)
     found = []
-    left = items(given.quick)
+    left = items(given.quick, given.engine)
     while some := list(itertools.islice(left, GROUP)):
-        if "torch" in given.engine:
-            some = [i for i in some if not i[0].startswith(("image", "volume"))]
         calls = [call(f, size, n, given.engine, given.threads) for _, f, size, n in some]
         for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
             p = here.predict(f, size, batch=n, threads=given.threads, engine=given.engine)

@@ -18,10 +18,13 @@ import numpy as np
 import scipy.ndimage as ndi
 import scipy.signal
 
-import lowrank as lr
-from lowrank import blocks, filters
+try:
+    import lowrank as lr
+    from lowrank import blocks, filters
+except ImportError:  # asv imports every module of this folder, on commits that had less, too
+    pass
 
-from .libraries import Call, cv2, onnx_peer, opencv_separable, torch_peers
+from .libraries import Call, cv2, onnx_peer, opencv_separable, tensorly_torch_peer, torch_peers
 
 LAYERS = Path(__file__).with_name("compared.csv")
 
@@ -241,6 +244,7 @@ def chain_work(row: dict[str, Any], n: int, family: str, threads: int) -> Work:
             channels = shape[0]
         f = lr.chain(stages)
     work = layer(f, n, size, threads)
+    work.peers |= tensorly_torch_peer(family, f.stages, random(n, c, *size))
     work.dense = torch_peers(whole.stages, random(n, c, *size), name="dense")
     work.fewer = whole.cost(size).macs / f.cost(size).macs
     return work

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .measure import measured
+
 try:
     import torch
 except ImportError:
@@ -36,6 +38,54 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch")
     if x.ndim in (4, 5):
         found[f"{name} NHWC"] = pytorch.call(stages, epilogues, x, channels_last=True)
     return found
+
+
+def tensorly_torch_peer(family: str, stages: Any, x: np.ndarray) -> dict[str, Call]:
+    """The chain as a FactorizedConv of TensorLy-Torch, for the three families that it has.
+
+    The factors are those of the stages.  Of its implementations, in both layouts of the input, the
+    one that a short trial finds the fastest.
+    """
+    form = family.rsplit(" ", 1)[0]
+    if torch is None or form not in ("cp", "tucker", "tensor train"):
+        return {}
+    try:
+        import tltorch
+    except ImportError:
+        return {}
+    weights = [torch.from_numpy(np.require(s.weight, requirements=["C", "W"])) for s in stages]
+    first, *middle, last = weights
+    first, last = first.flatten(1), last.flatten(1)  # (rank, inputs), (outputs, rank)
+    kernel = [max(w.shape[2 + a] for w in middle) for a in range(x.ndim - 2)]
+    shape, ways = (len(last), first.shape[1], *kernel), ["factorized"]
+    if form == "cp":
+        factors = [last, first.T, *(w.flatten(1).T for w in middle)]
+        made = tltorch.CPTensor(torch.ones(len(first)), factors, shape=shape, rank=len(first))
+        ways.append("mobilenet")
+    elif form == "tucker":
+        ranks = (last.shape[1], len(first), *kernel)
+        made = tltorch.TuckerTensor(middle[0], [last, first.T], shape=shape, rank=ranks)
+    else:
+        cores = [first.T[None], *(w.flatten(2).permute(1, 2, 0) for w in middle), last.T[..., None]]
+        ranks = (1, *(len(w) for w in weights[:-1]), 1)
+        made = tltorch.TTTensor(cores, shape=(*shape[1:], shape[0]), rank=ranks)
+    padding = [k // 2 for k in kernel]
+    given = torch.from_numpy(x)
+    last_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    inputs = [given, given.contiguous(memory_format=last_format)]
+
+    def call(way: str, t: Any) -> Call:
+        conv = tltorch.FactorizedConv.from_factorization(made, implementation=way, padding=padding)
+
+        def go() -> Any:
+            with torch.inference_mode():
+                return conv(t)
+
+        return go
+
+    calls = [call(way, t) for way in ways for t in inputs]
+    times = measured(calls, 0.05)
+    return {"TensorLy-Torch": calls[times.index(min(times))]}
 
 
 def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:

@@ -1,6 +1,6 @@
 """The engine on single stages and fused chains, beside NumPy's matrix product.
 
-    python asv_benchmarks/benchmarks/engine.py [THREADS]      prints the rates as a table
+    python -m asv_benchmarks.benchmarks.kernels [THREADS]      prints the rates as a table
 
 A share of 1 is the rate of a large float32 matrix product on one thread, measured in turns,
 times the threads: what the machine gives to a library that has been tuned for it.  The product
@@ -11,11 +11,14 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
+
+from . import measure
 
 #: Spatial size of the input, then the stages: (out, in, kernel, stride, groups).
 PROBLEMS = {
@@ -55,20 +58,82 @@ def problem(name):
     return lr.chain(stages), (specs[0][1], *size)
 
 
-class Rate:
+def planned(name):
+    """A call of one of the above on one thread."""
+    f, shape = problem(name)
+    x = np.ones((1, *shape), np.float32)
+    run = f.compile(shape, np.float32, threads=1)
+    out = run(x)
+    return lambda: run(x, out)
+
+
+#: Layers of well-known networks beside other libraries, one thread.
+LAYERS = ("dense", "depthwise", "series", "mobilenet")
+WORK = {name: partial(planned, name) for name in PROBLEMS} | measure.works(["call"])
+
+
+class Problems:
     """Time of the engine over that of a matrix product with as many multiply-adds."""
 
     params = (list(PROBLEMS),)
     param_names = ["problem"]
-    timeout = 120
 
-    def setup(self, name):
-        self.f, self.shape = problem(name)
+    def setup_cache(self):
+        found = {}
+        for name in PROBLEMS:
+            try:
+                f, shape = problem(name)
+                share, rate = measured(f, shape, threads=1)
+            except measure.ABSENT:
+                continue
+            found[name] = 1 / share, 2e-9 * f.cost(shape).macs / rate
+        return found
 
-    def track_time_over_gemm(self, name):
-        return 1 / measured(self.f, self.shape, threads=1)[0]
+    setup_cache.timeout = 120
+
+    def setup(self, found, name):
+        if name not in found:
+            raise NotImplementedError
+
+    def track_time_over_gemm(self, found, name):
+        return found[name][0]
 
     track_time_over_gemm.unit = "times a matrix product of as many multiply-adds"
+
+    def track_time(self, found, name):
+        return found[name][1]
+
+    track_time.unit = "seconds"
+
+
+class Layers(measure.Beside):
+    """Layers, and MobileNet's blocks, beside the same in other libraries."""
+
+    params = (measure.names(LAYERS), ["PyTorch", "onnxruntime"])
+
+    def setup_cache(self):
+        return measure.table(LAYERS)
+
+    setup_cache.timeout = 600
+
+
+class LayerTimes(measure.Alone):
+    """Their own times."""
+
+    params = (measure.names(LAYERS),)
+    setup_cache = Layers.setup_cache
+
+
+class Calls:
+    """A call of a planned chain on a tiny input: what is paid beside the work."""
+
+    params = (measure.names(["call"]),)
+
+    def setup(self, name):
+        self.call = measure.available(WORK[name])
+
+    def time_call(self, name):
+        self.call()
 
 
 def measured(f, shape, threads, seconds=0.5):
