@@ -176,7 +176,7 @@ class Quality:
                 try:
                     one = quality(layer, family)
                     if one is not None:
-                        found[layer, family] = (*one[1:], time_share(layer, one[0]))
+                        found[layer, family] = (*one[1:], share_of_time(layer, one[0]))
                 except measure.ABSENT:
                     continue
         return found
@@ -208,7 +208,7 @@ class Quality:
     track_time_share.unit = "share of the dense layer's time, one thread"
 
 
-def time_share(layer, f):
+def share_of_time(layer, f):
     conv = dense(layer)
     shape = conv.shape(size(layer))
     x = np.ones((1, *shape), np.float32)
