@@ -1,0 +1,65 @@
+"""Denoising a cube by few terms: decibels against terms, against data, and against time."""
+
+import csv
+import sys
+
+import style
+from matplotlib import pyplot as plt
+
+LOOK = {
+    ("filter", "weights"): ("#cc79a7", "D", ":", "lines, weights"),
+    ("spatial", "weights"): ("#d55e00", "o", ":", "image | bands, weights"),
+    ("filter", "output"): ("#cc79a7", "D", "-", "lines, output"),
+    ("spatial", "output"): ("#d55e00", "o", "-", "image | bands, output"),
+}
+MAIN = "40000"
+
+
+def main(source, target):
+    with open(source, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for r in rows:  # either order of the two stages
+        r["form"] = "spatial" if r["form"] in ("dh-w", "w-dh") else r["form"]
+    dense = {r["patches"]: float(r["psnr"]) for r in rows if r["form"] == "dense"}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(style.PAGE, 2.7))
+    handles = []
+    for (form, fit), (colour, mark, line, said) in LOOK.items():
+        some = [r for r in rows if (r["form"], r["fit"]) == (form, fit)]
+        here = [r for r in some if r["patches"] == MAIN]
+        points = [(int(r["rank"]), float(r["psnr"])) for r in here]
+        look = {"color": colour, "marker": mark, "linestyle": line, "label": said}
+        handles += left.plot(*zip(*points), **look)
+        points = [(int(r["patches"]), float(r["psnr"])) for r in some if r["rank"] == "2"]
+        middle.plot(*zip(*points), **look)
+        if fit == "weights":
+            points = [(1e3 * float(r["seconds"]), float(r["psnr"])) for r in here]
+            right.plot(*zip(*points[1:]), color=colour, marker=mark, linestyle=line)
+            for r, point in zip(here[1:], points[1:]):
+                if r["rank"] in "248":
+                    right.annotate(r["rank"], point, (-3, -8), textcoords="offset points",
+                                   fontsize=6, color=colour)  # fmt: skip
+    handles.append(left.axhline(dense[MAIN], color="#555555", label="the whole filter"))
+    middle.plot([int(p) for p in dense], dense.values(), "s-", color="#555555")
+    left.set(xlabel="terms", ylabel="PSNR in dB")
+    left.set_xticks([1, 2, 3, 4, 6, 8])
+    middle.set(xscale="log", xlabel="patches the filter was learnt from")
+    middle.set_ylabel("PSNR in dB, 2 terms")
+    middle.set_ylim(max(dense["2500"] - 2.5, 0), None)
+    middle.set_xticks([2500, 10000, 40000, 160000], ["2500", "10 000", "40 000", "160 000"])
+    whole = {r["form"]: r for r in rows if r["patches"] == MAIN and not r["rank"]}
+    ways = (("dense", "s", "direct"), ("fft", "^", "FFT"), ("SciPy", "v", "SciPy"))
+    for form, mark, said in ways:
+        at = 1e3 * float(whole[form]["seconds"]), dense[MAIN]
+        right.plot(*at, mark, color="#555555", markersize=4)
+        right.annotate(said, at, (0, 5 if form != "dense" else -9), textcoords="offset points",
+                       fontsize=6.5, ha="center", color="#555555")  # fmt: skip
+    right.set(xscale="log", xlabel="ms for the cube, one thread", ylabel="PSNR in dB")
+    right.margins(0.12, 0.15)
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    middle.minorticks_off()
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    style.save(figure, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

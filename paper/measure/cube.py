@@ -1,0 +1,168 @@
+"""A denoising filter of a hyperspectral cube: the terms it needs, in decibels and in seconds.
+
+The cube is the left half of AVIRIS Jasper Ridge where LOWRANK_DATA has it, else one by formula;
+each band less its mean, and white noise of half the cube's deviation on top.  The filter, 5 x 5
+samples by 15 bands, is Wiener's: least squares from the second moments of patches of the noisy cube
+itself and the size of the noise, so that it is the better known the more patches were looked at.
+
+Its forms: sums of products of three lines (`filter`), a spatial before a spectral stage (`dh-w`, of
+the bipartition {i j | b}) and others, the nearest in the weights, or (`fit`) the nearest in the
+output, for which the cube is the calibration data of a network of one layer.  `psnr` is that of the
+result against the clean cube, whose largest value is 1, `off` that against the whole filter's;
+seconds are medians of runs that take turns.
+"""
+
+import csv
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+from threadpoolctl import threadpool_limits
+
+import lowrank
+from lowrank import filters, models
+from lowrank.filters import choose
+
+TAPS = (5, 5, 15)
+NOISE = 0.5
+PATCHES = (2500, 5000, 10000, 40000, 160000)
+MAIN = 40000  # that all forms are looked at for
+REPEATS = 5
+
+
+def scene():
+    """The cube, with values of at most 1, and its name."""
+    folder = os.environ.get("LOWRANK_DATA")
+    if folder:
+        path = Path(folder, "hyperspectral", "jasper_ridge_left.npz")
+        cube = np.load(path)["cube"].astype(np.float32)
+        return "Jasper Ridge", cube / cube.max()
+    print("LOWRANK_DATA is not set: a cube by formula in place of Jasper Ridge", file=sys.stderr)
+    rng = np.random.default_rng(0)
+    shares = scipy.ndimage.gaussian_filter(rng.standard_normal((4, 100, 50)), (0, 3, 3))
+    shares = np.exp(20 * shares) / np.exp(20 * shares).sum(0)
+    bands = np.linspace(0, 1, 198)
+    bumps = np.exp(-(((bands - rng.random((4, 6, 1))) / 0.08) ** 2)) * rng.random((4, 6, 1))
+    cube = np.einsum("mij,mb->ijb", shares, bumps.sum(1)).astype(np.float32)
+    return "by formula", cube / cube.max()
+
+
+def wiener(noisy, sigma, patches):
+    """The filter that gives the centre of so many patches back with least squared error."""
+    windows = np.lib.stride_tricks.sliding_window_view(noisy, TAPS)
+    rng = np.random.default_rng(1)
+    at = tuple(rng.integers(0, n, patches) for n in windows.shape[:3])
+    x = windows[at].reshape(patches, -1)
+    moments = (x.T @ x).astype(np.float64) / patches
+    centre = len(moments) // 2
+    wanted = moments[centre].copy()
+    wanted[centre] -= sigma**2
+    kernel = np.linalg.solve(moments, wanted).reshape(TAPS)
+    return (kernel + kernel[::-1, ::-1, ::-1]) / 2  # as second moments of pairs are
+
+
+class Single:
+    """A network of one layer, the filter, and the noisy cube to calibrate it on."""
+
+    batches = 1
+
+    def __init__(self, conv, noisy):
+        self.layers = (models.Layer("filter", conv, noisy.shape),)
+        self.noisy = noisy[None, None]
+
+    def inputs(self, names, chains):
+        yield dict.fromkeys(names, (self.noisy,))
+
+    def gradients(self, names, seed):
+        return None
+
+    def outputs(self, chains):
+        yield (chains.get("filter", self.layers[0].conv)(self.noisy),)
+
+    def replaced(self, chains):
+        return chains
+
+
+def decibels(found, wanted):
+    return f"{-10 * np.log10(np.mean((found - wanted.astype(float)) ** 2)):.3f}"
+
+
+def clocked(calls):
+    times = {name: [] for name in calls}
+    for _ in range(REPEATS + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def main(target):
+    name, clean = scene()
+    clean -= clean.mean((0, 1))
+    sigma = NOISE * clean.std()
+    noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
+    noisy = clean + sigma * noise
+    images, size = noisy[None, None], clean.shape
+    with open(target, "w", newline="") as file, threadpool_limits(1):
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(
+            ["cube", "patches", "form", "fit", "rank", "macs", "error", "psnr", "off", "predicted",
+             "seconds"]
+        )  # fmt: skip
+        rows.writerow([name, "", "noisy", "", "", "", "", decibels(noisy, clean), *[""] * 3])
+        for patches in PATCHES:
+            kernel = wiener(noisy, sigma, patches).astype(np.float32)
+            plan = filters.plan_filter(kernel, size, threads=1)
+            options = {o.method: o for o in plan.options if o.method != "separable"}
+            conv = options["direct"].chain
+            whole = conv(images)[0, 0]
+            chains = {("dense", "", ""): conv}
+            net = Single(conv, noisy)
+            measured = models.Measured(net, gradients=False)
+            ranks = (1, 2, 3, 4, 6, 8) if patches == MAIN else (2,)
+            for rank in ranks:
+                chains["dh-w", "weights", rank] = lowrank.spatial(conv, rank, form="dh-w")
+                chains["filter", "weights", rank] = lowrank.filter(conv, rank)
+                if patches == MAIN and rank < 5:
+                    chains["d-hw", "weights", rank] = lowrank.spatial(conv, rank, form="d-hw")
+                    train = lowrank.tensor_train(conv, (rank, rank), form="sd-h-wt")
+                    chains["train", "weights", rank] = train
+                if rank < 5:
+                    for family, each in (("filter", sum(TAPS)), ("spatial", TAPS[0] * 5 + 15)):
+                        share = (rank * each + 0.5) / kernel.size
+                        small = models.compress(
+                            net, macs=share, families=[family], measured=measured
+                        )
+                        f = small.chains["filter"]
+                        chains[f.form or "filter", "output", rank] = f
+            took, predicted = {}, {}
+            if patches == MAIN:
+                for key, f in chains.items():
+                    if key[1] != "output":  # as long as those that are fitted to the weights
+                        out, run = np.empty_like(images), f.compile(size, np.float32, threads=1)
+                        took[key] = lambda run=run, out=out: run(images, out)
+                        predicted[key] = lowrank.machine.predict(f, size, threads=1).seconds
+                run, out = choose.runner(options["fft"], size, np.float32, 1), np.empty_like(images)
+                took["fft", "", ""] = lambda run=run, out=out: run(images, out)
+                predicted["fft", "", ""] = options["fft"].seconds
+                took["SciPy", "", ""] = lambda k=kernel: scipy.ndimage.correlate(noisy, k)
+                took = clocked(took)
+            for key in dict.fromkeys([*chains, *took]):
+                f = chains.get(key)
+                about = [""] * 4
+                if f is not None:
+                    out = f(images)[0, 0]
+                    counts = f.cost(size).macs / noisy.size, f.error(conv.to_dense())
+                    off = "" if f is conv else decibels(out, whole)
+                    about = [f"{counts[0]:g}", f"{counts[1]:.4f}", decibels(out, clean), off]
+                times = [f"{t[key]:.4g}" if key in t else "" for t in (predicted, took)]
+                rows.writerow([name, patches, *key, *about, *times])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
