@@ -166,7 +166,7 @@ class Predicted:
             run = f.compile(x.shape[1:], np.float32, threads=1)
             out = run(x)
             (actual,) = measure.measured([lambda run=run, x=x, out=out: run(x, out)], 0.2)
-            predicted = machine.predict(f, layer.input_size, threads=1)
+            predicted = machine.predict(f, layer.input_size, threads=1).seconds
             off.append(max(predicted / actual, actual / predicted) - 1)
         return max(off)
 
