@@ -1,9 +1,16 @@
 """How Sphinx makes the pages: ``sphinx-build -b html docs docs/_build``."""
 
+import ast
+import importlib.util
+import re
 import shutil
 from importlib.metadata import version as installed
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 from sphinx_gallery.scrapers import figure_rst
 
 project = "lowrank"
@@ -11,18 +18,27 @@ author = "The lowrank developers"
 release = version = installed("lowrank")
 html_title = "lowrank"
 html_show_sourcelink = False
-html_sidebars = {"**": []}  # room for tables; the pages are at the top
+html_static_path = ["_static"]
+html_css_files = ["lowrank.css"]
+html_sidebars = {"**": []}  # room for tables; the parts are at the top, their pages in each part
+html_theme_options = {
+    "header_links_before_dropdown": 8,
+    "secondary_sidebar_items": ["page-toc"],
+    "show_prev_next": True,
+}
 
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.extlinks",
-    "sphinx.ext.mathjax",
     "numpydoc",
     "myst_parser",
     "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build", "gallery"]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
 html_theme = "pydata_sphinx_theme"
 extlinks = {"arxiv": ("https://arxiv.org/abs/%s", "arXiv:%s")}
 
@@ -45,7 +61,21 @@ def pictures(block, variables, conf):
     return figure_rst(shown, conf["src_dir"])
 
 
+def missing(script):
+    """Whether a script imports something that is not installed, as PyTorch may be."""
+    imports = [
+        n for n in ast.parse(script.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports]
+    return any(importlib.util.find_spec(name.split(".")[0]) is None for name in names)
+
+
+left_out = [p.name for p in sorted(Path(__file__).parent.glob("gallery/plot_*.py")) if missing(p)]
+if left_out:
+    logging.getLogger(__name__).info("not installed: what these need: %s", ", ".join(left_out))
+
 sphinx_gallery_conf = {
+    "ignore_pattern": "|".join((r"__init__\.py", *map(re.escape, left_out))),
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_gallery",
     "image_scrapers": ("matplotlib", pictures),
@@ -55,3 +85,24 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "write_computation_times": False,
 }
+
+
+def mathml(as_block):
+    """Formulas as MathML: browsers show it themselves, without a network and without scripts."""
+
+    def visit(translator, node):
+        try:
+            formula = tex2mathml(node.astext(), as_block=as_block)
+        except MathError as why:
+            logging.getLogger(__name__).warning("formula: %s", why, location=node)
+            formula = f"<code>{translator.encode(node.astext())}</code>"
+        name = "div" if as_block else "span"
+        translator.body.append(f'<{name} class="formula">{formula}</{name}>')
+        raise SkipNode
+
+    return visit, None
+
+
+def setup(app):
+    """What Sphinx asks this file for once."""
+    app.add_html_math_renderer("mathml", mathml(as_block=False), mathml(as_block=True))
