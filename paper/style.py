@@ -18,6 +18,20 @@ matplotlib.rcParams.update(
     }
 )
 COLUMN, PAGE = 3.4, 7.0  # inches
+#: A colour and a mark a contestant.
+WHO = {
+    "lowrank": ("#0072b2", "o"),
+    "PyTorch": ("#d55e00", "s"),
+    "PyTorch, channels last": ("#e69f00", "^"),
+    "SciPy": ("#009e73", "D"),
+    "OpenCV": ("#cc79a7", "v"),
+}
+
+
+def within(limits, value):
+    """Whether a tick is in sight."""
+    low, high = limits
+    return low <= value <= high
 
 
 def save(figure, target):

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-PAPER = Path(__file__).parents[1] / "paper"
+ROOT = Path(__file__).parents[1]
+PAPER = ROOT / "paper"
 NAMES = sorted(p.stem for p in (PAPER / "figures").glob("*.py"))
 #: What takes seconds to measure; the others take a minute each, or have to have the machine alone.
 QUICK = ("claims", "compound_scaling", "cost_ratio")
 
 
 def run(*words, cwd=PAPER):
-    env = os.environ | {"PYTHONPATH": str(PAPER)}
+    env = os.environ | {"PYTHONPATH": f"{PAPER}{os.pathsep}{ROOT}"}
     env.pop("LOWRANK_DATA", None)  # the layers that come with the library are enough
     subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env, check=True)
 

@@ -21,7 +21,7 @@ def main(source, target):
     axes.set(xscale="log", xlabel="stated / counted")
     axes.set_yticks(range(len(rows)), [f"{r['article']}: {r['claim']}" for r in reversed(rows)])
     axes.tick_params(axis="y", labelsize=6.5, length=0)
-    axes.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    axes.set_xticks([0.5, 1, 2, 5, 20, 50], ["0.5", "1", "2", "5", "20", "50"])
     axes.minorticks_off()
     style.save(figure, target)
 

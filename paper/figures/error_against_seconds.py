@@ -1,0 +1,47 @@
+"""Error of the weights against multiply-adds and against measured seconds, by family."""
+
+import csv
+import sys
+from collections import defaultdict
+
+import style
+from matplotlib import pyplot as plt
+
+from lowrank import plots
+
+
+def main(source, target):
+    points = defaultdict(lambda: defaultdict(list))
+    with open(source, newline="") as file:
+        for r in csv.DictReader(file):
+            row = float(r["macs"]), float(r["seconds"]), float(r["error"])
+            points[r["layer"]][r["family"]].append(row)
+    figure, every = plt.subplots(
+        2, len(points), figsize=(style.PAGE, 4.2), sharey=True, squeeze=False
+    )
+    seen = {}
+    for column, (layer, families) in zip(every.T, points.items()):
+        for k, axes in enumerate(column):
+            for family, rows in families.items():
+                colour, mark = plots.LOOK[family]
+                rows = sorted(rows)
+                (line,) = axes.plot([r[k] for r in rows], [r[2] for r in rows], color=colour,
+                                    marker=mark, linewidth=0.6)  # fmt: skip
+                seen.setdefault(family, line)
+            axes.axvline(1, color="0.5", linewidth=0.6, linestyle=":")
+            axes.set(xscale="log", ylim=(0, 1))
+            ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5) if style.within(axes.get_xlim(), t)]
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            axes.minorticks_off()
+            axes.grid(alpha=0.25, linewidth=0.4)
+            axes.set_xlabel(("multiply-adds / dense", "measured seconds / dense")[k])
+        column[0].set_title(layer.replace(" ", "\n", 1), fontsize=7.5)
+    for axes in every[:, 0]:
+        axes.set_ylabel("relative error")
+    figure.legend(seen.values(), seen, loc="outside lower center", ncols=7, frameon=False,
+                  fontsize=6.5)  # fmt: skip
+    style.save(figure, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,48 @@
+"""Three quotients of costs, stated and counted, and what contestants make of them in time."""
+
+import csv
+import sys
+from collections import defaultdict
+
+import style
+from matplotlib import pyplot as plt
+
+PANELS = {
+    "2/m": ("taps m, image of 1024²", "2/m"),
+    "3/K²": ("taps K, volume of 96³", "3/K²"),
+    "1/N + 1/h²": ("channels N of a 3 × 3 layer at 28²", "1/N + 1/9"),
+}
+
+
+def main(source, target):
+    curves, counted = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
+    with open(source, newline="") as file:
+        for r in csv.DictReader(file):
+            size, time = int(r["size"]), float(r["separated"]) / float(r["dense"])
+            curves[r["claim"]][r["who"]].append((size, time))
+            counted[r["claim"]][size] = float(r["limit"]), float(r["counted"])
+    figure, every = plt.subplots(1, 3, figsize=(style.PAGE, 2.5))
+    for axes, (claim, (what, formula)) in zip(every, PANELS.items()):
+        sizes = sorted(counted[claim])
+        axes.plot(sizes, [counted[claim][n][0] for n in sizes], color="0.45", linestyle=":",
+                  label=formula)  # fmt: skip
+        axes.plot(sizes, [counted[claim][n][1] for n in sizes], "x", color="0.3", markersize=4,
+                  label="counted")  # fmt: skip
+        for who, points in curves[claim].items():
+            colour, mark = style.WHO[who]
+            axes.plot(*zip(*points), color=colour, marker=mark, label=who)
+        axes.set(xscale="log", yscale="log", xlabel=what)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * 2)  # room for the legend
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yticks([v for v in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if style.within((low, high), v)])
+        axes.grid(alpha=0.25, linewidth=0.4)
+        axes.legend(frameon=False, fontsize=6)
+    every[0].set_ylabel("separated / dense")
+    style.save(figure, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

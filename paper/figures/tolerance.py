@@ -1,0 +1,37 @@
+"""What separating one layer of ResNet-20 does, layer by layer."""
+
+import csv
+import sys
+
+import style
+from matplotlib import pyplot as plt
+
+LINES = {
+    "kernel_error": ("#999999", "s", "error of the kernel"),
+    "output_error": ("#0072b2", "o", "error of the network's outputs"),
+}
+
+
+def main(source, target):
+    with open(source, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(style.COLUMN, 2.4))
+    at = [int(r["number"]) + 1 for r in rows]
+    other = axes.twinx()
+    other.bar(at, [float(r["lost"]) for r in rows], color="#d55e00", alpha=0.4, width=0.7)
+    other.set_ylabel("points of top-1 lost (bars)", color="#a34700")
+    for key, (colour, mark, label) in LINES.items():
+        axes.plot(at, [float(r[key]) for r in rows], color=colour, marker=mark, label=label)
+    axes.set(xlabel="layer that is separated, alone", ylabel="relative error", ylim=(0, 1))
+    low, high = other.get_ylim()
+    other.set_ylim(0 if low > -1 else low, high * 1.15)
+    axes.set_zorder(other.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set_xticks(at[::3])
+    axes.legend(frameon=False, loc="upper right")
+    other.spines["right"].set_visible(True)
+    style.save(figure, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,71 @@
+"""Top-1 of ResNet-20 against its multiply-adds and measured seconds, nothing trained after.
+
+The same ways to spend a budget as for the digit network; 256 calibration images, 500 others for
+the score, from the folder that LOWRANK_DATA names. Seconds are those of 1 and of 64 images
+through the whole network on one thread, over those of PyTorch's dense network in its better
+layout: on our engine, and as the same chains in PyTorch. The first convolution and the last layer
+stay as they are in the uniform ways.
+"""
+
+import sys
+
+import tables
+
+from lowrank import models
+
+SHARES = (0.67, 0.5, 0.4, 0.33, 0.25)
+UNIFORM = ("spatial", "tucker")
+BATCHES = (1, 64)
+
+
+def rows(case):
+    from asv_benchmarks.benchmarks import whole
+    from lowrank.interop.torch import TorchNet
+    from lowrank.interop.weights import WeightsNet
+
+    net = TorchNet(case.model, case.calibration(0))
+    blind = WeightsNet(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
+    seen, unseen = models.Measured(net), models.Measured(blind)
+    ways = {
+        f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)
+        for family in UNIFORM
+    }
+    ways["chosen, kernels alone"] = lambda share: (
+        models.compress(blind, macs=share, measured=unseen).chains
+    )
+    ways["chosen, on data"] = lambda share: models.compress(net, macs=share, measured=seen).chains
+    total = sum(x.cost.macs for x in net.layers)
+    yield "dense", "1.0000", f"{case.score(case.model):.2f}", *times(whole, case, case.model)
+    for way, made in ways.items():
+        for share in SHARES:
+            chains = made(share)
+            small = net.replaced(chains)
+            macs = sum((chains.get(x.name) or x.conv).cost(x.input_size).macs for x in net.layers)
+            yield (way, f"{macs / total:.4f}", f"{case.score(small):.2f}",
+                   *times(whole, case, small))  # fmt: skip
+
+
+def times(whole, case, small):
+    for batch in BATCHES:
+        found = whole.timings(case, small, batch, 1)
+        best = {
+            who: min(t for name, t in found.items() if name.startswith(who))
+            for who in ("torch dense", "engine compressed", "torch compressed")
+        }
+        dense = best.pop("torch dense")
+        yield from (f"{t / dense:.3f}" for t in best.values())
+
+
+def main(target):
+    tables.needed_folder()
+    tables.peers().set_num_threads(1)
+    from asv_benchmarks.benchmarks import nets
+
+    (case,) = nets.cases("resnet20")
+    header = ["way", "macs", "accuracy"]
+    header += [f"{who}_{n}" for n in BATCHES for who in ("lowrank", "torch")]
+    tables.write(target, header, rows(case))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,104 @@
+"""The quotients of costs that articles give, counted, and what the clock makes of them.
+
+2/m: an m x m filter of one image in two passes.  3/K^2: a K x K x K filter of a volume in three.
+1/N + 1/h^2: a layer of N channels and h x h taps, depthwise then pointwise.  Every contestant
+runs its own dense form and its own separated form, on one thread.
+"""
+
+import sys
+
+import numpy as np
+import tables
+from scipy import ndimage
+
+import lowrank
+from asv_benchmarks.benchmarks.libraries import torch_peers
+from asv_benchmarks.benchmarks.measure import measured
+
+try:
+    import torch
+except ImportError:
+    torch = None
+    print("measured_ratio: PyTorch is missing (pip install --group bench); its rows are left out")
+SECONDS = 0.25  # a pair of calls
+
+
+def filters(ndim, side, sizes):
+    """One image or volume, whose kernel is an outer product."""
+    x = np.random.default_rng(0).random((1, 1, *(side,) * ndim), dtype=np.float32)
+    for taps in sizes:
+        line = np.hanning(taps + 2)[1:-1].astype(np.float32)
+        kernel = line
+        for _ in range(ndim - 1):
+            kernel = np.multiply.outer(kernel, line)
+        whole = lowrank.dense(kernel[None, None], padding=taps // 2, padding_mode="symmetric")
+        separated = lowrank.filters.separate(kernel, rank=1)
+
+        def direct(kernel=kernel):
+            return ndimage.correlate(x[0, 0], kernel)
+
+        def passes(line=line):
+            y = x[0, 0]
+            for axis in range(ndim):
+                y = ndimage.correlate1d(y, line, axis)
+            return y
+
+        calls = {"lowrank": tuple(planned(f, x) for f in (whole, separated))}
+        calls["SciPy"] = direct, passes
+        yield taps, whole, separated, x, calls
+
+
+def layers(h, size, widths):
+    for n in widths:
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((1, n, size, size), dtype=np.float32)
+        whole = lowrank.dense(rng.standard_normal((n, n, h, h), dtype=np.float32), padding=h // 2)
+        stages = [
+            lowrank.Stage(
+                rng.standard_normal((n, 1, h, h), dtype=np.float32),
+                lowrank.Geometry.of(2, padding=h // 2),
+                groups=n,
+            ),
+            lowrank.Stage(
+                rng.standard_normal((n, n, 1, 1), dtype=np.float32), lowrank.Geometry.of(2)
+            ),
+        ]
+        separated = lowrank.chain(stages)
+        calls = {"lowrank": tuple(planned(f, x) for f in (whole, separated))}
+        for layout, pair in zip(
+            ("PyTorch", "PyTorch, channels last"),
+            zip(torch_peers(whole.stages, x).values(), torch_peers(stages, x).values()),
+        ):
+            calls[layout] = pair
+        yield n, whole, separated, x, calls
+
+
+def planned(f, x):
+    run = f.compile(x.shape[1:], np.float32, threads=1)
+    out = run(x)
+    return lambda: run(x, out)
+
+
+def rows():
+    for claim, cases, limit in (
+        ("2/m", filters(2, 1024, (3, 5, 7, 9, 13, 17, 23, 31)), lambda m: 2 / m),
+        ("3/K²", filters(3, 96, (3, 5, 7, 9, 11)), lambda k: 3 / k**2),
+        ("1/N + 1/h²", layers(3, 28, (16, 32, 64, 128, 256, 512)), lambda n: 1 / n + 1 / 9),
+    ):
+        for size, whole, separated, x, calls in cases:
+            counted = separated.cost(x.shape[1:]).macs / whole.cost(x.shape[1:]).macs
+            for who, pair in calls.items():
+                dense, chain = measured(list(pair), SECONDS)
+                yield (claim, size, f"{limit(size):.6f}", f"{counted:.6f}", who,
+                       f"{dense:.4g}", f"{chain:.4g}")  # fmt: skip
+
+
+def main(target):
+    if torch is not None:
+        torch.set_num_threads(1)
+    header = ["claim", "size", "limit", "counted", "who", "dense", "separated"]
+    tables.write(target, header, rows())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,41 @@
+"""The time model beside the clock, on chains that no calibration measured; one thread.
+
+Uses the rates that `lowrank calibrate` keeps for this machine, for our engine and for PyTorch.
+"""
+
+import itertools
+import sys
+
+import tables
+
+import lowrank
+from asv_benchmarks import predicted
+from asv_benchmarks.benchmarks.measure import measured
+
+ENGINES = ("lowrank", "torch")
+
+
+def rows(here):
+    for engine in ENGINES:
+        if engine not in here.rates:
+            continue
+        left = predicted.items(True, engine)
+        while some := list(itertools.islice(left, predicted.GROUP)):
+            calls = [predicted.call(f, size, n, engine, 1) for _, f, size, n in some]
+            for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
+                p = here.predict(f, size, batch=n, threads=1, engine=engine)
+                yield engine, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}"
+
+
+def main(target):
+    torch = tables.peers()
+    torch.set_num_threads(1)
+    here = lowrank.machine.current()
+    if not here.calibrated:
+        tables.skip("this machine is not calibrated (lowrank calibrate)")
+    header = ["engine", "kind", "chain", "predicted", "measured"]
+    tables.write(target, header, rows(here))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

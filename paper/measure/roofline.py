@@ -1,0 +1,47 @@
+"""Operations, bytes and seconds of every kind of work, beside the machine's peak and copy rate.
+
+Bytes are those that must be moved: input, weights and output once.  The peak is that of
+multiply-adds in registers, the copy rate that of arrays beyond the caches; one thread.  The peer
+is the fastest of PyTorch in its two layouts, onnxruntime, OpenCV and SciPy, those that there are.
+"""
+
+import datetime
+import sys
+
+import tables
+
+from asv_benchmarks import compare
+from asv_benchmarks.benchmarks import libraries
+from asv_benchmarks.benchmarks.cases import KINDS
+from asv_benchmarks.benchmarks.measure import measured
+
+WORK = ("dense", "depthwise", "series", "mobilenet", "chain", "image", "rank", "volume")
+SECONDS = 0.2  # a row
+
+
+def rows():
+    about = compare.machine(1)
+    facts = [about["cpu"], about["isa"], f"{about['peak_gflops']:.1f}", f"{about['copy_gbs']:.1f}",
+             datetime.date.today().isoformat()]  # fmt: skip
+    for kind in WORK:
+        for case in KINDS[kind](1, True):
+            work = case.make()
+            ours, *others = measured([work.ours, *work.peers.values()], SECONDS)
+            peer, best = min(zip(others, work.peers), default=("", ""))
+            peer = peer if peer == "" else f"{peer:.4g}"
+            yield (kind, case.name, f"{work.flops:.6g}", f"{work.bytes:.6g}", f"{ours:.4g}",
+                   best, peer, *facts)  # fmt: skip
+
+
+def main(target):
+    if libraries.torch is not None:
+        libraries.torch.set_num_threads(1)
+    if libraries.cv2 is not None:
+        libraries.cv2.setNumThreads(1)
+    header = ["kind", "work", "flops", "bytes", "seconds", "peer", "peer_seconds", "cpu", "isa",
+              "peak_gflops", "copy_gbs", "date"]  # fmt: skip
+    tables.write(target, header, rows())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

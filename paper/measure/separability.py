@@ -1,0 +1,72 @@
+"""How separable trained layers are, from the first to the last, in nets that others trained.
+
+For every layer with taps along an axis: the share of the full rank that a truncated SVD needs for
+a relative error of 20 %, of {si|tj} (passes along the axes; 2-D and 3-D layers) and of {s|tij}
+(channels), and the error of one depthwise filter a channel (decouple at rank 1). Beside them the
+same of a kernel of independent normal numbers of that shape, which has nothing to find.
+"""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import tables
+
+import lowrank
+from lowrank.families import FAMILIES, NotApplicable
+
+ERROR = 0.2
+
+
+def needed(conv, family):
+    """Share of the full rank that this error takes; "" where the family has no form."""
+    try:
+        form = FAMILIES[family].forms(conv)[0]
+    except NotApplicable:
+        return ""
+    points = list(FAMILIES[family].sweep(conv, form))
+    full = max(p.rank[0] for p in points)
+    return f"{min(p.rank[0] for p in points if p.error <= ERROR or p.rank[0] == full) / full:.4f}"
+
+
+def depthwise(conv):
+    try:
+        return f"{lowrank.decouple(conv, 1).error(conv.to_dense()):.4f}"
+    except (NotApplicable, ValueError):
+        return ""
+
+
+def noise(conv):
+    """The same layer with normal numbers for weights."""
+    rng = np.random.default_rng(0)
+    stage = conv.stages[0]
+    weight = rng.standard_normal(stage.weight.shape).astype(np.float32)
+    return replace(conv, stages=(replace(stage, weight=weight),))
+
+
+def rows():
+    for net in ("digits", *tables.NETS):
+        some = [
+            x
+            for x in tables.trained(net)
+            if max(x.conv.stages[0].kernel) > 1 and x.conv.groups == 1
+        ]
+        for i, layer in enumerate(some):
+            conv = layer.conv
+            random = noise(conv)
+            depth = i / max(len(some) - 1, 1)
+            taps = "x".join(map(str, conv.stages[0].kernel))
+            yield (net, i, f"{depth:.4f}", layer.name, conv.out_channels, conv.in_channels, taps,
+                   needed(conv, "spatial"), needed(random, "spatial"),
+                   needed(conv, "decode"), needed(random, "decode"),
+                   depthwise(conv), depthwise(random))  # fmt: skip
+
+
+def main(target):
+    header = ["net", "number", "depth", "layer", "out", "in", "taps", "spatial", "spatial_noise",
+              "channels", "channels_noise", "depthwise", "depthwise_noise"]  # fmt: skip
+    tables.write(target, header, rows())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
