@@ -1,15 +1,16 @@
 """Filters of volumes: the terms that each takes, what fewer of them cost in grey levels, and time.
 
 A cut of 128 samples an axis from the middle of a magnetic resonance image of a head, where
-LOWRANK_DATA has it, else of balls by formula.  Gaussian, ball, Laplacian of Gaussian, a Gaussian
+LOWRANK_DATA has it, else of balls by formula. Gaussian, ball, Laplacian of Gaussian, a Gaussian
 that is turned in space, and a wave; their magnitudes sum to one, so that no result is beyond 255.
 For each, sums of few separable terms, with the error of the kernel and the largest and the RMS
-error of the filtered volume in grey levels; `levelled` is the RMS error where the terms are scaled
-to the sum of the kernel, which the mean of a volume asks for and the norm of an error does not see.
+error of the filtered volume in grey levels; `levelled` is the RMS error where the terms are
+scaled to the sum of the kernel, which the mean of a volume asks for and the norm of an error does
+not see. `sensitivity` to noise on the weights is 1 for the kernel, and large where terms cancel.
 
-`macs` are multiply-adds a sample and `ratio` is the direct filter's over them.  Seconds are
-predicted, and medians of runs that take turns, one thread, float32; beside them SciPy's direct sums
-and its Gaussian.
+`macs` are multiply-adds a sample and `ratio` is the direct filter's over them. Seconds are
+predicted, and medians of runs that take turns, one thread, float32; beside them SciPy's direct
+sums and its Gaussian.
 """
 
 import csv
@@ -24,6 +25,7 @@ import numpy as np
 import scipy.ndimage
 from threadpoolctl import threadpool_limits
 
+import lowrank
 from lowrank import filters
 from lowrank.filters import choose
 
@@ -120,7 +122,7 @@ def main(target):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
             ["volume", "kernel", "taps", "way", "terms", "rank", "error", "largest", "rms",
-             "levelled", "macs", "ratio", "predicted", "seconds"]
+             "levelled", "sensitivity", "macs", "ratio", "predicted", "seconds"]
         )  # fmt: skip
         for reach, (name, kernel) in ((r, k) for r in REACHES for k in kernels(r).items()):
             options, outs, calls = ways(kernel, volume.shape), {}, {}
@@ -133,13 +135,18 @@ def main(target):
             for (way, terms), seconds in took.items():
                 o = options.get((way, terms))
                 if o is None:
-                    about = [""] * 7
+                    about = [""] * 8
                 else:
                     macs = o.chain.cost(volume.shape).macs
                     counts = [f"{macs / volume.size:g}", f"{full / macs:.4g}"]
                     off = misses(o, outs[way, terms].astype(float), truth, kernel)
-                    about = [f"{o.error:.3g}", *off, *(["", ""] if o.block else counts),
-                             f"{o.seconds:.4g}"]  # fmt: skip
+                    if o.block:  # a transform of the kernel as it is
+                        counts = [""] * 3
+                    else:
+                        # Of the dense filter 1; far above it where terms cancel.
+                        sure = lowrank.certificate(options["direct", ""].chain, o.chain)
+                        counts.insert(0, f"{sure.sensitivity:.4g}")
+                    about = [f"{o.error:.3g}", *off, *counts, f"{o.seconds:.4g}"]
                 rank = filters.rank(kernel, tolerance=1e-5)
                 rows.writerow(
                     [said, name, kernel.shape[0], way, terms, rank, *about, f"{seconds:.4g}"]
