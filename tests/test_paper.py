@@ -68,3 +68,55 @@ def test_the_paper_is_set_twice_the_same(tmp_path):
         built.append((there / "build" / "paper.pdf").read_bytes())
     assert built[0] == built[1]
     assert built[0].startswith(b"%PDF")
+
+
+def made(*words, **env):
+    """What make says, and whether it succeeded."""
+    done = subprocess.run(
+        ["make", "-C", str(PAPER), f"PYTHON={sys.executable}", *words],
+        env=os.environ | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_what_cannot_be_measured_here_says_so_and_keeps_its_table():
+    kept = (PAPER / "data" / "accuracy_resnet.csv").read_bytes()
+    status, said = made("measured-accuracy_resnet", LOWRANK_DATA="")
+    assert status == 0
+    assert "LOWRANK_DATA" in said
+    assert "accuracy_resnet.csv stays as it is" in said
+    assert (PAPER / "data" / "accuracy_resnet.csv").read_bytes() == kept
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_a_figure_without_its_table_fails_alone():
+    (PAPER / "figures" / "nothing.py").touch()
+    try:
+        status, said = made("build/nothing.pdf", "build/cross.pdf", "-k")
+    finally:
+        (PAPER / "figures" / "nothing.py").unlink()
+    assert status != 0
+    assert "data/nothing.csv is missing: make -C paper measured-nothing makes it" in said
+    assert (PAPER / "build" / "cross.pdf").exists()
+
+
+def test_without_typst_the_word_is_what_to_install(tmp_path):
+    (tmp_path / "typst.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [sys.executable, "typeset.py", str(tmp_path / "paper.pdf")],
+        cwd=PAPER, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "pip install --group paper" in done.stderr
+
+
+def test_the_picture_is_of_the_committed_tables():
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        [sys.executable, "-c", "import picture; print(picture.digest())"],
+        cwd=PAPER, env=os.environ | {"PYTHONPATH": str(PAPER)}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert f"of tables {done.stdout.strip()}" in (ROOT / "docs" / "picture.svg").read_text()

@@ -34,14 +34,15 @@ def draw(source, target, unit, times):
             colour, mark, label = WAYS[way]
             rows = sorted(rows, key=lambda r, i=i: r[1 + i])
             axes.plot([r[1 + i] for r in rows], [r[0] for r in rows], color=colour, marker=mark,
-                      label=label, linestyle="-" if i == 0 else "")  # fmt: skip
+                      linestyle="-" if i == 0 else "", label=label)  # fmt: skip
         axes.axhline(dense[0], color="0.45", linewidth=0.7, linestyle=":")
         if i:
             axes.plot(dense[1 + i], dense[0], "*", color="#555555", markersize=5)
         axes.set(xlabel=what, xlim=(0, None))
         axes.grid(alpha=0.25, linewidth=0.4)
     every[0].set_ylabel("right answers, %")
-    every[-1].legend(frameon=False, loc="lower right", fontsize=6.5)
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False, fontsize=6.5)  # fmt: skip
     style.save(figure, target)
 
 

@@ -24,7 +24,10 @@ def main(source, target):
                 axes.plot(list(ranks), values, line, color=colour, label=label)
     panels[0].set(yscale="log", xlabel="rank", ylabel="sensitivity")
     panels[1].set(yscale="log", xlabel="rank", ylabel="float16 error of the output")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].yaxis.set_minor_formatter(lambda value, _: "")
+    panels[1].yaxis.set_minor_formatter(lambda value, _: "")
+    figure.legend(loc="outside lower center", ncols=len(pairs), frameon=False, fontsize=6.5)
     style.save(figure, target)
 
 

@@ -31,7 +31,12 @@ def main(source, target):
     left.axhline(1, color="0.3", linewidth=0.6)
     left.set_xticks(range(len(layers)), [x.replace(" at", "\nat") for x in layers], fontsize=7)
     left.set_ylabel("elements moved / dense")
-    left.legend(frameon=False, title="pale: stage by stage, full: fused", title_fontsize=7)
+    left.legend(
+        frameon=False,
+        loc="upper right",
+        title="pale: stage by stage, full: fused",
+        title_fontsize=7,
+    )
     right.axhline(1, color="0.3", linewidth=0.6)
     right.set(xlabel="traffic, stage by stage / fused", ylabel="time, stage by stage / fused")
     for axes in (left, right):

@@ -1,12 +1,12 @@
 """Growth with the positions N and the channels C: separable and dense layers, and self-attention.
 
-Articles give depthwise-separable layers as O(N C k^2 + N C^2), self-attention as O(N^2 C + N C^2).
-Here the layers' multiply-adds are counted by `Factorization.cost`; those of attention are its
-products of matrices: queries, keys, values and output, 4 N C^2 in all, the scores N^2 C and the
-weighted values N^2 C.  The exponentials of its softmax are no multiply-adds, but take time.
+Articles give depthwise-separable layers as O(N C k^2 + N C^2), self-attention as O(N^2 C + N
+C^2). Here the layers' multiply-adds are counted by `Factorization.cost`; those of attention are
+its products of matrices: queries, keys, values and output, 4 N C^2 in all, the scores N^2 C and
+the weighted values N^2 C. The exponentials of its softmax are no multiply-adds, but take time.
 
-Seconds are medians of runs that take turns, one thread, float32: the layers by lowrank's engine on
-an image of N positions, attention (one head) by NumPy's products.
+Seconds are medians of runs that take turns, one thread, float32: the layers by lowrank's engine
+on an image of N positions, attention (one head) by NumPy's products.
 """
 
 import csv

@@ -1,17 +1,17 @@
 """Checkerboards of transposed convolutions: what a constant input gives, phase by phase.
 
-A constant input makes sample (a, b) of every stride x stride tile of the output the sum of the taps
-of that phase, S(a, b).  So the pattern is S less its mean over the phases, and its strength the
-norm of that over the norm of the mean, channels included: the constants of the inputs are taken to
-be independent and of one size.
+A constant input makes sample (a, b) of every stride x stride tile of the output the sum of the
+taps of that phase, S(a, b). So the pattern is S less its mean over the phases, and its strength
+the norm of that over the norm of the mean, channels included: the constants of the inputs are
+taken to be independent and of one size.
 
 Kernels of ones, and normal ones with and without a mean, of 2 to 6 taps; then the transposed
 layers of a trained network for styles, where LOWRANK_DATA has it, dense and as chains at several
-shares of the multiply-adds.  What counts is the chain multiplied out; that the engine's run on
-constant inputs gives the same is checked.  `mean` and `pattern` are shares of the dense layer's
-mean, so that one sees which of the two a truncation lets go.  `even` is the nearest dense layer
-without a pattern, `even by axis` one whose taps had it taken out axis by axis, by a map of the taps
-of an axis, which would leave the rank of any chain as it is.
+shares of the multiply-adds. What counts is the chain multiplied out; that the engine's run on
+constant inputs gives the same is checked. `mean` and `pattern` are shares of the dense layer's
+mean, so that one sees which of the two a truncation lets go. `even` is the nearest dense layer
+without a pattern, `even by axis` one whose taps had it taken out axis by axis, by a map of the
+taps of an axis, which would leave the rank of any chain as it is.
 """
 
 import csv

@@ -1,15 +1,16 @@
 """A denoising filter of a hyperspectral cube: the terms it needs, in decibels and in seconds.
 
 The cube is the left half of AVIRIS Jasper Ridge where LOWRANK_DATA has it, else one by formula;
-each band less its mean, and white noise of half the cube's deviation on top.  The filter, 5 x 5
-samples by 15 bands, is Wiener's: least squares from the second moments of patches of the noisy cube
-itself and the size of the noise, so that it is the better known the more patches were looked at.
+each band less its mean, and white noise of half the cube's deviation on top. The filter, 5 x 5
+samples by 15 bands, is Wiener's: least squares from the second moments of patches of the noisy
+cube itself and the size of the noise, so that it is the better known the more patches were looked
+at.
 
-Its forms: sums of products of three lines (`filter`), a spatial before a spectral stage (`dh-w`, of
-the bipartition {i j | b}) and others, the nearest in the weights, or (`fit`) the nearest in the
-output, for which the cube is the calibration data of a network of one layer.  `psnr` is that of the
-result against the clean cube, whose largest value is 1, `off` that against the whole filter's;
-seconds are medians of runs that take turns.
+Its forms: sums of products of three lines (`filter`), a spatial before a spectral stage (`dh-w`,
+of the bipartition {i j | b}) and others, the nearest in the weights, or (`fit`) the nearest in
+the output, for which the cube is the calibration data of a network of one layer. `psnr` is that
+of the result against the clean cube, whose largest value is 1, `off` that against the whole
+filter's; seconds are medians of runs that take turns.
 """
 
 import csv

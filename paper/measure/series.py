@@ -1,15 +1,16 @@
 """A network that classifies series, trained here, and what compression leaves of it.
 
-Eight kinds of series by formula (waves slow and fast, chirps up and down, squares, saws, steps and
-bursts) of 128 samples, of random phases and frequencies, in as much noise; four convolutions along
-the one axis and a linear layer, trained in NumPy.  Then ways to spend a share of the multiply-adds
-of its convolutions, nothing trained again: `uniform`, a truncated SVD of every layer (`encode`) at
-one share of the full rank; `weights`, the plan of `lowrank.models` over families and ranks for the
-kernels alone; `inputs`, the same with calibration series; `gradients`, and with what outputs do to
-the network's.  And `thinner`: networks of fewer channels, trained from the start.
+Eight kinds of series by formula (waves slow and fast, chirps up and down, squares, saws, steps
+and bursts) of 128 samples, of random phases and frequencies, in as much noise; four convolutions
+along the one axis and a linear layer, trained in NumPy. Then ways to spend a share of the
+multiply-adds of its convolutions, nothing trained again: `uniform`, a truncated SVD of every
+layer (`encode`) at one share of the full rank; `weights`, the plan of `lowrank.models` over
+families and ranks for the kernels alone; `inputs`, the same with calibration series; `gradients`,
+and with what outputs do to the network's. And `thinner`: networks of fewer channels, trained from
+the start.
 
-`right` is the share of unseen series told right; seconds are those of the whole network on a batch,
-medians of runs that take turns, one thread, float32.
+`right` is the share of unseen series told right; seconds are those of the whole network on a
+batch, medians of runs that take turns, one thread, float32.
 """
 
 import csv
