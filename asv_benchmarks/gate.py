@@ -22,7 +22,10 @@ alarm of one in 10 000.
 Errors, costs and bytes do not depend on the machine; they are compared as they are.
 
 `--self-test` compares HEAD with another build of itself, which must pass, and with one whose calls
-of plans were made 15 % slower, which must fail.
+of plans were made 15 % slower, which must fail.  On two cores that ran four to six other busy
+processes: no false alarm in three runs of 55 works and 34 figures, and 22 of 22 slowed works
+found; of a kernel in C that did a sixth more, all ten works that use it and neither of the two
+others (1.13 to 1.16 times as long).
 """
 
 from __future__ import annotations

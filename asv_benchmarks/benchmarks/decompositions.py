@@ -49,8 +49,9 @@ def size(layer):
     return LAYERS[layer]["height"], LAYERS[layer]["width"]
 
 
-#: Fitted by iterations, minutes of them on the large layers.
+#: Fitted by iterations, minutes of them on all but the smaller layers.
 SLOW = ("cp", "cp3", "jaderberg", "tucker_cp")
+SMALLER = ("64x64", "128x64")
 LARGE = "resnet18 layer3 256x256 3x3 at 14"
 SMALL = "resnet20 layer3 64x64 3x3 at 8"  # the kernel is that of the 56x56 layer
 
@@ -59,7 +60,7 @@ def pick(layer, family, share):
     """The best chain of a family within a share of the multiply-adds, or None."""
     import lowrank as lr
 
-    if family not in lr.FAMILIES or (family in SLOW and layer == LARGE):
+    if family not in lr.FAMILIES or (family in SLOW and layer.split()[2] not in SMALLER):
         return None
     front = lr.frontier(dense(layer), size(layer), [family], axis="macs")
     within = [c for c in front if c.cost.macs <= share * front.dense.cost.macs]
