@@ -1,10 +1,10 @@
 """How Sphinx makes the pages: ``sphinx-build -b html docs docs/_build``."""
 
 import ast
-import importlib.util
 import re
 import shutil
 from importlib.metadata import version as installed
+from importlib.util import find_spec
 from pathlib import Path
 
 from docutils.nodes import SkipNode
@@ -37,6 +37,10 @@ extensions = [
 ]
 exclude_patterns = ["_build", "gallery"]
 html_math_renderer = "mathml"
+# What a module of the reference works with need not be installed to read its docstrings.
+autodoc_mock_imports = [
+    name for name in ("torch", "onnx", "onnxruntime", "h5py", "keras") if not find_spec(name)
+]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 html_theme = "pydata_sphinx_theme"
@@ -67,7 +71,7 @@ def missing(script):
         n for n in ast.parse(script.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
     ]
     names = [n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports]
-    return any(importlib.util.find_spec(name.split(".")[0]) is None for name in names)
+    return any(find_spec(name.split(".")[0]) is None for name in names)
 
 
 left_out = [p.name for p in sorted(Path(__file__).parent.glob("gallery/plot_*.py")) if missing(p)]
@@ -96,6 +100,8 @@ def mathml(as_block):
         except MathError as why:
             logging.getLogger(__name__).warning("formula: %s", why, location=node)
             formula = f"<code>{translator.encode(node.astext())}</code>"
+        # Bars of a norm are as high as a letter; where one bears an exponent it would hang.
+        formula = formula.replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
         name = "div" if as_block else "span"
         translator.body.append(f'<{name} class="formula">{formula}</{name}>')
         raise SkipNode
