@@ -79,7 +79,8 @@ if left_out:
     logging.getLogger(__name__).info("not installed: what these need: %s", ", ".join(left_out))
 
 sphinx_gallery_conf = {
-    "ignore_pattern": "|".join((r"__init__\.py", *map(re.escape, left_out))),
+    # Shown all the same, as other pages lead there, but not run.
+    "filename_pattern": rf"/(?!({'|'.join(map(re.escape, left_out)) or '$'})$)plot_",
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_gallery",
     "image_scrapers": ("matplotlib", pictures),
