@@ -200,15 +200,13 @@ def test_links_on_pages_lead_somewhere(page):
 
 
 def test_commands_on_the_front_page_are_real(monkeypatch, tmp_path, capsys):
-    import sys
-
     from lowrank import cli
 
     photo = tmp_path / "photo.png"
     pytest.importorskip("PIL.Image").new("L", (30, 20)).save(photo)
     lines = [x for b in blocks_of(ROOT / "README.md", "sh") for x in b.splitlines()]
     commands = [x.split() for x in lines if x.startswith("lowrank ")]
-    assert len(commands) == 4
+    assert commands
     for words in commands:
         words = [w.replace("lowrank/", f"{ROOT}/lowrank/") if "/" in w else w for w in words]
         monkeypatch.chdir(tmp_path)
