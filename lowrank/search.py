@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final, overload
 
@@ -68,8 +68,8 @@ class Candidate:
     exact: bool
     seconds: float
     realised: float
-    _conv: Factorization
-    _point: Point | None
+    _conv: Factorization = field(repr=False)
+    _point: Point | None = field(repr=False)
 
     def build(self) -> Factorization:
         """Make the weights; what was fitted by a short iteration is refined.
