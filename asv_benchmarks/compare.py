@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 
 from asv_benchmarks.benchmarks.cases import KINDS
-from asv_benchmarks.benchmarks.libraries import cv2, torch
+from asv_benchmarks.benchmarks.libraries import keep_to
 from asv_benchmarks.benchmarks.measure import measured
 from lowrank._kernels import _core
 
@@ -189,10 +189,7 @@ def main() -> None:
     if given.device == "cuda":
         on_gpu(given.quick, given.only, given.json)
         return
-    if torch is not None:
-        torch.set_num_threads(given.threads)
-    if cv2 is not None:
-        cv2.setNumThreads(given.threads)
+    keep_to(given.threads)
     about = machine(given.threads)
     found = []
     if not given.json:

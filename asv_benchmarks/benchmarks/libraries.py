@@ -26,6 +26,14 @@ except ImportError:
 Call = Callable[[], object]
 
 
+def keep_to(threads: int) -> None:
+    """Have PyTorch and OpenCV run on so many threads."""
+    if torch is not None:
+        torch.set_num_threads(threads)
+    if cv2 is not None:
+        cv2.setNumThreads(threads)
+
+
 def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch") -> dict[str, Call]:
     """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
     if torch is None:

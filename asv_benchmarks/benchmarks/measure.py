@@ -72,6 +72,9 @@ def table(kinds, wanted="", seconds=0.25):
     What a commit or an environment cannot run is left out.  One process measures them all, in
     turns with their peers: asv starts one for each number that it keeps.
     """
+    from .libraries import keep_to
+
+    keep_to(1)
     found = {}
     for name, case in rows(kinds, wanted).items():
         try:
