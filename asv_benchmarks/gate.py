@@ -14,18 +14,19 @@ running is not charged.  (What waits without working is not seen.)  Such a pair 
 the median of its rounds.
 
 Two processes of the same build can differ, by where their memory happens to lie.  So one pair
-accuses only: what is slower there by half a step is measured by new pairs, eight at most, and is
-slower if all of them but one say so by a whole step.  That is the lower 96.5 % limit of the
-median over pairs being above the step; a pair that is wrong in one of five cases makes a false
-alarm of one in 10 000.
+accuses only: what is slower there by half a step is measured by new pairs, ten at most, and is
+slower if all of them but two say so by a whole step.  That is the lower 94.5 % limit of the median
+over pairs being above the step; were a pair wrong in one of five cases, one work in 10 000 would
+make a false alarm.
 
 Errors, costs and bytes do not depend on the machine; they are compared as they are.
 
 `--self-test` compares HEAD with another build of itself, which must pass, and with one whose calls
-of plans were made 15 % slower, which must fail.  On two cores that ran four to six other busy
-processes: no false alarm in three runs of 55 works and 34 figures, and 22 of 22 slowed works
-found; of a kernel in C that did a sixth more, all ten works that use it and neither of the two
-others (1.13 to 1.16 times as long).
+of plans were made 15 % slower, which must fail.  With eight pairs and one of them spared, on two
+cores that ran four to six other busy processes: no false alarm in three runs of 55 works and 34
+figures; 22 of 22 slowed works found in one run, one of two in another, which is why two of ten are
+spared now; and of a kernel in C that did a sixth more, all ten works that use it and neither of
+the two others (1.13 to 1.16 times as long).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SOURCES = ("lowrank", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 PEERS = ("torch", "tltorch", "onnx", "onnxruntime", "cv2")  # not imported: only ours is measured
 
 STEP = 0.05  # a smaller one is not looked for
-PAIRS, SPARED = 8, 1  # pairs that must agree, and how many of them may not
+PAIRS, SPARED = 10, 2  # pairs that must agree, and how many of them may not
 PART, SAMPLE, BUDGET = 1e-3, 8e-3, 0.4  # seconds of a part, of a sample, of a case in a pair
 ROUNDS = (5, 21)
 SLOWER = 1.15  # the calls of the self-test
@@ -74,6 +75,13 @@ class Hidden:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.split(".")[0] in PEERS:
             raise ModuleNotFoundError(name)
+
+
+def from_the_path() -> None:
+    """Leave an editable install out, which would fill in modules that a build has not."""
+    sys.meta_path[:] = [
+        f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")
+    ]
 
 
 def used() -> float:
@@ -97,6 +105,7 @@ def serve() -> None:
     """Answer questions, a line of JSON each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever work prints is no answer
+    from_the_path()
     sys.meta_path.insert(0, Hidden())
     call: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
@@ -208,7 +217,7 @@ def compared(workers: tuple[Worker, Worker], key: Key) -> tuple[float, float]:
 
 
 def lower_limit(ratios: list[float]) -> float:
-    """What the median over pairs is above, with 96.5 % of certainty when PAIRS are there."""
+    """What the median over pairs is above, with 94.5 % of certainty when PAIRS are there."""
     return sorted(ratios)[SPARED]
 
 
