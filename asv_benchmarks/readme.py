@@ -40,7 +40,7 @@ ROWS = {
 }
 #: A column, and the beginnings of its peers' names.
 COLUMNS = {
-    "PyTorch": ("torch",), "TensorLy-Torch": ("TensorLy-Torch",), "OpenCV": ("cv2", "R x cv2"),
+    "PyTorch": ("torch",), "onnxruntime": ("onnxruntime",), "TensorLy-Torch": ("TensorLy-Torch",), "OpenCV": ("cv2", "R x cv2"),
     "SciPy": ("scipy",),
 }  # fmt: skip
 SECONDS = 1.5  # a row
