@@ -93,7 +93,7 @@ def families(axes, rows):
     axes.minorticks_off()
     axes.set_title("each with its error and its lower bound")
     axes.grid(alpha=0.25, linewidth=0.4)
-    axes.legend(frameon=False, fontsize=6.5, ncols=2, loc="lower left")
+    axes.legend(frameon=False, fontsize=6.5, ncols=2, loc="upper right")
 
 
 def accuracy(axes, rows):
@@ -117,7 +117,7 @@ def accuracy(axes, rows):
              xlabel="seconds an image / PyTorch's dense network")  # fmt: skip
     axes.set_title("ResNet-20, nothing trained after")
     axes.grid(alpha=0.25, linewidth=0.4)
-    axes.legend(frameon=False, fontsize=6.5, loc="lower right")
+    axes.legend(frameon=False, fontsize=6.5, loc="center right")
 
 
 if __name__ == "__main__":
