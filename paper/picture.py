@@ -77,7 +77,7 @@ def block(axes, x, y, w, h, top, below, colour):
 
 
 def families(axes, rows):
-    """Error against time; a thin line goes down to the least error of that form and rank."""
+    """Error against time; a thin line goes down to a lower bound for that form and rank."""
     for family in SHOWN:
         colour, mark = plots.LOOK[family]
         some = sorted((float(r["seconds"]), float(r["error"]), float(r["bound"])) for r in rows
@@ -112,7 +112,7 @@ def accuracy(axes, rows):
                       color=colour)  # fmt: skip
     plain = sorted(ways["uniform spatial", "lowrank"])
     axes.plot(*zip(*plain), color="0.6", marker="s", markersize=3, linewidth=0.6,
-              label="one rank for all, lowrank")  # fmt: skip
+              label="one share of rank for all, lowrank")  # fmt: skip
     axes.set(ylim=(0, 100), xlim=(0, None), ylabel="top-1, %",
              xlabel="seconds an image / PyTorch's dense network")  # fmt: skip
     axes.set_title("ResNet-20, nothing trained after")

@@ -25,6 +25,7 @@ WHO = {
     "PyTorch, channels last": ("#e69f00", "^"),
     "SciPy": ("#009e73", "D"),
     "OpenCV": ("#cc79a7", "v"),
+    "onnxruntime": ("#56b4e9", "D"),
 }
 
 

@@ -62,12 +62,21 @@ def digits():
 
 
 def trained(name, only=None):
-    """Layers of a net of NETS, or of the digit network; none where there are no data."""
+    """Layers of a net of NETS, or of the digit network; none, and a word, without data."""
     if name == "digits":
         return [x for x in digits() if only in (None, x.name)]
-    if folder() is None:
+    path = folder() / "weights" / f"{NETS[name]}.safetensors" if folder() else None
+    if path is None or not path.exists():
+        where = f"there is no {path}" if path else "LOWRANK_DATA names no folder"
+        print(f"{Path(sys.argv[0]).stem}: rows of {name} are left out, {where}")
         return []
-    return layers(folder() / "weights" / f"{NETS[name]}.safetensors", only=only)
+    return layers(path, only=only)
+
+
+def calibrated():
+    """The machine, if its rates were measured."""
+    here = lowrank.machine.current()
+    return here if here.calibrated else skip("this machine is not calibrated (lowrank calibrate)")
 
 
 def uniform(layers, family, share):

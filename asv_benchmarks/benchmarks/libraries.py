@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -131,7 +132,9 @@ def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # as OpenMP's teams do here
+    spins = "0" if os.environ.get("OMP_WAIT_POLICY") == "passive" else "1"
+    options.add_session_config_entry("session.intra_op.allow_spinning", spins)
     network = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 WAYS = {
     "uniform spatial": ("#d55e00", "s", "one share a layer, two passes"),
     "uniform tucker": ("#56b4e9", "v", "one share a layer, Tucker"),
+    "uniform spatial, on data": ("#009e73", "D", "one share a layer, two passes, on data"),
     "chosen, kernels alone": ("#e69f00", "^", "chosen together, kernels alone"),
     "chosen, on data": ("#0072b2", "o", "chosen and fitted on data"),
 }
@@ -41,7 +42,7 @@ def draw(source, target, unit, times):
         axes.set(xlabel=what, xlim=(0, None))
         axes.grid(alpha=0.25, linewidth=0.4)
     every[0].set_ylabel("right answers, %")
-    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False, fontsize=6.5)  # fmt: skip
     style.save(figure, target)
 

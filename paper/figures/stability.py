@@ -24,9 +24,10 @@ def main(source, target):
                 axes.plot(list(ranks), values, line, color=colour, label=label)
     panels[0].set(yscale="log", xlabel="rank", ylabel="sensitivity")
     panels[1].set(yscale="log", xlabel="rank", ylabel="float16 error of the output")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[0].yaxis.set_minor_formatter(lambda value, _: "")
-    panels[1].yaxis.set_minor_formatter(lambda value, _: "")
+    for axes, ticks in zip(panels, ((1, 2, 5, 10, 20, 50), (2e-4, 5e-4, 1e-3, 2e-3, 5e-3))):
+        seen = [t for t in ticks if style.within(axes.get_ylim(), t)]
+        axes.set_yticks(seen, [f"{t:g}" for t in seen])
+        axes.minorticks_off()
     figure.legend(loc="outside lower center", ncols=len(pairs), frameon=False, fontsize=6.5)
     style.save(figure, target)
 

@@ -30,6 +30,18 @@ def rows(case):
         f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)
         for family in UNIFORM
     }
+    inner = [x.name for x in net.layers[1:] if x.conv.ndim == 2]
+    fixed = [x.name for x in net.layers if x.name not in inner]
+
+    def capped(share):
+        """Two passes within one share of every layer, fitted front to back on data."""
+        plan = models.make_plan(
+            net, macs=1.0, families=["spatial"], pinned=fixed, measured=seen,
+            capped=dict.fromkeys(inner, share),
+        )  # fmt: skip
+        return models.compress(net, plan).chains
+
+    ways["uniform spatial, on data"] = capped
     ways["chosen, kernels alone"] = lambda share: (
         models.compress(blind, macs=share, measured=unseen).chains
     )

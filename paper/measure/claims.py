@@ -72,6 +72,8 @@ def main(target):
         gain = macs(dense(out, out, 3), 16) / macs(separable(out, out, 3), 16)
         row("A", f"9 times fewer for 3×3, {out} filters", 9, gain,
             "in the limit of filters ≫ h², not ≫ h")  # fmt: skip
+    gain = macs(dense(256, 256, 5), 16) / macs(separable(256, 256, 5), 16)
+    row("A", "25 times fewer for 5×5, 256 filters", 25, gain, "the same")
     row("B", "128 × 3 × 3 × 5 × 5, of 128 filters 3×3×3 on 7×7", 128 * 3 * 3 * 5 * 5,
         macs(dense(128, 3, 3), 7), "a factor 3 of channels is missing")  # fmt: skip
     row("B", "the same, depthwise separable", 9_600, macs(separable(128, 3, 3), 7),

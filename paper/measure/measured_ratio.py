@@ -6,13 +6,14 @@ runs its own dense form and its own separated form, on one thread.
 """
 
 import sys
+from functools import partial
 
 import numpy as np
 import tables
 from scipy import ndimage
 
 import lowrank
-from asv_benchmarks.benchmarks.libraries import torch_peers
+from asv_benchmarks.benchmarks.libraries import cv2, torch_peers
 from asv_benchmarks.benchmarks.measure import measured
 
 try:
@@ -45,6 +46,13 @@ def filters(ndim, side, sizes):
 
         calls = {"lowrank": tuple(planned(f, x) for f in (whole, separated))}
         calls["SciPy"] = direct, passes
+        if cv2 is not None and ndim == 2:
+            plane, (a, b) = x[0, 0], (np.empty_like(x[0, 0]) for _ in range(2))
+            border = {"borderType": cv2.BORDER_REFLECT}
+            calls["OpenCV"] = (
+                partial(cv2.filter2D, plane, -1, kernel, a, **border),
+                partial(cv2.sepFilter2D, plane, -1, line, line, b, **border),
+            )
         yield taps, whole, separated, x, calls
 
 
@@ -96,6 +104,8 @@ def rows():
 def main(target):
     if torch is not None:
         torch.set_num_threads(1)
+    if cv2 is not None:
+        cv2.setNumThreads(1)
     header = ["claim", "size", "limit", "counted", "who", "dense", "separated"]
     tables.write(target, header, rows())
 

@@ -8,7 +8,6 @@ import sys
 
 import tables
 
-import lowrank
 from asv_benchmarks import predicted
 from asv_benchmarks.benchmarks.measure import measured
 
@@ -30,9 +29,7 @@ def rows(here):
 def main(target):
     torch = tables.peers()
     torch.set_num_threads(1)
-    here = lowrank.machine.current()
-    if not here.calibrated:
-        tables.skip("this machine is not calibrated (lowrank calibrate)")
+    here = tables.calibrated()
     header = ["engine", "kind", "chain", "predicted", "measured"]
     tables.write(target, header, rows(here))
 

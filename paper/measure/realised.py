@@ -1,40 +1,55 @@
-"""How much of the saved multiply-adds becomes time, for chains of ten kinds on ResNet's sizes.
+"""How much of the ratio of multiply-adds becomes time, for chains of ten kinds.
 
-The share is the measured speed-up over PyTorch's dense layer in its better layout, divided by the
-quotient of multiply-adds: 1 where a chain with a third of the work takes a third of the time.
-Ours, and PyTorch's with the same stages in its better layout; one thread, all in turns.
+A share is a measured speed-up over a dense layer, divided by the quotient of multiply-adds: 1
+where a chain with a third of the work takes a third of the time.  The dense layer is PyTorch's in
+its better layout, the median over the rows of a layer; `own_share` is over our engine's.  Ours, and
+the same stages in PyTorch's better layout and in onnxruntime; one thread, all in turns.
 """
 
+import itertools
+import statistics
 import sys
 
 import tables
 
-from asv_benchmarks.benchmarks.cases import chain_rows
+from asv_benchmarks.benchmarks import cases
 from asv_benchmarks.benchmarks.measure import measured
 
-SECONDS = 0.3  # a row
+SECONDS = 0.4  # a row
+
+
+def of(layer, some, own):
+    """The rows of one layer; `own` is a call of it, dense, on our engine."""
+    found = []
+    for chain, case in some:
+        work = case.make()
+        peers = {n: c for n, c in work.peers.items() if n.startswith(("torch", "onnx"))}
+        calls = [work.ours, own, *work.dense.values(), *peers.values()]
+        ours, mine, *others = measured(calls, SECONDS)
+        dense = min(others[: len(work.dense)])
+        seen = dict(zip(peers, others[len(work.dense) :]))
+        torch = min(t for n, t in seen.items() if n.startswith("torch"))
+        found.append((chain, work.fewer, dense, mine, torch, seen.get("onnxruntime"), ours))
+    dense = statistics.median(f[2] for f in found)
+    mine = statistics.median(f[3] for f in found)
+    for chain, fewer, _, _, torch, onnx, ours in found:
+        times = (f"{t:.4g}" if t else "" for t in (dense, mine, torch, onnx, ours))
+        shares = (f"{dense / t / fewer:.3f}" if t else "" for t in (torch, onnx, ours))
+        yield chain, layer, f"{fewer:.4f}", *times, *shares, f"{mine / ours / fewer:.3f}"
 
 
 def rows():
-    for case in chain_rows(1, True):
-        work = case.make()
-        names = [*work.dense, *(n for n in work.peers if n.startswith("torch"))]
-        calls = [work.dense.get(n) or work.peers[n] for n in names]
-        ours, *others = measured([work.ours, *calls], SECONDS)
-        seen = dict(zip(names, others))
-        dense = min(seen[n] for n in work.dense)
-        theirs = min(t for n, t in seen.items() if n not in work.dense)
-        # "tucker 16,16, 64 3x3 at 56x56, N=1"
-        chain, layer, _ = case.name.rsplit(", ", 2)
-        shares = (f"{dense / t / work.fewer:.3f}" for t in (theirs, ours))
-        yield (chain, layer, f"{work.fewer:.4f}", f"{dense:.4g}", f"{theirs:.4g}", f"{ours:.4g}",
-               *shares)  # fmt: skip
+    # "tucker 16,16, 64 3x3 at 56x56, N=1"
+    named = [(*case.name.rsplit(", ", 2)[:2], case) for case in cases.chain_rows(1, True)]
+    dense = [case.make().ours for case in cases.dense_rows(1, True)]
+    for (layer, some), own in zip(itertools.groupby(named, key=lambda n: n[1]), dense, strict=True):
+        yield from of(layer, [(chain, case) for chain, _, case in some], own)
 
 
 def main(target):
     tables.peers().set_num_threads(1)
-    header = ["chain", "layer", "fewer", "dense", "torch", "lowrank", "torch_share",
-              "lowrank_share"]  # fmt: skip
+    header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank",
+              "torch_share", "onnxruntime_share", "lowrank_share", "own_share"]  # fmt: skip
     tables.write(target, header, rows())
 
 

@@ -5,8 +5,10 @@ multiply-adds in registers, the copy rate that of arrays beyond the caches; one 
 is the fastest of PyTorch in its two layouts, onnxruntime, OpenCV and SciPy, those that there are.
 """
 
+import contextlib
 import datetime
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import tables
 
@@ -19,10 +21,21 @@ WORK = ("dense", "depthwise", "series", "mobilenet", "chain", "image", "rank", "
 SECONDS = 0.2  # a row
 
 
+def versions():
+    """Of what takes part in the paper's comparisons."""
+    named = {"NumPy": "numpy", "SciPy": "scipy", "PyTorch": "torch", "onnxruntime": "onnxruntime",
+             "OpenCV": "opencv-python-headless", "TensorLy": "tensorly"}  # fmt: skip
+    found = {}
+    for name, package in named.items():
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(package).partition("+")[0]
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
 def rows():
     about = compare.machine(1)
     facts = [about["cpu"], about["isa"], f"{about['peak_gflops']:.1f}", f"{about['copy_gbs']:.1f}",
-             datetime.date.today().isoformat()]  # fmt: skip
+             datetime.date.today().isoformat(), versions()]  # fmt: skip
     for kind in WORK:
         for case in KINDS[kind](1, True):
             work = case.make()
@@ -39,7 +52,7 @@ def main(target):
     if libraries.cv2 is not None:
         libraries.cv2.setNumThreads(1)
     header = ["kind", "work", "flops", "bytes", "seconds", "peer", "peer_seconds", "cpu", "isa",
-              "peak_gflops", "copy_gbs", "date"]  # fmt: skip
+              "peak_gflops", "copy_gbs", "date", "versions"]  # fmt: skip
     tables.write(target, header, rows())
 
 
