@@ -40,7 +40,7 @@ def main(source, target):
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, None), xlabel="speed-up over PyTorch's dense layer /\nratio of multiply-adds")
     axes.grid(axis="x", alpha=0.25, linewidth=0.4)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     style.save(figure, target)
 
 
