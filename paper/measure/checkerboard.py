@@ -15,11 +15,11 @@ taps of an axis, which would leave the rank of any chain as it is.
 """
 
 import csv
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
+import tables
 
 import lowrank
 from lowrank.weights import layers
@@ -71,7 +71,7 @@ def evened(weight, stride, apart):
 
 def trained():
     """(name, convolution, input size)"""
-    folder = os.environ.get("LOWRANK_DATA")
+    folder = tables.folder()
     if not folder:
         print("LOWRANK_DATA is not set: no trained layers, only generated kernels", file=sys.stderr)
         return

@@ -14,17 +14,16 @@ filter's; seconds are medians of runs that take turns.
 """
 
 import csv
-import os
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
+import tables
 from threadpoolctl import threadpool_limits
 
 import lowrank
+from asv_benchmarks.benchmarks.measure import measured
 from lowrank import filters, models
 from lowrank.filters import choose
 
@@ -32,12 +31,12 @@ TAPS = (5, 5, 15)
 NOISE = 0.5
 PATCHES = (2500, 5000, 10000, 40000, 160000)
 MAIN = 40000  # that all forms are looked at for
-REPEATS = 5
+SECONDS = 2.0  # all ways in turns
 
 
 def scene():
     """The cube, with values of at most 1, and its name."""
-    folder = os.environ.get("LOWRANK_DATA")
+    folder = tables.folder()
     if folder:
         path = Path(folder, "hyperspectral", "jasper_ridge_left.npz")
         cube = np.load(path)["cube"].astype(np.float32)
@@ -93,13 +92,7 @@ def decibels(found, wanted):
 
 
 def clocked(calls):
-    times = {name: [] for name in calls}
-    for _ in range(REPEATS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    return dict(zip(calls, measured(list(calls.values()), SECONDS)))
 
 
 def main(target):

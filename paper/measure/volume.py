@@ -15,7 +15,6 @@ sums and its Gaussian.
 
 import csv
 import gzip
-import os
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
+import tables
 from threadpoolctl import threadpool_limits
 
 import lowrank
@@ -37,7 +37,7 @@ REPEATS = 3
 
 def head():
     """The volume, of numbers from 0 to 255, and its name."""
-    folder = os.environ.get("LOWRANK_DATA")
+    folder = tables.folder()
     if folder:
         raw = gzip.decompress(Path(folder, "volumes", "t1_crop.nii.gz").read_bytes())
         whole = np.frombuffer(raw, np.uint8, offset=352).reshape((256,) * 3)
