@@ -72,35 +72,36 @@ def test_the_paper_is_set_twice_the_same(tmp_path):
     assert built[0].startswith(b"%PDF")
 
 
-def made(*words, **env):
-    """What make says, and whether it succeeded."""
+def made(folder, *words, **env):
+    """What make says in a copy of the paper, whether it succeeded, and the copy."""
+    there = folder / "paper"
+    shutil.copytree(PAPER, there, ignore=shutil.ignore_patterns("build", "__pycache__"))
+    (there / "figures" / "nothing.py").touch()  # a figure that has no table
     done = subprocess.run(
-        ["make", "-C", str(PAPER), f"PYTHON={sys.executable}", *words],
+        ["make", "-C", str(there), f"PYTHON={sys.executable}", *words],
         env=os.environ | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr, there
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
-def test_what_cannot_be_measured_here_says_so_and_keeps_its_table():
-    kept = (PAPER / "data" / "accuracy_resnet.csv").read_bytes()
-    status, said = made("measured-accuracy_resnet", LOWRANK_DATA="")
+def test_what_cannot_be_measured_here_says_so_and_keeps_its_table(tmp_path):
+    status, said, there = made(tmp_path, "measured-accuracy_resnet", LOWRANK_DATA="")
     assert status == 0
     assert "LOWRANK_DATA" in said
     assert "accuracy_resnet.csv stays as it is" in said
-    assert (PAPER / "data" / "accuracy_resnet.csv").read_bytes() == kept
+    kept, found = (p / "data" / "accuracy_resnet.csv" for p in (PAPER, there))
+    assert found.read_bytes() == kept.read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
-def test_a_figure_without_its_table_fails_alone():
-    (PAPER / "figures" / "nothing.py").touch()
-    try:
-        status, said = made("build/nothing.pdf", "build/cross.pdf", "-k")
-    finally:
-        (PAPER / "figures" / "nothing.py").unlink()
+def test_a_figure_without_its_table_fails_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    status, said, there = made(tmp_path, "build/nothing.pdf", "build/cross.pdf", "-k")
     assert status != 0
     assert "data/nothing.csv is missing: make -C paper measured-nothing makes it" in said
-    assert (PAPER / "build" / "cross.pdf").exists()
+    assert (there / "build" / "cross.pdf").exists()
+    assert not (there / "build" / "nothing.pdf").exists()
 
 
 def test_without_typst_the_word_is_what_to_install(tmp_path):
