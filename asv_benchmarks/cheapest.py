@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lowrank
-from lowrank.weights import Layer, layers
+from lowrank.interop.weights import Layer, layers
 
 ERRORS = (0.1, 0.2, 0.3, 0.5)
 SLOW = 6  # 128 channels of the style network are alike: so many of them are enough

@@ -25,7 +25,7 @@ import scipy.signal
 
 from asv_benchmarks.benchmarks.libraries import cv2
 from asv_benchmarks.benchmarks.measure import measured
-from lowrank import filters, machine
+from lowrank import filters, perfmodel
 from lowrank._kernels import _core
 from lowrank.filters import choose
 
@@ -173,7 +173,7 @@ def main() -> None:
     given = parser.parse_args()
     if cv2 is not None:
         cv2.setNumThreads(given.threads)
-    if not machine.current().calibrated:
+    if not perfmodel.current().calibrated:
         sys.exit("this machine is not calibrated: run 'lowrank calibrate' first")
     found = []
     if not given.json:

@@ -127,8 +127,8 @@ def tucker() -> Iterator[dict[str, Any]]:
 
 def stability() -> Iterator[dict[str, Any]]:
     import lowrank as lr
-    from lowrank import weights
-    from lowrank.families import _als
+    from lowrank.families import als
+    from lowrank.interop import weights
 
     digits = os.path.join(os.path.dirname(lr.__file__), "data", "digits.safetensors")
     for layer in weights.layers(digits):
@@ -137,21 +137,21 @@ def stability() -> Iterator[dict[str, Any]]:
         w = layer.conv.to_dense().astype(np.float64)
         tensor = w.reshape(*w.shape[:2], -1)
         rank = max(w.shape[:2])
-        fit = _als.cp(tensor, _als.start(tensor, rank), 300)
+        fit = als.cp(tensor, als.start(tensor, rank), 300)
         best = [f[None] for f in fit.factors]
 
         def corrected(tensor: Any = tensor, best: Any = best, error: float = fit.error) -> Any:
-            return _als.corrected(tensor[None], best, _als.spared(error))
+            return als.corrected(tensor[None], best, als.spared(error))
 
         (took,) = measured([corrected], 0.1)
         after = corrected()
-        ratio = _als.sensitivity(best) / _als.sensitivity(after)
+        ratio = als.sensitivity(best) / als.sensitivity(after)
         yield {
             "what": f"correction of cp3, {layer.name}, R = {rank}",
             "seconds": took, "peer": None, "faster": ratio,
             "wanted": None, "met": True,
             "note": "times less sensitive, "
-            f"error {fit.error:.4f} -> {_als.batched_error(tensor[None], after):.4f}",
+            f"error {fit.error:.4f} -> {als.batched_error(tensor[None], after):.4f}",
         }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from asv_benchmarks.benchmarks import nets, whole
+from lowrank.compress import Nothing
 from lowrank.interop.torch import compress
-from lowrank.models import Nothing
 
 SHARES = (1 / 2, 1 / 3)
 #: The most points that may be lost, by net and share.

@@ -28,9 +28,9 @@ import lowrank as lr
 from asv_benchmarks.benchmarks import cases
 from asv_benchmarks.benchmarks.measure import measured
 from lowrank._kernels import _core
-from lowrank.backends import pytorch
+from lowrank.core.stage import Epilogue
+from lowrank.engine import pytorch
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.stage import Epilogue
 
 Item = tuple[str, lr.Factorization, tuple[int, ...], int]  # kind, chain, input size, batch
 GROUP = 24  # chains that are measured in turns

@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from lowrank._typing import Array
-from lowrank.backends import Runner
-from lowrank.cost import Cost
+from lowrank.core.cost import Cost
+from lowrank.core.geometry import Geometry, integers
+from lowrank.core.stage import Activation, Stage
+from lowrank.engine import Runner
 from lowrank.factorization import Factorization, as_input, chain, planned
-from lowrank.geometry import Geometry, integers
-from lowrank.stage import Activation, Stage
 
 
 class BatchNorm(NamedTuple):

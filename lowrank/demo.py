@@ -17,9 +17,11 @@ from sklearn.datasets import load_digits, load_sample_image
 from sklearn.model_selection import train_test_split
 
 import lowrank
-from lowrank import filters, plots, report
+from lowrank import filters
 from lowrank._typing import Array
-from lowrank.weights import layers, read_weights
+from lowrank.core import tables
+from lowrank.interop.weights import layers, read_weights
+from lowrank.report import figures
 
 WEIGHTS = Path(__file__).parent / "data" / "digits.safetensors"
 SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 10)
@@ -73,11 +75,11 @@ def network(folder: Path) -> None:
         score = accuracy(chains, weights, x, y)
         rows.append((f"1/{round(1 / share)}", *said, f"{whole / macs:.1f}x", f"{score:.1%}",
                      f"{ratio:.1f}x"))  # fmt: skip
-    print("\n".join(report.columns(rows)))
+    print("\n".join(tables.columns(rows)))
     print("\nfewer: multiply-adds of the network; faster: time of the two, measured here.")
     name = max(fronts, key=lambda n: fronts[n].dense.cost.macs)
     picture = folder / "digits.svg"
-    plots.error_against_cost([fronts[name]], picture, title=f"{name} of the digit network")
+    figures.error_against_cost([fronts[name]], picture, title=f"{name} of the digit network")
     print(f"What {name} could become, all families: {picture}\n")
 
 
@@ -139,9 +141,9 @@ def image(folder: Path) -> None:
         ratio = faster(partial(run, x), partial(passes, x))
         error = form.error(kernel[None, None])
         rows.append((str(rank), f"{fewer:.1f}x", f"{error:.3f}", f"{off:.2f}", f"{ratio:.1f}x"))
-    print("\n".join(report.columns(rows)))
+    print("\n".join(tables.columns(rows)))
     picture = folder / "blur.svg"
-    plots.filter_and_form(
+    figures.filter_and_form(
         kernel, filters.separate(kernel, rank=3), picture, title="a lens blur in three terms"
     )
     print(f"\nThe blur, its three-term form, and the difference: {picture}")

@@ -11,11 +11,12 @@ from typing import Any, cast, final, get_args
 
 import numpy as np
 
-from lowrank import algebra, backends
+from lowrank import engine
 from lowrank._typing import Array, Ints, PaddingMode, trailing
-from lowrank.cost import Cost, chain_cost, chain_shapes, stage_costs
-from lowrank.geometry import Geometry, integers
-from lowrank.stage import Activation, Epilogue, Stage, frozen
+from lowrank.core import chain_algebra
+from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
+from lowrank.core.geometry import Geometry, integers
+from lowrank.core.stage import Activation, Epilogue, Stage, frozen
 
 
 @final
@@ -72,10 +73,10 @@ class Factorization:
                 f"groups must be at least 1 and divide {self.in_channels} and "
                 f"{self.out_channels} channels, got {self.groups}"
             )
-        if self.groups > 1 and not algebra.block_diagonal(self.stages, self.groups):
+        if self.groups > 1 and not chain_algebra.block_diagonal(self.stages, self.groups):
             raise ValueError(f"the stages mix the channels of {self.groups} groups")
-        homes = {backends.device_of(s.weight) for s in self.stages}
-        homes |= set() if self.bias is None else {backends.device_of(self.bias)}
+        homes = {engine.device_of(s.weight) for s in self.stages}
+        homes |= set() if self.bias is None else {engine.device_of(self.bias)}
         if len(homes) > 1:
             raise ValueError(
                 f"weights and bias are on {' and '.join(sorted(homes))}: a chain lives in one place"
@@ -146,7 +147,7 @@ class Factorization:
         >>> bool(np.allclose(f.to_dense(), weight))
         True
         """
-        kernel = algebra.compose(self.to("cpu").stages, self.groups)
+        kernel = chain_algebra.compose(self.to("cpu").stages, self.groups)
         every = (slice(None, None, d) for d in self.geometry.dilation)
         return np.asarray(kernel[trailing(*every)])
 
@@ -178,8 +179,8 @@ class Factorization:
         >>> f.error(2 * np.ones((1, 1, 3)))
         0.5
         """
-        given = backends.moved(weight, "cpu") if backends.on_gpu(weight) else np.asarray(weight)
-        return algebra.relative_error(self.to_dense(), given)
+        given = engine.moved(weight, "cpu") if engine.on_gpu(weight) else np.asarray(weight)
+        return chain_algebra.relative_error(self.to_dense(), given)
 
     def cost(self, input_shape: Sequence[int]) -> Cost:
         """Multiply-adds, parameters and memory for one example.
@@ -339,7 +340,7 @@ class Factorization:
         dtype: Any = None,
         threads: int | None = None,
         activation: Activation = "none",
-    ) -> backends.Runner:
+    ) -> engine.Runner:
         """Plan the chain for one input shape: weights packed, tiles chosen, once.
 
         Parameters
@@ -414,7 +415,7 @@ class Factorization:
     @property
     def device(self) -> str:
         """Where the weights are: ``"cpu"``, or such as ``"cuda:0"``."""
-        return backends.device_of(self.stages[0].weight)
+        return engine.device_of(self.stages[0].weight)
 
     def to(self, device: str) -> Factorization:
         """The same chain with its weights on another device; CuPy arrays then run there.
@@ -448,10 +449,10 @@ class Factorization:
         >>> f.to("cpu") is f, f.device
         (True, 'cpu')
         """
-        if backends.is_there(self.stages[0].weight, device):
+        if engine.is_there(self.stages[0].weight, device):
             return self
-        bias = None if self.bias is None else backends.moved(self.bias, device)
-        moved = (replace(s, weight=backends.moved(s.weight, device)) for s in self.stages)
+        bias = None if self.bias is None else engine.moved(self.bias, device)
+        moved = (replace(s, weight=engine.moved(s.weight, device)) for s in self.stages)
         return replace(self, stages=tuple(moved), bias=bias)
 
     def adjoint(self) -> Factorization:
@@ -623,7 +624,7 @@ def chain(
     (groups,) = integers("groups", groups, 1)
     if bias is not None:
         bias = _floating("bias", bias)
-    return Factorization(stages, algebra.chain_geometry(plain), groups, bias, "chain")
+    return Factorization(stages, chain_algebra.chain_geometry(plain), groups, bias, "chain")
 
 
 def planned(
@@ -631,11 +632,11 @@ def planned(
     input_shape: Sequence[int],
     dtype: Any = None,
     threads: int | None = None,
-) -> backends.Runner:
+) -> engine.Runner:
     """Plan chains, each with what follows it, to run as one; see :meth:`Factorization.compile`."""
     first = parts[0][0]
     dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
-    dtype = backends.precision(dtype, first.stages[0].weight)
+    dtype = engine.precision(dtype, first.stages[0].weight)
     if threads is not None:
         (threads,) = integers("threads", threads, 1)
     stages: list[Stage] = []
@@ -647,7 +648,7 @@ def planned(
             )
         stages += f.stages
         epilogues += [Epilogue()] * (len(f.stages) - 1) + [Epilogue(f.bias, activation)]
-    return backends.plan(stages, first.shape(input_shape), dtype, epilogues, threads)
+    return engine.plan(stages, first.shape(input_shape), dtype, epilogues, threads)
 
 
 def as_input(f: Factorization, x: Array) -> Array:
@@ -662,16 +663,16 @@ def lazily(x: object) -> ModuleType | None:
     """What runs `x` if it is a Dask array; imported by name, when the first one arrives."""
     if not type(x).__module__.startswith("dask.array"):
         return None
-    return importlib.import_module("lowrank.interop.dask")
+    return importlib.import_module("lowrank.engine.dask")
 
 
 def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     """`value` as a float32 or float64 array; of the library of the weights if there are any."""
     if stages:
-        backends.check(name, value, stages)
+        engine.check(name, value, stages)
         if not isinstance(value, np.ndarray):  # a GPU's: its plan says what it takes
             return cast(Array, value)
-    array = value if backends.is_array(value) else np.asarray(value)
+    array = value if engine.is_array(value) else np.asarray(value)
     if array.dtype.name in ("float16", "bfloat16"):
         return array.astype(np.float32)
     if array.dtype.newbyteorder("=") not in (np.float32, np.float64):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array, Ints
+from lowrank.core.geometry import Geometry
+from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
-from lowrank.geometry import Geometry
-from lowrank.stage import Stage
 
 #: Number of the record's form; a reader refuses those that it does not know.
 FORMAT = 1

@@ -16,7 +16,7 @@ import style
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from lowrank import plots
+from lowrank.report import figures
 
 HERE = Path(__file__).parent
 TABLES = [HERE / "data" / f"{name}.csv" for name in ("error_against_seconds", "accuracy_resnet")]
@@ -32,7 +32,7 @@ def main(target=HERE.parent / "docs" / "picture.svg"):
     chain(left)
     families(middle, [r for r in layers if r["layer"] == LAYER and r["family"] in SHOWN])
     accuracy(right, network)
-    about = plots.STEADY[".svg"] | {"Description": f"of tables {digest()}"}
+    about = figures.STEADY[".svg"] | {"Description": f"of tables {digest()}"}
     figure.savefig(target, metadata=about, transparent=False)
 
 
@@ -79,7 +79,7 @@ def block(axes, x, y, w, h, top, below, colour):
 def families(axes, rows):
     """Error against time; a thin line goes down to a lower bound for that form and rank."""
     for family in SHOWN:
-        colour, mark = plots.LOOK[family]
+        colour, mark = figures.LOOK[family]
         some = sorted((float(r["seconds"]), float(r["error"]), float(r["bound"])) for r in rows
                       if r["family"] == family)  # fmt: skip
         for seconds, error, bound in some:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import matplotlib
 
-from lowrank import plots
+from lowrank.report import figures
 
 matplotlib.use("agg")
 matplotlib.rcParams.update(
     {
-        **plots.STYLE,
+        **figures.STYLE,
         "font.size": 8,
         "legend.fontsize": 7,
         "lines.linewidth": 0.9,
@@ -37,4 +37,4 @@ def within(limits, value):
 
 def save(figure, target):
     """The same table gives the same file, byte for byte."""
-    figure.savefig(target, dpi=200, metadata=plots.STEADY[Path(target).suffix])
+    figure.savefig(target, dpi=200, metadata=figures.STEADY[Path(target).suffix])

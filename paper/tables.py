@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take ea
 
 import lowrank
 from lowrank import demo
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
 
 #: Nets of others by the name that figures give them, in the order in which they stand there.
 NETS = {
@@ -75,7 +75,7 @@ def trained(name, only=None):
 
 def calibrated():
     """The machine, if its rates were measured."""
-    here = lowrank.machine.current()
+    here = lowrank.perfmodel.current()
     return here if here.calibrated else skip("this machine is not calibrated (lowrank calibrate)")
 
 

@@ -787,17 +787,17 @@ def _kind(dtype):
 @contextlib.contextmanager
 def installed(devices=2):
     """Take CuPy's place; what imported CuPy is imported anew, then and afterwards."""
-    import lowrank.backends
+    import lowrank.engine
 
     def ours(name):
         return (
             name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")
-            or name == "lowrank.backends.cuda"
+            or name == "lowrank.engine.cuda.plan"
         )
 
     def without():
         gone = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-        vars(lowrank.backends).pop("cuda", None)
+        vars(lowrank.engine).pop("cuda", None)
         return gone
 
     before = without()
@@ -815,7 +815,7 @@ def installed(devices=2):
     finally:
         without()
         sys.modules.update(before)
-        if "lowrank.backends.cuda" in before:
-            lowrank.backends.cuda = before["lowrank.backends.cuda"]
+        if "lowrank.engine.cuda.plan" in before:
+            lowrank.engine.cuda.plan = before["lowrank.engine.cuda.plan"]
         hooks.reset()
         vars(_thread).clear()

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import lowrank
-from lowrank import Geometry, Stage, reference
-from lowrank.backends import arrays
+from lowrank import Geometry, Stage
+from lowrank.core import reference
+from lowrank.core.stage import Epilogue
+from lowrank.engine import array_api
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.stage import Epilogue
 
 MODES = ("zeros", "constant", "replicate", "reflect", "symmetric", "circular")
 
@@ -18,8 +19,8 @@ def strict():
 
 def ran(stages, x, epilogues=None, xp=np):
     epilogues = epilogues or [Epilogue()] * len(stages)
-    weights = [xp.asarray(np.ascontiguousarray(arrays.matrices(s))) for s in stages]
-    return arrays.run(stages, xp.asarray(x), weights, epilogues, xp)
+    weights = [xp.asarray(np.ascontiguousarray(array_api.matrices(s))) for s in stages]
+    return array_api.run(stages, xp.asarray(x), weights, epilogues, xp)
 
 
 def near(found, wanted, terms):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import blocks, reference
+from lowrank import blocks
+from lowrank.core import reference
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank import algebra, certify, reference
+from lowrank import certify
 from lowrank.certify import SUMS, certificate, output_bound, rounding, second_moment
+from lowrank.core import chain_algebra, reference
 from lowrank.families import FAMILIES, applicable
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
 
 # What is certified is the chain that there is: it need not be the best.
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not converged")
@@ -77,12 +78,12 @@ def one_weight(stages, k, index):
 @ALL
 def test_the_jacobian_is_that_of_the_composed_kernel(kind, name, form):
     _, f = fitted(kind, name, form)
-    squares = algebra.jacobian(f.stages, *algebra.halves(f.stages, f.groups), f.groups)
+    squares = chain_algebra.jacobian(f.stages, *chain_algebra.halves(f.stages, f.groups), f.groups)
     rng = np.random.default_rng(0)
     for k, stage in enumerate(f.stages):
         for _ in range(6):
             index = tuple(rng.integers(n) for n in stage.weight.shape)
-            kernel = algebra.compose(one_weight(f.stages, k, index), f.groups)
+            kernel = chain_algebra.compose(one_weight(f.stages, k, index), f.groups)
             assert squares[k][index[:2]] == pytest.approx(np.square(kernel).sum(), rel=TIGHT)
 
 
@@ -95,18 +96,18 @@ def test_the_jacobian_of_a_stack_whose_taps_overlap(rng):
         lr.Stage(rng.standard_normal((5, 2, 3, 2)), wide, right=2),
     ]
     for chain in (stages, [s.adjoint() for s in reversed(stages)]):
-        squares = algebra.jacobian(chain, *algebra.halves(chain))
+        squares = chain_algebra.jacobian(chain, *chain_algebra.halves(chain))
         for k, stage in enumerate(chain):
             for index in np.ndindex(stage.weight.shape):
-                kernel = algebra.compose(one_weight(chain, k, index))
+                kernel = chain_algebra.compose(one_weight(chain, k, index))
                 assert squares[k][index[:2]] == pytest.approx(np.square(kernel).sum(), rel=TIGHT)
 
 
 @ALL
 def test_halves_meet_in_the_kernel(kind, name, form):
     _, f = fitted(kind, name, form)
-    before, after = algebra.halves(f.stages, f.groups)
-    kernel = algebra.compose(f.stages, f.groups)
+    before, after = chain_algebra.halves(f.stages, f.groups)
+    kernel = chain_algebra.compose(f.stages, f.groups)
     np.testing.assert_allclose(before[-1], kernel, atol=TIGHT)
     last = after[0].reshape(f.groups, -1, *after[0].shape[1:]).swapaxes(1, 2)
     np.testing.assert_allclose(last.reshape(kernel.shape), kernel, atol=TIGHT)
@@ -115,7 +116,7 @@ def test_halves_meet_in_the_kernel(kind, name, form):
 def test_a_chain_that_goes_both_ways_has_no_halves():
     conv, back = random(6, 4, 3, 3), random(6, 4, 3, 3, transposed=True)
     with pytest.raises(ValueError, match="mixes"):
-        algebra.halves([conv.stages[0], back.stages[0]])
+        chain_algebra.halves([conv.stages[0], back.stages[0]])
 
 
 @ALL
@@ -180,7 +181,7 @@ def test_terms_are_the_norms_of_the_outer_products(kind, name, form):
         weight = np.zeros_like(f.stages[k].weight)
         weight[r] = f.stages[k].weight[r]
         stages = [*f.stages[:k], replace(f.stages[k], weight=weight), *f.stages[k + 1 :]]
-        total += np.square(algebra.compose(stages, f.groups)).sum()
+        total += np.square(chain_algebra.compose(stages, f.groups)).sum()
     expected = math.sqrt(total) / np.linalg.norm(conv.to_dense())
     assert certificate(conv, f).terms == pytest.approx(expected, rel=TIGHT)
 

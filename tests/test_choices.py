@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank import filters, machine
+from lowrank import filters, perfmodel
 from lowrank.filters import choose
 
 KERNELS = {
@@ -196,6 +196,6 @@ def test_separability_is_relative():
 
 
 def test_transforms_have_predictions_of_their_own():
-    here = machine.current()
+    here = perfmodel.current()
     small, large = (here.of_transforms((9, 9), (n, n), (64, 64), 1).seconds for n in (128, 1024))
     assert 0 < small < large

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import cli, demo, filters, machine
+from lowrank import cli, demo, filters, perfmodel
 from lowrank.cli.images import Name
-from lowrank.machine import calibration, store
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
+from lowrank.perfmodel import calibration, store
 
 DIGITS = str(demo.WEIGHTS)
 
@@ -182,7 +182,7 @@ def test_filter_shows_the_ways_there_are(lowrank, photo):
 
 
 def test_calibrate_measures_and_shows(lowrank, monkeypatch, tmp_path):
-    shipped = machine.current()
+    shipped = perfmodel.current()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     here = replace(shipped, cpu=calibration.cpu(), isa=store._core.default_isa(), calibrated=True)
     asked = []
@@ -200,7 +200,7 @@ def test_calibrate_measures_and_shows(lowrank, monkeypatch, tmp_path):
     assert (code, err) == (0, "")
     assert asked == [None]
     assert f"{here.rates['lowrank'].error:.1%}" in out
-    assert str(machine.path()) in out.replace("\n", "")
+    assert str(perfmodel.path()) in out.replace("\n", "")
     code, out, _ = lowrank("calibrate", "--show", "--json")
     assert set(json.loads(out)["rates"]) == set(here.rates)
     lowrank("calibrate", "--engine", "fft")

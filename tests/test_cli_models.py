@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from lowrank import cli, demo
+from lowrank.compress import Plan, reconstruct
 from lowrank.interop import files
-from lowrank.interop.weights import WeightsNet
-from lowrank.models import Plan, reconstruct
-from lowrank.weights import layers
+from lowrank.interop.weights import WeightsNet, layers
 
 DIGITS = str(demo.WEIGHTS)
 QUICK = ("--families", "spatial,encode")

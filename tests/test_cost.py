@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank.cost import stage_costs
+from lowrank.core.cost import stage_costs
 
 
 def ones(*shape):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 import lowrank as lr
-from lowrank.families import FAMILIES, _als, _tensorly
-from lowrank.families._als import SLACK
+from lowrank.families import FAMILIES, _tensorly, als
+from lowrank.families.als import SLACK
 from lowrank.families.cp import ConvergenceWarning
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
 
 # Sums of a few hundred products of numbers near 1, in float64.
 TIGHT = 1e-10
@@ -52,7 +52,7 @@ def valley():
     """The degenerate tensor, in a batch of one, and where ALS is after 300 sweeps."""
     tensors = degenerate()[None]
     start = [np.random.default_rng(0).standard_normal((1, 4, 2)) for _ in range(3)]
-    return tensors, _als.batched_cp(tensors, start, 300)
+    return tensors, als.batched_cp(tensors, start, 300)
 
 
 @st.composite
@@ -64,7 +64,7 @@ def fits(draw):
     tensors = rng.standard_normal((batch, *sizes))
     tensors[0] *= draw(st.sampled_from([0, 1, 100]))  # a slice of zeros, or one that dominates
     start = [rng.standard_normal((batch, n, rank)) for n in sizes]
-    return tensors, _als.batched_cp(tensors, start, draw(st.integers(1, 20)))
+    return tensors, als.batched_cp(tensors, start, draw(st.integers(1, 20)))
 
 
 # --- sensitivity and scaling ---
@@ -80,19 +80,19 @@ def test_sensitivity_is_what_a_unit_change_of_every_entry_adds_up_to(case):
             f[at] += 1
             total += np.square(sums(factors) - before).sum()
             f[at] -= 1
-    assert _als.sensitivity(factors) == pytest.approx(total, rel=1e-6, abs=TIGHT)
+    assert als.sensitivity(factors) == pytest.approx(total, rel=1e-6, abs=TIGHT)
 
 
 @given(fits(), st.floats(0.5, 2))
 def test_balanced_factors_are_the_same_terms_at_the_scaling_of_least_sensitivity(case, by):
     _, (factors, _, _) = case
-    even = _als.balanced(factors)
+    even = als.balanced(factors)
     np.testing.assert_allclose(sums(even), sums(factors), atol=TIGHT * np.abs(norms(even)).sum())
     for a, b in itertools.permutations(range(len(even)), 2):
         other = list(even)
         other[a], other[b] = even[a] * by, even[b] / by
         # Both are the same number where `by` is 1 or a term is zero.
-        assert _als.sensitivity(even) <= _als.sensitivity(other) * (1 + TIGHT)
+        assert als.sensitivity(even) <= als.sensitivity(other) * (1 + TIGHT)
 
 
 # --- the correction ---
@@ -102,14 +102,14 @@ def test_balanced_factors_are_the_same_terms_at_the_scaling_of_least_sensitivity
 def test_the_correction_keeps_the_error_and_never_raises_the_sensitivity(case, slack):
     tensors, fit = case
     limit = fit.error * (1 + slack)
-    found = _als.corrected(tensors, fit.factors, limit)
+    found = als.corrected(tensors, fit.factors, limit)
     # Balancing what is left as it was rounds it: 1e-15 of a norm of 1.
-    assert _als.batched_error(tensors, found) <= limit + 1e-14
-    assert _als.sensitivity(found) <= _als.sensitivity(fit.factors) * (1 + TIGHT)
+    assert als.batched_error(tensors, found) <= limit + 1e-14
+    assert als.sensitivity(found) <= als.sensitivity(fit.factors) * (1 + TIGHT)
     if slack >= 0.1 and 0.01 < limit < 1:
         # There is room, so it is taken: all of it, but for the margin and the rounding.
-        assert _als.sensitivity(found) < _als.sensitivity(fit.factors)
-        assert _als.batched_error(tensors, found) == pytest.approx(limit, rel=2 * _als.MARGIN)
+        assert als.sensitivity(found) < als.sensitivity(fit.factors)
+        assert als.batched_error(tensors, found) == pytest.approx(limit, rel=2 * als.MARGIN)
 
 
 @settings(max_examples=40)
@@ -118,18 +118,18 @@ def test_every_sweep_of_the_correction_is_feasible_and_not_worse_than_the_last(c
     tensors, fit = case
     assume(fit.error > 1e-6)  # below, rounding decides when it is given up
     limit = fit.error * (1 + slack)
-    tried = [_als.corrected(tensors, fit.factors, limit, n) for n in (1, 2, 3, 6)]
-    assert all(_als.batched_error(tensors, f) <= limit + 1e-14 for f in tried)
-    path = [_als.sensitivity(f) for f in tried]
+    tried = [als.corrected(tensors, fit.factors, limit, n) for n in (1, 2, 3, 6)]
+    assert all(als.batched_error(tensors, f) <= limit + 1e-14 for f in tried)
+    path = [als.sensitivity(f) for f in tried]
     assert all(b <= a * (1 + TIGHT) for a, b in itertools.pairwise(path))
 
 
 def step(tensors, factors, mode, limit):
     """One step of the correction on `mode`, with what it takes: rhs, gram, spare error."""
-    products = dict(itertools.islice(_als._products(tensors, list(factors)), len(factors)))
+    products = dict(itertools.islice(als._products(tensors, list(factors)), len(factors)))
     energy = float(np.vdot(tensors, tensors))
-    found = _als._least_sensitive(products[mode], factors, mode, (limit**2 - 1) * energy)
-    return found, products[mode], _als._gram(factors, mode)
+    found = als._least_sensitive(products[mode], factors, mode, (limit**2 - 1) * energy)
+    return found, products[mode], als._gram(factors, mode)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
@@ -137,7 +137,7 @@ def step(tensors, factors, mode, limit):
 def test_a_step_is_the_optimum_over_its_factor(rng, mode, batch):
     tensors = rng.standard_normal((batch, 4, 3, 3))
     factors = [rng.standard_normal((batch, n, 2)) for n in (4, 3, 3)]
-    fit = _als.batched_cp(tensors, factors, 3)
+    fit = als.batched_cp(tensors, factors, 3)
     limit = 1.1 * fit.error
     # Terms in other scales than the balanced ones, in which all modes weigh the same.
     by = rng.uniform(0.5, 2, (batch, 1, 2))
@@ -147,7 +147,7 @@ def test_a_step_is_the_optimum_over_its_factor(rng, mode, batch):
     changed[mode] = found
     # All of the error is used (Newton's method stops at 1e-9 of what there is to spare), and
     # for a convex problem a gradient parallel to the constraint's is all that an optimum needs.
-    assert _als.batched_error(tensors, changed) == pytest.approx(limit, rel=1e-8)
+    assert als.batched_error(tensors, changed) == pytest.approx(limit, rel=1e-8)
     others = [f for m, f in enumerate(given) if m != mode]
     squares = [np.square(f).sum(1, keepdims=True) for f in others]
     weight = sum(f.shape[1] * np.prod(squares[:m] + squares[m + 1 :], axis=0)
@@ -159,38 +159,38 @@ def test_a_step_is_the_optimum_over_its_factor(rng, mode, batch):
 
 def test_a_step_is_what_a_general_optimiser_finds(rng):
     tensors = rng.standard_normal((1, 3, 3, 2))
-    fit = _als.batched_cp(tensors, [rng.standard_normal((1, n, 2)) for n in (3, 3, 2)], 5)
+    fit = als.batched_cp(tensors, [rng.standard_normal((1, n, 2)) for n in (3, 3, 2)], 5)
     limit = 1.05 * fit.error
 
     def changed(x):
         return [x.reshape(1, 3, 2), *fit.factors[1:]]
 
     def spare(x):
-        return limit**2 - _als.batched_error(tensors, changed(x)) ** 2
+        return limit**2 - als.batched_error(tensors, changed(x)) ** 2
 
     theirs = minimize(
-        lambda x: _als.sensitivity(changed(x)), fit.factors[0].ravel(), method="SLSQP",
+        lambda x: als.sensitivity(changed(x)), fit.factors[0].ravel(), method="SLSQP",
         constraints={"type": "ineq", "fun": spare}, options={"ftol": 1e-12, "maxiter": 500},
     )  # fmt: skip
     assert theirs.success
     found, _, _ = step(tensors, fit.factors, 0, limit)
     # SLSQP's finite differences are good to 1e-6 or so
     np.testing.assert_allclose(found.ravel(), theirs.x, atol=1e-4)
-    assert _als.sensitivity(changed(found)) <= theirs.fun * (1 + 1e-6)
+    assert als.sensitivity(changed(found)) <= theirs.fun * (1 + 1e-6)
 
 
 def test_sharing_the_limit_among_tensors_leaves_less_than_a_limit_for_each(rng):
     tensors = rng.standard_normal((3, 4, 3, 3)) * np.array([1, 3, 0.3])[:, None, None, None]
-    fit = _als.batched_cp(tensors, [rng.standard_normal((3, n, 2)) for n in (4, 3, 3)], 20)
+    fit = als.batched_cp(tensors, [rng.standard_normal((3, n, 2)) for n in (4, 3, 3)], 20)
     together, _, _ = step(tensors, fit.factors, 0, 1.05 * fit.error)
     alone = []
     for i in range(3):
         own = [f[i : i + 1] for f in fit.factors]
-        limit = 1.05 * _als.batched_error(tensors[i : i + 1], own)
+        limit = 1.05 * als.batched_error(tensors[i : i + 1], own)
         alone.append(step(tensors[i : i + 1], own, 0, limit)[0])
     apart = [np.concatenate(alone), *fit.factors[1:]]
-    assert _als.batched_error(tensors, apart) == pytest.approx(1.05 * fit.error)
-    assert _als.sensitivity([together, *fit.factors[1:]]) < _als.sensitivity(apart)
+    assert als.batched_error(tensors, apart) == pytest.approx(1.05 * fit.error)
+    assert als.sensitivity([together, *fit.factors[1:]]) < als.sensitivity(apart)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.1, 0.2])
@@ -200,28 +200,28 @@ def test_degenerate_terms_are_called_back(valley, limit):
     size = np.linalg.norm(tensors)
     assert fit.error < 0.05
     assert np.linalg.norm(norms(fit.factors)) > 2 * size
-    found = _als.corrected(tensors, fit.factors, limit)
-    assert _als.batched_error(tensors, found) <= limit
+    found = als.corrected(tensors, fit.factors, limit)
+    assert als.batched_error(tensors, found) <= limit
     # Where 3,000 sweeps come to rest, the same from eight starts: terms of 1.5616, 1.2125 and
     # 0.9558 times the tensor, where ALS had 2.946; a sensitivity of this, where ALS had 132.8.
     # Ours stop where a sweep gains less than a thousandth.
     rest = {0.05: 56.9763, 0.1: 40.6596, 0.2: 29.6092}[limit]
-    assert _als.sensitivity(found) == pytest.approx(rest, rel=1e-3)
+    assert als.sensitivity(found) == pytest.approx(rest, rel=1e-3)
     assert np.linalg.norm(norms(found)) < np.linalg.norm(norms(fit.factors)) / 1.8
 
 
 def test_a_large_limit_leaves_nothing(valley):
     tensors, fit = valley
-    assert not any(f.any() for f in _als.corrected(tensors, fit.factors, 1.01))
+    assert not any(f.any() for f in als.corrected(tensors, fit.factors, 1.01))
 
 
 def test_factors_in_float32_are_corrected_in_float64(valley):
     tensors, fit = valley
-    found = _als.corrected(
+    found = als.corrected(
         tensors.astype(np.float32), [f.astype(np.float32) for f in fit.factors], 0.1
     )
     assert {f.dtype for f in found} == {np.dtype(np.float64)}
-    assert _als.batched_error(tensors, found) <= 0.1
+    assert als.batched_error(tensors, found) <= 0.1
 
 
 @pytest.mark.parametrize("layer", ["layer1.0.conv1", "layer2.0.conv2"])
@@ -231,13 +231,13 @@ def test_trained_layers_become_several_times_less_sensitive_for_a_thousandth(dat
     conv = next(x.conv for x in layers(path) if x.name == layer)
     w = conv.to_dense().astype(np.float64)
     tensors = w.reshape(1, *w.shape[:2], -1)
-    fit = _als.cp(tensors[0], _als.start(tensors[0], times * conv.out_channels), 300)
+    fit = als.cp(tensors[0], als.start(tensors[0], times * conv.out_channels), 300)
     before = [f[None] for f in fit.factors]
-    found = _als.corrected(tensors, before, (1 + SLACK) * fit.error)
-    assert _als.batched_error(tensors, found) <= (1 + SLACK) * fit.error
+    found = als.corrected(tensors, before, (1 + SLACK) * fit.error)
+    assert als.batched_error(tensors, found) <= (1 + SLACK) * fit.error
     # Measured: 4.3 to 6.5 times less, with terms of 1.4 to 2.0 times the kernel for 4.8 to 8.7.
     # Where ALS is after 300 sweeps depends on rounding, so there is room.
-    assert _als.sensitivity(found) < _als.sensitivity(before) / 2.5
+    assert als.sensitivity(found) < als.sensitivity(before) / 2.5
     assert np.linalg.norm(norms(found)) < np.linalg.norm(norms(before)) / 1.8
 
 
@@ -318,9 +318,9 @@ def test_wrong_keywords_are_refused_by_name(conv, keyword, value, error):
 @pytest.mark.parametrize("ridge", [1e-3, 1e-2, 0.1])
 def test_a_ridge_bounds_the_terms(ridge):
     weight = degenerate()
-    found = _als.batched_cp(weight[None], [np.ones((1, 4, 2)) + np.eye(4)[:, :2]] * 3, 300, ridge)
+    found = als.batched_cp(weight[None], [np.ones((1, 4, 2)) + np.eye(4)[:, :2]] * 3, 300, ridge)
     # The objective is at most that of no terms at all, from the first factor on.
-    missed = _als.batched_error(weight[None], found.factors) ** 2
+    missed = als.batched_error(weight[None], found.factors) ** 2
     taken = ridge * np.square(norms(found.factors)).sum() / np.square(weight).sum()
     assert missed + taken <= 1 + TIGHT
     free, bound = (lr.cp(lr.dense(weight), 2, ridge=r, max_error=0.3) for r in (0.0, ridge))
@@ -336,9 +336,9 @@ def test_a_ridge_bounds_the_terms(ridge):
 def test_a_ridge_is_settled_where_its_objective_is_stationary(rng):
     tensors, ridge = rng.standard_normal((2, 5, 4, 3)), 0.2
     start = [rng.standard_normal((2, n, 3)) for n in (5, 4, 3)]
-    factors = _als.batched_cp(tensors, start, 1000, ridge).factors
-    for mode, rhs in itertools.islice(_als._products(tensors, factors), 3):
-        gram = _als._gram(factors, mode)
+    factors = als.batched_cp(tensors, start, 1000, ridge).factors
+    for mode, rhs in itertools.islice(als._products(tensors, factors), 3):
+        gram = als._gram(factors, mode)
         added = factors[mode] * (ridge * np.diagonal(gram, axis1=1, axis2=2))[:, None]
         # it stops where a sweep takes a millionth off: gradients of a thousandth
         np.testing.assert_allclose(factors[mode] @ gram + added, rhs, atol=1e-2)
@@ -496,11 +496,11 @@ def test_no_khatri_rao_matrix_of_a_large_mode_is_formed(rng):
     pytest.importorskip("tensorly.decomposition")  # imported ahead: it takes memory itself
     tensor = rng.standard_normal((96, 96, 3, 3))
     start = [rng.standard_normal((n, 64)) for n in tensor.shape]
-    _als.cp(tensor, start, 1)
+    als.cp(tensor, start, 1)
     tracemalloc.start()
     try:
-        fit = _als.cp(tensor, start, 2)
-        _als.corrected(tensor[None], [f[None] for f in fit.factors], 1.1 * fit.error, 2)
+        fit = als.cp(tensor, start, 2)
+        als.corrected(tensor[None], [f[None] for f in fit.factors], 1.1 * fit.error, 2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import lowrank
-from lowrank import Geometry, Stage, filters, reference
-from lowrank.backends import steps
+from lowrank import Geometry, Stage, filters
+from lowrank.core import reference
+from lowrank.engine.cuda import steps
 from lowrank.families import FAMILIES, NotApplicable
 
-SOURCE = Path(lowrank.__file__).parent / "backends" / "kernels.cu"
+SOURCE = Path(lowrank.__file__).parent / "engine" / "cuda" / "kernels.cu"
 KERNELS = [
     "depthwise<float, 3, 3, 1, 4>", "depthwise<float, 3, 3, 2, 2>", "depthwise<float, 0, 0, 0, 1>",
     "dense<float, 16, 128>", "dense<float, 64, 64>", "separable<float, 64, 64>",
@@ -307,13 +308,13 @@ def test_shapes_and_types_that_do_not_fit_are_named(cupy):
 )
 def test_what_is_missing_is_said_in_a_sentence(status, words, standin):
     fake_cupy.hooks.counting = status
-    with pytest.raises(lowrank.backends.NoGPU, match=words):
+    with pytest.raises(lowrank.engine.NoGPU, match=words):
         lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
 
 
 def test_without_cupy_or_a_device(standin, monkeypatch):
     fake_cupy.hooks.devices = 0
-    with pytest.raises(lowrank.backends.NoGPU, match="no device"):
+    with pytest.raises(lowrank.engine.NoGPU, match="no device"):
         lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
 
 
@@ -369,7 +370,7 @@ def test_predictions_need_a_calibration_of_the_gpu():
     conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        here = lowrank.machine.current()
+        here = lowrank.perfmodel.current()
     if "cuda" in here.rates:
         pytest.skip("this machine's GPU has been measured")
     with pytest.raises(ValueError, match="calibrate --device cuda"):
@@ -534,10 +535,10 @@ def test_work_is_done_on_the_device_of_the_arrays(standin, rng):
 
 
 def test_large_symmetric_matrices_go_one_by_one(cupy, rng):
-    from lowrank import algebra
+    from lowrank.core import chain_algebra
 
     a = rng.standard_normal((2, 40, 40))
     a = a @ a.swapaxes(1, 2)
-    values, vectors = algebra.eigh(cupy.asarray(a))
+    values, vectors = chain_algebra.eigh(cupy.asarray(a))
     back = (vectors * values[:, None]) @ vectors.swapaxes(1, 2)
     assert np.abs(back.get() - a).max() <= 1e-12 * np.abs(a).max()

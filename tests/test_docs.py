@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank import backends, blocks, families, filters, machine, plots, ranks, weights
+from lowrank import blocks, engine, families, filters, perfmodel
 from lowrank.families import svd
+from lowrank.interop import weights
+from lowrank.report import figures
+from lowrank.selection import ranks
 
 ROOT = Path(lowrank.__file__).parents[1]
 PAGES = [
@@ -28,7 +31,7 @@ PAGES = [
 
 def public():
     """(name, object) of everything public that is called or made."""
-    for module in (lowrank, blocks, families, filters, machine, plots, ranks, weights):
+    for module in (lowrank, blocks, families, filters, perfmodel, figures, ranks, weights):
         for name, thing in vars(module).items():
             home = getattr(thing, "__module__", "")
             ours = home.startswith(module.__name__)  # not what it imports from elsewhere
@@ -103,7 +106,7 @@ def lacking(code):
         return "torch"
     if "cupy" in names:
         try:
-            backends.check_gpu()
+            engine.check_gpu()
         except (ImportError, RuntimeError):
             return "a GPU"
     return None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import filters, reference
+from lowrank import filters
+from lowrank.core import reference
 
 
 def chains(rng):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import reference
-from lowrank.cost import chain_cost
+from lowrank.core import reference
+from lowrank.core.cost import chain_cost
 from lowrank.families import FAMILIES, NotApplicable, applicable, tucker
 
 # Fits are made in float64 from a kernel of norm about 1, by a few matrix products of at most

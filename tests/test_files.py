@@ -8,7 +8,7 @@ import pytest
 
 import lowrank as lr
 from lowrank import io
-from lowrank.weights import layers, read_weights
+from lowrank.interop.weights import layers, read_weights
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank import filters
-from lowrank.backends import fourier
+from lowrank.engine import fourier
 from lowrank.filters import arguments
 
 MODES = ["reflect", "constant", "nearest", "mirror", "wrap"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
-from lowrank.machine import calibration
+from lowrank.perfmodel import calibration
 
 GALLERY = Path(lowrank.__file__).parents[1] / "docs" / "gallery"
 SCRIPTS = sorted(GALLERY.glob("plot_*.py"))

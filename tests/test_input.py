@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import reference
+from lowrank.core import reference
 from lowrank.families import FAMILIES
 
 W = np.random.default_rng(0).standard_normal((6, 4, 3, 3))

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 import lowrank
 from lowrank import filters
+from lowrank.core.geometry import PADDING_MODES
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.geometry import PADDING_MODES
 
 da = pytest.importorskip("dask.array")
 dask = pytest.importorskip("dask")
 
-from lowrank.interop import dask as chunked  # noqa: E402
+from lowrank.engine import dask as chunked  # noqa: E402
 
 DTYPES = ("float32", "float64", "uint8", "int16", "uint16", "int32", "float16")
 
@@ -288,7 +288,7 @@ import sys, numpy as np, lowrank
 from lowrank import filters
 lowrank.dense(np.ones((1, 1, 3)))(np.ones((1, 1, 9)))
 filters.correlate(np.ones((9, 9)), filters.sobel())
-import lowrank.interop.dask
+import lowrank.engine.dask
 assert not [m for m in sys.modules if m.split(".")[0] == "dask"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)

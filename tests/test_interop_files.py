@@ -18,8 +18,7 @@ import pytest
 import lowrank as lr
 from lowrank import demo
 from lowrank import io as tensors_io
-from lowrank.interop.weights import WeightsFile, WeightsNet
-from lowrank.weights import layers, read_weights
+from lowrank.interop.weights import WeightsFile, WeightsNet, layers, read_weights
 
 h5py = pytest.importorskip("h5py")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
-from lowrank import reference
+from lowrank.core import reference
 from lowrank.families import FAMILIES, applicable
 
 onnx = pytest.importorskip("onnx")
@@ -20,9 +20,9 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
 from lowrank.interop.onnx import OnnxNet, open_net, read_batches, save  # noqa: E402
-from lowrank.interop.onnx_chain import Writer, conv_chain  # noqa: E402
-from lowrank.interop.onnx_data import inputs_of  # noqa: E402
-from lowrank.interop.onnx_files import load  # noqa: E402
+from lowrank.interop.onnx.chain import Writer, conv_chain  # noqa: E402
+from lowrank.interop.onnx.data import inputs_of  # noqa: E402
+from lowrank.interop.onnx.files import load  # noqa: E402
 
 # Sums of some hundred products of order 1 in float32, in another order, twice over in a chain:
 # some sqrt(n) roundings of 6e-8 of magnitudes of some tens.
@@ -567,7 +567,7 @@ def outside(model, folder, **entries):
 
 @pytest.mark.parametrize("small", [0, 65536], ids=["stays outside", "is read in"])
 def test_external_data(rng, tmp_path, monkeypatch, small):
-    monkeypatch.setattr("lowrank.interop.onnx_files._SMALL", small)
+    monkeypatch.setattr("lowrank.interop.onnx.files._SMALL", small)
     model, x = small_net(rng)
     want = ran(model, x=x)[0]
     (tmp_path / "in").mkdir()
@@ -595,7 +595,7 @@ def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
     new = net.replaced({"conv": lr.encode(net.layers[0].conv, rank=2)})
     save(new, tmp_path / "a.onnx")
     assert os.listdir(tmp_path) == ["a.onnx"]
-    monkeypatch.setattr("lowrank.interop.onnx_files.LARGEST", 1000)
+    monkeypatch.setattr("lowrank.interop.onnx.files.LARGEST", 1000)
     save(new, tmp_path / "b.onnx")
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "b.onnx.data"]
     assert (tmp_path / "b.onnx").stat().st_size < (tmp_path / "a.onnx").stat().st_size

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import lowrank
-from lowrank import models
+from lowrank.compress import make_plan
+from lowrank.core.stage import Stage
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.stage import Stage
 
 torch = pytest.importorskip("torch")
 
@@ -18,8 +18,8 @@ from torch import nn  # noqa: E402
 
 from lowrank.interop import torch as interop  # noqa: E402
 from lowrank.interop.torch import TorchNet, compress, layers, on_engine  # noqa: E402
-from lowrank.interop.torch_engine import Engine  # noqa: E402
-from lowrank.interop.torch_modules import CONVS, TRANSPOSED, Tied, of_module, to_module  # noqa: E402  # noqa: E402
+from lowrank.interop.torch.engine import Engine  # noqa: E402
+from lowrank.interop.torch.modules import CONVS, TRANSPOSED, Tied, of_module, to_module  # noqa: E402  # noqa: E402
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -507,10 +507,7 @@ def test_models_of_several_inputs():
         now, before = small.plan.total("macs")
         assert now <= 0.5 * before
         # twice an example: once for each image
-        assert (
-            before
-            == 2 * models.make_plan(TorchNet(model.branch, batches()), macs=0.9).total("macs")[1]
-        )
+        assert before == 2 * make_plan(TorchNet(model.branch, batches()), macs=0.9).total("macs")[1]
         assert small.model(*pairs[0]).shape == model(*pairs[0]).shape
 
 
@@ -960,7 +957,7 @@ def test_trained_nets_on_the_engine(data, name):
 
 def test_a_plan_can_be_made_beforehand():
     model = warmed(small_net())
-    plan = models.make_plan(TorchNet(model, batches()), macs=0.5)
+    plan = make_plan(TorchNet(model, batches()), macs=0.5)
     small = compress(model, batches(), plan=plan)
     assert small.plan.layers == plan.layers  # counted anew, and alike
 

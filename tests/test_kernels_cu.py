@@ -11,11 +11,12 @@ import fake_cupy as cp
 import numpy as np
 import pytest
 
-from lowrank import Geometry, Stage, reference
-from lowrank.backends import arrays
-from lowrank.stage import Epilogue
+from lowrank import Geometry, Stage
+from lowrank.core import reference
+from lowrank.core.stage import Epilogue
+from lowrank.engine import array_api
 
-CODE = Path(arrays.__file__).with_name("kernels.cu").read_text()
+CODE = Path(array_api.__file__).with_name("cuda").joinpath("kernels.cu").read_text()
 
 TYPES = ["float", "double", "f16", "bf16"]
 KNOWN = [(t, 3, 1, 4) for t in TYPES] + [("float", 5, 1, 4), ("f16", 5, 2, 2), ("double", 7, 2, 2)]
@@ -192,7 +193,7 @@ def weighted(stage, rng, kind):
         weight, stage.geometry, stage.groups, stage.left, stage.right, stage.shuffle,
         stage.transposed,
     )  # fmt: skip
-    packed = np.ascontiguousarray(arrays.matrices(stage))
+    packed = np.ascontiguousarray(array_api.matrices(stage))
     return stage, cp.asarray(narrowed(packed, kind))
 
 
@@ -205,7 +206,7 @@ def tables(stage, size, out=None):
     found = [np.zeros((1, 1) if out else 1, np.int32)] * (3 - len(size))
     for axis, n in enumerate(size):
         more = (n, out[axis]) if out else (n,)
-        found.append((arrays.seen if out else arrays.places)(stage, axis, *more))
+        found.append((array_api.seen if out else array_api.places)(stage, axis, *more))
     return [integers(t) for t in found]
 
 

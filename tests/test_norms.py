@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank import norms, reference
-from lowrank.norms import operator_norm, resolution_free
-from lowrank.weights import layers
+from lowrank.certify import norms
+from lowrank.certify.norms import operator_norm, resolution_free
+from lowrank.core import reference
+from lowrank.interop.weights import layers
 
 # Singular values from an SVD and from the eigenvalues of a Gram matrix in float64, of at most a
 # few thousand products: 1e-10 is room enough, and so it is for the bounds to be passed.

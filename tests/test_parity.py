@@ -8,7 +8,7 @@ import pytest
 import scipy.ndimage
 
 import lowrank as lr
-from lowrank import reference
+from lowrank.core import reference
 
 # PyTorch's and ONNX's sums of n products in float32 differ from ours by rounding: about
 # sqrt(n) * eps of the sum of magnitudes, here below 200 terms of order 1.

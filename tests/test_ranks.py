@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank import ranks
 from lowrank.families import FAMILIES, applicable
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
+from lowrank.selection import ranks
 
 EXACT = [name for name, family in FAMILIES.items() if family.exact]
 SPECTRAL = [*EXACT, "tucker", "tucker_full", "tensor_train"]

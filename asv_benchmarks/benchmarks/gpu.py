@@ -17,8 +17,8 @@ import numpy as np
 
 import lowrank as lr
 from lowrank import filters
-from lowrank.backends import pytorch
-from lowrank.stage import Epilogue
+from lowrank.core.stage import Epilogue
+from lowrank.engine import pytorch
 
 from .cases import MOBILENET, chain_shapes, layers, random, weight
 

@@ -39,8 +39,8 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch")
     """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
     if torch is None:
         return {}
-    from lowrank.backends import pytorch
-    from lowrank.stage import Epilogue
+    from lowrank.core.stage import Epilogue
+    from lowrank.engine import pytorch
 
     epilogues = [Epilogue(*end) for end in ends or [(None, "none")] * len(stages)]
     found = {f"{name} NCHW": pytorch.call(stages, epilogues, x)}

@@ -21,9 +21,9 @@ def net():
 @cache
 def small(share):
     """The network within a share of its multiply-adds, by all families."""
-    from lowrank import models
+    from lowrank import compress
 
-    return models.compress(net(), models.make_plan(net(), macs=share, pinned=["conv1"]))
+    return compress.compress_model(net(), compress.make_plan(net(), macs=share, pinned=["conv1"]))
 
 
 @cache
@@ -38,7 +38,8 @@ def images():
 
 
 def layers():
-    from lowrank import demo, weights
+    from lowrank import demo
+    from lowrank.interop import weights
 
     return weights.layers(demo.WEIGHTS)
 
@@ -46,7 +47,7 @@ def layers():
 def wrong(share):
     """Share of unseen digits that are read wrong."""
     from lowrank import demo
-    from lowrank.weights import read_weights
+    from lowrank.interop.weights import read_weights
 
     chains = {layer.name: layer.conv for layer in layers()}
     if share < 1:
@@ -73,17 +74,17 @@ for s in SHARES:
 
 
 def planning():
-    from lowrank import models
+    from lowrank import compress
 
     given = net()
-    return lambda: models.make_plan(given, macs=0.5, pinned=["conv1"], families=FAMILIES)
+    return lambda: compress.make_plan(given, macs=0.5, pinned=["conv1"], families=FAMILIES)
 
 
 def compressing():
-    from lowrank import models
+    from lowrank import compress
 
-    plan = models.make_plan(net(), macs=0.5, pinned=["conv1"], families=FAMILIES)
-    return lambda: models.compress(net(), plan)
+    plan = compress.make_plan(net(), macs=0.5, pinned=["conv1"], families=FAMILIES)
+    return lambda: compress.compress_model(net(), plan)
 
 
 def running(share):
@@ -157,7 +158,7 @@ class Predicted:
 
     def track_predicted_off(self, share):
         """The worse of predicted / actual and its inverse, less 1."""
-        from lowrank import machine
+        from lowrank import perfmodel
 
         off = []
         for layer in layers():
@@ -166,7 +167,7 @@ class Predicted:
             run = f.compile(x.shape[1:], np.float32, threads=1)
             out = run(x)
             (actual,) = measure.measured([lambda run=run, x=x, out=out: run(x, out)], 0.2)
-            predicted = machine.predict(f, layer.input_size, threads=1).seconds
+            predicted = perfmodel.predict(f, layer.input_size, threads=1).seconds
             off.append(max(predicted / actual, actual / predicted) - 1)
         return max(off)
 

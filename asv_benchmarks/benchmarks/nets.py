@@ -249,7 +249,7 @@ def folder() -> Path:
 
 def loaded(name: str) -> Any:
     """The net of a name, with its weights."""
-    from lowrank.weights import read_weights
+    from lowrank.interop.weights import read_weights
 
     make, names = NETS[name]
     tensors = read_weights(folder() / "weights" / f"{name}.safetensors")

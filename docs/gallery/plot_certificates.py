@@ -14,9 +14,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import lowrank
-from lowrank import filters, plots, report, weights
+from lowrank import filters
+from lowrank.core import tables
+from lowrank.interop import weights
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 COLOURS = ("#0072b2", "#009e73", "#e69f00", "#d55e00")
 layers = {layer.name: layer for layer in weights.layers(NET)}
@@ -53,7 +56,7 @@ for name, c in sorted(certificates.items(), key=lambda x: x[1].error):
     rank = ",".join(map(str, f.rank))
     rows.append((name, rank, f"{share:.0%}", f"{c.error:.4f}", f"{c.bound:.4f}", f"{c.gap:.4f}",
                  f"{c.sensitivity:.0f}"))  # fmt: skip
-print("\n".join(report.columns(rows)))
+print("\n".join(tables.columns(rows)))
 
 # %%
 # How to read it: the bound is about one family at one rank.  Where the gap is 0, more fitting is a

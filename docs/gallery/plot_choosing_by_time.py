@@ -16,9 +16,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import lowrank
-from lowrank import machine, plots, report, weights
+from lowrank import perfmodel
+from lowrank.core import tables
+from lowrank.interop import weights
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 
 # %%
@@ -27,13 +30,13 @@ NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 #
 # The time model counts what a chain does (multiply-adds in vectors, samples brought in, lines from
 # each cache, calls, wakings of threads) and multiplies each count by a rate.  Rates are measured by
-# ``lowrank calibrate`` on the command line, or :func:`lowrank.machine.calibrate`, which takes less
+# ``lowrank calibrate`` on the command line, or :func:`lowrank.perfmodel.calibrate`, which takes less
 # than a minute, once; they are kept in the user's cache folder.  **This page does not calibrate.**
-# It uses what :func:`lowrank.machine.current` finds: the rates of this machine if they have been
+# It uses what :func:`lowrank.perfmodel.current` finds: the rates of this machine if they have been
 # measured, else those that ship with the package, which are good for comparing chains with each
 # other, and not for seconds.
 
-here = machine.current()
+here = perfmodel.current()
 print(f"{here.cpu}, {here.isa}")
 print("measured on this machine" if here.calibrated else "rates that ship with the package")
 print(f"median error of a prediction: {here.rates['lowrank'].error:.0%}")
@@ -127,11 +130,11 @@ for name, f in {"half of the time": half, "half of the multiply-adds": by_work}.
           f"{f.cost(shape).share_of(conv.cost(shape)):.0%} of the multiply-adds")  # fmt: skip
 
 # %%
-# :func:`lowrank.plots.error_against_cost` draws a front with the look of each family, and rings a
+# :func:`lowrank.report.figures.error_against_cost` draws a front with the look of each family, and rings a
 # pick.  It writes a file.
 
 pick = by_seconds.affordable(by_seconds.dense.seconds / 2)
-plots.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14", pick=pick)
+figures.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14", pick=pick)
 
 # %%
 # The clock
@@ -163,9 +166,9 @@ dense_seconds = clocked(conv)
 for name, f in chains.items():
     share = f.cost(shape).share_of(conv.cost(shape))
     seconds = clocked(f)
-    rows.append((name, f"{share:.0%}", report.time(here.predict(f, shape, threads=1).seconds),
-                 report.time(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
-print("\n".join(report.columns(rows)))
+    rows.append((name, f"{share:.0%}", tables.time(here.predict(f, shape, threads=1).seconds),
+                 tables.time(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
+print("\n".join(tables.columns(rows)))
 
 # %%
 # What to do

@@ -12,16 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import lowrank
-from lowrank import filters, machine, plots
+from lowrank import filters, perfmodel
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 
 # %%
 # Times on this page are predictions, for one thread, with the rates of this machine if
 # ``lowrank calibrate`` has measured them, else with those that ship with the package.  Nothing is
 # calibrated here.
 
-here = machine.current()
+here = perfmodel.current()
 print("measured on this machine" if here.calibrated else "rates that ship with the package")
 
 # %%

@@ -21,11 +21,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from lowrank import demo, plots
+from lowrank import demo
 from lowrank.interop.torch import compress, on_engine
-from lowrank.weights import read_weights
+from lowrank.interop.weights import read_weights
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 torch.manual_seed(0)
 EPOCHS = 15
 images, labels = load_digits(return_X_y=True)

@@ -23,9 +23,10 @@ import numpy as np
 import zarr
 
 import lowrank
-from lowrank import filters, plots
+from lowrank import filters
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 folder = tempfile.TemporaryDirectory()
 source, target = (str(Path(folder.name) / name) for name in ("volume.zarr", "features.zarr"))
 dask.config.set(scheduler="threads", num_workers=2)

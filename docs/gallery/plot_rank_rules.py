@@ -4,7 +4,7 @@ Rules that pick a rank
 
 A rank has to come from somewhere: from an error, from a budget, from a share of the energy, or
 from a model of noise that is fitted to the weights.  This page puts the rules of
-:mod:`lowrank.ranks` side by side on one trained layer, in one family, so that what differs is the
+:mod:`lowrank.selection.ranks` side by side on one trained layer, in one family, so that what differs is the
 rule, and then shows where variational Bayes (EVBMF) has nothing to go by.
 """
 
@@ -15,9 +15,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import lowrank
-from lowrank import plots, ranks, report, weights
+from lowrank.core import tables
+from lowrank.interop import weights
+from lowrank.report import figures
+from lowrank.selection import ranks
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 layer = next(x for x in weights.layers(NET) if x.name == "conv3")
 conv, shape = layer.conv, layer.input_size
@@ -57,7 +60,7 @@ for name, f in chains.items():
     rank = ",".join(map(str, f.rank))
     rows.append((name, rank, f"{error:.3f}", f"{1 - error**2:.3f}", f"{f.params / conv.params:.3f}",
                  f"{macs:.3f}"))  # fmt: skip
-print("\n".join(report.columns(rows)))
+print("\n".join(tables.columns(rows)))
 
 # %%
 # Only the first two keep a promise that one can check in the table: an error of at most 0.2, at
@@ -91,7 +94,7 @@ plt.show()
 # ---------------
 #
 # The model of EVBMF is a low-rank matrix plus white noise.  It estimates the noise, and counts the
-# singular values that noise of this size cannot explain.  :func:`lowrank.ranks.evbmf_of` does it
+# singular values that noise of this size cannot explain.  :func:`lowrank.selection.ranks.evbmf_of` does it
 # for any matrix and says where it draws the line.  Four matrices of 64 × 576, the size of this
 # layer's unfolding: one that fits the model, one of noise alone, the layer's, and one of full rank
 # whose singular values decay without any noise.

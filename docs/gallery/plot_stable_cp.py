@@ -21,9 +21,10 @@ import numpy as np
 from tensorly.decomposition import parafac
 
 import lowrank
-from lowrank import plots, weights
+from lowrank.interop import weights
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 
 # %%

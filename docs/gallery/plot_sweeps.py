@@ -18,9 +18,11 @@ import joblib
 import matplotlib.pyplot as plt
 
 import lowrank
-from lowrank import plots, report, weights
+from lowrank.core import tables
+from lowrank.interop import weights
+from lowrank.report import figures
 
-plt.rcParams.update(plots.STYLE)
+plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 
 # %%
@@ -67,7 +69,7 @@ for ax, (name, layer) in zip(axes, layers.items()):
     dense = own[0].dense.cost.macs
     for family, front in zip(families, own):
         found = [c for c in front if c.family != "dense"]
-        colour, mark = plots.LOOK[family]
+        colour, mark = figures.LOOK[family]
         ax.plot([c.cost.macs / dense for c in found], [c.error for c in found], mark, color=colour,
                 markersize=3.5, alpha=0.7, label=family)  # fmt: skip
     every = sorted({(c.cost.macs / dense, c.error) for front in own for c in front})
@@ -105,7 +107,7 @@ rows = [("layer", "budget", "chain", "error")]
 for (layer, budget), f in zip(asked, chains):
     error = f.error(layer.conv.to_dense())
     rows.append((layer.name, f"{budget:g}", f"{f.family} {f.rank}", f"{error:.3f}"))
-print("\n".join(report.columns(rows)))
+print("\n".join(tables.columns(rows)))
 
 # %%
 # On a cluster

@@ -7,14 +7,14 @@ import sys
 from importlib.metadata import version
 from typing import Annotated
 
-from lowrank.backends import NoGPU
 from lowrank.cli.console import USAGE, app, fail, typer
+from lowrank.engine import NoGPU
 
 # Each brings its commands; the order is that of the help.
 from lowrank.cli import layers as layers  # isort: skip
 from lowrank.cli import models as models  # isort: skip
 from lowrank.cli import images as images  # isort: skip
-from lowrank.cli import machines as machines  # isort: skip
+from lowrank.cli import calibrate as calibrate  # isort: skip
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from lowrank import filters, plots
+from lowrank import filters
 from lowrank._typing import Array
 from lowrank.cli.console import AsJson, app, numbers_of, print_json, typer
-from lowrank.weights import read_weights
+from lowrank.interop.weights import read_weights
+from lowrank.report import figures
 
 
 class Name(StrEnum):
@@ -104,7 +105,7 @@ def filter_image(
         out = Path(name + (".npy" if image.suffix == ".npy" else ".png"))
     _check_out(out)
     if plot is not None:
-        plots.check_path(plot)
+        figures.check_path(plot)
     shape = picture.shape[: taps.ndim]
     correlated = np.flip(taps) if convolve else taps
     work = picture.astype(np.float32) if picture.dtype.kind in "iub" else picture
@@ -119,7 +120,7 @@ def filter_image(
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:
-        plots.filter_and_form(correlated, chain, plot, title=kernel)
+        figures.filter_and_form(correlated, chain, plot, title=kernel)
     macs, whole = chain.cost(shape).macs, taps.size * math.prod(shape)
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
     said = {

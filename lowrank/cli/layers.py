@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from lowrank import io, plots, report, search
+from lowrank import io, selection
 from lowrank._typing import Ints
 from lowrank.cli.console import (
     AsJson,
@@ -21,11 +21,13 @@ from lowrank.cli.console import (
     size_of,
     typer,
 )
-from lowrank.cost import Cost
+from lowrank.core import tables
+from lowrank.core.cost import Cost
+from lowrank.core.geometry import PADDING_MODES
 from lowrank.factorization import Factorization, dense
 from lowrank.families import FAMILIES, applicable
-from lowrank.geometry import PADDING_MODES
-from lowrank.weights import Layer, layers
+from lowrank.interop.weights import Layer, layers
+from lowrank.report import figures
 
 
 @app.command()
@@ -107,7 +109,7 @@ def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
             if not families:
                 errors[column] = None
                 continue
-            front = search.frontier(conv, at, families, axis=axis)
+            front = selection.frontier(conv, at, families, axis=axis)
             below = [c.error for c in front if getattr(c.cost, axis) <= half]
             errors[column] = min(below, default=None)  # None: no chain costs so little
     return {
@@ -168,7 +170,7 @@ def approximate(
     axis: Annotated[
         str | None,
         typer.Option(
-            help=f"Cost to compare: {', '.join(search.COSTS)}. If not given the budget's, macs for "
+            help=f"Cost to compare: {', '.join(selection.COSTS)}. If not given the budget's, macs for "
             "a rank, else seconds."
         ),
     ] = None,
@@ -215,7 +217,7 @@ def approximate(
     }
     conv = _overridden(chosen, {k: v for k, v in given.items() if v is not None})
     if plot is not None:
-        plots.check_path(plot)
+        figures.check_path(plot)
     if save is not None and save.suffix != ".safetensors":
         raise ValueError(f"--save: {save} must end in .safetensors")
     if save is not None and not save.parent.is_dir():
@@ -241,21 +243,21 @@ def approximate(
     names = None if families is None else [f.strip() for f in families.split(",") if f.strip()]
     if names is not None and not names:
         raise ValueError(f"--families must name some of {', '.join(FAMILIES)}")
-    pick: search.Candidate | None = None
+    pick: selection.Candidate | None = None
     with progress_bar(len(names or FAMILIES)) as step:
         if wanted:
-            front, pick = search.choose(
+            front, pick = selection.choose(
                 conv, size, families=names, axis=axis, progress=step, **wanted, **timed
             )
             step("building the pick")
             f = pick.build()
             pick = pick.built(f)
         else:
-            front = search.frontier(
+            front = selection.frontier(
                 conv, size, names, axis=axis or "seconds", progress=step, **timed
             )
     if plot is not None:
-        plots.error_against_cost([front], plot, title=f"{file.stem}, {chosen.name}", pick=pick)
+        figures.error_against_cost([front], plot, title=f"{file.stem}, {chosen.name}", pick=pick)
     if save is not None:
         io.save(save, {chosen.name: f})
     if as_json:
@@ -271,26 +273,26 @@ def approximate(
             }
         )
         return
-    shown = list(front) if rows < 1 else report.thinned(list(front), max(rows, 2))
-    print(f"{chosen.name}: {conv!r}\n{report.title(front, len(shown))}")
-    print_table(report.HEAD, [report.row(c, front.dense) for c in shown])
+    shown = list(front) if rows < 1 else tables.thinned(list(front), max(rows, 2))
+    print(f"{chosen.name}: {conv!r}\n{tables.title(front, len(shown))}")
+    print_table(tables.HEAD, [tables.row(c, front.dense) for c in shown])
     if any(not c.exact for c in shown):
-        print(report.NOTE)
+        print(tables.NOTE)
     if pick is not None:
         if pick.family == "dense" and max_error is not None:
-            print(f"pick: the dense kernel; {search.nothing_within(front, max_error)}")
+            print(f"pick: the dense kernel; {selection.nothing_within(front, max_error)}")
         else:
             print(f"pick: {_said(pick, front.dense)}")
         for stage, cost in zip(f.stages, f.stage_costs(size)):
             shape = "x".join(map(str, stage.weight.shape))
             tied = f", tied {stage.left}x{stage.right}" if stage.left * stage.right > 1 else ""
-            print(f"  {stage.kind:9}  {shape:>16}  {report.amount(cost.macs):>6} macs{tied}")
+            print(f"  {stage.kind:9}  {shape:>16}  {tables.amount(cost.macs):>6} macs{tied}")
     for path in (plot, save):
         if path is not None:
             print(f"wrote {path}")
 
 
-def _said(pick: search.Candidate, whole: search.Candidate) -> str:
+def _said(pick: selection.Candidate, whole: selection.Candidate) -> str:
     """The pick in one sentence."""
     if pick.family == "dense":
         return "the dense kernel itself; nothing cheaper is as good as asked for"
@@ -299,7 +301,7 @@ def _said(pick: search.Candidate, whole: search.Candidate) -> str:
         f"{pick.name} of rank {rank}: error {pick.error:.4f} (at least {pick.bound:.4f} "
         f"for any of its kind), {whole.cost.macs / pick.cost.macs:.2f} times fewer multiply-adds, "
         f"{whole.cost.params / pick.cost.params:.2f} times fewer parameters, predicted "
-        f"{report.time(pick.seconds)}, {whole.seconds / pick.seconds:.2f} times faster"
+        f"{tables.time(pick.seconds)}, {whole.seconds / pick.seconds:.2f} times faster"
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from lowrank import models, report, webpage
+from lowrank import report
 from lowrank.cli.console import (
     AsJson,
     app,
@@ -22,10 +22,11 @@ from lowrank.cli.console import (
     share_bars,
     typer,
 )
+from lowrank.compress import Net, Nothing, Plan, compress_model, make_plan
+from lowrank.compress.options import AXES, QUICK
+from lowrank.core import tables
 from lowrank.families import FAMILIES
 from lowrank.interop import files
-from lowrank.models import Net, Nothing, Plan
-from lowrank.models.options import AXES, QUICK
 
 Model = Annotated[Path, typer.Argument(help=", ".join(files.ENDINGS))]
 Calibrate = Annotated[
@@ -102,7 +103,7 @@ def plan(
     net, notes = _opened(model, calibrate)
     try:
         with share_bars() as step:
-            found = models.make_plan(net, progress=step, **wanted)
+            found = make_plan(net, progress=step, **wanted)
     except Nothing as why:
         _give_up(str(why), as_json)
     if out is not None:
@@ -206,7 +207,7 @@ def compress(
         _give_up("the network is within the budget as it is", as_json)
     try:
         with share_bars() as step:
-            small = models.compress(
+            small = compress_model(
                 net, chosen, passes=passes, refit=refit, folder=folder, progress=step
             )
             files.save(net.replaced(small.chains), out)
@@ -219,12 +220,12 @@ def compress(
         scores = (before, score(out))
     if report_to is not None or as_json:
         with share_bars() as step:
-            facts = webpage.gather(
+            facts = report.gather(
                 net, small, model.name, batch=batch, threads=threads, scores=scores, notes=notes,
                 measured=report_to is not None, progress=step,
             )  # fmt: skip
     if report_to is not None:
-        webpage.save(facts, report_to)
+        report.save(facts, report_to)
     if as_json:
         print_json(facts.as_dict() | {"out": str(out)})
         return
@@ -232,8 +233,8 @@ def compress(
         print(f"evaluation: {scores[0]:.6g} before, {scores[1]:.6g} after")
     if report_to is not None and (timed := facts.timed()):
         print(
-            f"measured{facts.measured_layers}: {report.time(timed[0])} before, "
-            f"{report.time(timed[1])} after, {timed[0] / timed[1]:.2f} times faster"
+            f"measured{facts.measured_layers}: {tables.time(timed[0])} before, "
+            f"{tables.time(timed[1])} after, {timed[0] / timed[1]:.2f} times faster"
         )
     for path in (out, report_to):
         if path is not None:
@@ -246,7 +247,7 @@ def _wanted(
     cap: Sequence[str] | None, no_gradients: bool, seed: int | None, batch: int,
     threads: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of :func:`lowrank.models.make_plan`."""
+    """Arguments of :func:`lowrank.compress.make_plan`."""
     budgets = {"macs": macs, "params": params, "seconds": seconds, "bytes": bytes}
     asked = {a: budget_of(b) for a, b in budgets.items() if b is not None}
     if not asked:
@@ -276,7 +277,7 @@ def _planned(net: Net, wanted: dict[str, Any], folder: Path | None) -> Plan:
     if kept is not None and kept.exists():
         return _read_plan(kept)
     with share_bars() as step:
-        found = models.make_plan(net, progress=step, **wanted)
+        found = make_plan(net, progress=step, **wanted)
     if kept is not None:
         found.save(kept)
     return found

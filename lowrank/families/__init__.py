@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank.factorization import Factorization
 from lowrank.families import cp as _cp
 from lowrank.families import svd as _svd
-from lowrank.families import tt as _tt
+from lowrank.families import tensor_train as _tt
 from lowrank.families import tucker as _tucker
 from lowrank.families.family import Family, NotApplicable, Point
 

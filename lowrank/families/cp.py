@@ -21,8 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
+from lowrank.core.stage import Stage, blank
 from lowrank.factorization import Factorization
-from lowrank.families import _als
+from lowrank.families import als
 from lowrank.families.family import (
     Family,
     Kernel,
@@ -35,7 +36,6 @@ from lowrank.families.family import (
     located,
     oriented,
 )
-from lowrank.stage import Stage, blank
 
 SWEEPS = 30  # of ALS for a point of a sweep, from the point before
 REFINE = 300  # of ALS for a chain that is returned
@@ -188,11 +188,11 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
     kernel = kernel_of(conv)
     modes = MODES[family](kernel)
     tensors = modes.tensors
-    bounds = _als.bound(tensors)
+    bounds = als.bound(tensors)
     # Above three quarters of the dense parameters there is little left to save.
     most = 3 * tensors[0].size // (4 * sum(tensors.shape[1:]))
     fit = None
-    for rank in _als.ranks(min(max(most, 1), _largest(tensors))):
+    for rank in als.ranks(min(max(most, 1), _largest(tensors))):
         fit = _climbed(tensors, rank, fit, Effort())
         bound = float(bounds[rank]) if rank < len(bounds) else 0.0
         yield Point(
@@ -204,59 +204,59 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
         )
 
 
-def _climbed(tensors: Array, rank: int, fit: _als.Fit | None, effort: Effort) -> _als.Fit:
+def _climbed(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
     """A few sweeps of ALS at `rank`, from the fit of a lower one if there is one."""
     if fit is None:
         first = _starts(tensors, rank, effort.seed)
     else:
-        first = _als.grown(fit.factors, rank, effort.seed)
+        first = als.grown(fit.factors, rank, effort.seed)
     return _improved(tensors, first, SWEEPS, effort.ridge)
 
 
 def _starts(tensors: Array, rank: int, seed: int) -> list[Array]:
-    return [np.stack(f) for f in zip(*(_als.start(t, rank, seed) for t in tensors))]
+    return [np.stack(f) for f in zip(*(als.start(t, rank, seed) for t in tensors))]
 
 
-def _improved(tensors: Array, factors: Sequence[Array], iterations: int, ridge: float) -> _als.Fit:
+def _improved(tensors: Array, factors: Sequence[Array], iterations: int, ridge: float) -> als.Fit:
     """ALS on each tensor: TensorLy's for a few large ones, our own for many small ones.
 
     A ridge in the metric of the terms is our own, too.
     """
     if len(tensors) > 8 or ridge:
-        return _als.batched_cp(tensors, factors, iterations, ridge)
-    fits = [_als.cp(t, [f[i] for f in factors], iterations) for i, t in enumerate(tensors)]
+        return als.batched_cp(tensors, factors, iterations, ridge)
+    fits = [als.cp(t, [f[i] for f in factors], iterations) for i, t in enumerate(tensors)]
     found = [np.stack(f) for f in zip(*(fit.factors for fit in fits))]
     missed = [(fit.error * float(np.linalg.norm(t))) ** 2 for fit, t in zip(fits, tensors)]
     falling = sum(m * fit.falling for m, fit in zip(missed, fits)) / (sum(missed) or 1.0)
-    return _als.Fit(found, _als.batched_error(tensors, found), falling)
+    return als.Fit(found, als.batched_error(tensors, found), falling)
 
 
-def _refined(tensors: Array, rank: int, fit: _als.Fit | None, effort: Effort) -> _als.Fit:
+def _refined(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
     """More ALS from `fit`, from a fresh start, and from random ones: the best of them."""
     starts = [_starts(tensors, rank, effort.seed)]
     if fit is not None:
-        starts.insert(0, _als.grown(fit.factors, rank, effort.seed))
+        starts.insert(0, als.grown(fit.factors, rank, effort.seed))
     nothing = [np.empty((len(tensors), n, 0)) for n in tensors.shape[1:]]
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.restarts)
-    starts += [_als.grown(nothing, rank, seed) for seed in seeds]
+    starts += [als.grown(nothing, rank, seed) for seed in seeds]
     tried = (_improved(tensors, f, effort.iterations, effort.ridge) for f in starts)
     return min(tried, key=lambda fit: fit.error)
 
 
-def _spared(fit: _als.Fit) -> float:
+def _spared(fit: als.Fit) -> float:
     """The error up to which a fit is made less sensitive by default."""
     if fit.factors[0].shape[-1] == 1:
         return fit.error  # one term has nothing that it could cancel
-    return _als.spared(fit.error)
+    return als.spared(fit.error)
 
 
 def _build(
-    conv: Factorization, kernel: Kernel, modes: Modes, rank: int, swept: _als.Fit
+    conv: Factorization, kernel: Kernel, modes: Modes, rank: int, swept: als.Fit
 ) -> tuple[Stage, ...]:
     """The stages of a sweep's point, refined and corrected; never worse than the sweep said."""
     fit = _refined(modes.tensors, rank, swept, Effort())
     limit = max(fit.error, min(_spared(fit), swept.error))
-    factors = _als.corrected(modes.tensors, fit.factors, limit)
+    factors = als.corrected(modes.tensors, fit.factors, limit)
     return _stages(conv, kernel, modes, rank, factors)
 
 
@@ -274,13 +274,13 @@ def _fitted(
     rank: int | Sequence[int],
     max_error: float | None,
     effort: Effort,
-) -> tuple[Factorization, _als.Fit]:
+) -> tuple[Factorization, als.Fit]:
     """The chain, and the fit that it was before it was corrected."""
     kernel = kernel_of(conv)
     modes = MODES[family](kernel)
     ranks = checked_rank(rank, (_largest(modes.tensors),), "one number")
     fit = None
-    for r in _als.ranks(ranks[0], 6)[:-1]:  # a ladder of warm starts, as in a sweep
+    for r in als.ranks(ranks[0], 6)[:-1]:  # a ladder of warm starts, as in a sweep
         fit = _climbed(modes.tensors, r, fit, effort)
     fit = _refined(modes.tensors, ranks[0], fit, effort)
     if max_error is not None and fit.error > max_error:
@@ -290,7 +290,7 @@ def _fitted(
             f"raise {more} or max_error"
         )
     limit = _spared(fit) if max_error is None else max_error
-    factors = _als.corrected(modes.tensors, fit.factors, limit)
+    factors = als.corrected(modes.tensors, fit.factors, limit)
     stages = _stages(conv, kernel, modes, ranks[0], factors)
     return replace(conv, stages=stages, family=family, form="", rank=ranks), fit
 
@@ -315,9 +315,9 @@ def _asked(
         raise ValueError(f"max_error must be a number from 0 to below 1, got {max_error!r}")
     f, fit = _fitted(family, conv, rank, max_error, effort)
     # An error that was asked for, and is reached, need not settle; nor what is rounding next.
-    if fit.falling > FALLING and fit.error > 10 * _als.NOTHING and max_error is None:
+    if fit.falling > FALLING and fit.error > 10 * als.NOTHING and max_error is None:
         bound = _bound(family, conv, f.rank, "")
-        under = f"no chain of this rank is under {bound:.3g}; " if bound > _als.NOTHING else ""
+        under = f"no chain of this rank is under {bound:.3g}; " if bound > als.NOTHING else ""
         warnings.warn(
             f"{family} of rank {f.rank[0]} has not converged: error {fit.error:.4g} after "
             f"{effort.iterations} sweeps, still falling by {100 * fit.falling:.2g} % a sweep; "
@@ -329,7 +329,7 @@ def _asked(
 
 
 def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
-    bounds = _als.bound(MODES[family](kernel_of(conv)).tensors)
+    bounds = als.bound(MODES[family](kernel_of(conv)).tensors)
     return float(bounds[rank[0]]) if rank[0] < len(bounds) else 0.0
 
 

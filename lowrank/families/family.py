@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from lowrank import algebra, backends
+from lowrank import engine
 from lowrank._typing import Array, Ints
+from lowrank.core import chain_algebra
+from lowrank.core.stage import Stage, is_blank
 from lowrank.factorization import Factorization
-from lowrank.stage import Stage, is_blank
 
 #: Names of the spatial axes, last ones first taken: 1-D has w, 2-D h and w.
 LETTERS = "dhw"
@@ -127,7 +128,7 @@ def located(fit: Fit) -> Fit:
     @functools.wraps(fit)
     def there(*arguments: Any, **options: Any) -> Factorization:
         conv = next((a for a in arguments if isinstance(a, Factorization)), None)
-        with backends.at(None if conv is None else conv.stages[0].weight):
+        with engine.at(None if conv is None else conv.stages[0].weight):
             return fit(*arguments, **options)
 
     return there  # type: ignore[return-value]
@@ -146,7 +147,7 @@ def kernel_of(conv: Factorization) -> Kernel:
             f"conv must be one dense stage, from lowrank.dense(weight, ...), got {conv!r}"
         )
     g, taps = conv.groups, stage.kernel
-    scale = algebra.magnitude(stage.weight) or 1.0
+    scale = chain_algebra.magnitude(stage.weight) or 1.0
     tensor = stage.weight.astype(np.float64) / scale
     letters = LETTERS[3 - len(taps) :]
     long = [a for a, k in zip(letters, taps) if k > 1]

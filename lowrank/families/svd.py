@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank import algebra
 from lowrank._typing import Array, Ints
+from lowrank.core import chain_algebra
+from lowrank.core.geometry import Geometry
+from lowrank.core.stage import Stage, blank
 from lowrank.factorization import Factorization
 from lowrank.families.family import (
     Family,
@@ -35,8 +37,6 @@ from lowrank.families.family import (
     located,
     oriented,
 )
-from lowrank.geometry import Geometry
-from lowrank.stage import Stage, blank
 
 # Modes by letter: g group, t out, s in, d h w space, r rank.  A Kronecker sum A (x) B splits
 # t into (p, q), s into (u, v), and each spatial axis into (D H W, d h w): A has p, u, D H W.
@@ -326,7 +326,7 @@ def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
 def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
     """Every rank of `form`, from one decomposition."""
     parts = decompose(conv, family, form)
-    tail = algebra.tails_of(parts.s)
+    tail = chain_algebra.tails_of(parts.s)
     for rank in range(1, parts.s.shape[-1] + 1):
         error = float(tail[rank])
         yield Point(
@@ -350,7 +350,7 @@ def _fit(
 
 def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
     """The error of the best chain: Eckart and Young's."""
-    return float(algebra.tails_of(decompose(conv, family, form).s)[rank[0]])
+    return float(chain_algebra.tails_of(decompose(conv, family, form).s)[rank[0]])
 
 
 def _check_split(kernel: Kernel, form: str) -> None:

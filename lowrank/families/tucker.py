@@ -15,10 +15,11 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from lowrank import algebra
 from lowrank._typing import Array, Ints
+from lowrank.core import chain_algebra
+from lowrank.core.stage import Stage, blank
 from lowrank.factorization import Factorization
-from lowrank.families import _als
+from lowrank.families import als
 from lowrank.families.family import (
     Family,
     Kernel,
@@ -32,7 +33,6 @@ from lowrank.families.family import (
     located,
     oriented,
 )
-from lowrank.stage import Stage, blank
 
 POINTS = 2500  # of a sweep over all combinations of ranks, at the most
 ITERATIONS = 100  # of HOOI, TensorLy's own limit,
@@ -82,16 +82,16 @@ def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Par
     tensor = _unfoldable(kernel, axes)
     core, factors, tails = tensor, [], []
     for mode in range(1, 3 + len(axes)):
-        values, vectors = algebra.eigh(_grams(tensor, mode))
+        values, vectors = chain_algebra.eigh(_grams(tensor, mode))
         values, vectors = values[:, ::-1].clip(min=0), vectors[:, :, ::-1]
-        tails.append(algebra.tails_of(np.sqrt(values)))
+        tails.append(chain_algebra.tails_of(np.sqrt(values)))
         factors.append(vectors)
         core = _projected(core, vectors, mode)
     energy = np.square(core).sum((0, -1))
     for mode in range(energy.ndim):
         energy = energy.cumsum(mode)
     energy = np.pad(energy, [(1, 0)] * energy.ndim)
-    tails.append(algebra.tails(tensor, (tensor.ndim - 1,), (0,)))
+    tails.append(chain_algebra.tails(tensor, (tensor.ndim - 1,), (0,)))
     return Parts(conv, kernel, axes, tensor, tuple(factors), core, energy, tuple(tails))
 
 
@@ -100,7 +100,7 @@ def truncated(kernel: Kernel, conv: Factorization, axes: tuple[str, ...], rank: 
     tensor = _unfoldable(kernel, axes)
     factors = []
     for mode, r in enumerate(rank, start=1):
-        leading = [algebra.leading(g, r)[1] for g in _grams(tensor, mode)]
+        leading = [chain_algebra.leading(g, r)[1] for g in _grams(tensor, mode)]
         factors.append(np.stack(leading)[:, :, ::-1])
     none = np.empty(0)
     return Parts(conv, kernel, axes, tensor, tuple(factors), none, none, ())
@@ -166,7 +166,7 @@ def hooi(
                 part = _projected(part, factors[m][None], m + 1)
             size, rank = factor.shape
             unfolded = np.moveaxis(part[0], mode, 0).reshape(size, -1)
-            values, factors[mode] = algebra.leading(unfolded @ unfolded.T, rank)
+            values, factors[mode] = chain_algebra.leading(unfolded @ unfolded.T, rank)
         error = math.sqrt(max(0.0, 1 - float(values.sum()) / whole))
         if before - error < tolerance:
             break
@@ -350,8 +350,8 @@ def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -
     """CP-3 of every group's core, (g, out, in, taps)."""
     found = []
     for i, c in enumerate(core):
-        first = _als.start(c, r) if start is None else _als.grown([f[i] for f in start], r)
-        found.append(_als.cp(c, first, sweeps)[0])
+        first = als.start(c, r) if start is None else als.grown([f[i] for f in start], r)
+        found.append(als.cp(c, first, sweeps)[0])
     return [np.stack(f) for f in zip(*found)]
 
 
@@ -372,17 +372,17 @@ def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) ->
         tried.append((_missed(core, found), factors, core, found))
     _, factors, core, found = min(tried, key=lambda candidate: candidate[0])
     # Less sensitive, for a little of the error, but never for more than the sweep said it has.
-    error, norm = _als.batched_error(core, found), float(np.linalg.norm(core))
+    error, norm = als.batched_error(core, found), float(np.linalg.norm(core))
     if norm > 0 and r > 1:
         allowed = math.sqrt(max(most / norm**2 + 1, 0.0)) if most < math.inf else math.inf
-        found = _als.corrected(core, found, max(error, min(_als.spared(error), allowed)))
+        found = als.corrected(core, found, max(error, min(als.spared(error), allowed)))
     return _cp_chain(parts, rank, factors, found)
 
 
 def _missed(core: Array, terms: Sequence[Array]) -> float:
     """What the CP sum of a core misses, less what the core keeps: squares, for comparing cores."""
     norm = float(np.linalg.norm(core))
-    return (_als.batched_error(core, terms) * norm) ** 2 - norm**2
+    return (als.batched_error(core, terms) * norm) ** 2 - norm**2
 
 
 def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
@@ -390,17 +390,17 @@ def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
     parts = _parts(family, conv)
     outs, ins = parts.largest()
     total = float(np.linalg.norm(parts.core)) or 1.0
-    bounds = _als.bound(parts.tensor)
+    bounds = als.bound(parts.tensor)
     shares = {(max(1, round(outs * p)), max(1, round(ins * p))) for p in CP_SHARES}
     for t, s in sorted(shares):
         core, terms = parts.core[:, :t, :s], None
         cut = parts.error((t, s))
         # Above half of what the core itself takes there is little left to save.
         largest = min(core[0].size // (2 * sum(core.shape[1:])), _terms(core))
-        for r in _als.ranks(largest, 6):
+        for r in als.ranks(largest, 6):
             terms = _cp_terms(core, r, terms, CP_SWEEPS)
             # The cut and the CP error are orthogonal.
-            error = math.hypot(cut, _als.batched_error(core, terms) * np.linalg.norm(core) / total)
+            error = math.hypot(cut, als.batched_error(core, terms) * np.linalg.norm(core) / total)
             bound = max(parts.bound((t, s)), bounds[r] if r < len(bounds) else 0.0)
             yield Point(
                 (t, s, r),
@@ -434,7 +434,7 @@ def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
 
 def _cp_bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
     parts = _parts(family, conv)
-    bounds = _als.bound(parts.tensor)
+    bounds = als.bound(parts.tensor)
     return max(parts.bound(rank[:2]), float(bounds[rank[2]]) if rank[2] < len(bounds) else 0.0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array, Ints, PaddingMode
-from lowrank.geometry import integers
+from lowrank.core.geometry import integers
 
 #: scipy.ndimage's names of the border modes, and ours.
 MODES: dict[str, PaddingMode] = {

@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lowrank import algebra, backends, machine, report, search
+from lowrank import engine, perfmodel, selection
 from lowrank._typing import Array, Ints
-from lowrank.backends import fourier
+from lowrank.core import chain_algebra, tables
+from lowrank.core.stage import Epilogue, Stage
+from lowrank.engine import fourier
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable
-from lowrank.stage import Epilogue, Stage
 
 Method = Literal["auto", "direct", "separable", "fft"]
 
@@ -100,10 +101,10 @@ class FilterPlan:
     choice: Option
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *report.columns(self._rows())])
+        return "\n".join([self._title(), *tables.columns(self._rows())])
 
     def _repr_html_(self) -> str:
-        return report.html_table(self._rows(), [self._title()])
+        return tables.html_table(self._rows(), [self._title()])
 
     def _title(self) -> str:
         taps, size = ("x".join(map(str, s)) for s in (self.kernel.shape, self.shape))
@@ -122,7 +123,7 @@ class FilterPlan:
                     ",".join(map(str, o.rank)) or "-",
                     f"{o.error:.2g}",
                     f"{o.grey:.2g}",
-                    report.time(o.seconds),
+                    tables.time(o.seconds),
                     f"{o.seconds / least:.2f}x",
                 )
             )
@@ -157,7 +158,7 @@ def plan_of(
 
     def option(method: str, chain: Factorization) -> Option:
         form = chain.to_dense()
-        error = algebra.relative_error(form, weight)
+        error = chain_algebra.relative_error(form, weight)
         grey = _grey(form[0, 0].astype(np.float64) - weight[0, 0])
         seconds, woven = _timed(chain, spatial, *given)
         return Option(method, chain.rank, error, grey, seconds, chain, None, woven)
@@ -195,7 +196,7 @@ def _timed(
     threads: int | None,
 ) -> tuple[float, bool]:
     """Predicted seconds, and whether samples that lie together had better stay so."""
-    here = machine.current()
+    here = perfmodel.current()
     apart = here.of_stages(chain.stages, (1, *spatial), planes, threads, itemsize=itemsize).seconds
     if not together:
         return apart, False
@@ -235,9 +236,9 @@ def separable(conv: Factorization, spatial: Ints, tolerance: float) -> list[Fact
 
     And the last two beyond it, to show what a little more would buy.
     """
-    front = search.frontier(conv, spatial, FAMILIES_OF_FILTERS, axis="macs")
+    front = selection.frontier(conv, spatial, FAMILIES_OF_FILTERS, axis="macs")
     found = [c for c in front if c.family != "dense"]
-    within: dict[str, search.Candidate] = {}
+    within: dict[str, selection.Candidate] = {}
     for c in found:
         if c.error <= tolerance:
             within.setdefault(c.name, c)
@@ -270,7 +271,7 @@ def _transforms(
     threads: int | None,
 ) -> Option:
     """Transforms of the blocks that are predicted to be fastest."""
-    here = machine.current()
+    here = perfmodel.current()
     found = []
     blocks = fourier.blocks(taps, spatial)
     for block in blocks:
@@ -284,7 +285,7 @@ def _transforms(
 
 def runner(
     option: Option, spatial: Ints, dtype: Any, threads: int | None, planes: int = 1
-) -> backends.Runner | fourier.Plan:
+) -> engine.Runner | fourier.Plan:
     """What runs images of (n, 1, \\*spatial), of so many planes in one if the option is woven."""
     if option.block is not None:
         g = option.chain.geometry
@@ -297,7 +298,7 @@ def runner(
     if option.woven:
         stages, spatial, numbers = woven(option.chain, spatial, planes)
     ends = [Epilogue()] * len(stages)
-    return backends.plan(stages, (1, *spatial), np.dtype(dtype), ends, threads, numbers)
+    return engine.plan(stages, (1, *spatial), np.dtype(dtype), ends, threads, numbers)
 
 
 def _grey(missed: Array) -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowrank import backends, reference
+from lowrank import engine
 from lowrank._typing import Ints
+from lowrank.core import reference
 
 if TYPE_CHECKING:
     from lowrank.filters.run import Request
@@ -33,14 +34,14 @@ def correlate(image: Any, along: Ints, request: Request, work: Any, out: Any) ->
     x = xp.ascontiguousarray(xp.moveaxis(image, along, last))
     # Colours are images of their own.
     given = x.reshape(-1, 1, *x.shape[-k:]).astype(work, copy=False)
-    run = _planned(request, backends.device_of(image))
+    run = _planned(request, engine.device_of(image))
     y = xp.moveaxis(run(given).reshape(x.shape), last, along)
     out[...] = reference.saturated(y, image.dtype) if image.dtype.kind in "iu" else y
     return out
 
 
 @functools.lru_cache(PLANS)
-def _planned(request: Request, device: str) -> backends.Runner:
+def _planned(request: Request, device: str) -> engine.Runner:
     if request.method == "fft":
         raise ValueError("method 'fft' does not run on a GPU: 'auto', 'direct' or 'separable'")
     plan = request.plan()

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from lowrank import backends, reference, search
+from lowrank import engine, selection
 from lowrank._typing import Array, Ints
+from lowrank.core import reference
+from lowrank.core.geometry import integers
 from lowrank.factorization import Factorization, dense, lazily, native
 from lowrank.filters import arguments, choose, gpu
-from lowrank.geometry import integers
 
 PLANS = 32  # that are kept for calls with the same kernel, size and border
 # Of a kernel of numbers rounded to a precision: what is below is rounding, not rank.
@@ -78,7 +79,7 @@ def separate(
     shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)
     tolerance = _rounding(k) if tolerance is None else tolerance
     families = choose.FAMILIES_OF_FILTERS
-    return search.choose(conv, shape, max_error=tolerance, families=families, axis="macs")[
+    return selection.choose(conv, shape, max_error=tolerance, families=families, axis="macs")[
         1
     ].build()
 
@@ -168,7 +169,7 @@ def correlate(
     """
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
-    lazy, on_gpu = lazily(image), backends.on_gpu(image)
+    lazy, on_gpu = lazily(image), engine.on_gpu(image)
     if lazy is None and not on_gpu:
         image = np.asarray(image)
     elif lazy is not None and out is not None:
@@ -204,7 +205,7 @@ def correlate(
     if lazy is not None:
         return lazy.correlate(image, along, request)  # type: ignore[no-any-return]
     if on_gpu:
-        with backends.at(image):
+        with engine.at(image):
             return cast(Array, gpu.correlate(image, along, request, work, out))
     ways = _planned(request)
     out = np.empty(image.shape, image.dtype) if out is None else out
@@ -346,7 +347,7 @@ def plan_filter(
 
     Notes
     -----
-    Times are those of :mod:`lowrank.machine`.  The bound in grey levels holds for every image
+    Times are those of :mod:`lowrank.perfmodel`.  The bound in grey levels holds for every image
     with values from 0 to 255: it is 255 times the larger of the sums of the positive and of the
     negative part of what the kernel misses, and images of 0 and 255 attain it.
 
@@ -471,7 +472,7 @@ def _planned(request: Request) -> list[_Way]:
 
 def readable(image: Array, work: np.dtype[Any]) -> Array:
     """`image` in a type that a plan reads: its own, or `work`."""
-    if image.dtype in (work, *backends.INTEGERS) and image.dtype.isnative:
+    if image.dtype in (work, *engine.INTEGERS) and image.dtype.isnative:
         return native(image)
     return image.astype(work)
 

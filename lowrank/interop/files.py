@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank.models import Net
+from lowrank.compress import Net
 
 #: Endings of networks that can be opened; a network is written in the form that it came in.
 ENDINGS = (".onnx", ".keras", ".h5", ".hdf5", ".safetensors", ".npz")

@@ -7,7 +7,7 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
-from lowrank import plots
+from lowrank.report import figures
 
 
 def main(source, target):
@@ -25,14 +25,14 @@ def main(source, target):
     figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.6))
     for (net, family), points in curves.items():
         if net == deep:
-            colour, mark = plots.LOOK[family]
+            colour, mark = figures.LOOK[family]
             left.plot(*zip(*points), color=colour, marker=mark, label=family)
     left.set(xlabel=f"layer of {deep}", ylabel="relative error of the weights", ylim=(0, 1))
     left.set_xticks(range(1, 1 + max(n for (net, _), p in curves.items() if net == deep
                                      for n, _ in p), 3))  # fmt: skip
     left.grid(alpha=0.25, linewidth=0.4)
     left.legend(ncols=2, frameon=False)
-    names = [f for f in plots.LOOK if f in gaps]
+    names = [f for f in figures.LOOK if f in gaps]
     right.boxplot(
         [gaps[f] for f in names], whis=(0, 100), widths=0.5, medianprops={"color": "#d55e00"}
     )

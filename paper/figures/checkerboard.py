@@ -6,7 +6,7 @@ import sys
 import style
 from matplotlib import pyplot as plt
 
-from lowrank import plots
+from lowrank.report import figures
 
 KINDS = {
     "ones": ("#555555", "s"), "1 + normal": ("#009e73", "^"), "normal": ("#0072b2", "o"),
@@ -35,7 +35,7 @@ def main(source, target):
     names = list(dict.fromkeys(r["kernel"] for r in trained))
     dense = {r["kernel"]: float(r["strength"]) for r in trained if r["family"] == "dense"}
     for name, line in zip(names, ("-", ":")):
-        for family, (colour, mark) in plots.LOOK.items():
+        for family, (colour, mark) in figures.LOOK.items():
             some = [r for r in trained if (r["kernel"], r["family"]) == (name, family)]
             if not some or family == "dense":
                 continue

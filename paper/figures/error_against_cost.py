@@ -7,7 +7,7 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
-from lowrank import plots
+from lowrank.report import figures
 
 
 def main(source, target):
@@ -20,7 +20,7 @@ def main(source, target):
         1, len(layers), figsize=(style.PAGE, 2.9), sharey=True, squeeze=False
     )
     for layer, axes in zip(layers, panels[0]):
-        for family, (colour, mark) in plots.LOOK.items():
+        for family, (colour, mark) in figures.LOOK.items():
             points = sorted(curves.get((layer, family), []))
             if points:
                 every = max(1, len(points) // 10)

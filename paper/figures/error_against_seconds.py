@@ -7,7 +7,7 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
-from lowrank import plots
+from lowrank.report import figures
 
 
 def main(source, target):
@@ -23,7 +23,7 @@ def main(source, target):
     for column, (layer, families) in zip(every.T, points.items()):
         for k, axes in enumerate(column):
             for family, rows in families.items():
-                colour, mark = plots.LOOK[family]
+                colour, mark = figures.LOOK[family]
                 rows = sorted(rows)
                 (line,) = axes.plot([r[k] for r in rows], [r[2] for r in rows], color=colour,
                                     marker=mark, linewidth=0.6)  # fmt: skip

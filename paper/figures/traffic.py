@@ -6,9 +6,9 @@ import sys
 import style
 from matplotlib import pyplot as plt
 
-from lowrank import plots
+from lowrank.report import figures
 
-LOOK = {"depthwise + pointwise": plots.LOOK["decouple"]} | plots.LOOK
+LOOK = {"depthwise + pointwise": figures.LOOK["decouple"]} | figures.LOOK
 
 
 def main(source, target):

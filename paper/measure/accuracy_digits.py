@@ -15,10 +15,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from asv_benchmarks.benchmarks.measure import measured
-from lowrank import demo, models
-from lowrank.interop.weights import WeightsNet
-from lowrank.models import Layer
-from lowrank.weights import read_weights
+from lowrank import compress, demo
+from lowrank.compress import Layer
+from lowrank.interop.weights import WeightsNet, read_weights
 
 SHARES = (0.67, 0.5, 0.33, 0.25, 0.17, 0.1)
 UNIFORM = ("spatial", "tucker")
@@ -26,7 +25,7 @@ SECONDS, BATCH = 0.4, 64
 
 
 class DigitNet:
-    """The network with its training images: what `lowrank.models` asks of a net."""
+    """The network with its training images: what `lowrank.compress` asks of a net."""
 
     def __init__(self, images, weights):
         self.images, self.weights, self.batches = images, weights, 1
@@ -81,14 +80,16 @@ def rows():
     net, blind = DigitNet(fit, weights), WeightsNet(demo.WEIGHTS)
     dense = net.with_chains({})
     whole = sum(layer.cost.macs for layer in net.layers)
-    seen, unseen = models.Measured(net), models.Measured(blind)
+    seen, unseen = compress.Measured(net), compress.Measured(blind)
     ways = {
         f"uniform {f}": lambda share, f=f: tables.uniform(net.layers, f, share) for f in UNIFORM
     }
     ways["chosen, kernels alone"] = lambda share: (
-        models.compress(blind, macs=share, measured=unseen).chains
+        compress.compress_model(blind, macs=share, measured=unseen).chains
     )
-    ways["chosen, on data"] = lambda share: models.compress(net, macs=share, measured=seen).chains
+    ways["chosen, on data"] = lambda share: (
+        compress.compress_model(net, macs=share, measured=seen).chains
+    )
     few = x[:BATCH]
     before = runner(dense, few, weights)
     yield "dense", "1.0000", f"{demo.accuracy(dense, weights, x, y):.4f}", "1.000"

@@ -11,7 +11,7 @@ import sys
 
 import tables
 
-from lowrank import models
+from lowrank import compress
 
 SHARES = (0.67, 0.5, 0.4, 0.33, 0.25)
 UNIFORM = ("spatial", "tucker")
@@ -25,7 +25,7 @@ def rows(case):
 
     net = TorchNet(case.model, case.calibration(0))
     blind = WeightsNet(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
-    seen, unseen = models.Measured(net), models.Measured(blind)
+    seen, unseen = compress.Measured(net), compress.Measured(blind)
     ways = {
         f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)
         for family in UNIFORM
@@ -35,17 +35,19 @@ def rows(case):
 
     def capped(share):
         """Two passes within one share of every layer, fitted front to back on data."""
-        plan = models.make_plan(
+        plan = compress.make_plan(
             net, macs=1.0, families=["spatial"], pinned=fixed, measured=seen,
             capped=dict.fromkeys(inner, share),
         )  # fmt: skip
-        return models.compress(net, plan).chains
+        return compress.compress_model(net, plan).chains
 
     ways["uniform spatial, on data"] = capped
     ways["chosen, kernels alone"] = lambda share: (
-        models.compress(blind, macs=share, measured=unseen).chains
+        compress.compress_model(blind, macs=share, measured=unseen).chains
     )
-    ways["chosen, on data"] = lambda share: models.compress(net, macs=share, measured=seen).chains
+    ways["chosen, on data"] = lambda share: (
+        compress.compress_model(net, macs=share, measured=seen).chains
+    )
     total = sum(x.cost.macs for x in net.layers)
     yield "dense", "1.0000", f"{case.score(case.model):.2f}", *times(whole, case, case.model)
     for way, made in ways.items():

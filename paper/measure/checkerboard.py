@@ -22,7 +22,7 @@ import numpy as np
 import tables
 
 import lowrank
-from lowrank.weights import layers
+from lowrank.interop.weights import layers
 
 FAMILIES = ("encode", "decode", "spatial", "tucker", "cp")
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)

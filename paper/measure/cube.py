@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 
 import lowrank
 from asv_benchmarks.benchmarks.measure import measured
-from lowrank import filters, models
+from lowrank import compress, filters
 from lowrank.filters import choose
 
 TAPS = (5, 5, 15)
@@ -71,7 +71,7 @@ class Single:
     batches = 1
 
     def __init__(self, conv, noisy):
-        self.layers = (models.Layer("filter", conv, noisy.shape),)
+        self.layers = (compress.Layer("filter", conv, noisy.shape),)
         self.noisy = noisy[None, None]
 
     def inputs(self, names, chains):
@@ -117,7 +117,7 @@ def main(target):
             whole = conv(images)[0, 0]
             chains = {("dense", "", ""): conv}
             net = Single(conv, noisy)
-            measured = models.Measured(net, gradients=False)
+            measured = compress.Measured(net, gradients=False)
             ranks = (1, 2, 3, 4, 6, 8) if patches == MAIN else (2,)
             for rank in ranks:
                 chains["dh-w", "weights", rank] = lowrank.spatial(conv, rank, form="dh-w")
@@ -129,7 +129,7 @@ def main(target):
                 if rank < 5:
                     for family, each in (("filter", sum(TAPS)), ("spatial", TAPS[0] * 5 + 15)):
                         share = (rank * each + 0.5) / kernel.size
-                        small = models.compress(
+                        small = compress.compress_model(
                             net, macs=share, families=[family], measured=measured
                         )
                         f = small.chains["filter"]
@@ -140,7 +140,7 @@ def main(target):
                     if key[1] != "output":  # as long as those that are fitted to the weights
                         out, run = np.empty_like(images), f.compile(size, np.float32, threads=1)
                         took[key] = lambda run=run, out=out: run(images, out)
-                        predicted[key] = lowrank.machine.predict(f, size, threads=1).seconds
+                        predicted[key] = lowrank.perfmodel.predict(f, size, threads=1).seconds
                 run, out = choose.runner(options["fft"], size, np.float32, 1), np.empty_like(images)
                 took["fft", "", ""] = lambda run=run, out=out: run(images, out)
                 predicted["fft", "", ""] = options["fft"].seconds

@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 
 import lowrank
 from lowrank.families import FAMILIES
+from lowrank.families.weighted import Weighted
 from lowrank.metric import Moments
-from lowrank.weighted import Weighted
 
 CHAINS = ("encode", "spatial", "tucker")
 SHARE = 1 / 3

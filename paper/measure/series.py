@@ -4,7 +4,7 @@ Eight kinds of series by formula (waves slow and fast, chirps up and down, squar
 and bursts) of 128 samples, of random phases and frequencies, in as much noise; four convolutions
 along the one axis and a linear layer, trained in NumPy. Then ways to spend a share of the
 multiply-adds of its convolutions, nothing trained again: `uniform`, a truncated SVD of every
-layer (`encode`) at one share of the full rank; `weights`, the plan of `lowrank.models` over
+layer (`encode`) at one share of the full rank; `weights`, the plan of `lowrank.compress` over
 families and ranks for the kernels alone; `inputs`, the same with calibration series; `gradients`,
 and with what outputs do to the network's. And `thinner`: networks of fewer channels, trained from
 the start.
@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import lowrank
-from lowrank import models
+from lowrank import compress
 
 LENGTH, KINDS = 128, 8
 #: channels out, taps, stride
@@ -59,7 +59,7 @@ def series(number, rng):
 class Net:
     """The network: kernels as lowrank has them, and a forward and a backward pass in NumPy.
 
-    It is a :class:`lowrank.models.Net`, with or without data.
+    It is a :class:`lowrank.compress.Net`, with or without data.
     """
 
     def __init__(self, rng, width=1.0):
@@ -111,7 +111,7 @@ class Net:
                 g = x[:, :, taps // 2 : taps // 2 + shape[2]]
         return outputs if known else (weights, biases)
 
-    # What lowrank.models asks for.
+    # What lowrank.compress asks for.
 
     @property
     def convs(self):
@@ -125,7 +125,7 @@ class Net:
     def layers(self):
         found, size = [], (LENGTH,)
         for name, conv in self.convs.items():
-            found.append(models.Layer(name, conv, size))
+            found.append(compress.Layer(name, conv, size))
             size = conv.output_shape(size)[1:]
         return tuple(found)
 
@@ -225,13 +225,13 @@ def smaller(net, x):
     whole = macs(net, {})
     for way in ("uniform", "weights", "inputs", "gradients"):
         net.data = np.split(x, 6) if way in ("inputs", "gradients") else None
-        measured = models.Measured(net, gradients=way == "gradients")
+        measured = compress.Measured(net, gradients=way == "gradients")
         for share in SHARES:
             if way == "uniform":
                 chains = uniform(net, share * whole)
             else:
-                plan = models.make_plan(net, macs=share, measured=measured)
-                chains = models.compress(net, plan).chains
+                plan = compress.make_plan(net, macs=share, measured=measured)
+                chains = compress.compress_model(net, plan).chains
             yield way, share, chains
 
 

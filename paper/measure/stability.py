@@ -9,17 +9,17 @@ import sys
 import tables
 
 import lowrank
-from lowrank.families import _als
+from lowrank.families import als
 
 
 def plain(conv, rank):
     """The same fit, and nothing of its error spent on correction."""
-    kept = _als.SLACK
-    _als.SLACK = 0.0
+    kept = als.SLACK
+    als.SLACK = 0.0
     try:
         return lowrank.cp3(conv, rank)
     finally:
-        _als.SLACK = kept
+        als.SLACK = kept
 
 
 def rows():

@@ -1,0 +1,123 @@
+"""The slow, obvious way to run a chain: the truth that every fast way is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank._typing import Array, Ints, Pads, trailing
+from lowrank.core.stage import Epilogue, Stage
+
+_NUMPY_MODE = {
+    "reflect": "reflect",
+    "replicate": "edge",
+    "circular": "wrap",
+    "symmetric": "symmetric",
+}
+
+
+def run_chain(stages: Sequence[Stage], x: Array, bias: Array | None = None) -> Array:
+    """Run `stages` in order on `x`, (batch, channels, *spatial), then add `bias`.
+
+    Outside the input stands the constant of the first stage's geometry; what stands outside
+    an intermediate result is what the earlier stages make of that constant.
+    """
+    outside = np.full(stages[0].in_channels, stages[0].geometry.value, x.dtype)
+    for stage in stages:
+        x = run_stage(stage, x, outside)
+        outside = still(stage, outside)
+    return ended(x, Epilogue(bias))
+
+
+def ended(x: Array, epilogue: Epilogue) -> Array:
+    """`x`, (batch, channels, *spatial) or (channels,), with what a stage ends with."""
+    bias, activation = epilogue
+    if bias is not None:
+        x = x + bias.reshape(-1, *(1,) * max(x.ndim - 2, 0)).astype(x.dtype)
+    if activation == "none":
+        return x
+    return np.asarray(np.clip(x, 0, 6 if activation == "relu6" else None))
+
+
+def still(stage: Stage, values: Array) -> Array:
+    """What `stage` makes of constant channels, one value each, far from any border."""
+    if stage.transposed:
+        return np.zeros(stage.out_channels, values.dtype)  # its padding is always zeros
+    ones = (1,) * stage.geometry.ndim
+    flat = stage.weight.sum(axis=tuple(range(2, stage.weight.ndim)), keepdims=True)
+    return _correlate(stage, flat, values.reshape(1, -1, *ones), ones, ones).reshape(-1)
+
+
+def run_stage(stage: Stage, x: Array, outside: Array | None = None) -> Array:
+    """Cross-correlate `x`, (batch, channels, *spatial), with `stage`.
+
+    `outside` is the value beyond the border in mode ``"constant"``, one a channel.
+    """
+    out = stage.output_shape(x.shape[1:])
+    if stage.transposed:
+        return _spread(stage, x, out[1:])
+    x = pad(x, stage.geometry.padding, stage.geometry.padding_mode, outside)
+    return _correlate(stage, stage.weight, x, out[1:], stage.geometry.stride)
+
+
+def pad(x: Array, padding: Pads, mode: str, outside: Array | None) -> Array:
+    """`x` with its border: what every mode puts around it, `outside` in mode constant."""
+    widths = [(0, 0), (0, 0), *padding]
+    if not x.size and mode not in ("zeros", "constant"):
+        mode = "zeros"  # nothing to repeat, and nothing to see
+    if mode == "constant" and outside is not None:
+        still = outside.reshape(-1, *(1,) * (x.ndim - 2))
+        inside = np.pad(np.ones(x.shape[2:], bool), padding)
+        return np.where(inside, np.pad(x, widths), still).astype(x.dtype)
+    if mode in ("zeros", "constant"):
+        return np.pad(x, widths)
+    return np.pad(x, widths, mode=_NUMPY_MODE[mode])  # type: ignore[call-overload,no-any-return]
+
+
+def _correlate(stage: Stage, weight: Array, x: Array, out: Ints, stride: Ints) -> Array:
+    g, c = stage.groups, weight.shape[1]
+    x = x[:, stage.source()].reshape(len(x), stage.left, g, c, stage.right, *x.shape[2:])
+    w = weight.reshape(g, -1, c, *weight.shape[2:])
+    y = np.zeros((len(x), stage.left, g, w.shape[1], stage.right, *out), x.dtype)
+    for tap in itertools.product(*map(range, weight.shape[2:])):
+        at = [
+            slice(t * d, t * d + s * (n - 1) + 1, s)
+            for t, d, s, n in zip(tap, stage.geometry.dilation, stride, out)
+        ]
+        y += np.einsum("goc,blgcr...->blgor...", w[trailing(*tap)], x[trailing(*at)])
+    return y.reshape(len(x), stage.inner[0], *out)
+
+
+def _spread(stage: Stage, x: Array, out: Ints) -> Array:
+    """The adjoint of :func:`_correlate` on a padded input, cropped to `out`."""
+    g, (o, c), geometry = stage.groups, stage.weight.shape[:2], stage.geometry
+    size = x.shape[2:]
+    x = x.reshape(len(x), stage.left, g, o // g, stage.right, *size)
+    w = stage.weight.reshape(g, o // g, c, *stage.kernel)
+    whole = [n + sum(p) for n, p in zip(out, geometry.padding)]
+    y = np.zeros((len(x), stage.left, g, c, stage.right, *whole), x.dtype)
+    for tap in itertools.product(*map(range, stage.kernel)):
+        at = [
+            slice(t * d, t * d + s * (n - 1) + 1, s)
+            for t, d, s, n in zip(tap, geometry.dilation, geometry.stride, size)
+        ]
+        y[trailing(*at)] += np.einsum("goc,blgor...->blgcr...", w[trailing(*tap)], x)
+    inside = [slice(before, before + n) for (before, _), n in zip(geometry.padding, out)]
+    y = np.asarray(y.reshape(len(x), stage.inner[1], *whole)[trailing(*inside)])
+    return y[:, np.argsort(stage.source())]
+
+
+def saturated(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Integers nearest to `values`, halves to even; out of range at its end, NaN the smallest."""
+    limits = np.iinfo(dtype)
+    rounded = np.rint(np.where(np.isnan(values), limits.min, values))
+    # The largest 64-bit integers are no floating-point numbers: stay below, then set them.
+    high = float(limits.max)
+    if int(high) > limits.max:
+        high = float(np.nextafter(high, 0))
+    whole = np.clip(rounded, limits.min, high).astype(dtype)
+    whole[rounded >= limits.max] = limits.max
+    return whole

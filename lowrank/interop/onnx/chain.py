@@ -1,0 +1,241 @@
+"""Chains as nodes of an ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lowrank._typing import Array, Ints
+from lowrank.core import reference
+from lowrank.core.stage import Stage
+from lowrank.factorization import Factorization
+from lowrank.interop.onnx.files import library
+
+_PAD_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap", "constant": "constant"}
+
+
+class Writer:
+    """Nodes and weights in the place of one layer, under names that nothing else has.
+
+    Attributes
+    ----------
+    nodes : list of onnx.NodeProto
+        In the order in which they run.
+    tensors : list of onnx.TensorProto
+        Their weights and shapes.
+    """
+
+    def __init__(
+        self, layer: str, ndim: int, dtype: np.dtype[Any], opset: int, taken: set[str]
+    ) -> None:
+        self.layer, self.ndim, self.dtype, self.opset = layer, ndim, dtype, opset
+        self.prefix = layer
+        self._taken = taken
+        self.nodes: list[Any] = []
+        self.tensors: list[Any] = []
+
+    def _unique(self, name: str) -> str:
+        found, i = name, 0
+        while found in self._taken:
+            i += 1
+            found = f"{name}_{i}"
+        self._taken.add(found)
+        return found
+
+    def weight(self, role: str, array: Array) -> str:
+        """The name of a new constant in the layer's precision."""
+        with np.errstate(over="ignore"):
+            held = np.ascontiguousarray(array, self.dtype)
+        if not np.isfinite(held).all():
+            raise ValueError(f"layer {self.layer!r}: weights too large for {self.dtype}")
+        return self._constant(role, held)
+
+    def _constant(self, role: str, array: Array) -> str:
+        name = self._unique(f"{self.prefix}.{role}")
+        self.tensors.append(library().numpy_helper.from_array(array, name))
+        return name
+
+    def integers(self, role: str, entries: Sequence[int] | Array) -> str:
+        """The name of a new constant of 64-bit integers, such as a shape."""
+        return self._constant(role, np.array(entries, np.int64))
+
+    def node(self, op: str, inputs: Sequence[str], role: str = "", **attributes: Any) -> str:
+        """Append a node; the name of its output, and its own."""
+        name = self._unique(f"{self.prefix}.{role}" if role else self.prefix)
+        self.nodes.append(library().helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    def reshape(self, x: str, shape: Sequence[int], like: str | None = None, first: int = 2) -> str:
+        """`x` in another shape: 0 keeps the size at its place, -1 is what is left.
+
+        Where sizes are known in a run only, `shape` is continued by those of the tensor `like`,
+        from its axis `first` on.
+        """
+        target = self.integers("shape", shape)
+        if like is not None:
+            axes = self.integers("axes", range(first, first + self.ndim))
+            sizes = self.node("Gather", [self.node("Shape", [like], "size"), axes], "sizes", axis=0)
+            target = self.node("Concat", [target, sizes], "concat", axis=0)
+        return self.node("Reshape", [x, target], "reshape")
+
+
+def conv_chain(w: Writer, f: Factorization, x: str, size: Ints | None) -> None:
+    """A chain in the place of a Conv or ConvTranspose.
+
+    `size` is the spatial size of `x` where the graph fixes it: sizes are constants then.
+    """
+    outside = np.full(f.in_channels, f.stages[0].geometry.value)
+    for i, stage in enumerate(f.stages):
+        w.prefix = f"{w.layer}.{i}"
+        last = i == len(f.stages) - 1
+        x = _conv_stage(w, stage, x, size, outside, f.bias if last else None)
+        outside = reference.still(stage, outside)
+        if size is not None:
+            size = stage.output_shape((stage.in_channels, *size))[1:]
+
+
+def _conv_stage(
+    w: Writer, s: Stage, x: str, size: Ints | None, outside: Array, bias: Array | None
+) -> str:
+    g = s.geometry
+    if g.padding_mode != "zeros" and any(map(any, g.padding)):
+        x = _bordered(w, s, x, outside)
+        if size is not None:
+            size = tuple(n + sum(p) for n, p in zip(size, g.padding))
+        s = replace(s, geometry=replace(g, padding=((0, 0),) * g.ndim, padding_mode="zeros"))
+    source = s.source()
+    shuffled = not np.array_equal(source, np.arange(len(source)))
+    if shuffled and not s.transposed:
+        x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=1)
+    # A tied bias would be one for all copies, and that ahead of a shuffle in another order.
+    within = bias is not None and s.left * s.right == 1 and not (shuffled and s.transposed)
+    if s.left > 1:
+        x = w.reshape(x, (-1, s.in_channels // s.left, *(0,) * g.ndim))
+    x = _copies(w, s, x, size, bias if within else None)
+    if s.left > 1:
+        x = w.reshape(x, (-1, s.out_channels, *(0,) * g.ndim))
+    if shuffled and s.transposed:
+        x = w.node("Gather", [x, w.integers("order", np.argsort(source))], "shuffle", axis=1)
+    if bias is not None and not within:
+        x = w.node("Add", [x, w.weight("bias", bias.reshape(-1, *(1,) * g.ndim))], "add")
+    return x
+
+
+def _copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) -> str:
+    """The stage on channels (groups, in, right): copies go along an axis, or the batch."""
+    g, r, n = s.geometry, s.right, s.geometry.ndim
+    ins, outs = (channels // (s.left * r) for channels in (s.in_channels, s.out_channels))
+    if r == 1:
+        return _conv(w, s, x, s.weight, bias)
+    if s.kernel[0] == g.stride[0] == 1 and g.padding[0] == (0, 0) and not g.output_padding[0]:
+        # Nothing moves along the first axis: the copies go along it.
+        y = _conv(w, s, w.reshape(x, (0, ins, -1, *(0,) * (n - 1))), s.weight)
+        return w.reshape(y, (0, outs * r, -1, *(0,) * (n - 1)))
+    fixed = size is not None
+    before = size or ()
+    after = s.output_shape((s.in_channels, *size))[1:] if size is not None else ()
+    if n == 1:
+        y = _conv(w, s, w.reshape(x, (0, ins, r, -1)), s.weight[:, :, None])
+        return w.reshape(y, (0, outs * r, -1))
+    split = w.reshape(x, (0, ins, r, *before), None if fixed else x)
+    if n == 2:
+        y = _conv(w, s, split, s.weight[:, :, None])
+        return w.reshape(y, (0, outs * r, *after), None if fixed else y, 3)
+    swap = [0, 2, 1, 3, 4, 5]  # there is no fourth axis: copies along the batch
+    split = w.node("Transpose", [split], "transpose", perm=swap)
+    y = _conv(w, s, w.reshape(split, (-1, ins, *before), None if fixed else x), s.weight)
+    split = w.reshape(y, (-1, r, outs, *after), None if fixed else y)
+    split = w.node("Transpose", [split], "transpose", perm=swap)
+    return w.reshape(split, (0, outs * r, *after), None if fixed else y)
+
+
+def _conv(w: Writer, s: Stage, x: str, weight: Array, bias: Array | None = None) -> str:
+    """A Conv or ConvTranspose node, along one more axis, the first, if `weight` has it."""
+    g, more = s.geometry, weight.ndim - s.weight.ndim
+    pads, ends = list(g.padding), list(g.output_padding)
+    for axis, (a, b) in enumerate(pads):
+        # onnxruntime grows an end by less than a stride; to crop less of it is the same.
+        if ends[axis] >= max(g.stride[axis], g.dilation[axis]):
+            pads[axis], ends[axis] = (a, max(b - ends[axis], 0)), max(ends[axis] - b, 0)
+        if ends[axis] >= max(g.stride[axis], g.dilation[axis]):
+            raise ValueError(
+                f"layer {w.layer!r}: output_padding {g.output_padding} is more than onnxruntime "
+                f"takes with stride {g.stride} and dilation {g.dilation}"
+            )
+    inputs = [x, w.weight("weight", weight)]
+    if bias is not None:
+        inputs.append(w.weight("bias", bias))
+    none = [0] * more
+    extra: dict[str, Any] = {"output_padding": none + ends} if any(ends) else {}
+    return w.node(
+        "ConvTranspose" if s.transposed else "Conv",
+        inputs,
+        kernel_shape=list(weight.shape[2:]),
+        strides=[1] * more + list(g.stride),
+        dilations=[1] * more + list(g.dilation),
+        pads=none + [a for a, _ in pads] + none + [b for _, b in pads],
+        group=s.groups,
+        **extra,
+    )
+
+
+def _bordered(w: Writer, s: Stage, x: str, outside: Array) -> str:
+    """`x` with its border, for modes that Conv does not have."""
+    g = s.geometry
+    mode = _PAD_MODE.get(g.padding_mode)
+    if mode is None or (mode == "wrap" and w.opset < 19):
+        needs = "opset 19" if mode else "a border that ONNX has"
+        raise ValueError(f"layer {w.layer!r}: a border of {g.padding_mode} needs {needs}")
+    pads = [0, 0, *(a for a, _ in g.padding), 0, 0, *(b for _, b in g.padding)]
+    shift = ""
+    if mode == "constant" and np.ptp(outside):
+        # One constant a channel: it is taken off, zeros are padded, and it is put back.
+        shift = w.weight("outside", outside.reshape(-1, *(1,) * g.ndim))
+        x, outside = w.node("Sub", [x, shift], "sub"), np.zeros(1)
+    value = float(outside[0]) if mode == "constant" else 0.0
+    if w.opset < 11:
+        x = w.node("Pad", [x], "pad", mode=mode, pads=pads, value=value)
+    else:
+        inputs = [x, w.integers("pads", pads)]
+        if value:
+            inputs.append(w.weight("value", np.array(value)))
+        x = w.node("Pad", inputs, "pad", mode=mode)
+    return w.node("Add", [x, shift], "restore") if shift else x
+
+
+def linear_chain(w: Writer, f: Factorization, x: str, rank: int, gemm: bool) -> None:
+    """A chain of pointwise stages in the place of a MatMul, or a Gemm, on an `x` of `rank` axes."""
+    for i, s in enumerate(f.stages):
+        w.prefix = f"{w.layer}.{i}"
+        g = s.geometry
+        if s.transposed or s.kernel != (1,) or g.stride != (1,) or any(map(any, g.padding)):
+            raise ValueError(f"layer {w.layer!r} is linear, so its chain must be pointwise")
+        bias = f.bias if i == len(f.stages) - 1 else None
+        source = s.source()
+        if not np.array_equal(source, np.arange(len(source))):
+            x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=rank - 1)
+        plain = s.groups * s.left * s.right == 1
+        if gemm and plain:
+            inputs = [x, w.weight("weight", s.weight[..., 0])]
+            if bias is not None:
+                inputs.append(w.weight("bias", bias))
+            x = w.node("Gemm", inputs, transB=1)
+            continue
+        if plain:
+            x = w.node("MatMul", [x, w.weight("weight", s.weight[..., 0].T)])
+        else:
+            x = _tied_product(w, s, x, [0] * (rank - 1))
+        if bias is not None:
+            x = w.node("Add", [x, w.weight("bias", bias)], "add")
+
+
+def _tied_product(w: Writer, s: Stage, x: str, lead: list[int]) -> str:
+    """A linear stage with groups or copies: one more axis each, and the product broadcasts."""
+    outs, ins = s.weight.shape[0] // s.groups, s.weight.shape[1]
+    weight = s.weight.reshape(s.groups, outs, ins)
+    x = w.reshape(x, (*lead, s.left, s.groups, ins, s.right))
+    x = w.node("MatMul", [w.weight("weight", weight), x])
+    return w.reshape(x, (*lead, -1))

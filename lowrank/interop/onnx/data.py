@@ -1,0 +1,237 @@
+"""Calibration data for ONNX models: what a model takes, arrays in ``.npz`` files, batches."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank._typing import Array, Ints
+from lowrank.interop.onnx.files import library, line_of
+
+Feed = dict[str, Array]
+
+
+class Input(NamedTuple):
+    """One input of a network.
+
+    Attributes
+    ----------
+    name : str
+        As the graph calls it.
+    dtype : dtype
+        Of its elements.
+    shape : tuple of (int or None)
+        None where a size is free, such as the batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank.interop.onnx.data import Input
+    >>> str(Input("image", np.dtype(np.float32), (None, 3, 32, 32)))
+    "'image', float32 of shape (any, 3, 32, 32)"
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        sizes = ", ".join("any" if n is None else str(n) for n in self.shape)
+        return f"{self.name!r}, {self.dtype} of shape ({sizes})"
+
+
+def inputs_of(model: Any) -> tuple[Input, ...]:
+    """Inputs of a model that a caller has to give.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Its initializers are no inputs, whatever its list of inputs says.
+
+    Returns
+    -------
+    tuple of Input
+
+    Raises
+    ------
+    ValueError
+        If an input is no tensor of numbers, or has no shape.
+
+    Examples
+    --------
+    >>> import pytest
+    >>> onnx = pytest.importorskip("onnx")
+    >>> from lowrank.interop.onnx.data import inputs_of
+    >>> graph = onnx.parser.parse_graph("g (float[N, 3] x) => (float[N, 3] y) {y = Relu(x)}")
+    >>> inputs_of(onnx.helper.make_model(graph))
+    (Input(name='x', dtype=dtype('float32'), shape=(None, 3)),)
+    """
+    onnx = library()
+    constants = {t.name for t in model.graph.initializer}
+    found = []
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        kind = value.type.tensor_type
+        if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
+            raise ValueError(f"input {value.name!r} is no tensor, or has no shape")
+        try:
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        except (KeyError, TypeError):
+            raise ValueError(f"input {value.name!r} is of no known type") from None
+        found.append(Input(value.name, dtype, dims(kind.shape)))
+    return tuple(found)
+
+
+def dims(shape: Any) -> tuple[int | None, ...]:
+    """Sizes of a TensorShapeProto, None where they are free."""
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in shape.dim)
+
+
+def read_batches(
+    path: str | os.PathLike[str], inputs: Sequence[Input], batch: int = 64
+) -> list[Feed]:
+    """Read calibration data.
+
+    Parameters
+    ----------
+    path : path
+        An ``.npz`` file with an array an input, under its name, examples along the first axis;
+        for a network of one input an array of any name.
+    inputs : sequence of Input
+        See :func:`inputs_of`.
+    batch : int
+        Examples a batch, where the network takes any number.
+
+    Returns
+    -------
+    list of dict of str to ndarray
+        The batches, of the inputs' types.  Where the batch is fixed, examples that are left
+        over are not used.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or an array is missing, of another shape than its input, not
+        finite, or of a type that its input cannot take.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> import numpy as np
+    >>> from lowrank.interop.onnx.data import Input, read_batches
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "images.npz")
+    >>> np.savez(path, image=np.zeros((100, 3, 8, 8)))
+    >>> takes = [Input("image", np.dtype(np.float32), (None, 3, 8, 8))]
+    >>> [b["image"].shape for b in read_batches(path, takes)]
+    [(64, 3, 8, 8), (36, 3, 8, 8)]
+    """
+    path = Path(path)
+    shapes = _npz_shapes(path)
+    names = {i.name: i.name for i in inputs}
+    if len(inputs) == len(shapes) == 1:
+        names = {inputs[0].name: next(iter(shapes))}
+    if missing := [n for n in names.values() if n not in shapes]:
+        raise ValueError(
+            f"{path}: the network takes {', '.join(map(str, inputs))}; there is no array "
+            f"{missing[0]!r} among {', '.join(map(repr, shapes)) or 'none'}"
+        )
+    for i in inputs:  # before any values are read
+        if not _fits(shapes[names[i.name]], (*(None,) * bool(i.shape), *i.shape[1:])):
+            raise ValueError(
+                f"{path}: the network takes {i}, but array {names[i.name]!r} has shape "
+                f"{shapes[names[i.name]]}"
+            )
+    each = {i.name: i.shape[0] or batch for i in inputs if i.shape}
+    fixed = any(i.shape and i.shape[0] for i in inputs)
+    lengths = {n: shapes[names[n]][0] for n in each}
+    counts = {n: m // each[n] if fixed else -(-m // each[n]) for n, m in lengths.items()}
+    if min(counts.values(), default=1) < 1:
+        raise ValueError(
+            f"{path}: too few examples, {lengths}; the network takes {each[min(counts)]} at once"
+        )
+    if len(set(counts.values())) > 1 or (not fixed and len(set(lengths.values())) > 1):
+        raise ValueError(f"{path}: arrays of different numbers of examples: {lengths}")
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {i.name: cast(i, found[names[i.name]]) for i in inputs}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as why:
+        raise ValueError(f"{path}: {line_of(why)}") from None
+    return [
+        {n: a[k * each[n] : (k + 1) * each[n]] if n in each else a for n, a in arrays.items()}
+        for k in range(max(counts.values(), default=1))
+    ]
+
+
+def _npz_shapes(path: Path) -> dict[str, Ints]:
+    """Shapes of the arrays in an ``.npz`` file, each checked against the bytes that are there."""
+    shapes = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = header(file)
+                    if dtype.hasobject:
+                        raise ValueError("it holds Python objects, which are not loaded")
+                    if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+                        raise ValueError(f"{info.filename} is not as long as its shape {shape}")
+                shapes[info.filename.removesuffix(".npy")] = tuple(shape)
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as why:
+        raise ValueError(
+            f"{path}: not an .npz file of arrays, or damaged: {line_of(why)}"
+        ) from None
+    return shapes
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, n) for n, w in zip(shape, wanted))
+
+
+def checked(inputs: Sequence[Input], given: Any) -> Feed:
+    """One batch in memory, as the network takes it; see :func:`read_batches`."""
+    if not isinstance(given, Mapping):
+        if len(inputs) != 1:
+            raise ValueError(
+                f"the network takes {', '.join(map(str, inputs))}: a batch is a dict of arrays "
+                "by name"
+            )
+        given = {inputs[0].name: given}
+    feed = {}
+    for i in inputs:
+        if i.name not in given:
+            raise ValueError(f"the network takes {i}, which is not among {sorted(given)}")
+        array = np.asarray(given[i.name])
+        if not _fits(array.shape, i.shape):
+            raise ValueError(f"the network takes {i}, got shape {array.shape}")
+        feed[i.name] = cast(i, array)
+    return feed
+
+
+def cast(i: Input, array: Array) -> Array:
+    """`array` in the type of an input; ValueError where that changes what it says."""
+    floating = np.issubdtype(i.dtype, np.floating)
+    if array.dtype.kind not in ("fiu" if floating else "iu" if i.dtype.kind in "iu" else "b"):
+        raise ValueError(f"the network takes {i}, got {array.dtype}")
+    with np.errstate(over="ignore"):
+        new = np.ascontiguousarray(array, i.dtype)
+    if not new.size:
+        raise ValueError(f"values for {i}, are none")
+    if floating and not np.isfinite(new).all():
+        raise ValueError(f"values for {i}, are NaN, infinite or too large")
+    if not floating and not np.array_equal(new, array):
+        raise ValueError(f"values for {i}, are out of its range")
+    return new

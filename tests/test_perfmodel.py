@@ -1,0 +1,334 @@
+"""The time model: what is counted, how rates are fitted, where they are kept, how they choose."""
+
+import itertools
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowrank as lr
+from lowrank import perfmodel
+from lowrank.core.stage import Epilogue, blank
+from lowrank.engine import fourier
+from lowrank.families import FAMILIES, applicable
+from lowrank.perfmodel import calibration, features, store
+from lowrank.perfmodel.features import Work
+from lowrank.perfmodel.workloads import Filtering, workloads
+
+
+@pytest.fixture(scope="module")
+def conv():
+    rng = np.random.default_rng(0)
+    return lr.dense(rng.standard_normal((24, 16, 3, 3)).astype(np.float32), padding=1)
+
+
+@pytest.fixture(scope="module")
+def front(conv):
+    return lr.frontier(conv, (48, 48), axis="seconds")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and a measurement that takes no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = perfmodel.Machine(
+        calibration.cpu(),
+        store._core.default_isa(),
+        2,
+        {
+            "lowrank": perfmodel.Rates({"multiply": 1e-9, "call": 1e-6}, 0.1, 0.2),
+            "fft": perfmodel.Rates({"operation": 1e-9}, 0.1, 0.2),
+        },
+    )
+    calls = []
+
+    def measure(progress, engines):
+        calls.append(engines)
+        return measured
+
+    monkeypatch.setattr(calibration, "measure", measure)
+    return calls
+
+
+def chains(conv):
+    """A short chain of every family and form."""
+    for name, forms in applicable(conv).items():
+        for form in forms:
+            yield next(iter(FAMILIES[name].sweep(conv, form))).stages
+
+
+def test_predictions_add_up_and_grow_with_the_work(conv):
+    here = perfmodel.current()
+    for stages in chains(conv):
+        f = lr.chain(stages)
+        small, large, many = (
+            here.predict(f, (n, n), batch=b) for n, b in ((16, 1), (64, 1), (64, 8))
+        )
+        assert 0 < small.seconds < large.seconds < many.seconds
+        assert large.seconds == pytest.approx(sum(large.parts.values()))
+        assert min(large.parts.values()) > 0
+
+
+def test_blank_stages_count_what_real_ones_do(conv):
+    for f in (conv, lr.tucker(conv, (6, 5)), lr.kronecker(conv, 2), lr.cp3(conv, 4)):
+        empty = [lr.Stage(blank(s.weight.shape), s.geometry, s.groups, s.left, s.right)
+                 for s in f.stages]  # fmt: skip
+        for threads in (1, 2):
+            real = features.engine(Work(f.stages, (16, 30, 31), 3, threads), 2)
+            assert features.engine(Work(empty, (16, 30, 31), 3, threads), 2) == real
+
+
+def test_multiply_adds_are_counted_with_the_lanes_that_idle(conv):
+    lanes = 16
+    for load in workloads():
+        counted = features.engine(Work(load.stages, load.shape, load.batch), 2)
+        macs = load.batch * lr.chain(load.stages).cost(load.shape).macs
+        vectors = sum(counted.get(k, 0) for k in ("multiply", "row multiply", "lane"))
+        # At most: runs of four samples at the end of a row get no vector.
+        assert vectors * lanes >= 0.8 * macs, load
+        assert vectors * lanes <= 16 * macs, load
+
+
+def test_borders_and_transposed_stages_are_counted_too():
+    weight = np.ones((8, 8, 3, 3), np.float32)
+    for options in (
+        {"padding_mode": "reflect", "padding": 1},
+        {"padding_mode": "constant", "padding": 1, "value": 2.0},
+        {"transposed": True, "stride": 2, "padding": 1},
+        {"dilation": 3, "padding": 3},
+        {"stride": 2},
+    ):
+        f = lr.dense(weight, **options)
+        for g in (f, lr.spatial(f, 4)):
+            assert perfmodel.predict(g, (40, 40)).seconds > 0
+
+
+@given(seed=st.integers(0, 100), noise=st.sampled_from([0.0, 0.05]))
+def test_rates_are_recovered_from_what_they_make(seed, noise):
+    rng = np.random.default_rng(seed)
+    true = {"multiply": 3e-10, "load": 1e-9, "call": 2e-6}
+    counted = [
+        {"multiply": 10 ** rng.uniform(3, 6), "load": 10 ** rng.uniform(3, 6), "call": 1.0}
+        for _ in range(80)
+    ]
+    times = [
+        sum(true[k] * v for k, v in c.items()) * math.exp(noise * rng.standard_normal())
+        for c in counted
+    ]
+    rates = calibration.fitted(counted, times, range(80))
+    assert all(v > 0 for v in rates.seconds.values())
+    # Without noise the system is consistent, and least squares end in rounding; with noise the
+    # error of a prediction is that of the sample itself: its median is 0.67 sigma, and sampling
+    # 80 of them and fitting three rates less than doubles it.
+    assert rates.error <= (2 * 0.67 * noise if noise else 1e-9)
+    if not noise:
+        assert dict(rates.seconds) == pytest.approx(true)
+
+
+def test_the_error_is_that_of_work_left_out():
+    # Every group has a count of its own that nothing else explains: known groups are explained
+    # perfectly, and one that was left out not at all.
+    counted = [{f"of {g}": 1.0} for g in range(10) for _ in range(4)]
+    rates = calibration.fitted(counted, [1.0] * 40, [g for g in range(10) for _ in range(4)])
+    assert rates.error == 1.0
+    assert dict(rates.seconds) == pytest.approx({f"of {g}": 1.0 for g in range(10)})
+
+
+def test_measuring_gives_rates_for_every_engine(monkeypatch):
+    loads = list(workloads())
+    monkeypatch.setattr(calibration, "workloads", lambda: loads[::25])
+    small = [Filtering((5, 5), (60, n), (b, b)) for n in (50, 90) for b in (32, 64)]
+    monkeypatch.setattr(calibration, "filterings", lambda: [*small, Filtering((3,), (999,), (64,))])
+    monkeypatch.setattr(calibration, "BUDGETS", dict.fromkeys(calibration.BUDGETS, 0.01))
+    seen = []
+    found = calibration.measure(lambda name, share: seen.append((name, share)), ["fft", "lowrank"])
+    assert set(found.rates) == {"fft", "lowrank"}
+    assert {name for name, _ in seen} == {"fft", "lowrank"}
+    assert all(0 < share <= 1 for _, share in seen)
+    assert all(0 <= r.error < math.inf for r in found.rates.values())
+    again = perfmodel.Machine.from_json(found.to_json())
+    assert again.to_json() == found.to_json()
+
+
+def test_torch_is_measured_where_it_is_installed(monkeypatch):
+    pytest.importorskip("torch")
+    loads = [w for w in workloads() if w.batch * math.prod(w.shape) < 40_000]
+    assert len(loads) > 8
+    monkeypatch.setattr(calibration, "workloads", lambda: loads[:8])
+    monkeypatch.setattr(calibration, "BUDGETS", dict.fromkeys(calibration.BUDGETS, 0.01))
+    found = calibration.measure(None, ["torch", "torch channels-last"])
+    assert set(found.rates) == {"torch", "torch channels-last"}
+
+
+def test_a_calibration_is_kept_and_used(cache, conv):
+    assert not perfmodel.current().calibrated
+    shipped = perfmodel.predict(conv, (48, 48)).seconds
+    perfmodel.calibrate()
+    assert cache == [None]
+    assert perfmodel.current().calibrated
+    assert perfmodel.predict(conv, (48, 48)).seconds != shipped
+    kept = json.loads(perfmodel.path().read_text())
+    assert kept["rates"]["lowrank"]["seconds"] == {"multiply": 1e-9, "call": 1e-6}
+    perfmodel.calibrate(engines=["lowrank"])
+    assert cache == [None, ["lowrank"]]
+    perfmodel.path().unlink()
+    perfmodel.calibrate(engines=["lowrank"])  # nothing to add to: everything
+    assert cache == [None, ["lowrank"], ("fft", "lowrank", "torch", "torch channels-last")]
+    with pytest.raises(ValueError, match=r"engines must be some of fft, lowrank.* got warp"):
+        perfmodel.calibrate(engines=["warp"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace('"version": 2', '"version": 0'),
+        lambda text: text.replace('"call": 1e-06', '"call": -1'),
+        lambda text: text.replace('"call": 1e-06', '"call": NaN'),
+        lambda text: text.replace('"cpu": "', '"cpu": "another '),
+        lambda text: text.replace('"lowrank"', '"other"'),
+        lambda text: text.replace('"multiply"', '"foo"'),
+        lambda text: text.replace('"threads": 2', '"threads": -3'),
+    ],
+    ids=[
+        "cut off",
+        "no object",
+        "version",
+        "negative",
+        "no number",
+        "foreign",
+        "missing",
+        "names",
+        "threads",
+    ],
+)
+def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damage):
+    perfmodel.calibrate()
+    good = perfmodel.path().read_text()
+    bad = damage(good)
+    assert bad != good
+    perfmodel.path().write_text(bad)
+    with pytest.warns(UserWarning, match="is no calibration of this machine .* measured anew"):
+        found = perfmodel.current()
+    assert found.calibrated
+    assert len(cache) == 2
+    assert perfmodel.path().with_suffix(".bad").read_text() == bad
+    assert perfmodel.path().read_text() == good
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        perfmodel.current()
+
+
+@pytest.mark.parametrize("given", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -2}])
+def test_batches_and_threads_are_checked(conv, given):
+    (name,) = given
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        perfmodel.predict(conv, (8, 8), **given)
+    for options in ({"max_error": 0.5}, {"seconds": "50%"}, {"rank": 2, "families": ["spatial"]}):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            lr.approximate(conv, (8, 8), **options, **given)
+
+
+def test_more_threads_than_were_measured_take_no_longer(conv):
+    f = lr.dense(np.ones((16, 16, 1, 1), np.float32))
+    counted = [features.engine(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
+    rates = perfmodel.current().rates["lowrank"]
+    times = [rates.predict(c).seconds for c in counted]
+    assert times == sorted(times, reverse=True)
+    # rates of one thread alone stand in for those of more
+    alone = features.engine(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
+    assert alone["memory"] > 0 == alone["memory, all threads"]
+
+
+def test_a_rate_of_another_machine_has_no_error(conv):
+    p = perfmodel.predict(conv, (8, 8))
+    assert math.isnan(p.error)
+    assert "lowrank calibrate" in str(p)
+    assert "lowrank calibrate" in str(lr.frontier(conv, (8, 8), ["spatial"]))
+
+
+def test_an_unknown_engine_is_refused(conv):
+    with pytest.raises(ValueError, match=r"engine must be one of lowrank.* got 'warp'"):
+        perfmodel.predict(conv, (8, 8), engine="warp")
+
+
+def test_a_front_by_seconds_is_what_nothing_beats(conv, front):
+    points = [(c.seconds, c.error) for c in front]
+    assert points == sorted(points, key=lambda p: (p[0], -p[1]))
+    assert all(a[1] > b[1] for a, b in itertools.pairwise(points))
+    here = perfmodel.current()
+    whole = here.predict(conv, (48, 48)).seconds
+    assert front.dense.seconds == whole
+    for name, forms in applicable(conv).items():
+        for form in forms:
+            for p in FAMILIES[name].sweep(conv, form):
+                f = lr.chain(p.stages)
+                if f.cost((48, 48)).macs >= conv.cost((48, 48)).macs:
+                    continue
+                took = here.predict(f, (48, 48)).seconds
+                assert took >= whole or any(s <= took and e <= p.error + 1e-12 for s, e in points)
+
+
+def test_every_candidate_knows_its_realised_share(front):
+    for c in front:
+        saved = front.dense.cost.macs / c.cost.macs
+        faster = front.dense.seconds / c.seconds
+        assert c.realised == pytest.approx(faster / saved)
+    assert front.dense.realised == 1
+
+
+def test_a_budget_of_time_is_kept_to(conv, front):
+    whole = front.dense.seconds
+    for budget in (whole / 2, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
+        f = lr.approximate(conv, (48, 48), seconds=budget)
+        pick = front.affordable(whole / 2)
+        assert (f.family, f.form, f.rank) == (pick.family, pick.form, pick.rank)
+        assert perfmodel.predict(f, (48, 48)).seconds <= whole / 2
+    with pytest.raises(ValueError, match="nothing costs at most 1e-12 seconds; the cheapest is"):
+        lr.approximate(conv, (48, 48), seconds=1e-12)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, math.nan, "2", "fast", "-1ms", "1 minute"])
+def test_a_budget_that_is_no_time_is_refused(conv, budget):
+    with pytest.raises(ValueError, match="seconds must be above 0"):
+        lr.approximate(conv, (48, 48), seconds=budget)
+
+
+def test_batches_threads_and_engines_change_the_prediction(conv):
+    one = lr.frontier(conv, (48, 48), ["spatial"])
+    eight = lr.frontier(conv, (48, 48), ["spatial"], batch=8)
+    assert eight.dense.seconds > 4 * one.dense.seconds
+    assert "batch 8" in str(eight)
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        lr.frontier(conv, (48, 48), batch=0)
+    with pytest.raises(ValueError, match="axis must be one of seconds, macs"):
+        lr.frontier(conv, (48, 48), axis="time")
+
+
+def test_counts_of_transforms_follow_the_plan():
+    for taps, spatial in (((9, 9), (100, 120)), ((5, 5, 5), (30, 31, 32)), ((99,), (5000,))):
+        for block in fourier.blocks(taps, spatial):
+            work = fourier.work(taps, spatial, block)
+            counted = features.fft(taps, spatial, block, 1, 2)
+            assert counted["group"] == work.groups
+            assert counted["point"] * 16 == work.transforms * work.points
+
+
+def test_pytorchs_convolutions_are_ours(conv):
+    torch = pytest.importorskip("torch")
+    from lowrank.engine import pytorch
+
+    x = np.random.default_rng(0).standard_normal((2, 16, 12, 13)).astype(np.float32)
+    for f in (conv, lr.tucker(conv, (6, 5)), lr.kronecker(conv, 2, "4x4x1x1 last"),
+              lr.kronecker(conv, 2, "4x4x1x1 first"), lr.cp(conv, 3)):  # fmt: skip
+        ends = [Epilogue()] * len(f.stages)
+        for last in (False, True):
+            found = pytorch.call(f.stages, ends, x, last)()
+            assert isinstance(found, torch.Tensor)
+            # sums of at most 144 products of order 1 in float32, once or twice
+            np.testing.assert_allclose(found.numpy(), f(x), rtol=0, atol=1e-4)
