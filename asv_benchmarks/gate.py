@@ -380,7 +380,7 @@ def slowed(folder: Path) -> Path:
     other = folder.with_name(f"{folder.name[:12]}-s")
     shutil.rmtree(other, ignore_errors=True)
     shutil.copytree(folder, other)
-    with (other / "lowrank" / "engine" / "cpu.py").open("a") as file:
+    with (other / "lowrank" / "runtime" / "cpu.py").open("a") as file:
         file.write(
             f"""
 

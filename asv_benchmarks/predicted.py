@@ -1,6 +1,6 @@
 """The time model beside the clock: how far predictions are off, by kind of work.
 
-    python -m asv_benchmarks.predicted [--engine NAME] [--threads N] [--quick] [--worst N] [--json]
+    python -m asv_benchmarks.predicted [--runtime NAME] [--threads N] [--quick] [--worst N] [--json]
 
 The rates are those of `lowrank calibrate`; none of the shapes here is among those that it measures.
 Layers, chains, blocks and filters are those of the comparison with other libraries, and every
@@ -47,17 +47,17 @@ def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
     return lr.chain(stages)
 
 
-def items(quick: bool, engine: str = "lowrank") -> Iterator[Item]:
+def items(quick: bool, runtime: str = "lowrank") -> Iterator[Item]:
     """What is predicted: layers, chains and families; images and volumes for our engine alone."""
     for row in cases.layers():
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         whole = lr.dense(cases.weight(c, c, *kernel), padding=[k // 2 for k in kernel])
-        *form, rank = row["kronecker"].split()
+        *variant, rank = row["kronecker"].split()
         for n in row["batches"][:1] if quick else row["batches"]:
             yield "dense", whole, size, n
             for name, shapes in cases.chain_shapes(row).items():
                 yield name.rsplit(" ", 1)[0], chain(c, shapes), size, n
-            yield "kronecker", lr.kronecker(whole, int(rank), " ".join(form)), size, n
+            yield "kronecker", lr.kronecker(whole, int(rank), " ".join(variant)), size, n
     for c, out, size, stride, _ in cases.MOBILENET:
         for k in (3, 5):
             yield "depthwise", chain(c, [(c, 1, k, k)], stride), (size, size), 1
@@ -67,7 +67,7 @@ def items(quick: bool, engine: str = "lowrank") -> Iterator[Item]:
     for c, length in [(64, 4096), (256, 1024), (16, 100_000)]:
         yield "series", chain(c, [(c, 1, 9)]), (length,), 1
     yield from families(quick)
-    if "torch" in engine:
+    if "torch" in runtime:
         return
     for k, size in itertools.product((3, 5, 9, 15, 31), (512, 1024, 2048, 4096)):
         yield "image", chain(1, [(1, 1, k, 1), (1, 1, 1, k)]), (size, size), 1
@@ -86,12 +86,12 @@ def families(quick: bool) -> Iterator[Item]:
         conv = lr.dense(weight, padding=k // 2)
         for name, family in FAMILIES.items():
             try:
-                forms = family.forms(conv)
+                variants = family.variants(conv)
             except NotApplicable:
                 continue
-            for form in forms[:: max(1, len(forms) // 3)][:3]:
+            for variant in variants[:: max(1, len(variants) // 3)][:3]:
                 whole = conv.cost((size, size)).macs
-                found = [lr.chain(p.stages) for p in family.sweep(conv, form)]
+                found = [lr.chain(p.stages) for p in family.sweep(conv, variant)]
                 found = [f for f in found if f.cost((size, size)).macs < whole]
                 for i in rng.choice(len(found), min(2, len(found)), replace=False):
                     shapes = [s.weight.shape for s in found[i].stages]
@@ -105,7 +105,7 @@ def families(quick: bool) -> Iterator[Item]:
 def main() -> None:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", default="lowrank")
+    parser.add_argument("--runtime", default="lowrank")
     parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
     parser.add_argument("--quick", action="store_true", help="fewer batches and families")
     parser.add_argument("--worst", type=int, default=0, help="print so many of the worst, too")
@@ -114,35 +114,35 @@ def main() -> None:
     here = lr.machine.current()
     if not here.calibrated:
         sys.exit("this machine is not calibrated: run 'lowrank calibrate' first")
-    if "torch" in given.engine:
+    if "torch" in given.runtime:
         import torch
 
         torch.set_num_threads(given.threads)
     found = []
-    left = items(given.quick, given.engine)
+    left = items(given.quick, given.runtime)
     while some := list(itertools.islice(left, GROUP)):
-        calls = [call(f, size, n, given.engine, given.threads) for _, f, size, n in some]
+        calls = [call(f, size, n, given.runtime, given.threads) for _, f, size, n in some]
         for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
-            p = here.predict(f, size, batch=n, threads=given.threads, engine=given.engine)
+            p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime)
             found.append({"kind": kind, "chain": repr(f), "size": size, "batch": n,
                           "seconds": took, "predicted": p.seconds})  # fmt: skip
     if given.json:
-        json.dump({"cpu": here.cpu, "engine": given.engine, "rows": found}, sys.stdout, indent=1)
+        json.dump({"cpu": here.cpu, "runtime": given.runtime, "rows": found}, sys.stdout, indent=1)
         return
     report(found, here, given)
 
 
-def call(f: lr.Factorization, size: Any, n: int, engine: str, threads: int) -> Any:
+def call(f: lr.Factorization, size: Any, n: int, runtime: str, threads: int) -> Any:
     x = cases.random(n, f.in_channels, *size)
-    if "torch" in engine:
-        return pytorch.call(f.stages, [Epilogue()] * len(f.stages), x, "last" in engine)
+    if "torch" in runtime:
+        return pytorch.call(f.stages, [Epilogue()] * len(f.stages), x, "last" in runtime)
     run = f.compile(size, np.float32, threads=threads)
     out = run(x)
     return lambda: run(x, out)
 
 
 def report(found: list[dict[str, Any]], here: lr.machine.Machine, given: Any) -> None:
-    rates = here.rates[given.engine]
+    rates = here.rates[given.runtime]
     print(f"{here.cpu}, {given.threads} threads, run by {given.engine}")
     print(f"as calibrated: median error {rates.error:.1%}, 90th percentile {rates.spread:.1%}")
     print(f"{'kind':20} {'rows':>4} {'median':>7} {'90 %':>7} {'predicted/measured':>18}")

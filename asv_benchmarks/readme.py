@@ -35,7 +35,7 @@ ROWS = {
     "the same as Tucker, 16 × 16": "tucker 16,16, 64 3x3 at 56x56, N=1",
     "3×3 layer, 256 channels at 14², as CP": "cp 256, 256 3x3 at 14x14, N=1",
     "the same in two passes of 128 maps": "spatial 128, 256 3x3 at 14x14, N=1",
-    "the same as three depthwise terms": "decouple dw-pw 3, 256 3x3 at 14x14, N=1",
+    "the same as three depthwise terms": "network_decoupling dw-pw 3, 256 3x3 at 14x14, N=1",
     "3×3 layer, 512 channels at 7², 8 images": "dense 3x3, 512 at 7x7, N=8",
     "the 13 blocks of MobileNetV1": "all 13 blocks of MobileNetV1, N=1",
     "separable 9×9, image of 2048²": "filter 9x9 of rank 1, 2048x2048",

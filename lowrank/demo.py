@@ -134,12 +134,12 @@ def image(folder: Path) -> None:
     run = dense.compile(photo.shape, np.float32)
     x = photo[None, None]
     for rank in (1, 2, 3, 4, 6):
-        form = filters.separate(kernel, rank=rank)
-        passes = form.compile(photo.shape, np.float32)
+        variant = filters.separate(kernel, rank=rank)
+        passes = variant.compile(photo.shape, np.float32)
         off = float(np.abs(passes(x)[0, 0] - truth).max())
-        fewer = dense.cost(photo.shape).macs / form.cost(photo.shape).macs
+        fewer = dense.cost(photo.shape).macs / variant.cost(photo.shape).macs
         ratio = faster(partial(run, x), partial(passes, x))
-        error = form.error(kernel[None, None])
+        error = variant.error(kernel[None, None])
         rows.append((str(rank), f"{fewer:.1f}x", f"{error:.3f}", f"{off:.2f}", f"{ratio:.1f}x"))
     print("\n".join(tables.columns(rows)))
     picture = folder / "blur.svg"

@@ -38,7 +38,7 @@ class Factorization:
     bias : ndarray or None, shape (out,)
         Added after the last stage, never before: a bias ahead of zero padding would not be
         the same convolution.
-    family, form : str
+    family, variant : str
         Which family made the chain, and which of its variants.
     rank : tuple of int
         Its rank or ranks, in the order that the family documents.
@@ -57,7 +57,7 @@ class Factorization:
     groups: int = 1
     bias: Array | None = None
     family: str = "dense"
-    form: str = ""
+    variant: str = ""
     rank: Ints = ()
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class Factorization:
         >>> import numpy as np
         >>> import lowrank
         >>> weight = np.arange(24.0).reshape(2, 3, 2, 2)
-        >>> f = lowrank.spatial(lowrank.dense(weight), rank=4)
+        >>> f = lowrank.spatial_svd(lowrank.dense(weight), rank=4)
         >>> bool(np.allclose(f.to_dense(), weight))
         True
         """
@@ -231,7 +231,7 @@ class Factorization:
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> f = lowrank.decouple(lowrank.dense(np.ones((128, 3, 3, 3))), rank=1)
+        >>> f = lowrank.network_decoupling(lowrank.dense(np.ones((128, 3, 3, 3))), rank=1)
         >>> [c.macs for c in f.stage_costs((7, 7))]
         [675, 9600]
         """
@@ -479,7 +479,7 @@ class Factorization:
         return replace(self, stages=tuple(s.adjoint() for s in reversed(self.stages)), bias=None)
 
     def __repr__(self) -> str:
-        name = " ".join(filter(None, (self.family, self.form)))
+        name = " ".join(filter(None, (self.family, self.variant)))
         rank = f" rank {', '.join(map(str, self.rank))}" if self.rank else ""
         chain = " -> ".join("x".join(map(str, s.weight.shape)) for s in self.stages)
         return f"<Factorization {name}{rank}: {chain}, {self.params} params>"

@@ -64,11 +64,11 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
     >>> import pathlib, tempfile
     >>> import numpy as np
     >>> import lowrank
-    >>> f = lowrank.spatial(lowrank.dense(np.ones((4, 2, 3, 3)), padding=1), rank=1)
+    >>> f = lowrank.spatial_svd(lowrank.dense(np.ones((4, 2, 3, 3)), padding=1), rank=1)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "edges.safetensors")
     >>> lowrank.save(path, {"edges": f})
     >>> lowrank.load(path)["edges"]
-    <Factorization spatial h-w rank 1: 1x2x3x1 -> 4x1x1x3, 18 params>
+    <Factorization spatial_svd h-w rank 1: 1x2x3x1 -> 4x1x1x3, 18 params>
     """
     tensors: dict[str, Array] = {}
     layers = {}
@@ -79,7 +79,7 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
             raise TypeError(f"chains must be a dict of names to chains, got {name!r}: {f!r}")
         layers[name] = {
             "family": f.family,
-            "form": f.form,
+            "variant": f.variant,
             "rank": list(f.rank),
             "groups": f.groups,
             "geometry": geometry_record(f.geometry),
@@ -178,7 +178,7 @@ def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Fa
             operator.index(entry["groups"]),
             bias,
             str(entry["family"]),
-            str(entry["form"]),
+            str(entry["variant"]),
             tuple(operator.index(r) for r in entry["rank"]),
         )
     except KeyError as key:

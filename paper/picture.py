@@ -21,7 +21,7 @@ from lowrank.report import figures
 HERE = Path(__file__).parent
 TABLES = [HERE / "data" / f"{name}.csv" for name in ("error_against_seconds", "accuracy_resnet")]
 LAYER = "ResNet-20 layer3.1.conv2"
-SHOWN = ("spatial", "tucker", "cp3", "decouple", "tensor_train", "encode")
+SHOWN = ("spatial_svd", "tucker", "cp3", "network_decoupling", "tensor_train", "channel_svd")
 
 
 def main(target=HERE.parent / "docs" / "picture.svg"):

@@ -90,8 +90,8 @@ def uniform(layers, family, share):
 def _cut(conv, family, share):
     t, s, *taps = conv.to_dense().shape
     dense = share * t * s * math.prod(taps)
-    if family == "spatial":
-        return lowrank.spatial(conv, max(1, round(dense / (s * taps[0] + t * taps[1]))), "h-w")
+    if family == "spatial_svd":
+        return lowrank.spatial_svd(conv, max(1, round(dense / (s * taps[0] + t * taps[1]))), "h-w")
     # Tucker's ranks at one share of both channels: a quadratic equation
     a, b = t * s * math.prod(taps), s * s + t * t
     part = (math.sqrt(b * b + 4 * a * dense) - b) / (2 * a)

@@ -68,10 +68,10 @@ def test_the_standard_is_enough_for_every_family(family, transposed, rng):
         stride=2, padding=1, transposed=transposed,
     )  # fmt: skip
     try:
-        form = FAMILIES[family].forms(conv)[0]
+        variant = FAMILIES[family].variants(conv)[0]
     except NotApplicable as why:
         pytest.skip(str(why))
-    point = next(iter(FAMILIES[family].sweep(conv, form)))
+    point = next(iter(FAMILIES[family].sweep(conv, variant)))
     stages = point.build()
     x = rng.standard_normal((2, conv.in_channels, 6, 5))
     last = [Epilogue(conv.bias, "relu")]

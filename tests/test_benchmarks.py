@@ -25,7 +25,7 @@ CHEAP = {
     "kernels": "call of a planned chain",
     "chains": "tucker",
     "filters": "gauss 4",
-    "decompositions": "spatial",
+    "decompositions": "spatial_svd",
     "search": "compile",
     "models": "run, dense",
     "imports": "import lowrank",

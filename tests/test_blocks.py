@@ -183,7 +183,7 @@ def test_batch_norm_folds_into_transposed_convolutions(rng, x, groups):
     n = norm(rng, 3 * groups)
     expected = normalised(up(x), n)
     np.testing.assert_allclose(blocks.fold_batch_norm(up, n)(x), expected, **TIGHT)
-    cheaper = lr.encode(up, 3)
+    cheaper = lr.channel_svd(up, 3)
     expected = normalised(cheaper(x), n)
     np.testing.assert_allclose(blocks.fold_batch_norm(cheaper, n)(x), expected, **TIGHT)
 

@@ -49,22 +49,22 @@ CONVS = {
 }
 
 
-#: (convolution, family, form) of all that applies; of the many Kronecker sums, some.
+#: (convolution, family, variant) of all that applies; of the many Kronecker sums, some.
 LABELS = [
-    pytest.param(kind, name, form, id=f"{kind}, {name} {form}".strip())
+    pytest.param(kind, name, variant, id=f"{kind}, {name} {variant}".strip())
     for kind, conv in CONVS.items()
-    for name, forms in applicable(conv).items()
-    for form in (forms[::9] if name == "kronecker" else forms)
+    for name, variants in applicable(conv).items()
+    for variant in (variants[::9] if name == "kronecker" else variants)
 ]
-ALL = pytest.mark.parametrize(("kind", "name", "form"), LABELS)
+ALL = pytest.mark.parametrize(("kind", "name", "variant"), LABELS)
 
 
 @functools.cache
-def fitted(kind, name, form):
+def fitted(kind, name, variant):
     """A convolution and a chain for it: of a sweep the third point, if there are three."""
     conv = CONVS[kind]
-    *_, point = itertools.islice(FAMILIES[name].sweep(conv, form), 3)
-    f = replace(conv, stages=point.build(), family=name, form=form, rank=point.rank)
+    *_, point = itertools.islice(FAMILIES[name].sweep(conv, variant), 3)
+    f = replace(conv, stages=point.build(), family=name, variant=variant, rank=point.rank)
     return conv, f
 
 
@@ -76,8 +76,8 @@ def one_weight(stages, k, index):
 
 
 @ALL
-def test_the_jacobian_is_that_of_the_composed_kernel(kind, name, form):
-    _, f = fitted(kind, name, form)
+def test_the_jacobian_is_that_of_the_composed_kernel(kind, name, variant):
+    _, f = fitted(kind, name, variant)
     squares = chain_algebra.jacobian(f.stages, *chain_algebra.halves(f.stages, f.groups), f.groups)
     rng = np.random.default_rng(0)
     for k, stage in enumerate(f.stages):
@@ -104,8 +104,8 @@ def test_the_jacobian_of_a_stack_whose_taps_overlap(rng):
 
 
 @ALL
-def test_halves_meet_in_the_kernel(kind, name, form):
-    _, f = fitted(kind, name, form)
+def test_halves_meet_in_the_kernel(kind, name, variant):
+    _, f = fitted(kind, name, variant)
     before, after = chain_algebra.halves(f.stages, f.groups)
     kernel = chain_algebra.compose(f.stages, f.groups)
     np.testing.assert_allclose(before[-1], kernel, atol=TIGHT)
@@ -120,8 +120,8 @@ def test_a_chain_that_goes_both_ways_has_no_halves():
 
 
 @ALL
-def test_sensitivity_is_the_error_that_noise_on_the_weights_makes(kind, name, form):
-    conv, f = fitted(kind, name, form)
+def test_sensitivity_is_the_error_that_noise_on_the_weights_makes(kind, name, variant):
+    conv, f = fitted(kind, name, variant)
     c = certificate(conv, f)
     assert c.error == f.error(conv.to_dense())
     assert 0 <= c.bound <= c.error + ROOT
@@ -165,8 +165,8 @@ def test_the_sensitivity_of_the_dense_kernel_is_one_in_any_unit(scale):
 
 
 @ALL
-def test_terms_are_the_norms_of_the_outer_products(kind, name, form):
-    conv, f = fitted(kind, name, form)
+def test_terms_are_the_norms_of_the_outer_products(kind, name, variant):
+    conv, f = fitted(kind, name, variant)
     if name not in SUMS:
         assert certificate(conv, f).terms is None
         return
@@ -191,16 +191,16 @@ def test_terms_are_the_norms_of_the_outer_products(kind, name, form):
 @given(seed=st.integers(0, 10**6), power=st.floats(0, 2), at=st.floats(0, 1))
 def test_no_fit_is_better_than_its_bound(name, seed, power, at):
     rng = np.random.default_rng(seed)
-    shape = (1, 1, 3, 4, 3) if name == "filter" else (6, 5, 3, 2)
-    decay = np.arange(1, shape[-4] + 1 if name == "filter" else 7) ** -power
+    shape = (1, 1, 3, 4, 3) if name == "separable_sum" else (6, 5, 3, 2)
+    decay = np.arange(1, shape[-4] + 1 if name == "separable_sum" else 7) ** -power
     weight = rng.standard_normal(shape) * decay[:, None, None, None]
     conv = lr.dense(weight)
-    form = rng.choice(FAMILIES[name].forms(conv))
-    points = list(itertools.islice(FAMILIES[name].sweep(conv, form), 20))
+    variant = rng.choice(FAMILIES[name].variants(conv))
+    points = list(itertools.islice(FAMILIES[name].sweep(conv, variant), 20))
     point = points[round(at * (len(points) - 1))]
-    f = replace(conv, stages=point.build(), family=name, form=str(form), rank=point.rank)
+    f = replace(conv, stages=point.build(), family=name, variant=str(variant), rank=point.rank)
     c = certificate(conv, f)
-    assert c.bound == pytest.approx(FAMILIES[name].bound(conv, f.rank, form), abs=ROOT)
+    assert c.bound == pytest.approx(FAMILIES[name].bound(conv, f.rank, variant), abs=ROOT)
     assert c.bound <= f.error(weight) + ROOT
     if FAMILIES[name].exact:
         assert c.gap == pytest.approx(0, abs=ROOT)
@@ -212,7 +212,7 @@ def test_a_certificate_reads_like_a_table():
     lines = [line.split() for line in text.splitlines()]
     assert [x[0] for x in lines] == ["error", "bound", "gap", "sensitivity", "terms"]
     assert all(float(x[1]) >= 0 for x in lines)
-    assert "terms" not in str(certificate(conv, lr.spatial(conv, 5)))
+    assert "terms" not in str(certificate(conv, lr.spatial_svd(conv, 5)))
 
 
 # Rounding
@@ -246,16 +246,16 @@ def run_rounded(f, x, dtype):
 def rounded_chains():
     conv = random(32, 24, 3, 3)
     yield "dense", conv
-    yield "encode", lr.encode(conv, 12)
-    yield "spatial", lr.spatial(conv, 20)
+    yield "channel_svd", lr.channel_svd(conv, 12)
+    yield "spatial_svd", lr.spatial_svd(conv, 20)
     yield "cp", lr.cp(conv, 40)
     yield "tucker", lr.tucker(conv, (16, 12))
     yield "tensor train", lr.tensor_train(conv, (16, 30, 16))
     yield "tied", lr.kronecker(conv, 8, "4x4x3x1 first")
     grouped = random(32, 12, 3, 3, groups=2, stride=2)
-    yield "grouped, strided", lr.decouple(grouped, 3)
+    yield "grouped, strided", lr.network_decoupling(grouped, 3)
     up = random(24, 32, 3, 3, transposed=True)
-    yield "transposed", lr.spatial(up, 20)
+    yield "transposed", lr.spatial_svd(up, 20)
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(types()))
@@ -283,7 +283,7 @@ def test_rounding_of_trained_layers_is_predicted(name, dtype, data):
     for layer in layers(data / "weights" / "resnet20_cifar10.safetensors")[::5]:
         conv = layer.conv.astype(np.float64)
         conv = lr.Factorization(conv.stages, conv.geometry, conv.groups)
-        for f in (conv, lr.spatial(conv, 8), lr.cp(conv, 12)):
+        for f in (conv, lr.spatial_svd(conv, 8), lr.cp(conv, 12)):
             kernel = f.to_dense()
             got = np.linalg.norm(rounded(f, dtype).to_dense() - kernel) / np.linalg.norm(kernel)
             # as above, with 36 weights at the least: 0.05 for the root, and three times that
@@ -337,7 +337,7 @@ def test_terms_that_cancel_are_fine_in_float64_and_useless_in_float16():
     assert got == pytest.approx(r.weights, rel=0.4)
     # one that does not cancel is as good as its digits
     assert rounding(lr.cp3(conv, 3), "float16").weights < 1e-2
-    assert c.sensitivity > 1e3 * certificate(conv, lr.encode(conv, 3)).sensitivity
+    assert c.sensitivity > 1e3 * certificate(conv, lr.channel_svd(conv, 3)).sensitivity
 
 
 def test_weights_out_of_range_are_counted():
@@ -461,7 +461,7 @@ def test_the_average_error_of_white_input_is_that_of_the_kernel(rng):
         (random(6, 4, 3, 3, padding=1, padding_mode="circular"), (40, 40)),
         (random(4, 6, 3, 3, stride=2, transposed=True), (40, 40)),
     ):
-        f = lr.spatial(conv, 5)
+        f = lr.spatial_svd(conv, 5)
         bound = output_bound(conv, f, size)
         x = rng.standard_normal((8, conv.in_channels, *size))
         error, y = run(conv, x) - run(f, x), run(conv, x)
@@ -513,7 +513,7 @@ def test_bounds_hold_on_trained_layers(data):
     )
     conv = layer.conv.astype(np.float64)
     conv = lr.Factorization(conv.stages, conv.geometry, conv.groups)
-    for f in (lr.spatial(conv, 4), lr.tucker(conv, (8, 2)), lr.cp(conv, 8)):
+    for f in (lr.spatial_svd(conv, 4), lr.tucker(conv, (8, 2)), lr.cp(conv, 8)):
         bound = output_bound(conv, f, x.shape[1:], second_moment=second_moment(conv, x))
         error, y = run(conv, x) - run(f, x), run(conv, x)
         lengths = np.linalg.norm(error.reshape(40, -1), axis=1)
@@ -530,7 +530,7 @@ def test_bounds_hold_on_trained_layers(data):
 
 def test_an_output_bound_reads_like_a_table():
     conv = random(4, 3, 3, 3, padding=1, padding_mode="constant", value=2.0)
-    text = str(output_bound(conv, lr.spatial(conv, 2), (8, 8)))
+    text = str(output_bound(conv, lr.spatial_svd(conv, 2), (8, 8)))
     names = [line.split("  ")[0] for line in text.splitlines()]
     assert names == [
         "l2", "offset", "l2, relative", "l2, any size", "linf", "grey", "rms", "rms, relative",
@@ -557,7 +557,7 @@ def stack(first, second):
             "kernel of shape",
         ),
         (lambda: output_bound(CONV, lr.dense(W, padding=1), (2, 2, 2)), "input_shape"),
-        (lambda: output_bound(lr.spatial(CONV, 2), CONV, (8, 8)), "one dense stage"),
+        (lambda: output_bound(lr.spatial_svd(CONV, 2), CONV, (8, 8)), "one dense stage"),
         (
             lambda: output_bound(CONV, CONV, (8, 8), second_moment=np.eye(35)),
             r"second_moment.*\(1, 36, 36\).*\(35, 35\)",
@@ -577,7 +577,7 @@ def stack(first, second):
         (lambda: second_moment(CONV, np.ones((1, 4, 0, 8))), "kernel|input"),
         (lambda: second_moment(CONV, np.ones((0, 4, 8, 8))), "at least one input"),
         (lambda: second_moment(CONV, np.ones((1, 5, 8, 8))), "4.*5"),
-        (lambda: second_moment(lr.spatial(CONV, 2), np.ones((1, 4, 8, 8))), "one dense stage"),
+        (lambda: second_moment(lr.spatial_svd(CONV, 2), np.ones((1, 4, 8, 8))), "one dense stage"),
         (lambda: second_moment(CONV.adjoint(), np.ones((1, 6, 8, 8))), "transposed"),
         (
             lambda: output_bound(CONV.adjoint(), CONV.adjoint(), (8, 8), second_moment=np.eye(54)),

@@ -140,7 +140,7 @@ def test_a_plan_prints_itself_as_a_table():
 
 
 def test_a_frontier_is_a_table_in_notebooks_too():
-    front = lr.frontier(lr.dense(np.ones((8, 8, 3, 3)), padding=1), (16, 16), ["spatial", "cp"])
+    front = lr.frontier(lr.dense(np.ones((8, 8, 3, 3)), padding=1), (16, 16), ["spatial_svd", "cp"])
     html = front._repr_html_()
     assert html.count("<tr>") == len(front) + 1
     assert all(c.name in html for c in front)

@@ -54,9 +54,9 @@ def test_inspect_lists_every_layer(lowrank):
     assert [r["layer"] for r in rows] == ["conv1", "conv2", "conv3"]
     assert rows[2]["macs"] == 64 * 64 * 9 * 256
     conv = layers(DIGITS)[2].conv
-    front = lr.frontier(conv, (16, 16), ["spatial"], axis="macs")
+    front = lr.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
     half = [c.error for c in front if c.cost.macs <= rows[2]["macs"] / 2]
-    assert rows[2]["error_at_half"]["spatial"] == min(half)
+    assert rows[2]["error_at_half"]["spatial_svd"] == min(half)
 
 
 def test_approximate_shows_the_front_and_makes_the_pick(lowrank, tmp_path):
@@ -83,7 +83,7 @@ def test_approximate_shows_the_front_and_makes_the_pick(lowrank, tmp_path):
 
 
 def test_approximate_without_a_wish_picks_nothing(lowrank):
-    code, out, _ = lowrank("approximate", DIGITS, "--layer", "conv2", "--families", "spatial")
+    code, out, _ = lowrank("approximate", DIGITS, "--layer", "conv2", "--families", "spatial_svd")
     assert code == 0
     assert "pick" not in out
     _, out, _ = lowrank("approximate", DIGITS, "--layer", "conv2", "--families", "cp", "--json")
@@ -203,14 +203,14 @@ def test_calibrate_measures_and_shows(lowrank, monkeypatch, tmp_path):
     assert str(perfmodel.path()) in out.replace("\n", "")
     code, out, _ = lowrank("calibrate", "--show", "--json")
     assert set(json.loads(out)["rates"]) == set(here.rates)
-    lowrank("calibrate", "--engine", "fft")
+    lowrank("calibrate", "--runtime", "fft")
     assert asked == [None, ["fft"]]
 
 
 A = ("approximate", DIGITS, "--layer", "conv3")
 MISTAKES = [
     (("bogus",), "bogus"),
-    (("calibrate", "--engine", "warp"), "engine must be one of fft, lowrank"),
+    (("calibrate", "--runtime", "warp"), "runtime must be one of fft, lowrank"),
     ((*A, "--seconds", "soon"), "seconds must be above 0"),
     ((*A, "--axis", "time"), "axis must be one of seconds"),
     ((*A, "--batch", "0"), "batch"),

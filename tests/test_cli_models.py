@@ -88,7 +88,7 @@ def test_a_plan_is_carried_out_as_it_stands(lowrank, tmp_path):
     edited = json.loads(plan.to_json())
     del edited["fronts"]
     name = plan.changed[0]
-    edited["layers"][name] |= {"family": "spatial", "form": "h-w", "rank": [3]}
+    edited["layers"][name] |= {"family": "spatial_svd", "variant": "h-w", "rank": [3]}
     (tmp_path / "plan.json").write_text(json.dumps(edited))
     code, out, _ = lowrank("compress", DIGITS, "--plan", "plan.json", "-o", "a.npz", "--json")
     assert code == 0
@@ -249,7 +249,7 @@ def test_a_mistake_gets_one_line_and_no_file(lowrank, tmp_path, words, message):
     np.savez(tmp_path / "nan.npz", conv2=np.full((2, 32, 8, 8), np.nan, np.float32))
     np.savez(tmp_path / "part.npz", conv2=np.ones((2, 32, 8, 8), np.float32))
     cost = {"macs": 1.0, "params": 1.0, "bytes": 4.0}
-    entry = {"family": "spatial", "form": "h-w", "rank": [1], "error": 0.1, "loss": 0.1}
+    entry = {"family": "spatial_svd", "variant": "h-w", "rank": [1], "error": 0.1, "loss": 0.1}
     entry |= {"costs": cost, "dense": cost}
     plan = {"version": 1, "limits": {}, "loss": 0, "gap": 0, "about": {}, "layers": {}}
     texts = {

@@ -15,7 +15,7 @@ from lowrank.metric import white
 
 
 def option(loss, macs, params=1.0):
-    return Option("encode", "", (1,), loss, loss, {"macs": macs, "params": params}, ())
+    return Option("channel_svd", "", (1,), loss, loss, {"macs": macs, "params": params}, ())
 
 
 table = st.lists(
@@ -351,7 +351,7 @@ def test_another_network_or_other_data_are_not_resumed(net, tmp_path):
 
 
 def test_a_plan_edited_by_hand_is_counted_anew(net):
-    plan = compress.make_plan(net, macs=0.4, families=["encode"])
+    plan = compress.make_plan(net, macs=0.4, families=["channel_svd"])
     name = plan.changed[-1]
     text = plan.to_json()
     read = Plan.from_json(text)
@@ -405,10 +405,12 @@ def test_what_is_no_budget_is_refused_at_once(net, bad):
 def test_the_cheapest_rank_of_all_is_an_option():
     """Budgets have to reach it, however many ranks there are to thin out."""
     conv = lowrank.dense(np.random.default_rng(0).standard_normal((48, 48, 3, 3)))
-    found = options(Layer("conv", conv, (8, 8)), white(1, (48, 3, 3)), ["encode", "spatial"])
+    found = options(
+        Layer("conv", conv, (8, 8)), white(1, (48, 3, 3)), ["channel_svd", "spatial_svd"]
+    )
     least = min(
-        lowrank.encode(conv, rank=1).cost((8, 8)).macs,
-        lowrank.spatial(conv, rank=1).cost((8, 8)).macs,
+        lowrank.channel_svd(conv, rank=1).cost((8, 8)).macs,
+        lowrank.spatial_svd(conv, rank=1).cost((8, 8)).macs,
     )
     assert min(o.costs["macs"] for o in found) == least
 

@@ -20,21 +20,21 @@ def macs(f, *size):
 def test_a_3x3_filter_on_a_5x5_image_takes_81_and_separated_72():
     dense = lr.dense(ones(1, 1, 3, 3))
     assert macs(dense, 5, 5) == 81
-    assert macs(lr.spatial(dense, 1, "w-h"), 5, 5) == 5 * 3 * 3 + 3 * 3 * 3 == 72
+    assert macs(lr.spatial_svd(dense, 1, "w-h"), 5, 5) == 5 * 3 * 3 + 3 * 3 * 3 == 72
 
 
 @pytest.mark.parametrize(("size", "taps"), [(5, 3), (7, 5), (50, 3), (64, 9), (9, 9)])
 def test_exact_ratio_of_a_separated_filter(size, taps):
     # two passes over N x N with m taps: m (N-m+1) (2N-m+1) of m^2 (N-m+1)^2
     dense = lr.dense(ones(1, 1, taps, taps))
-    share = Fraction(macs(lr.spatial(dense, 1), size, size), macs(dense, size, size))
+    share = Fraction(macs(lr.spatial_svd(dense, 1), size, size), macs(dense, size, size))
     assert share == Fraction(2 * size - taps + 1, taps * (size - taps + 1))
 
 
 def test_128_filters_of_3x3x3_on_7x7():
     dense = lr.dense(ones(128, 3, 3, 3))
     assert macs(dense, 7, 7) == 86_400
-    f = lr.decouple(dense, 1)
+    f = lr.network_decoupling(dense, 1)
     assert [c.macs for c in f.stage_costs((7, 7))] == [675, 9_600]
     assert macs(f, 7, 7) == 10_275
 
@@ -42,7 +42,7 @@ def test_128_filters_of_3x3x3_on_7x7():
 def test_256_filters_of_5x5x3_on_12x12():
     dense = lr.dense(ones(256, 3, 5, 5))
     assert macs(dense, 12, 12) == 1_228_800
-    f = lr.decouple(dense, 1)
+    f = lr.network_decoupling(dense, 1)
     assert [c.macs for c in f.stage_costs((12, 12))] == [4_800, 49_152]
     assert macs(f, 12, 12) == 53_952
 
@@ -54,7 +54,7 @@ def test_64_to_128_channels_take_73728_a_pixel():
 def test_7x7x7_taps_take_343_and_three_passes_21():
     dense = lr.dense(ones(1, 1, 7, 7, 7))
     assert macs(dense, 7, 7, 7) == dense.params == 343
-    f = lr.filter(dense, 1)
+    f = lr.separable_sum(dense, 1)
     assert [s.weight.size for s in f.stages] == [7, 7, 7]
     # on a large volume the border no longer counts: 21 a voxel
     assert macs(f, 1006, 1006, 1006) / 1000**3 == pytest.approx(21, rel=0.02)
@@ -64,7 +64,7 @@ def test_7x7x7_taps_take_343_and_three_passes_21():
 @pytest.mark.parametrize("taps", [3, 5])
 def test_exact_ratio_of_depthwise_separable(outs, taps):
     dense = lr.dense(ones(outs, 16, taps, taps))
-    share = Fraction(macs(lr.decouple(dense, 1), 20, 20), macs(dense, 20, 20))
+    share = Fraction(macs(lr.network_decoupling(dense, 1), 20, 20), macs(dense, 20, 20))
     assert share == Fraction(1, outs) + Fraction(1, taps**2)
 
 
@@ -83,7 +83,7 @@ def test_parameters_of_the_code_example():
 def test_article_traffic_of_depthwise_separable_layers():
     # 64 -> 128 channels at 112 x 112, in MB of float32: dense, stage by stage, fused
     dense = lr.dense(ones(128, 64, 3, 3), padding=1)
-    f = lr.decouple(dense, 1, "dw-pw")
+    f = lr.network_decoupling(dense, 1, "dw-pw")
     mega = 4 / 1e6
     size = (112, 112)
     assert round(dense.cost(size).traffic * mega, 2) == 9.93
@@ -105,12 +105,12 @@ AT = {"whole": 9 * 12, "half": 9 * 6}
 @pytest.mark.parametrize(
     ("make", "stages"),
     [
-        (lambda c: lr.encode(c, 4), [(4 * 8 * 15, "half"), (12 * 4, "half")]),
-        (lambda c: lr.decode(c, 4), [(4 * 8, "whole"), (12 * 4 * 15, "half")]),
-        (lambda c: lr.spatial(c, 4, "h-w"), [(4 * 8 * 3, "whole"), (12 * 4 * 5, "half")]),
-        (lambda c: lr.spatial(c, 4, "w-h"), [(4 * 8 * 5, "half"), (12 * 4 * 3, "half")]),
-        (lambda c: lr.decouple(c, 2, "dw-pw"), [(8 * 2 * 15, "half"), (12 * 16, "half")]),
-        (lambda c: lr.decouple(c, 2, "pw-dw"), [(24 * 8, "whole"), (12 * 2 * 15, "half")]),
+        (lambda c: lr.channel_svd(c, 4), [(4 * 8 * 15, "half"), (12 * 4, "half")]),
+        (lambda c: lr.channel_svd(c, 4), [(4 * 8, "whole"), (12 * 4 * 15, "half")]),
+        (lambda c: lr.spatial_svd(c, 4, "h-w"), [(4 * 8 * 3, "whole"), (12 * 4 * 5, "half")]),
+        (lambda c: lr.spatial_svd(c, 4, "w-h"), [(4 * 8 * 5, "half"), (12 * 4 * 3, "half")]),
+        (lambda c: lr.network_decoupling(c, 2, "dw-pw"), [(8 * 2 * 15, "half"), (12 * 16, "half")]),
+        (lambda c: lr.network_decoupling(c, 2, "pw-dw"), [(24 * 8, "whole"), (12 * 2 * 15, "half")]),
         (
             lambda c: lr.cp(c, 7),
             [(7 * 8, "whole"), (7 * 3, "whole"), (7 * 5, "half"), (12 * 7, "half")],
@@ -143,7 +143,7 @@ def test_tied_copies_count_once_as_parameters(conv):
 
 
 def test_memory_of_a_chain_by_hand():
-    f = lr.spatial(lr.dense(ones(12, 8, 3, 5), ones(12)), 4, "h-w")
+    f = lr.spatial_svd(lr.dense(ones(12, 8, 3, 5), ones(12)), 4, "h-w")
     read, between, written = 8 * 9 * 12, 4 * 7 * 12, 12 * 7 * 8
     weights = 4 * 8 * 3 + 12 * 4 * 5 + 12
     cost = f.cost((9, 12))

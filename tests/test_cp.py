@@ -254,13 +254,13 @@ def box():
     return lr.dense(np.random.default_rng(0).standard_normal((4, 1, 3, 4, 3)))
 
 
-FITS = [("cp", 6), ("cp3", 5), ("jaderberg", 3), ("filter", 2)]
+FITS = [("cp", 6), ("cp3", 5), ("jaderberg", 3), ("separable_sum", 2)]
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize(("name", "rank"), FITS)
 def test_an_error_that_is_allowed_is_spent_on_smaller_terms(conv, box, name, rank, dtype):
-    conv = (box if name == "filter" else conv).astype(dtype)
+    conv = (box if name == "separable_sum" else conv).astype(dtype)
     make, weight = getattr(lr, name), conv.to_dense()
     near = make(conv, rank)
     limit = 1.1 * near.error(weight)
@@ -400,7 +400,7 @@ def test_the_warning_names_the_bound(rng):
 def test_ordinary_fits_converge(conv, box, name, rank):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        getattr(lr, name)(box if name == "filter" else conv, rank)
+        getattr(lr, name)(box if name == "separable_sum" else conv, rank)
 
 
 def test_neither_sweeps_nor_families_nor_a_limit_that_is_kept_warn():

@@ -61,11 +61,11 @@ def chains(transposed=False, ndim=2):
     )  # fmt: skip
     for name, family in FAMILIES.items():
         try:
-            form = family.forms(conv)[0]
+            variant = family.variants(conv)[0]
         except NotApplicable:
             continue
-        point = next(iter(family.sweep(conv, form)))
-        yield name, family.fit(conv, point.rank, form)
+        point = next(iter(family.sweep(conv, variant)))
+        yield name, family.fit(conv, point.rank, variant)
 
 
 @pytest.mark.parametrize(("transposed", "ndim"), [(False, 2), (True, 2), (False, 1), (False, 3)])
@@ -211,7 +211,9 @@ def test_streams_have_buffers_of_their_own(cupy, rng):
 
 
 def test_a_run_allocates_nothing_but_its_result(standin, rng):
-    f = lowrank.decouple(lowrank.dense(rng.standard_normal((200, 64, 3, 3)).astype(np.float32)), 1)
+    f = lowrank.network_decoupling(
+        lowrank.dense(rng.standard_normal((200, 64, 3, 3)).astype(np.float32)), 1
+    )
     run = f.to("cuda").compile((6, 6))
     x = standin.asarray(rng.standard_normal((2, 64, 6, 6)).astype(np.float32))
     out = run(x)
@@ -219,10 +221,10 @@ def test_a_run_allocates_nothing_but_its_result(standin, rng):
     run(x, out)
 
 
-@pytest.mark.parametrize("family", ["decouple", "tucker", "spatial"])
+@pytest.mark.parametrize("family", ["network_decoupling", "tucker", "spatial_svd"])
 def test_a_graph_can_be_captured_after_a_run(family, standin, rng):
     conv = lowrank.dense(rng.standard_normal((48, 40, 3, 3)).astype(np.float32), padding=1)
-    rank = {"decouple": 2, "tucker": (40, 40), "spatial": 40}[family]
+    rank = {"network_decoupling": 2, "tucker": (40, 40), "spatial_svd": 40}[family]
     f = FAMILIES[family].fit(conv, rank, None)
     run = f.to("cuda").compile((6, 6))
     x = standin.asarray(rng.standard_normal((2, 40, 6, 6)).astype(np.float32))
@@ -355,14 +357,14 @@ def test_steps_of_a_chain_are_known_without_a_gpu():
         name: [s.kind for s in steps.cut(f.stages, (64, 28, 28))]
         for name, f in (
             ("tucker", lowrank.tucker(conv, (16, 16))),
-            ("decouple", lowrank.decouple(conv, 1)),
-            ("spatial", lowrank.spatial(conv, 40)),
+            ("network_decoupling", lowrank.network_decoupling(conv, 1)),
+            ("spatial_svd", lowrank.spatial_svd(conv, 40)),
         )
     }
     assert kinds == {
         "tucker": ["matrix product", "dense", "matrix product"],
-        "decouple": ["depthwise + pointwise"],
-        "spatial": ["matrix product", "matrix product"],
+        "network_decoupling": ["depthwise + pointwise"],
+        "spatial_svd": ["matrix product", "matrix product"],
     }
 
 
@@ -374,7 +376,7 @@ def test_predictions_need_a_calibration_of_the_gpu():
     if "cuda" in here.rates:
         pytest.skip("this machine's GPU has been measured")
     with pytest.raises(ValueError, match="calibrate --device cuda"):
-        here.predict(conv, (28, 28), engine="cuda")
+        here.predict(conv, (28, 28), runtime="cuda")
 
 
 @pytest.fixture
@@ -408,7 +410,7 @@ def test_kernels_are_decomposed_where_they_are(transposed, cupy, tensorly):
             np.random.default_rng(0).standard_normal((6, 4, 3, 3)),
             stride=2 if transposed else 1, padding=1, transposed=transposed,
         )  # fmt: skip
-        found = FAMILIES[name].fit(conv.to("cuda"), wanted.rank, wanted.form)
+        found = FAMILIES[name].fit(conv.to("cuda"), wanted.rank, wanted.variant)
         assert found.device == "cuda:0", name
         # The same decompositions, in another library's order of sums.
         gap = np.abs(found.to_dense() - wanted.to_dense()).max()
@@ -419,7 +421,7 @@ def test_the_choice_on_a_gpu_is_that_on_the_cpu(cupy, tensorly, rng):
     conv = lowrank.dense(rng.standard_normal((12, 8, 3, 3)), padding=1)
     found, wanted = (lowrank.approximate(c, (8, 8), macs=0.4) for c in (conv.to("cuda"), conv))
     assert found.device == "cuda:0"
-    assert (found.family, found.form, found.rank) == (wanted.family, wanted.form, wanted.rank)
+    assert (found.family, found.variant, found.rank) == (wanted.family, wanted.variant, wanted.rank)
     ours, theirs = (lowrank.certificate(conv, f) for f in (found, wanted))
     assert np.isclose(ours.error, theirs.error, rtol=1e-6)
     assert np.isclose(ours.sensitivity, theirs.sensitivity, rtol=1e-4)
@@ -529,8 +531,8 @@ def test_work_is_done_on_the_device_of_the_arrays(standin, rng):
     moments.add(x)
     assert np.isfinite(moments.metric().inputs).all()
     assert filters.correlate(x[0, 0], filters.gauss(1.0)).device.id == 1
-    for name in ("encode", "tucker", "decouple"):
-        point = next(iter(FAMILIES[name].sweep(conv, FAMILIES[name].forms(conv)[0])))
+    for name in ("channel_svd", "tucker", "network_decoupling"):
+        point = next(iter(FAMILIES[name].sweep(conv, FAMILIES[name].variants(conv)[0])))
         assert FAMILIES[name].fit(other, point.rank, None).device == "cuda:1"
 
 

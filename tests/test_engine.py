@@ -18,11 +18,11 @@ def chains(rng):
     yield "pointwise", lr.dense(rng.standard_normal((8, 6, 1, 1))), (12, 13)
     yield "cp", lr.cp(conv, 5), (9, 21)
     yield "kronecker", lr.kronecker(conv, 2, "2x2x1x1 first"), (9, 21)
-    yield "spatial", lr.spatial(lr.dense(w, padding=1, padding_mode="reflect"), 4), (17, 40)
-    yield "decouple", lr.decouple(conv, 2, "pw-dw"), (9, 21)
+    yield "spatial_svd", lr.spatial_svd(lr.dense(w, padding=1, padding_mode="reflect"), 4), (17, 40)
+    yield "network_decoupling", lr.network_decoupling(conv, 2, "pw-dw"), (9, 21)
     yield "transposed", lr.tucker(lr.dense(w, stride=2, transposed=True), (3, 4)), (7, 8)
     yield "series", lr.dense(rng.standard_normal((6, 1, 5)), groups=6, padding=2), (70,)
-    yield "volume", lr.spatial(lr.dense(rng.standard_normal((4, 6, 3, 3, 3))), 3), (6, 7, 20)
+    yield "volume", lr.spatial_svd(lr.dense(rng.standard_normal((4, 6, 3, 3, 3))), 3), (6, 7, 20)
     yield "blur", filters.separate(filters.gauss(1.0)), (30, 50)
     yield (
         "many channels, few samples",
@@ -105,7 +105,7 @@ def test_borders_of_a_later_stage_with_uneven_strides(rng, mode, stride, size):
     conv = lr.dense(w, stride=stride, padding=((2, 1), (1, 2)), padding_mode=mode, value=3.0)
     x = rng.standard_normal((2, 5, *size))
     expected = reference.run_chain(conv.stages, x)
-    for f in (conv, lr.tucker(conv, (6, 5)), lr.encode(conv, 6), lr.cp3(conv, 5)):
+    for f in (conv, lr.tucker(conv, (6, 5)), lr.channel_svd(conv, 6), lr.cp3(conv, 5)):
         result = reference.run_chain(f.stages, x)
         # sums of some hundred products of numbers near 1, in float64
         np.testing.assert_allclose(f(x), result, rtol=0, atol=1e-10)
@@ -179,7 +179,7 @@ def test_there_is_work_for_64_threads(channels, size, rank):
     taps = 3 if channels > 1 else 5
     weight = np.ones((channels, channels, taps, taps), np.float32)
     conv = lr.dense(weight, padding=taps // 2)
-    for f in (conv, lr.spatial(conv, rank)):
+    for f in (conv, lr.spatial_svd(conv, rank)):
         run = f.compile((size, size), np.float32, threads=64)
         assert min(s.core.jobs for s in run.segments) >= 64
 

@@ -24,7 +24,7 @@ def chains(rng):
         "tied": lr.kronecker(odd, 2, "2x2x1x1 last"),
         "up": lr.cp(up, 5).astype(np.float16),
         "shuffled": lr.chain([stage]),
-        "layer.1.conv": lr.spatial(conv, 3, "w-h"),
+        "layer.1.conv": lr.spatial_svd(conv, 3, "w-h"),
     }
 
 
@@ -36,7 +36,12 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, chains):
     for name, f in chains.items():
         g = loaded[name]
         assert repr(g) == repr(f)
-        assert (g.geometry, g.groups, g.form, g.dtype) == (f.geometry, f.groups, f.form, f.dtype)
+        assert (g.geometry, g.groups, g.variant, g.dtype) == (
+            f.geometry,
+            f.groups,
+            f.variant,
+            f.dtype,
+        )
         for a, b in zip(g.stages, f.stages):
             np.testing.assert_array_equal(a.weight, b.weight)
             for field in ("geometry", "groups", "left", "right", "shuffle", "transposed"):
@@ -162,7 +167,7 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_records_are_refused(tmp_path, rng, what):
     path = tmp_path / "f.safetensors"
-    f = lr.spatial(lr.dense(rng.standard_normal((4, 4, 3, 3))), 2)
+    f = lr.spatial_svd(lr.dense(rng.standard_normal((4, 4, 3, 3))), 2)
     lr.save(path, {"f": f})
     change, message = DAMAGE[what]
     record(path, change)

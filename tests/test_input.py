@@ -84,14 +84,14 @@ def test_impossible_convolutions_are_refused(make, error, message):
     ],
 )
 def test_impossible_inputs_are_refused(x, error, message):
-    for f in (dense(), lr.spatial(dense(), 2), lr.kronecker(dense(), 2)):
+    for f in (dense(), lr.spatial_svd(dense(), 2), lr.kronecker(dense(), 2)):
         with pytest.raises(error, match=message):
             f(x)
 
 
 def test_impossible_outputs_are_refused(rng):
     x = rng.standard_normal((2, 4, 8, 8))
-    f = lr.spatial(dense(), 2)
+    f = lr.spatial_svd(dense(), 2)
     y = f(x)
     wrong = [
         np.empty((2, 6, 6, 5)),
@@ -114,30 +114,30 @@ def test_impossible_outputs_are_refused(rng):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("rank", [0, -1, 10**6, 1.5, "3", None, (), (1, 2, 3, 4, 5, 6, 7)])
 def test_impossible_ranks_are_refused(name, rank):
-    conv = lr.dense(np.ones((1, 1, 3, 3, 3))) if name == "filter" else dense()
-    form = FAMILIES[name].forms(conv)[0]
+    conv = lr.dense(np.ones((1, 1, 3, 3, 3))) if name == "separable_sum" else dense()
+    variant = FAMILIES[name].variants(conv)[0]
     with pytest.raises((ValueError, TypeError), match="rank"):
-        FAMILIES[name].fit(conv, rank, form)
+        FAMILIES[name].fit(conv, rank, variant)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: lr.spatial(c, 2, "h-d"), "form.*h-w"),
-        (lambda c: lr.basis(c, 2, "x"), "form"),
-        (lambda c: lr.decouple(c, 2, "pw"), "form.*dw-pw"),
+        (lambda c: lr.spatial_svd(c, 2, "h-d"), "form.*h-w"),
+        (lambda c: lr.filter_basis(c, 2, "x"), "variant"),
+        (lambda c: lr.network_decoupling(c, 2, "pw"), "form.*dw-pw"),
         (lambda c: lr.kronecker(c, 2, "5x5x1x1 first"), "dividing 6x4x3x3"),
         (lambda c: lr.kronecker(c, 2, "2x2 first"), "form|2x2"),
         (lambda c: lr.kronecker(c, 2, "2x2x1x1 sideways"), "form|sideways"),
-        (lambda c: lr.kronecker(c, 2, ""), "form"),
-        (lambda c: lr.tensor_train(c, (2, 2, 2), "t-w-h-s"), "form"),
+        (lambda c: lr.kronecker(c, 2, ""), "variant"),
+        (lambda c: lr.tensor_train(c, (2, 2, 2), "t-w-h-s"), "variant"),
         (lambda c: lr.frontier(c, (8, 8), ["svd"]), "families.*'svd'"),
         (lambda c: lr.frontier(c, (8, 8), axis="time"), "axis.*'time'"),
         (lambda c: lr.frontier(c, (8, 8, 8, 8)), "input_shape"),
         (lambda c: lr.frontier(c, (5, 8, 8)), "input_shape"),
         (lambda c: lr.frontier(c, (2, 2)), "larger|more than"),
-        (lambda c: lr.frontier(lr.spatial(c, 2), (8, 8)), "one dense stage"),
-        (lambda c: lr.spatial(lr.spatial(c, 2), 2), "one dense stage"),
+        (lambda c: lr.frontier(lr.spatial_svd(c, 2), (8, 8)), "one dense stage"),
+        (lambda c: lr.spatial_svd(lr.spatial_svd(c, 2), 2), "one dense stage"),
         (lambda c: lr.approximate(c, (8, 8), macs=0), "macs.*0"),
         (lambda c: lr.approximate(c, (8, 8), macs=-0.5), "macs"),
         (lambda c: lr.approximate(c, (8, 8), macs="20 tons"), "'20 tons'"),
@@ -168,7 +168,7 @@ def test_impossible_questions_are_refused(make, message):
         lambda c: c.compile((8, 8), np.int32),
         lambda c: c.compile((8, 8), np.float16),
         lambda c: lr.frontier(W, (8, 8)),
-        lambda c: lr.spatial(W, 2),
+        lambda c: lr.spatial_svd(W, 2),
     ],
 )
 def test_questions_of_the_wrong_kind_are_refused(make):
@@ -188,7 +188,7 @@ def test_odd_but_right_input_works(rng):
     for weight in odd:
         f = lr.dense(weight, stride=np.int64(2), padding=np.int8(1), groups=np.int64(1))
         np.testing.assert_array_equal(f(x), expected)
-        np.testing.assert_array_equal(lr.spatial(f, np.int64(3)).rank, (3,))
+        np.testing.assert_array_equal(lr.spatial_svd(f, np.int64(3)).rank, (3,))
     f = lr.dense(W, stride=np.array([2, 2]), padding=[[1, 1], (1, 1)])
     for y in (np.asfortranarray(x), x[:, ::-1][:, ::-1], x.astype(">f8"), x[..., ::-1][..., ::-1]):
         np.testing.assert_array_equal(f(y), expected)
@@ -233,7 +233,7 @@ def test_inputs_are_never_changed(rng):
 
 
 def test_what_is_public_is_immutable():
-    f = lr.spatial(dense(W, bias=np.ones(6)), 2)
+    f = lr.spatial_svd(dense(W, bias=np.ones(6)), 2)
     for array in (f.stages[0].weight, f.bias):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
@@ -241,7 +241,7 @@ def test_what_is_public_is_immutable():
         f.rank = (3,)
     with pytest.raises(AttributeError):
         f.stages[0].groups = 2
-    front = lr.frontier(f if f.family == "dense" else dense(), (8, 8), ["spatial"])
+    front = lr.frontier(f if f.family == "dense" else dense(), (8, 8), ["spatial_svd"])
     with pytest.raises(AttributeError):
         front[0].error = 0.0
 
@@ -255,7 +255,7 @@ def test_stages_are_copies_and_stay_read_only_when_copied(rng):
     kept = weight.copy()
     weight[:] = 0
     np.testing.assert_array_equal(stage.weight, kept)
-    f = lr.spatial(dense(W, bias=np.ones(6)), 2)
+    f = lr.spatial_svd(dense(W, bias=np.ones(6)), 2)
     for again in (pickle.loads(pickle.dumps(f)), copy.deepcopy(f)):
         assert repr(again) == repr(f)
         for s in again.stages:
@@ -298,7 +298,7 @@ def test_what_is_of_the_wrong_type_is_named(make, message):
         (lambda g: lr.Stage(np.ones((1, 1, 1)), g, shuffle=(2,)), "shuffle"),
         (lambda g: lr.chain([lr.Stage(np.ones((8, 4, 1)), g)], groups=2), "mix"),
         (lambda g: lr.chain([lr.Stage(np.ones((8, 4, 1)), g)], groups=3), "groups.*3"),
-        (lambda g: lr.approximate(dense(), (8, 8), macs=0.5, families="spatial"), "in a list"),
+        (lambda g: lr.approximate(dense(), (8, 8), macs=0.5, families="spatial_svd"), "in a list"),
         (lambda g: lr.approximate(dense(), (8, 8), macs="."), "'.'"),
         (lambda g: lr.approximate(dense(), (8, 8), max_error="0.1"), "max_error.*'0.1'"),
     ],
@@ -312,9 +312,9 @@ def test_a_chain_of_one_grouped_stage_has_its_groups():
     stage = lr.Stage(W[:, :1], lr.Geometry.of(2), groups=6)
     f = lr.chain([stage])
     assert f.groups == 6
-    assert lr.spatial(f, 1).in_channels == 6
+    assert lr.spatial_svd(f, 1).in_channels == 6
 
 
 def test_families_may_be_any_iterable():
-    f = lr.approximate(dense(), (8, 8), rank=2, families=iter(["spatial"]))
+    f = lr.approximate(dense(), (8, 8), rank=2, families=iter(["spatial_svd"]))
     assert f.rank == (2,)

@@ -109,7 +109,7 @@ def test_the_result_is_cut_where_the_input_is(rng, mode, stride):
         rng.standard_normal((4, 2, 5, 3)), stride=stride, padding=2, padding_mode=mode, value=0.3
     )
     x = rng.standard_normal((2, 2, 50, 41))
-    for f in (conv, lowrank.spatial(conv, rank=2), lowrank.cp(conv, rank=2)):
+    for f in (conv, lowrank.spatial_svd(conv, rank=2), lowrank.cp(conv, rank=2)):
         assert cut_somewhere(f, x, (1, 1, 10, (20, 21))) == 10
 
 
@@ -318,7 +318,7 @@ def test_a_zarr_store_is_filtered_into_another(rng, tmp_path):
 def swept():
     w = np.random.default_rng(0).standard_normal((8, 4, 3, 3)).astype(np.float32)
     conv = lowrank.dense(w, np.zeros(8), padding=1)
-    return conv, lowrank.frontier(conv, (12, 12), ("spatial", "tucker"), axis="macs")
+    return conv, lowrank.frontier(conv, (12, 12), ("spatial_svd", "tucker"), axis="macs")
 
 
 def test_what_is_swept_pickles(swept):
@@ -337,7 +337,7 @@ def test_what_is_swept_pickles(swept):
 
 def built(conv, budget):
     """What a worker of a sweep does: choose, fit and run."""
-    f = lowrank.approximate(conv, (12, 12), families=("spatial", "tucker"), macs=budget)
+    f = lowrank.approximate(conv, (12, 12), families=("spatial_svd", "tucker"), macs=budget)
     return f, f(np.ones((1, 4, 12, 12), np.float32))
 
 

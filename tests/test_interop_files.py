@@ -56,8 +56,11 @@ def described(tmp_path, rng):
 
 CHAINS = {
     "kronecker": lambda net: {"a": lr.kronecker(net["a"], 2, "2x3x1x1 last")},
-    "groups": lambda net: {"g": lr.encode(net["g"], 2), "a": lr.decouple(net["a"], 1)},
-    "transposed": lambda net: {"up": lr.spatial(net["up"], 3), "vol": lr.cp(net["vol"], 5)},
+    "groups": lambda net: {
+        "g": lr.channel_svd(net["g"], 2),
+        "a": lr.network_decoupling(net["a"], 1),
+    },
+    "transposed": lambda net: {"up": lr.spatial_svd(net["up"], 3), "vol": lr.cp(net["vol"], 5)},
     "shuffled": lambda net: {
         "g": lr.chain(
             [
@@ -106,7 +109,7 @@ def test_chains_come_back_exactly(described, tmp_path, which, ending):
 
 def test_the_manifest_says_what_the_stages_are(described):
     net = WeightsNet(described)
-    f = lr.spatial(net.layers[0].conv, 2)
+    f = lr.spatial_svd(net.layers[0].conv, 2)
     new = net.replaced({"a": f})
     first, last = new.manifest["conv_layers"][:2]
     assert (first["weight"], last["weight"]) == ("a.0.weight", "a.1.weight")
@@ -142,8 +145,8 @@ def test_layers_without_a_manifest_need_calibration(tmp_path, rng):
     np.testing.assert_array_equal(np.concatenate([b["a"][0] for b in got]), x)
     assert net.gradients(["a"], 0) is None
     assert list(net.outputs({})) == []
-    net.replaced({"a": lr.encode(net.layers[0].conv, 2)}).save(tmp_path / "new.npz")
-    assert repr(layers(tmp_path / "new.npz")[0].conv).startswith("<Factorization encode")
+    net.replaced({"a": lr.channel_svd(net.layers[0].conv, 2)}).save(tmp_path / "new.npz")
+    assert repr(layers(tmp_path / "new.npz")[0].conv).startswith("<Factorization channel_svd")
     np.testing.assert_array_equal(read_weights(tmp_path / "new.npz")["file"], np.arange(3))
 
 
@@ -177,7 +180,7 @@ def test_chains_that_do_not_fit_are_refused(tmp_path):
 
 def test_chains_of_lowrank_are_reported(tmp_path):
     path = tmp_path / "chains.safetensors"
-    f = lr.encode(WeightsNet(demo.WEIGHTS).layers[1].conv, 4)
+    f = lr.channel_svd(WeightsNet(demo.WEIGHTS).layers[1].conv, 4)
     lr.save(path, {"conv2": f})
     net = WeightsNet(path)
     assert net.layers == ()
@@ -260,7 +263,7 @@ def test_the_trained_nets_go_out_and_in(data, tmp_path):
         assert net.layers
         chains = {}
         for layer in net.layers:
-            for family in (lr.spatial, lr.decouple, lr.encode):
+            for family in (lr.spatial_svd, lr.network_decoupling, lr.channel_svd):
                 try:
                     chains[layer.name] = family(layer.conv, 1)
                     break
@@ -741,15 +744,17 @@ def test_the_layers_do_what_keras_does(written, rng, which):
 
 EXACT = {
     "the same": lambda f: f,
-    "encode": lambda f: full(lr.encode, f),
-    "decode": lambda f: full(lr.decode, f),
-    "spatial": lambda f: full(lr.spatial, f),
+    "channel_svd": lambda f: full(lr.channel_svd, f),
+    "channel_svd": lambda f: full(lr.channel_svd, f),
+    "spatial_svd": lambda f: full(lr.spatial_svd, f),
     "spatial back": lambda f: full(
-        lr.spatial, f, **{2: {"form": "w-h"}, 3: {"form": "w-dh"}}.get(f.ndim, {})
+        lr.spatial_svd, f, **{2: {"form": "w-h"}, 3: {"form": "w-dh"}}.get(f.ndim, {})
     ),
-    "decouple": lambda f: full(lr.decouple, f, form="dw-pw"),
-    "decouple back": lambda f: full(lr.decouple, f, form="pw-dw" if f.groups < 8 else "dw-pw"),
-    "basis": lambda f: full(lr.basis, f),
+    "network_decoupling": lambda f: full(lr.network_decoupling, f, form="dw-pw"),
+    "decouple back": lambda f: full(
+        lr.network_decoupling, f, form="pw-dw" if f.groups < 8 else "dw-pw"
+    ),
+    "filter_basis": lambda f: full(lr.filter_basis, f),
     "tucker": lambda f: lr.tucker(f, per_group(f)),
 }
 LOW = {
@@ -760,7 +765,7 @@ LOW = {
 }
 #: What the families do, at the least; where there is nothing for them they are not asked.
 MUST = {"planar": {"c1", "inner/h"}, "linear": {"a", "b"}, "solid": {"a", "b"}}
-NOTHING = {("linear", "spatial"), ("linear", "spatial back"), ("solid", "kronecker")}
+NOTHING = {("linear", "spatial_svd"), ("linear", "spatial back"), ("solid", "kronecker")}
 
 
 def cases(table):
@@ -842,7 +847,7 @@ def test_depthwise_and_pointwise_become_separable(written, rng):
     path, out = written(planar(rng))
     net = KerasNet(path)
     by_name = {x.name: x.conv for x in net.layers}
-    chains = {n: lr.decouple(by_name[n], 1, "dw-pw") for n in ("c1", "dil", "inner/h")}
+    chains = {n: lr.network_decoupling(by_name[n], 1, "dw-pw") for n in ("c1", "dil", "inner/h")}
     net.replaced(chains).save(out)
     config, _ = load(out)
     found = {e["name"]: e for e in config["config"]["layers"]}
@@ -858,7 +863,7 @@ def test_depthwise_and_pointwise_become_separable(written, rng):
 def test_only_the_last_layer_has_bias_and_activation(written, rng):
     path, out = written(planar(rng))
     net = KerasNet(path)
-    net.replaced({"c1": lr.spatial(net.layers[0].conv, 2)}).save(out)
+    net.replaced({"c1": lr.spatial_svd(net.layers[0].conv, 2)}).save(out)
     entries = {e["name"]: e for e in load(out)[0]["config"]["layers"]}
     first, last = entries["c1_0"]["config"], entries["c1"]["config"]
     assert (first["use_bias"], first["activation"]) == (False, "linear")
@@ -960,7 +965,7 @@ def test_what_keras_cannot_say_is_refused(tmp_path, rng):
     net = KerasNet(path)
     by_name = {x.name: x.conv for x in net.layers}
     with pytest.raises(ValueError, match=r"'up'.*Keras has no layers.*multiply-adds"):
-        net.replaced({"up": lr.decouple(by_name["up"], 2)})
+        net.replaced({"up": lr.network_decoupling(by_name["up"], 2)})
     g = lr.Geometry.of(2, padding=(2, 2), dilation=2, padding_mode="reflect")
     with pytest.raises(ValueError, match="pads with zeros"):
         net.replaced({"dil": lr.chain([lr.Stage(by_name["dil"].stages[0].weight, g)])})
@@ -971,7 +976,7 @@ def test_what_keras_cannot_say_is_refused(tmp_path, rng):
 def test_other_things_in_the_file_stay(written, rng):
     path, out = written(planar(rng))
     net = KerasNet(path)
-    net.replaced({"c1": lr.encode(net.layers[0].conv, 2)}).save(out)
+    net.replaced({"c1": lr.channel_svd(net.layers[0].conv, 2)}).save(out)
     if path.suffix == ".keras":
         with zipfile.ZipFile(out) as archive:
             assert archive.read("assets/words.txt") == b"a b c"
@@ -994,7 +999,7 @@ def test_open_sizes_are_left_out_until_they_are_given(tmp_path, rng):
     assert "size" in KerasNet(path).left_out["a"]
     net = KerasNet(path, input_shape=(40, 3))
     assert [x.input_size for x in net.layers] == [(40,), (38,), (19,), (41,)]
-    net.replaced({"b": lr.encode(net.layers[-1].conv, 2)}).save(out)
+    net.replaced({"b": lr.channel_svd(net.layers[-1].conv, 2)}).save(out)
     config = load(out)[0]["config"]["layers"]
     assert config[-2]["config"]["padding"] == "same"  # for any size
 
@@ -1262,9 +1267,9 @@ def test_keras_agrees(keras, tmp_path, rng, ending):
     bn = model.get_layer("inner").layers[2]
     assert isinstance(bn, keras.layers.BatchNormalization)
     families = {
-        lr.decouple: ("c1", "inner/k"),
-        lr.spatial: ("dil", "up", "up2", "shared"),
-        lr.encode: ("inner/g", "inner/h", "fc"),
+        lr.network_decoupling: ("c1", "inner/k"),
+        lr.spatial_svd: ("dil", "up", "up2", "shared"),
+        lr.channel_svd: ("inner/g", "inner/h", "fc"),
     }
     by_name = {x.name: x.conv for x in net.layers}
     chains = {n: full(f, by_name[n]) for f, ns in families.items() for n in ns}

@@ -218,7 +218,7 @@ def test_borders_become_pads_where_onnx_has_them(rng, mode, opset):
     (w,) = arrays(rng, (6, 4, 3, 3))
     conv = lr.dense(w, padding=[(1, 2), (0, 1)], padding_mode=mode, value=3.0)
     (x,) = arrays(rng, (2, 4, 7, 8))
-    for f in (conv, lr.spatial(conv, rank=3), lr.tucker(conv, rank=(3, 3))):
+    for f in (conv, lr.spatial_svd(conv, rank=3), lr.tucker(conv, rank=(3, 3))):
         f = bent(f, rng)
         if mode == "symmetric" or (mode == "circular" and opset < 19):
             with pytest.raises(ValueError, match=f"'layer': a border of {mode} needs"):
@@ -260,11 +260,11 @@ def test_gemm(rng, given, rows):
     np.testing.assert_array_equal(samples["y"][0], x[..., None])
     want = next(net.outputs({}))[0]
     np.testing.assert_allclose(layer.conv(x[..., None])[..., 0], want, **CLOSE)
-    for f in (*chains_of(layer.conv), bent(lr.encode(layer.conv, rank=2), rng)):
+    for f in (*chains_of(layer.conv), bent(lr.channel_svd(layer.conv, rank=2), rng)):
         new = net.replaced({"y": f})
         want = reference.run_chain(f.stages, x[..., None], f.bias)[..., 0]
         np.testing.assert_allclose(ran(new, x=x)[0], want, **CLOSE, err_msg=repr(f))
-    ops = [n.op_type for n in net.replaced({"y": lr.encode(layer.conv, rank=2)}).graph.node]
+    ops = [n.op_type for n in net.replaced({"y": lr.channel_svd(layer.conv, rank=2)}).graph.node]
     assert ops == ["Gemm", "Gemm"]
 
 
@@ -280,7 +280,7 @@ def test_matmul(rng, shape):
     vectors = samples["fc"][0]
     assert vectors.shape == (3, 6, layer.input_size[0])
     np.testing.assert_array_equal(vectors.swapaxes(1, 2).ravel(), x.ravel())
-    for f in (*chains_of(layer.conv), bent(lr.encode(layer.conv, rank=2), rng)):
+    for f in (*chains_of(layer.conv), bent(lr.channel_svd(layer.conv, rank=2), rng)):
         want = reference.run_chain(f.stages, vectors, f.bias).swapaxes(1, 2).reshape(*shape[:-1], 8)
         y = ran(net.replaced({"fc": f}), x=x)[0]
         np.testing.assert_allclose(y, want, **CLOSE, err_msg=repr(f))
@@ -325,7 +325,7 @@ def test_other_precisions_are_read_and_written_back(rng, dtype):
     net = OnnxNet(model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x])
     conv = net.layers[0].conv
     assert conv.dtype == (np.float32 if dtype == np.float16 else np.float64)
-    f = lr.spatial(conv, rank=18)
+    f = lr.spatial_svd(conv, rank=18)
     new = net.replaced({"c": f})
     assert {t.data_type for t in new.graph.initializer} == {kind}
     # onnxruntime has no Conv of float64
@@ -385,7 +385,7 @@ def test_a_replaced_network_keeps_all_else(rng):
     model.metadata_props.add(key="k", value="v")
     before = model.SerializeToString()
     net = OnnxNet(model)
-    chains = {n.name: lr.encode(n.conv, rank=2) for n in net.layers}
+    chains = {n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers}
     new = net.replaced(chains)
     assert model.SerializeToString() == before
     for field in ("ir_version", "opset_import", "producer_name", "doc_string", "metadata_props"):
@@ -418,7 +418,10 @@ def test_a_replaced_network_keeps_all_else(rng):
 def test_inputs_are_those_behind_replaced_layers(rng):
     model, x = small_net(rng)
     net = OnnxNet(model, [x[:3], {"x": x[3:]}])
-    chains = {"conv": lr.encode(net.layers[0].conv, rank=2), "y": lr.encode(net.layers[2].conv, 1)}
+    chains = {
+        "conv": lr.channel_svd(net.layers[0].conv, rank=2),
+        "y": lr.channel_svd(net.layers[2].conv, 1),
+    }
     got = list(net.inputs(["4", "conv"], chains))
     assert net.batches == len(got) == 2
     want = np.maximum(chains["conv"](x) * 2 / np.sqrt(4 + 1e-5), 0)
@@ -448,7 +451,7 @@ def test_names_are_unique(rng):
     ]
     net = OnnxNet(model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w}))
     assert [n.name for n in net.layers] == ["same", "same_1", "y"]
-    new = net.replaced({n.name: lr.encode(n.conv, rank=2) for n in net.layers})
+    new = net.replaced({n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers})
     onnx.checker.check_model(new, full_check=True)
     for names in ([n.name for n in new.graph.node], [t.name for t in new.graph.initializer]):
         assert len(set(names)) == len(names) == 6
@@ -476,7 +479,7 @@ def test_shared_weights_stay_until_nobody_needs_them(rng):
     for ir in (3, 8):
         model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "b": b}, ir=ir)
         net = OnnxNet(model)
-        chains = {n.name: lr.encode(n.conv, rank=2) for n in net.layers}
+        chains = {n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers}
         one = net.replaced({"first": chains["first"]})
         assert {"w", "b"} <= {t.name for t in one.graph.initializer}
         both = net.replaced(chains)
@@ -499,7 +502,7 @@ def test_what_subgraphs_need_is_kept(rng):
     model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "v": w, "c": np.array(False)})
     net = OnnxNet(model, [x])
     assert [n.name for n in net.layers] == ["conv", "last"]
-    f = lr.encode(net.layers[0].conv, rank=2)
+    f = lr.channel_svd(net.layers[0].conv, rank=2)
     new = net.replaced({"conv": f})
     conv = net.layers[0].conv
     np.testing.assert_allclose(ran(new, x=x)[0], conv(conv(f(x))), **CLOSE)
@@ -575,7 +578,7 @@ def test_external_data(rng, tmp_path, monkeypatch, small):
     path = outside(model, tmp_path / "in")
     net = open_net(path, [x])
     np.testing.assert_allclose(next(net.outputs({}))[0], want, **CLOSE)
-    f = lr.encode(net.layers[0].conv, rank=2)
+    f = lr.channel_svd(net.layers[0].conv, rank=2)
     new = net.replaced({"conv": f})
     new_y = ran(new, x=x)[0]
     np.testing.assert_allclose(new_y, next(net.outputs({"conv": f}))[0], **CLOSE)
@@ -592,7 +595,7 @@ def test_external_data(rng, tmp_path, monkeypatch, small):
 def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
     model, x = small_net(rng)
     net = OnnxNet(model)
-    new = net.replaced({"conv": lr.encode(net.layers[0].conv, rank=2)})
+    new = net.replaced({"conv": lr.channel_svd(net.layers[0].conv, rank=2)})
     save(new, tmp_path / "a.onnx")
     assert os.listdir(tmp_path) == ["a.onnx"]
     monkeypatch.setattr("lowrank.interop.onnx.files.LARGEST", 1000)

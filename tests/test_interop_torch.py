@@ -94,27 +94,27 @@ def test_every_family_and_form_is_what_its_chain_is(ndim, options, rng):
     conv = lowrank.dense(weight, bias=rng.standard_normal(outs), **options)
     like = CONVS[ndim - 1](1, 1, 1).double()
     x = torch.from_numpy(rng.standard_normal((2, conv.in_channels, *size)))
-    forms = 0
+    variants = 0
     for name, family in FAMILIES.items():
         try:
-            found = family.forms(conv)
+            found = family.variants(conv)
         except NotApplicable:
             continue
-        for form in found[:6]:
-            rank = next(iter(family.sweep(conv, form))).rank
-            f = family.fit(conv, rank, form)
+        for variant in found[:6]:
+            rank = next(iter(family.sweep(conv, variant))).rank
+            f = family.fit(conv, rank, variant)
             wanted = torch.from_numpy(f(x.numpy()))
             for tied in (True, False):
                 module = to_module(f, like, tied)
-                assert equal(module(x), wanted), (name, form, tied)
+                assert equal(module(x), wanted), (name, variant, tied)
                 assert any(isinstance(m, Tied) for m in module) <= tied
-            forms += 1
-    assert forms >= 3
+            variants += 1
+    assert variants >= 3
 
 
 def test_tied_weights_are_one_parameter(rng):
     conv = lowrank.dense(rng.standard_normal((8, 8, 3, 3)), padding=1)
-    f = lowrank.kronecker(conv, rank=1, form="2x2x1x1 first")
+    f = lowrank.kronecker(conv, rank=1, variant="2x2x1x1 first")
     assert any(s.left * s.right > 1 for s in f.stages)
     tied, wide = (to_module(f, nn.Conv2d(1, 1, 1), t) for t in (True, False))
     assert sum(p.numel() for p in tied.parameters()) == f.params
@@ -125,13 +125,13 @@ def test_tied_weights_are_one_parameter(rng):
     assert "left=" in repr(tied)
 
 
-@pytest.mark.parametrize("family", ["encode", "kronecker"])
+@pytest.mark.parametrize("family", ["channel_svd", "kronecker"])
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 3, 4, 7)])
 def test_linear_layers_keep_their_shapes(family, shape, rng):
     like = nn.Linear(8, 12).double()
     conv = of_module(like)
-    form = FAMILIES[family].forms(conv)[0]
-    f = FAMILIES[family].fit(conv, next(iter(FAMILIES[family].sweep(conv, form))).rank, form)
+    variant = FAMILIES[family].variants(conv)[0]
+    f = FAMILIES[family].fit(conv, next(iter(FAMILIES[family].sweep(conv, variant))).rank, variant)
     x = torch.from_numpy(rng.standard_normal((*shape[:-1], 8)))
     wanted = torch.from_numpy(f.to_dense()[..., 0]) @ x[..., None]
     for tied in (True, False):
@@ -192,7 +192,7 @@ def test_what_pytorch_has_not():
 def test_precision_memory_format_mode_and_frozen_weights_are_kept():
     like = nn.Conv2d(8, 8, 3).half().to(memory_format=torch.channels_last).eval()
     like.weight.requires_grad_(False)
-    chain = to_module(lowrank.spatial(of_module(like), rank=2), like)
+    chain = to_module(lowrank.spatial_svd(of_module(like), rank=2), like)
     assert {p.dtype for p in chain.parameters()} == {torch.float16}
     assert not any(p.requires_grad for p in chain.parameters())
     assert not chain.training
@@ -447,7 +447,7 @@ def test_the_whole_budget_changes_nothing():
 
 def test_what_has_a_low_rank_is_found_exactly(rng):
     model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Linear(12, 12))
-    f = lowrank.spatial(of_module(model[0]), rank=2)
+    f = lowrank.spatial_svd(of_module(model[0]), rank=2)
     model[0].weight.data = torch.tensor(f.to_dense())
     model[2].weight.data = torch.randn(12, 3) @ torch.randn(3, 12)
     small = compress(model, batches(4, 8, (8, 12, 12)), macs=0.5)
@@ -525,10 +525,10 @@ def test_a_model_that_is_itself_a_layer():
     small = compress(conv, data, macs=0.5)
     assert isinstance(small.model, nn.Sequential)
     assert macs(small.model, data[0][:1]) <= 0.5 * macs(conv, data[0][:1])
-    engine = on_engine(small.model)
+    runtime = on_engine(small.model)
     with torch.inference_mode():
         assert isinstance(small, interop.Small)
-        assert equal(engine(data[0]), small.model(data[0]))
+        assert equal(runtime(data[0]), small.model(data[0]))
 
 
 def test_norms_are_estimated_anew():
@@ -613,7 +613,7 @@ def test_a_compressed_model_can_be_exported(done):
 
 def test_tied_weights_are_seen_through_by_symbolic_tracing(rng):
     conv = lowrank.dense(rng.standard_normal((8, 8, 3, 3)).astype(np.float32), padding=1)
-    f = lowrank.kronecker(conv, rank=1, form="2x2x1x1 first")
+    f = lowrank.kronecker(conv, rank=1, variant="2x2x1x1 first")
     module = to_module(f, nn.Conv2d(8, 8, 3, padding=1))
     assert any(isinstance(m, Tied) for m in module.modules())
     traced = torch.fx.symbolic_trace(module)
@@ -647,10 +647,10 @@ def test_channels_last_stays(done):
     assert equal(y, done[1].model[:6](x).detach())
 
 
-@pytest.mark.parametrize("family", ["spatial", "kronecker"])
+@pytest.mark.parametrize("family", ["spatial_svd", "kronecker"])
 def test_a_step_of_training_lowers_the_loss(family):
     model = warmed(small_net())
-    small = compress(model, batches(), macs=0.6, families=[family, "encode"]).model.train()
+    small = compress(model, batches(), macs=0.6, families=[family, "channel_svd"]).model.train()
     x, labels = batches()[0], torch.arange(8) % 5
     sgd = torch.optim.SGD(small.parameters(), 0.05)
     losses = []
@@ -820,20 +820,22 @@ def test_a_model_gives_the_same_on_the_engine(name):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["encode", "kronecker", "decouple", "cp", "basis"])
+@pytest.mark.parametrize(
+    "family", ["channel_svd", "kronecker", "network_decoupling", "cp", "filter_basis"]
+)
 def test_chains_run_fused_on_the_engine(family, tied, rng):
     conv = nn.Conv2d(8, 8, 3, padding=1, padding_mode="replicate")
     f = FAMILIES[family]
-    form = f.forms(of_module(conv))[0]
-    rank = list(f.sweep(of_module(conv), form))[1].rank
-    chain = to_module(f.fit(of_module(conv), rank, form), conv, tied)
+    variant = f.variants(of_module(conv))[0]
+    rank = list(f.sweep(of_module(conv), variant))[1].rank
+    chain = to_module(f.fit(of_module(conv), rank, variant), conv, tied)
     model = warmed(nn.Sequential(chain, nn.BatchNorm2d(8), nn.ReLU()))
     fast = on_engine(model)
-    (engine,) = (m for m in fast.modules() if isinstance(m, Engine))
+    (runtime,) = (m for m in fast.modules() if isinstance(m, Engine))
     x = torch.randn(2, 8, 9, 9)
     with torch.inference_mode():
         assert equal(fast(x), model(x))
-    assert "Factorization" in repr(engine)
+    assert "Factorization" in repr(runtime)
 
 
 def test_compressed_models_run_on_the_engine(done):
@@ -850,7 +852,7 @@ def test_no_copy_is_made_of_what_comes_and_goes(dtype, monkeypatch):
     with torch.inference_mode():
         y = fast(x)
         assert y.dtype == dtype
-        (engine,) = (m for m in fast.modules() if isinstance(m, Engine))
+        (runtime,) = (m for m in fast.modules() if isinstance(m, Engine))
         seen = []
         for key, (run, shape) in engine._plans.items():
 
@@ -942,12 +944,12 @@ def test_trained_nets_on_the_engine(data, name):
     net = TorchNet(case.model, [x])
     chains = {}
     for layer in net.layers:
-        family = FAMILIES["encode"]
+        family = FAMILIES["channel_svd"]
         try:
-            point = list(family.sweep(layer.conv, family.forms(layer.conv)[0]))[1]
+            point = list(family.sweep(layer.conv, family.variants(layer.conv)[0]))[1]
         except (NotApplicable, IndexError):
             continue
-        chains[layer.name] = family.fit(layer.conv, point.rank, family.forms(layer.conv)[0])
+        chains[layer.name] = family.fit(layer.conv, point.rank, family.variants(layer.conv)[0])
     assert chains
     with torch.inference_mode():
         for model in (case.model, net.replaced(chains)):

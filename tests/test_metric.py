@@ -55,18 +55,18 @@ def metric_of(conv, gradients=True):
 
 
 def chains(conv, points=(0, 2)):
-    for name, forms in applicable(conv).items():
-        for form in forms:
-            for i, point in enumerate(FAMILIES[name].sweep(conv, form)):
+    for name, variants in applicable(conv).items():
+        for variant in variants:
+            for i, point in enumerate(FAMILIES[name].sweep(conv, variant)):
                 if i in points:
-                    yield name, form, point
+                    yield name, variant, point
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_network_makes_the_kernel_of_every_chain(name):
     conv = made(name)
     seen = 0
-    for family, form, point in chains(conv):
+    for family, variant, point in chains(conv):
         stages = point.build()
         n = network(stages)
         assert n == network(point.stages)  # shapes are enough
@@ -75,7 +75,7 @@ def test_a_network_makes_the_kernel_of_every_chain(name):
         want = kernel[(..., *every)]
         got = composed(n, n.tensors(stages)).reshape(want.shape)
         # A sum of products of a few hundred terms in float64.
-        assert np.abs(got - want).max() <= 1e-12 * max(np.abs(want).max(), 1), (family, form)
+        assert np.abs(got - want).max() <= 1e-12 * max(np.abs(want).max(), 1), (family, variant)
         seen += 1
     assert seen > 0
 
@@ -142,7 +142,7 @@ def test_wide_layers_keep_factors_only(monkeypatch):
     metric = metric_of(conv)
     assert metric.inputs is None
     assert metric.channels.shape == (1, 6, 6)
-    w = Weighted(conv, metric, "spatial", "h-w")
+    w = Weighted(conv, metric, "spatial_svd", "h-w")
     point = next(p for p in w.points() if p.rank == (4,))
     # Every mode is held by one stage: roots express all of a factored metric, to rounding.
     assert w.error(point.build()) == pytest.approx(point.error, rel=1e-9)
@@ -188,7 +188,7 @@ def test_factors_of_a_product_are_found(seed):
 @pytest.mark.parametrize("name", [n for n in CASES if n != "depthwise"])
 def test_the_closed_form_of_a_bipartition_is_exact_in_the_full_metric(name):
     conv = made(name)
-    family = "decode" if conv.transposed else "encode"
+    family = "channel_svd" if conv.transposed else "channel_svd"
     metric = metric_of(conv)
     w = Weighted(conv, metric, family, "")
     points = list(w.points())
@@ -205,11 +205,11 @@ def test_the_closed_form_of_a_bipartition_is_exact_in_the_full_metric(name):
 def test_fits_in_a_metric_beat_plain_ones(name):
     conv = made(name)
     metric = metric_of(conv)
-    for family, forms in applicable(conv).items():
-        w = Weighted(conv, metric, family, forms[0])
+    for family, variants in applicable(conv).items():
+        w = Weighted(conv, metric, family, variants[0])
         points = list(w.points())
         point = points[len(points) // 2]
-        plain = FAMILIES[family].fit(conv, point.rank, forms[0])
+        plain = FAMILIES[family].fit(conv, point.rank, variants[0])
         stages, error = w.refined(point.build())
         assert w.error(stages) == pytest.approx(error, rel=1e-6, abs=1e-9), family
         # Alternating fits end where they are led to; a plain start may lead elsewhere.
@@ -219,16 +219,16 @@ def test_fits_in_a_metric_beat_plain_ones(name):
 def test_refining_never_harms():
     conv = made("plain")
     metric = metric_of(conv)
-    for family, form, point in chains(conv, points=(3,)):
-        w = Weighted(conv, metric, family, form)
+    for family, variant, point in chains(conv, points=(3,)):
+        w = Weighted(conv, metric, family, variant)
         stages = point.build()
         assert w.refined(stages, 2)[1] <= w.error(stages) * (1 + 1e-9), family
 
 
 def test_white_inputs_leave_optimal_fits_alone():
     conv = made("plain")
-    w = Weighted(conv, white(1, (6, 3, 3)), "spatial", "h-w")
-    f = lowrank.spatial(conv, rank=5)
+    w = Weighted(conv, white(1, (6, 3, 3)), "spatial_svd", "h-w")
+    f = lowrank.spatial_svd(conv, rank=5)
     stages, error = w.refined(f.stages)
     assert error == pytest.approx(f.error(conv.to_dense()), rel=1e-9)
     assert lowrank.chain(stages).params == f.params
@@ -255,14 +255,14 @@ def test_few_samples_are_regularised():
     c = moments.metric().inputs[0]
     values = np.linalg.eigvalsh(c)
     assert values[0] > 1e-2 * values.mean() * 0.9  # nine patches for 54 unknowns
-    Weighted(conv, moments.metric(), "spatial", "h-w").at((3,))
+    Weighted(conv, moments.metric(), "spatial_svd", "h-w").at((3,))
 
 
 def test_a_layer_that_sees_nothing_can_be_fitted():
     conv = made("plain")
     moments = Moments(conv)
     moments.add(np.zeros((2, 6, 8, 8)))
-    w = Weighted(conv, moments.metric(), "spatial", "h-w")
+    w = Weighted(conv, moments.metric(), "spatial_svd", "h-w")
     f = lowrank.chain(w.at((3,)))
     assert np.isfinite(f.to_dense()).all()
 
@@ -285,7 +285,7 @@ def test_tiny_outputs_do_not_underflow():
     conv = lowrank.dense(weight.astype(np.float32), **about)
     moments = Moments(conv)
     moments.add(inputs(conv))
-    w = Weighted(conv, moments.metric(), "spatial", "h-w")
+    w = Weighted(conv, moments.metric(), "spatial_svd", "h-w")
     stages, error = w.refined(w.at((3,)), 3, dtype=np.float32)
     assert error == pytest.approx(w.error(stages), rel=1e-3)
     assert error > 0.05

@@ -269,7 +269,7 @@ def test_a_kernel_of_zeros_has_norm_zero():
 
 def test_a_chain_has_the_norm_of_its_kernel():
     conv = wrapped(6, 5, 3, 3, before=1)
-    for f in (lr.spatial(conv, 4), lr.kronecker(conv, 2), lr.basis(conv, 2)):
+    for f in (lr.spatial_svd(conv, 4), lr.kronecker(conv, 2), lr.filter_basis(conv, 2)):
         same = lr.dense(f.to_dense(), padding=1, padding_mode="circular")
         assert operator_norm(f, (6, 6)).value == pytest.approx(
             operator_norm(same, (6, 6)).value, rel=EXACT

@@ -77,9 +77,9 @@ def test_a_constant_border_passes_through_a_chain(rng, ndim):
     expected = scipy.ndimage.correlate(x, kernel, mode="constant", cval=2.5)
     chains = [conv]
     if ndim == 2:
-        chains += [lr.spatial(conv, 3, form) for form in ("h-w", "w-h")]
+        chains += [lr.spatial_svd(conv, 3, variant) for variant in ("h-w", "w-h")]
     if ndim == 3:
-        chains += [lr.spatial(conv, 3), lr.tensor_train(conv, (3, 3))]
+        chains += [lr.spatial_svd(conv, 3), lr.tensor_train(conv, (3, 3))]
     for f in chains:
         for y in runs(f, x[None, None]):
             np.testing.assert_allclose(y[0, 0], expected, **FLOAT64)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lowrank as lr
 from lowrank import perfmodel
-from lowrank.core.stage import Epilogue, blank
+from lowrank.core.stage import Epilogue, abstract_weight
 from lowrank.engine import fourier
 from lowrank.families import FAMILIES, applicable
 from lowrank.perfmodel import calibration, features, store
@@ -55,10 +55,10 @@ def cache(tmp_path, monkeypatch):
 
 
 def chains(conv):
-    """A short chain of every family and form."""
-    for name, forms in applicable(conv).items():
-        for form in forms:
-            yield next(iter(FAMILIES[name].sweep(conv, form))).stages
+    """A short chain of every family and variant."""
+    for name, variants in applicable(conv).items():
+        for variant in variants:
+            yield next(iter(FAMILIES[name].sweep(conv, variant))).stages
 
 
 def test_predictions_add_up_and_grow_with_the_work(conv):
@@ -75,17 +75,17 @@ def test_predictions_add_up_and_grow_with_the_work(conv):
 
 def test_blank_stages_count_what_real_ones_do(conv):
     for f in (conv, lr.tucker(conv, (6, 5)), lr.kronecker(conv, 2), lr.cp3(conv, 4)):
-        empty = [lr.Stage(blank(s.weight.shape), s.geometry, s.groups, s.left, s.right)
+        empty = [lr.Stage(abstract_weight(s.weight.shape), s.geometry, s.groups, s.left, s.right)
                  for s in f.stages]  # fmt: skip
         for threads in (1, 2):
-            real = features.engine(Work(f.stages, (16, 30, 31), 3, threads), 2)
-            assert features.engine(Work(empty, (16, 30, 31), 3, threads), 2) == real
+            real = features.runtime(Work(f.stages, (16, 30, 31), 3, threads), 2)
+            assert features.runtime(Work(empty, (16, 30, 31), 3, threads), 2) == real
 
 
 def test_multiply_adds_are_counted_with_the_lanes_that_idle(conv):
     lanes = 16
     for load in workloads():
-        counted = features.engine(Work(load.stages, load.shape, load.batch), 2)
+        counted = features.runtime(Work(load.stages, load.shape, load.batch), 2)
         macs = load.batch * lr.chain(load.stages).cost(load.shape).macs
         vectors = sum(counted.get(k, 0) for k in ("multiply", "row multiply", "lane"))
         # At most: runs of four samples at the end of a row get no vector.
@@ -103,7 +103,7 @@ def test_borders_and_transposed_stages_are_counted_too():
         {"stride": 2},
     ):
         f = lr.dense(weight, **options)
-        for g in (f, lr.spatial(f, 4)):
+        for g in (f, lr.spatial_svd(f, 4)):
             assert perfmodel.predict(g, (40, 40)).seconds > 0
 
 
@@ -229,19 +229,23 @@ def test_batches_and_threads_are_checked(conv, given):
     (name,) = given
     with pytest.raises(ValueError, match=f"{name} must be at least 1"):
         perfmodel.predict(conv, (8, 8), **given)
-    for options in ({"max_error": 0.5}, {"seconds": "50%"}, {"rank": 2, "families": ["spatial"]}):
+    for options in (
+        {"max_error": 0.5},
+        {"seconds": "50%"},
+        {"rank": 2, "families": ["spatial_svd"]},
+    ):
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
             lr.approximate(conv, (8, 8), **options, **given)
 
 
 def test_more_threads_than_were_measured_take_no_longer(conv):
     f = lr.dense(np.ones((16, 16, 1, 1), np.float32))
-    counted = [features.engine(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
+    counted = [features.runtime(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
     rates = perfmodel.current().rates["lowrank"]
     times = [rates.predict(c).seconds for c in counted]
     assert times == sorted(times, reverse=True)
     # rates of one thread alone stand in for those of more
-    alone = features.engine(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
+    alone = features.runtime(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
     assert alone["memory"] > 0 == alone["memory, all threads"]
 
 
@@ -249,12 +253,12 @@ def test_a_rate_of_another_machine_has_no_error(conv):
     p = perfmodel.predict(conv, (8, 8))
     assert math.isnan(p.error)
     assert "lowrank calibrate" in str(p)
-    assert "lowrank calibrate" in str(lr.frontier(conv, (8, 8), ["spatial"]))
+    assert "lowrank calibrate" in str(lr.frontier(conv, (8, 8), ["spatial_svd"]))
 
 
 def test_an_unknown_engine_is_refused(conv):
-    with pytest.raises(ValueError, match=r"engine must be one of lowrank.* got 'warp'"):
-        perfmodel.predict(conv, (8, 8), engine="warp")
+    with pytest.raises(ValueError, match=r"runtime must be one of lowrank.* got 'warp'"):
+        perfmodel.predict(conv, (8, 8), runtime="warp")
 
 
 def test_a_front_by_seconds_is_what_nothing_beats(conv, front):
@@ -264,9 +268,9 @@ def test_a_front_by_seconds_is_what_nothing_beats(conv, front):
     here = perfmodel.current()
     whole = here.predict(conv, (48, 48)).seconds
     assert front.dense.seconds == whole
-    for name, forms in applicable(conv).items():
-        for form in forms:
-            for p in FAMILIES[name].sweep(conv, form):
+    for name, variants in applicable(conv).items():
+        for variant in variants:
+            for p in FAMILIES[name].sweep(conv, variant):
                 f = lr.chain(p.stages)
                 if f.cost((48, 48)).macs >= conv.cost((48, 48)).macs:
                     continue
@@ -287,7 +291,7 @@ def test_a_budget_of_time_is_kept_to(conv, front):
     for budget in (whole / 2, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
         f = lr.approximate(conv, (48, 48), seconds=budget)
         pick = front.affordable(whole / 2)
-        assert (f.family, f.form, f.rank) == (pick.family, pick.form, pick.rank)
+        assert (f.family, f.variant, f.rank) == (pick.family, pick.variant, pick.rank)
         assert perfmodel.predict(f, (48, 48)).seconds <= whole / 2
     with pytest.raises(ValueError, match="nothing costs at most 1e-12 seconds; the cheapest is"):
         lr.approximate(conv, (48, 48), seconds=1e-12)
@@ -300,8 +304,8 @@ def test_a_budget_that_is_no_time_is_refused(conv, budget):
 
 
 def test_batches_threads_and_engines_change_the_prediction(conv):
-    one = lr.frontier(conv, (48, 48), ["spatial"])
-    eight = lr.frontier(conv, (48, 48), ["spatial"], batch=8)
+    one = lr.frontier(conv, (48, 48), ["spatial_svd"])
+    eight = lr.frontier(conv, (48, 48), ["spatial_svd"], batch=8)
     assert eight.dense.seconds > 4 * one.dense.seconds
     assert "batch 8" in str(eight)
     with pytest.raises(ValueError, match="batch must be at least 1"):

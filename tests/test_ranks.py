@@ -41,16 +41,16 @@ def planted_conv(seed=0, noise=1.0, **how):
     return lr.dense(signal + noise * rng.standard_normal(signal.shape), **how)
 
 
-def error_of(conv, family, rank, form=None):
-    return FAMILIES[family].fit(conv, rank, form).error(conv.to_dense())
+def error_of(conv, family, rank, variant=None):
+    return FAMILIES[family].fit(conv, rank, variant).error(conv.to_dense())
 
 
-def sweep(conv, family, form=None):
-    return list(FAMILIES[family].sweep(conv, form or FAMILIES[family].forms(conv)[0]))
+def sweep(conv, family, variant=None):
+    return list(FAMILIES[family].sweep(conv, variant or FAMILIES[family].variants(conv)[0]))
 
 
-def parameters(conv, family, rank, form=None):
-    return FAMILIES[family].fit(conv, rank, form).params
+def parameters(conv, family, rank, variant=None):
+    return FAMILIES[family].fit(conv, rank, variant).params
 
 
 convs = st.builds(
@@ -70,10 +70,10 @@ convs = st.builds(
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.01, 0.99))
 def test_the_rank_for_an_error_reaches_it_and_one_less_does_not(conv, family, limit):
-    for form in applicable(conv).get(family, ())[:3]:
-        (rank,) = ranks.for_error(conv, family, limit, form)
-        assert error_of(conv, family, (rank,), form) <= limit + ROUNDING
-        assert rank == 1 or error_of(conv, family, (rank - 1,), form) > limit - ROUNDING
+    for variant in applicable(conv).get(family, ())[:3]:
+        (rank,) = ranks.for_error(conv, family, limit, variant)
+        assert error_of(conv, family, (rank,), variant) <= limit + ROUNDING
+        assert rank == 1 or error_of(conv, family, (rank - 1,), variant) > limit - ROUNDING
 
 
 @pytest.mark.parametrize("family", ["tucker", "tucker_full", "tensor_train"])
@@ -96,10 +96,10 @@ def test_a_rank_of_cp_for_an_error_reaches_it():
 def test_an_error_of_nothing_takes_the_rank_of_the_kernel():
     rng = np.random.default_rng(0)
     w = np.einsum("tr,rsij->tsij", rng.standard_normal((9, 4)), rng.standard_normal((4, 6, 3, 3)))
-    assert ranks.for_error(lr.dense(w), "encode", 0.0) == (4,)
-    assert ranks.for_error(lr.dense(w), "encode", 1) == (1,)
+    assert ranks.for_error(lr.dense(w), "channel_svd", 0.0) == (4,)
+    assert ranks.for_error(lr.dense(w), "channel_svd", 1) == (1,)
     # and of ranks that lose nothing, a share takes the cheapest
-    assert ranks.for_ratio(lr.dense(w), "encode", params=1.0) == (4,)
+    assert ranks.for_ratio(lr.dense(w), "channel_svd", params=1.0) == (4,)
 
 
 def test_an_error_that_no_rank_reaches_is_refused():
@@ -107,16 +107,16 @@ def test_an_error_that_no_rank_reaches_is_refused():
         ranks.for_error(decaying(shape=(4, 4, 3, 3)), "cp3", 0.0)
     for bad in (-0.1, math.nan, "0.1", None):
         with pytest.raises(ValueError, match="max_error must be a number, at least 0"):
-            ranks.for_error(decaying(), "spatial", bad)
+            ranks.for_error(decaying(), "spatial_svd", bad)
 
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.3, 1.0), st.sampled_from(["params", "macs"]))
 def test_the_rank_for_a_share_costs_at_most_that_and_one_more_costs_more(conv, family, share, axis):
     size = (7, 6)
-    for form in applicable(conv).get(family, ())[:3]:
-        every = [getattr(lr.chain(p.stages).cost(size), axis) for p in sweep(conv, family, form)]
+    for variant in applicable(conv).get(family, ())[:3]:
+        every = [getattr(lr.chain(p.stages).cost(size), axis) for p in sweep(conv, family, variant)]
         shares = [cost / getattr(conv.cost(size), axis) for cost in every]
-        how = {axis: share, "input_shape": size, "form": form}
+        how = {axis: share, "input_shape": size, "variant": variant}
         if shares[0] > share:
             with pytest.raises(ValueError, match="the cheapest"):
                 ranks.for_ratio(conv, family, **how)
@@ -144,33 +144,33 @@ def test_of_several_ranks_within_a_share_the_most_accurate_is_given(family, axis
 def test_a_share_that_nothing_is_within_is_refused():
     conv = decaying()
     with pytest.raises(ValueError, match=r"no rank of spatial takes .* params; the cheapest, \(1,"):
-        ranks.for_ratio(conv, "spatial", params=0.01)
+        ranks.for_ratio(conv, "spatial_svd", params=0.01)
     conv = decaying(bias=np.ones(12))  # which the share counts on both sides
-    least = parameters(conv, "spatial", (1,)) / conv.params
-    assert ranks.for_ratio(conv, "spatial", params=least) == (1,)
+    least = parameters(conv, "spatial_svd", (1,)) / conv.params
+    assert ranks.for_ratio(conv, "spatial_svd", params=least) == (1,)
     with pytest.raises(ValueError, match="the cheapest"):
-        ranks.for_ratio(conv, "spatial", params=0.999 * least)
+        ranks.for_ratio(conv, "spatial_svd", params=0.999 * least)
 
 
 def test_a_share_has_one_axis_and_is_at_most_1():
     conv = decaying()
     with pytest.raises(TypeError, match="exactly one of params and macs, got none"):
-        ranks.for_ratio(conv, "spatial")
+        ranks.for_ratio(conv, "spatial_svd")
     with pytest.raises(TypeError, match="got params and macs"):
-        ranks.for_ratio(conv, "spatial", params=0.5, macs=0.5)
+        ranks.for_ratio(conv, "spatial_svd", params=0.5, macs=0.5)
     with pytest.raises(TypeError, match="macs needs input_shape"):
-        ranks.for_ratio(conv, "spatial", macs=0.5)
+        ranks.for_ratio(conv, "spatial_svd", macs=0.5)
     for bad in (0, 1.01, -1, math.nan, "half"):
         with pytest.raises(ValueError, match="macs must be a number above 0 and at most 1"):
-            ranks.for_ratio(conv, "spatial", macs=bad, input_shape=(8, 8))
+            ranks.for_ratio(conv, "spatial_svd", macs=bad, input_shape=(8, 8))
 
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.01, 1.0))
 def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(conv, family, share):
-    for form in applicable(conv).get(family, ())[:3]:
-        (rank,) = ranks.energy(conv, family, share, form)
-        assert 1 - error_of(conv, family, (rank,), form) ** 2 >= share - ROUNDING
-        assert rank == 1 or 1 - error_of(conv, family, (rank - 1,), form) ** 2 < share + ROUNDING
+    for variant in applicable(conv).get(family, ())[:3]:
+        (rank,) = ranks.energy(conv, family, share, variant)
+        assert 1 - error_of(conv, family, (rank,), variant) ** 2 >= share - ROUNDING
+        assert rank == 1 or 1 - error_of(conv, family, (rank - 1,), variant) ** 2 < share + ROUNDING
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
@@ -205,9 +205,9 @@ def test_a_tensor_train_keeps_the_share_at_each_joint(share):
 def test_rounding_does_not_cost_a_rank():
     # nine of ten equal singular values are 0.9 of the energy, though not in binary
     conv = lr.dense(np.eye(10)[:, :, None])
-    assert ranks.energy(conv, "encode", 0.9) == (9,)
-    assert ranks.energy(conv, "encode", 0.3) == (3,)
-    assert ranks.for_error(conv, "encode", math.sqrt(0.1)) == (9,)
+    assert ranks.energy(conv, "channel_svd", 0.9) == (9,)
+    assert ranks.energy(conv, "channel_svd", 0.3) == (3,)
+    assert ranks.for_error(conv, "channel_svd", math.sqrt(0.1)) == (9,)
 
 
 def test_a_family_without_a_spectrum_says_what_to_use_instead():
@@ -218,37 +218,37 @@ def test_a_family_without_a_spectrum_says_what_to_use_instead():
                 rule(family)
     for bad in (0, 1.5, -0.1, math.nan, "all"):
         with pytest.raises(ValueError, match="share must be a number above 0 and at most 1"):
-            ranks.energy(conv, "encode", bad)
+            ranks.energy(conv, "channel_svd", bad)
 
 
 def test_families_and_forms_are_checked_by_every_rule():
     conv = decaying()
     rules = (
         lambda *a: ranks.for_error(conv, a[0], 0.5, a[1]),
-        lambda *a: ranks.for_ratio(conv, a[0], params=0.9, form=a[1]),
+        lambda *a: ranks.for_ratio(conv, a[0], params=0.9, variant=a[1]),
         lambda *a: ranks.energy(conv, a[0], 0.5, a[1]),
         lambda *a: ranks.evbmf(conv, *a),
-        lambda *a: ranks.weakened(conv, a[0], form=a[1]),
+        lambda *a: ranks.weakened(conv, a[0], variant=a[1]),
     )
     for rule in rules:
         with pytest.raises(ValueError, match=r"family must be one of encode, .* got 'svd'"):
             rule("svd", None)
-        for family in ("spatial", "tucker", "tensor_train", "kronecker"):
-            with pytest.raises(ValueError, match=r"form must be .* got 'w-w'"):
+        for family in ("spatial_svd", "tucker", "tensor_train", "kronecker"):
+            with pytest.raises(ValueError, match=r"variant must be .* got 'w-w'"):
                 rule(family, "w-w")
         with pytest.raises(lr.families.NotApplicable, match="filter needs one input channel"):
-            rule("filter", None)
+            rule("separable_sum", None)
 
 
 def test_a_kronecker_split_of_the_callers_own_is_taken():
     conv = decaying()
-    form = "3x2x1x3 last"
-    assert form not in applicable(conv)["kronecker"]
+    variant = "3x2x1x3 last"
+    assert variant not in applicable(conv)["kronecker"]
     for rank in (
-        ranks.for_error(conv, "kronecker", 0.5, form),
-        ranks.energy(conv, "kronecker", 0.75, form),
+        ranks.for_error(conv, "kronecker", 0.5, variant),
+        ranks.energy(conv, "kronecker", 0.75, variant),
     ):
-        assert error_of(conv, "kronecker", rank, form) <= 0.5 + ROUNDING
+        assert error_of(conv, "kronecker", rank, variant) <= 0.5 + ROUNDING
 
 
 def iterated(matrix, sweeps=20_000):
@@ -385,9 +385,9 @@ def test_evbmf_of_a_kernel_is_that_of_its_unfoldings():
     assert ranks.evbmf(conv) == (5, 4)
     unfoldings = {
         "tucker": [w.reshape(32, -1), w.swapaxes(0, 1).reshape(24, -1)],
-        "encode": [w.reshape(32, -1)],
-        "decode": [w.swapaxes(0, 1).reshape(24, -1)],
-        "spatial": [w.transpose(1, 2, 0, 3).reshape(72, -1)],
+        "channel_svd": [w.reshape(32, -1)],
+        "channel_svd": [w.swapaxes(0, 1).reshape(24, -1)],
+        "spatial_svd": [w.transpose(1, 2, 0, 3).reshape(72, -1)],
         "tensor_train": [
             w.swapaxes(0, 1).reshape(24, -1),
             w.transpose(1, 2, 0, 3).reshape(72, -1),
@@ -405,19 +405,21 @@ def test_the_scale_of_a_kernel_changes_no_rule(factor, dtype):
     assert ranks.evbmf(conv) == (5, 4)
     assert ranks.weakened(conv) == (10, 8)
     assert ranks.energy(conv, "tucker", 0.7) == ranks.energy(planted_conv(), "tucker", 0.7)
-    assert ranks.for_error(conv, "spatial", 0.5) == ranks.for_error(planted_conv(), "spatial", 0.5)
+    assert ranks.for_error(conv, "spatial_svd", 0.5) == ranks.for_error(
+        planted_conv(), "spatial_svd", 0.5
+    )
 
 
 @given(convs, st.sampled_from(SPECTRAL), st.floats(0.01, 1))
 def test_ranks_are_ones_that_the_family_takes_and_never_0(conv, family, k):
-    for form in applicable(conv).get(family, ())[:2]:
+    for variant in applicable(conv).get(family, ())[:2]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ranks.RankWarning)
-            low, weak = ranks.evbmf(conv, family, form), ranks.weakened(conv, family, k, form)
-            assert ranks.weakened(conv, family, 1, form) == low
+            low, weak = ranks.evbmf(conv, family, variant), ranks.weakened(conv, family, k, variant)
+            assert ranks.weakened(conv, family, 1, variant) == low
         assert all(1 <= a <= b for a, b in zip(low, weak, strict=True))
         for rank in (low, weak):
-            assert FAMILIES[family].fit(conv, rank, form).family == family
+            assert FAMILIES[family].fit(conv, rank, variant).family == family
 
 
 def test_a_kernel_of_noise_has_rank_1_and_a_warning():
@@ -430,7 +432,7 @@ def test_a_kernel_of_noise_has_rank_1_and_a_warning():
             assert ranks.weakened(conv, weakening=0.5) == (16, 12)  # 32 - 31 / 2, 24 - 23 / 2
         assert w[0].filename == __file__
     assert ranks.energy(conv, "tucker", 0.9) == ranks.for_error(conv, "tucker", 0.0) == (1, 1)
-    assert ranks.for_error(conv, "spatial", 0.0) == (1,)
+    assert ranks.for_error(conv, "spatial_svd", 0.0) == (1,)
 
 
 def test_an_unfolding_of_one_row_needs_no_warning():
@@ -467,10 +469,10 @@ def test_rules_agree_with_each_other_on_trained_layers(data):
         full = conv.to_dense().shape[:2]
         low, weak = ranks.evbmf(conv), ranks.weakened(conv)
         assert all(1 <= a <= b <= n for a, b, n in zip(low, weak, full, strict=True)), layer.name
-        assert low[0] == ranks.evbmf(conv, "encode")[0]
-        assert low[1] == ranks.evbmf(conv, "decode")[0]
-        (rank,) = ranks.for_error(conv, "encode", math.sqrt(1 - 0.9))
-        assert (rank,) == ranks.energy(conv, "encode", 0.9)
-        assert ranks.energy(conv, "tucker", 0.9) == (rank, *ranks.energy(conv, "decode", 0.9))
+        assert low[0] == ranks.evbmf(conv, "channel_svd")[0]
+        assert low[1] == ranks.evbmf(conv, "channel_svd")[0]
+        (rank,) = ranks.for_error(conv, "channel_svd", math.sqrt(1 - 0.9))
+        assert (rank,) == ranks.energy(conv, "channel_svd", 0.9)
+        assert ranks.energy(conv, "tucker", 0.9) == (rank, *ranks.energy(conv, "channel_svd", 0.9))
         half = ranks.for_ratio(conv, "tucker", params=0.5)
         assert parameters(conv, "tucker", half) <= 0.5 * conv.params

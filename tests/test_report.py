@@ -54,7 +54,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def small(net):
-    return compress.compress_model(net, macs=0.5, families=["spatial", "encode"])
+    return compress.compress_model(net, macs=0.5, families=["spatial_svd", "channel_svd"])
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_people_without_a_mouse_or_eyes_find_their_way(found):
 
 def test_the_page_says_what_is_and_what_is_not(found):
     text = "".join(Page(report.page(found)).text)
-    for said in ("white noise", "<all>", "0.8125", "was 0.9", "Realised", "spatial"):
+    for said in ("white noise", "<all>", "0.8125", "was 0.9", "Realised", "spatial_svd"):
         assert said in text
     bare = replace(
         found, scores=None, layers=tuple(replace(x, measured=None) for x in found.layers)
@@ -162,7 +162,7 @@ def test_names_are_text_and_nothing_else(found):
 
 
 def test_a_network_in_which_nothing_changed(net, found):
-    plan = compress.make_plan(net, macs=1.0, families=["encode"])
+    plan = compress.make_plan(net, macs=1.0, families=["channel_svd"])
     same = report.gather(net, compress.compress_model(net, plan), measured=False)
     assert same.total("macs")[0] == same.total("macs")[1]
     text = "".join(Page(report.page(same)).text)
@@ -207,7 +207,7 @@ def test_layers_of_every_kind_are_drawn(shape):
 
 
 def test_a_front_marks_the_choice_where_it_lies():
-    options = [Alternative("dense", (), 0.0, 100.0), Alternative("encode", (2,), 0.4, 10.0)]
+    options = [Alternative("dense", (), 0.0, 100.0), Alternative("channel_svd", (2,), 0.4, 10.0)]
     drawn = charts.front(options, 100.0, (0.4, 10.0))
     marks = re.findall(r'class="(\w+)" cx="(.*?)" cy="(.*?)"', drawn)
     assert marks[1][1:] == marks[2][1:]

@@ -29,9 +29,9 @@ def front(conv):
 
 def everything(conv, axis="macs"):
     """All candidates of all families: (cost on the axis, error)."""
-    for name, forms in applicable(conv).items():
-        for form in forms:
-            for p in FAMILIES[name].sweep(conv, form):
+    for name, variants in applicable(conv).items():
+        for variant in variants:
+            for p in FAMILIES[name].sweep(conv, variant):
                 yield getattr(lr.chain(p.stages).cost(SIZE), axis), p.error
 
 
@@ -78,22 +78,22 @@ def test_the_pick_by_budget_keeps_to_it(conv, axis, budget):
     f = lr.approximate(conv, SIZE, **{axis: budget})
     assert getattr(f.cost(SIZE), axis) <= budget * whole
     same = lr.approximate(conv, SIZE, **{axis: f"{budget * whole / 1e3}k"})
-    assert (same.family, same.form, same.rank) == (f.family, f.form, f.rank)
+    assert (same.family, same.variant, same.rank) == (f.family, f.variant, f.rank)
     for cost, error in everything(conv, axis):
         assert cost > budget * whole or error >= f.error(conv.to_dense()) - 1e-9
 
 
 def test_the_pick_by_rank_is_of_that_rank(conv):
-    f = lr.approximate(conv, SIZE, rank=5, families=["spatial", "encode"])
+    f = lr.approximate(conv, SIZE, rank=5, families=["spatial_svd", "channel_svd"])
     assert f.rank == (5,)
-    others = [lr.spatial(conv, 5), lr.spatial(conv, 5, "w-h"), lr.encode(conv, 5)]
+    others = [lr.spatial_svd(conv, 5), lr.spatial_svd(conv, 5, "w-h"), lr.channel_svd(conv, 5)]
     assert f.error(conv.to_dense()) == min(o.error(conv.to_dense()) for o in others)
     assert lr.approximate(conv, SIZE, rank=(4, 3), families=["tucker"]).rank == (4, 3)
 
 
 def test_a_rank_that_saves_nothing_is_refused(conv):
     with pytest.raises(ValueError, match="lower rank"):
-        lr.approximate(conv, SIZE, rank=48, families=["spatial"])
+        lr.approximate(conv, SIZE, rank=48, families=["spatial_svd"])
 
 
 def test_choose_takes_an_axis(conv):
@@ -105,8 +105,8 @@ def test_choose_takes_an_axis(conv):
 
 def test_progress_names_every_family(conv):
     seen = []
-    lr.frontier(conv, SIZE, ["spatial", "encode"], progress=seen.append)
-    assert seen == ["spatial", "encode"]
+    lr.frontier(conv, SIZE, ["spatial_svd", "channel_svd"], progress=seen.append)
+    assert seen == ["spatial_svd", "channel_svd"]
 
 
 def test_certificates_hold(conv):
@@ -120,7 +120,7 @@ def test_certificates_hold(conv):
     ):
         c = lr.certificate(conv, f)
         assert 0 < c.bound < c.error == f.error(conv.to_dense())
-    c = lr.certificate(conv, lr.spatial(conv, 7))
+    c = lr.certificate(conv, lr.spatial_svd(conv, 7))
     assert c.gap == pytest.approx(0, abs=1e-7)
     assert lr.certificate(conv, conv).error == 0
 
@@ -175,15 +175,15 @@ def test_spatial_and_depthwise_are_optimal_on_trained_layers(data):
                 "dw-pw": w.transpose(1, 0, 2, 3).reshape(i, o, h * k),
                 "pw-dw": w.reshape(o, i, h * k),
             }
-            for make, matrices in ((lr.spatial, by_axis), (lr.decouple, by_slice)):
-                for form, m in matrices.items():
-                    if form not in applicable(conv).get(make.__name__, ()):
+            for make, matrices in ((lr.spatial_svd, by_axis), (lr.network_decoupling, by_slice)):
+                for variant, m in matrices.items():
+                    if variant not in applicable(conv).get(make.__name__, ()):
                         continue
                     s = np.linalg.svd(m, compute_uv=False)
                     rank = max(1, s.shape[-1] // 3)
                     best = np.sqrt((s[:, rank:] ** 2).sum() / (s**2).sum())
-                    got = make(conv, rank, form).error(w)
-                    assert got == pytest.approx(best, abs=1e-5), (path.name, layer.name, form)
+                    got = make(conv, rank, variant).error(w)
+                    assert got == pytest.approx(best, abs=1e-5), (path.name, layer.name, variant)
     assert count > 40
 
 
@@ -198,12 +198,12 @@ def test_errors_of_trained_layers_are_those_that_others_computed(data):
                 continue
             count += 1
             known = applicable(conv)
-            for name, form, key in (
-                ("spatial", "h-w", "spatial_rank_err"),
-                ("decouple", "dw-pw", "dw_rank_err"),
+            for name, variant, key in (
+                ("spatial_svd", "h-w", "spatial_rank_err"),
+                ("network_decoupling", "dw-pw", "dw_rank_err"),
             ):
-                if form in known.get(name, ()):
-                    found = {p.rank[0]: p.error for p in FAMILIES[name].sweep(conv, form)}
+                if variant in known.get(name, ()):
+                    found = {p.rank[0]: p.error for p in FAMILIES[name].sweep(conv, variant)}
                     for rank, error in found.items():
                         # printed with five digits, fitted in float32
                         assert error == pytest.approx(entry[key][rank - 1], abs=2e-5)

@@ -207,9 +207,9 @@ def chain_shapes(row: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
         f"cp3 {c}": [(c, c, *one), (c, 1, *kernel), (c, c, *one)],
         f"spatial {h}": [(h, c, *first), (c, h, *others)],
         f"encode {h}": [(h, c, *kernel), (c, h, *one)],
-        "decouple dw-pw 1": [(c, 1, *kernel), (c, c, *one)],
-        "decouple dw-pw 3": [(3 * c, 1, *kernel), (c, 3 * c, *one)],
-        "decouple pw-dw 1": [(c, c, *one), (c, 1, *kernel)],
+        "network_decoupling dw-pw 1": [(c, 1, *kernel), (c, c, *one)],
+        "network_decoupling dw-pw 3": [(3 * c, 1, *kernel), (c, 3 * c, *one)],
+        "network_decoupling pw-dw 1": [(c, c, *one), (c, 1, *kernel)],
         f"tensor train {','.join(map(str, ranks))}": [*train, (c, ranks[-1], *one)],
     }
 
@@ -217,8 +217,8 @@ def chain_shapes(row: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
 def chain_rows(threads: int, quick: bool) -> Iterator[Case]:
     for row in layers():
         c, kernel, size = row["channels"], row["kernel"], row["size"]
-        *form, rank = row["kronecker"].split()
-        names = [*chain_shapes(row), f"kronecker {' '.join(form)} {rank}"]
+        *variant, rank = row["kronecker"].split()
+        names = [*chain_shapes(row), f"kronecker {' '.join(variant)} {rank}"]
         for n in row["batches"][:1] if quick else row["batches"]:
             for family in names:
 
@@ -233,8 +233,8 @@ def chain_work(row: dict[str, Any], n: int, family: str, threads: int) -> Work:
     c, kernel, size = row["channels"], row["kernel"], row["size"]
     whole = lr.dense(weight(c, c, *kernel), padding=[k // 2 for k in kernel])
     if family.startswith("kronecker"):
-        *form, rank = row["kronecker"].split()
-        f = lr.kronecker(whole, int(rank), " ".join(form))
+        *variant, rank = row["kronecker"].split()
+        f = lr.kronecker(whole, int(rank), " ".join(variant))
     else:
         stages, channels = [], c
         for shape in chain_shapes(row)[family]:
@@ -372,7 +372,7 @@ def scaling_rows(threads: int, quick: bool) -> Iterator[Case]:
 
 def call_rows(threads: int, quick: bool) -> Iterator[Case]:
     def make() -> Work:
-        f = lr.spatial(lr.dense(weight(4, 4, 3, 3), padding=1), 2)
+        f = lr.spatial_svd(lr.dense(weight(4, 4, 3, 3), padding=1), 2)
         x = random(1, 4, 4, 4)
         run = f.compile((4, 4), np.float32, threads=threads)
         out = run(x)

@@ -20,7 +20,7 @@ with open(Path(__file__).with_name("layers.csv"), newline="") as file:
     }
 
 FAMILIES = [
-    "encode", "decode", "spatial", "basis", "decouple", "kronecker", "cp", "cp3", "jaderberg",
+    "channel_svd", "channel_svd", "spatial_svd", "filter_basis", "network_decoupling", "kronecker", "cp", "cp3", "jaderberg",
     "tucker", "tucker_full", "tucker_cp", "tensor_train",
 ]  # fmt: skip
 
@@ -142,7 +142,7 @@ def ours(name):
 
 
 WORK = {
-    "spatial 64x64x3x3, rank 16": fit("spatial", 16),
+    "spatial 64x64x3x3, rank 16": fit("spatial_svd", 16),
     "kronecker 64x64x3x3, 4 terms": fit("kronecker", 4, "8x8x1x1 first"),
     "tucker 64x64x3x3, ranks 16": fit("tucker", (16, 16)),
     "tensor_train 64x64x3x3, ranks 16,32,16": fit("tensor_train", (16, 32, 16)),

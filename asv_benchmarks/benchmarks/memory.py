@@ -71,7 +71,7 @@ TRACKED = {
     **{f"workspace of {family}, bytes": lambda f=family: workspace(f) for family in FAMILIES},
     "arrays of a run, bytes": lambda: of_run(FAMILIES[0]),
     "arrays of a filter by transforms, bytes": of_filter,
-    "arrays of spatial, 256 channels, bytes": lambda: of_fit("spatial", 64),
+    "arrays of spatial, 256 channels, bytes": lambda: of_fit("spatial_svd", 64),
     "arrays of tucker, 256 channels, bytes": lambda: of_fit("tucker", (64, 64)),
 }
 

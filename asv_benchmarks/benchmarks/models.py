@@ -7,7 +7,11 @@ import numpy as np
 from . import measure
 
 SHARES = (1 / 2, 1 / 4)
-FAMILIES = ["encode", "decode", "spatial"]  # quick to fit; what a whole choice takes is in Whole
+FAMILIES = [
+    "channel_svd",
+    "channel_svd",
+    "spatial_svd",
+]  # quick to fit; what a whole choice takes is in Whole
 
 
 @cache

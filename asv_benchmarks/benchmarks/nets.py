@@ -270,7 +270,7 @@ KERAS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 def _pairs(weight: str, bias: str, keys: Iterable[object]) -> tuple[str, ...]:
-    return tuple(form.format(k) for k in keys for form in (weight, bias))
+    return tuple(variant.format(k) for k in keys for variant in (weight, bias))
 
 
 def _style_names() -> Iterator[str]:

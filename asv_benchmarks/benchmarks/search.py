@@ -3,7 +3,13 @@
 from . import measure
 from .decompositions import SMALL, dense, size
 
-FAMILIES = ["encode", "decode", "spatial", "basis", "decouple"]  # those that an SVD fits
+FAMILIES = [
+    "channel_svd",
+    "channel_svd",
+    "spatial_svd",
+    "filter_basis",
+    "network_decoupling",
+]  # those that an SVD fits
 
 
 def frontier(axis):
@@ -42,7 +48,7 @@ def certificate():
     import lowrank as lr
 
     conv = dense(SMALL)
-    f = lr.spatial(conv, 16)
+    f = lr.spatial_svd(conv, 16)
     return lambda: lr.certificate(conv, f)
 
 
@@ -58,14 +64,14 @@ def compiling():
 
     import lowrank as lr
 
-    f = lr.spatial(dense(SMALL), 16)
+    f = lr.spatial_svd(dense(SMALL), 16)
     return lambda: f.compile((64, 56, 56), np.float32, threads=1)
 
 
 def predicting():
     import lowrank as lr
 
-    f = lr.spatial(dense(SMALL), 16)
+    f = lr.spatial_svd(dense(SMALL), 16)
     return lambda: lr.machine.predict(f, (56, 56))
 
 

@@ -39,8 +39,8 @@ def calls(case: Any, small: Any, x: Any, threads: int) -> dict[str, Callable[[],
             other = copy.deepcopy(folded).to(memory_format=torch.channels_last)
             given = x.contiguous(memory_format=torch.channels_last)
             found[f"torch {name} channels_last"] = lambda m=other, x=given: m(x)
-        engine = on_engine(model, threads=threads)
-        found[f"engine {name}"] = lambda m=engine: m(x)
+        runtime = on_engine(model, threads=threads)
+        found[f"engine {name}"] = lambda m=runtime: m(x)
     return found
 
 

@@ -36,7 +36,7 @@ print(conv, shape)
 # ``error``
 #     :math:`\|W - \hat W\| / \|W\|`, in Frobenius norms; measured, not estimated.
 # ``bound``
-#     No chain of that family, form and rank has less, whoever fits it and however long.
+#     No chain of that family, variant and rank has less, whoever fits it and however long.
 # ``gap``
 #     The difference: what better fitting could still gain, at the most.  0 for families that are
 #     one singular value decomposition, since those are optimal.
@@ -87,7 +87,7 @@ plt.show()
 # (``l2``), of its largest sample (``linf``), and on average (``rms``).  Grey levels are for images,
 # further down.
 
-f = chains["spatial"]
+f = chains["spatial_svd"]
 size = (32, 32)  # of the layer's input: convolutions take any
 bound = lowrank.output_bound(conv, f, size)
 print(bound)
@@ -174,7 +174,7 @@ print(f"any size   {lowrank.resolution_free(rest)}")
 
 kernel = filters.disk(9.5)
 blur = lowrank.dense(kernel[None, None], padding=9, padding_mode="symmetric")
-three = lowrank.spatial(blur, rank=3)
+three = lowrank.spatial_svd(blur, rank=3)
 size = (256, 256)
 bound = lowrank.output_bound(blur, three, size)
 print(f"error {three.error(blur.to_dense()):.3f}, at most {bound.grey:.1f} grey levels")

@@ -70,7 +70,7 @@ print(by_seconds)
 # %%
 # ``faster`` is what the time model promises; ``realised`` is how much of the saving in
 # multiply-adds that is: 100 % where half of them take half the time.  Chains with depthwise
-# stages (the CP families, ``decouple``) realise less than those of two dense stages.
+# stages (the CP families, ``network_decoupling``) realise less than those of two dense stages.
 #
 # Which candidates are on one front only?
 
@@ -144,7 +144,7 @@ figures.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14",
 # timed: the fastest of a hundred runs.
 
 chains = {"dense": conv}
-for family in ("spatial", "tucker", "cp3", "decouple"):
+for family in ("spatial_svd", "tucker", "cp3", "network_decoupling"):
     front = lowrank.frontier(conv, shape, [family], axis="macs", threads=threads)
     chains[family] = front.affordable(front.dense.cost.macs / 3).build()
 x = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
@@ -176,6 +176,6 @@ print("\n".join(tables.columns(rows)))
 #
 # * Calibrate once on the machine that is going to run the network, when it has nothing else to do.
 # * Leave ``axis`` alone if speed is the aim.  Give ``batch`` and ``threads`` as they will be: both
-#   change what is fastest.  ``engine="torch"`` predicts for PyTorch, where it has been calibrated.
+#   change what is fastest.  ``runtime="torch"`` predicts for PyTorch, where it has been calibrated.
 # * Use ``axis="macs"`` for tables that others are to compare with, ``"params"`` for memory.
 # * Look at ``realised`` before believing a saving in multiply-adds.

@@ -183,7 +183,7 @@ for index, sigma in ((1, scales[0]), (3, scales[1])):
 rng = np.random.default_rng(0)
 weight = rng.standard_normal((8, 1, 3, 3, 3)).astype(np.float32)
 conv = lowrank.dense(weight, stride=2, padding=1, padding_mode="replicate")
-layer = lowrank.spatial(conv, rank=2)
+layer = lowrank.spatial_svd(conv, rank=2)
 lazy = layer(volume[None, None])
 print(lazy)
 print("equal, bit for bit:", np.array_equal(lazy.compute(), layer(whole[None, None])))

@@ -34,7 +34,7 @@ NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 # tenth of a second and more) for the sending not to matter.
 
 layers = {layer.name: layer for layer in weights.layers(NET) if layer.name != "conv1"}
-families = ("spatial", "encode", "tucker", "tensor_train", "cp")
+families = ("spatial_svd", "channel_svd", "tucker", "tensor_train", "cp")
 
 tasks = [
     joblib.delayed(lowrank.frontier)(layer.conv, layer.input_size, (family,), axis="macs")

@@ -17,12 +17,12 @@ from lowrank.core.geometry import Geometry
 from lowrank.core.tables import columns
 from lowrank.factorization import Factorization, as_input
 from lowrank.families import FAMILIES
-from lowrank.families.family import kernel_of
+from lowrank.families.family import as_kernel
 
 CHUNK = 2**22  # numbers of patches held at a time: 32 MB
 
 #: Families whose chains are sums of outer products.
-SUMS = ("cp", "cp3", "jaderberg", "filter", "tucker_cp")
+SUMS = ("cp", "cp3", "jaderberg", "separable_sum", "tucker_cp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +255,12 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     >>> 0 < c.bound < c.error < 1
     True
     """
-    kernel_of(conv)
+    as_kernel(conv)
     conv, f = conv.to("cpu"), f.to("cpu")
     error = f.error(conv.to_dense())
     if f.family != "dense" and f.family not in FAMILIES:
         raise ValueError(f"no family bounds the error of {f!r}")
-    bound = 0.0 if f.family == "dense" else FAMILIES[f.family].bound(conv, f.rank, f.form)
+    bound = 0.0 if f.family == "dense" else FAMILIES[f.family].bound(conv, f.rank, f.variant)
     # Every stage divided by its largest weight, and the kernel by all of them: nothing overflows.
     scales = [chain_algebra.magnitude(s.weight) or 1.0 for s in f.stages]
     stages = [replace(s, weight=s.weight.astype(np.float64) / k) for s, k in zip(f.stages, scales)]
@@ -372,7 +372,7 @@ def rounding(f: Factorization, dtype: Any) -> Rounding:
     >>> import lowrank
     >>> from lowrank.certify import rounding
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)))
-    >>> r = rounding(lowrank.spatial(conv, 4), "bfloat16")
+    >>> r = rounding(lowrank.spatial_svd(conv, 4), "bfloat16")
     >>> 2**-12 < r.weights < r.output < 2**-8 < r.worst
     True
     """
@@ -470,14 +470,14 @@ def output_bound(
     >>> import lowrank
     >>> from lowrank.certify import output_bound
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)), padding=1)
-    >>> f = lowrank.spatial(conv, rank=6)
+    >>> f = lowrank.spatial_svd(conv, rank=6)
     >>> bound = output_bound(conv, f, (32, 32))
     >>> bool(np.isclose(bound.rms_relative, f.error(conv.to_dense())))
     True
     >>> bound.rms_relative < bound.relative
     True
     """
-    kernel_of(conv)
+    as_kernel(conv)
     _check_alike(conv, f, input_shape)
     if not 0 < levels < math.inf:
         raise ValueError(f"levels must be above 0, got {levels!r}")
@@ -604,7 +604,7 @@ def second_moment(conv: Factorization, x: Array) -> Array:
     array([[[2.5, 4. ],
             [4. , 6.5]]])
     """
-    kernel_of(conv)
+    as_kernel(conv)
     if conv.transposed:
         raise ValueError(f"conv must be a plain convolution, not a transposed one, got {conv!r}")
     x = as_input(conv, x)

@@ -10,10 +10,10 @@ from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
 
 @app.command()
 def calibrate(
-    engine: Annotated[
+    runtime: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Measure only this, of {', '.join(perfmodel.ENGINES)}; may be repeated."
+            help=f"Measure only this, of {', '.join(perfmodel.RUNTIMES)}; may be repeated."
         ),
     ] = None,
     device: Annotated[
@@ -28,24 +28,26 @@ def calibrate(
 
     Run it when the machine has nothing else to do.  The result is kept in the cache folder.
     """
-    if engine and set(engine) - set(perfmodel.ENGINES):
-        raise ValueError(f"--engine must be one of {', '.join(perfmodel.ENGINES)}, got {engine}")
+    if runtime and set(runtime) - set(perfmodel.RUNTIMES):
+        raise ValueError(f"--runtime must be one of {', '.join(perfmodel.RUNTIMES)}, got {runtime}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda":
+        from lowrank import engine
+
         engine.check_gpu()
-        engine = [*(engine or []), "cuda"]
+        runtime = [*(runtime or []), "cuda"]
     if show:
         here = perfmodel.current()
     else:
         with share_bars() as step:
-            here = perfmodel.calibrate(step, engine)
+            here = perfmodel.calibrate(step, runtime)
     if as_json:
         print(here.to_json())
         return
     print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
     rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.rates.items()]
-    print_table(("engine", "median error", "90th percentile"), rows)
+    print_table(("runtime", "median error", "90th percentile"), rows)
     print("Errors of predicted seconds, on work that was left out of the fit.")
     if here.calibrated:
         print(f"kept in {perfmodel.path()}")

@@ -130,7 +130,7 @@ def filter_image(
         "taps": list(taps.shape),
         "method": ways.choice.method,
         "family": chain.family,
-        "form": chain.form,
+        "variant": chain.variant,
         "rank": None if chain.family == "dense" else chain.rank[0],
         "kernel_rank": None if spectrum is None else int((spectrum > 1e-6 * spectrum[0]).sum()),
         "error": chain.error(correlated[None, None]),

@@ -83,9 +83,9 @@ def inspect(
 
 #: Columns of `inspect`, and the families behind each.
 _SEPARABLE = {
-    "spatial": ("spatial",),
-    "depthwise": ("decouple",),
-    "channel": ("encode", "decode"),
+    "spatial_svd": ("spatial_svd",),
+    "depthwise": ("network_decoupling",),
+    "channel": ("channel_svd", "channel_svd"),
 }
 
 
@@ -176,7 +176,7 @@ def approximate(
     ] = None,
     batch: Annotated[int, typer.Option(help="Examples at a time, for seconds.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads, for seconds.")] = None,
-    engine: Annotated[
+    runtime: Annotated[
         str, typer.Option(help="What is to run it: lowrank, torch or 'torch channels-last'.")
     ] = "lowrank",
     stride: Annotated[str | None, typer.Option(help="As 2 or 2,1.")] = None,
@@ -239,7 +239,7 @@ def approximate(
         raise ValueError(
             "--save needs a pick: give --max-error, --rank, --seconds, --macs or --params"
         )
-    timed: dict[str, Any] = {"batch": batch, "threads": threads, "engine": engine}
+    timed: dict[str, Any] = {"batch": batch, "threads": threads, "runtime": runtime}
     names = None if families is None else [f.strip() for f in families.split(",") if f.strip()]
     if names is not None and not names:
         raise ValueError(f"--families must name some of {', '.join(FAMILIES)}")

@@ -77,11 +77,11 @@ def spend(options: Mapping[str, Sequence[Option]], limits: Mapping[str, float]) 
     --------
     >>> from lowrank.compress import Option, spend
     >>> dense = Option("dense", "", (), 0.0, 0.0, {"macs": 10.0}, ())
-    >>> thin = Option("encode", "", (1,), 0.3, 0.5, {"macs": 4.0}, ())
-    >>> thinner = Option("encode", "", (1,), 0.1, 0.3, {"macs": 6.0}, ())
+    >>> thin = Option("channel_svd", "", (1,), 0.3, 0.5, {"macs": 4.0}, ())
+    >>> thinner = Option("channel_svd", "", (1,), 0.1, 0.3, {"macs": 6.0}, ())
     >>> found = spend({"a": [dense, thin], "b": [dense, thinner]}, {"macs": 16.0})
     >>> [o.family for o in found.options.values()], found.loss, found.gap
-    (['dense', 'encode'], 0.1, 0.0)
+    (['dense', 'channel_svd'], 0.1, 0.0)
     """
     axes = list(limits)
     kept = {name: _undominated(some, axes) for name, some in options.items()}

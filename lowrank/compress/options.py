@@ -1,4 +1,4 @@
-"""What each layer could become: families, forms and ranks, with their error in the metric."""
+"""What each layer could become: families, variants and ranks, with their error in the metric."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from lowrank._typing import Ints
 from lowrank.compress.model import Layer
 from lowrank.core.cost import chain_cost
 from lowrank.core.stage import Stage
-from lowrank.families import FAMILIES, NotApplicable, Point
+from lowrank.families import FAMILIES, NotApplicable, SweepPoint
 from lowrank.families.weighted import Prepared, Weighted
 from lowrank.metric import Metric
 
 #: Families that are tried unless others are named: those that sweeps make quickly.
-QUICK = ("encode", "decode", "spatial", "basis", "decouple", "tucker", "tensor_train")
+QUICK = (
+    "channel_svd",
+    "channel_svd",
+    "spatial_svd",
+    "filter_basis",
+    "network_decoupling",
+    "tucker",
+    "tensor_train",
+)
 #: What a budget can be in.
 AXES = ("macs", "params", "seconds", "bytes")
 POINTS = 16  # of a form, that are looked at more closely
@@ -35,7 +43,7 @@ class Option:
 
     Attributes
     ----------
-    family, form, rank : str, str, tuple of int
+    family, variant, rank : str, str, tuple of int
         What it is; ``"dense"`` for the layer as it came.
     loss : float
         What it does to the network, in the units of the whole plan; see :func:`options`.
@@ -49,7 +57,7 @@ class Option:
     """
 
     family: str
-    form: str
+    variant: str
     rank: Ints
     loss: float
     error: float
@@ -58,8 +66,8 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Family and form."""
-        return " ".join(filter(None, (self.family, self.form)))
+        """Family and variant."""
+        return " ".join(filter(None, (self.family, self.variant)))
 
 
 def options(
@@ -110,7 +118,7 @@ def options(
     >>> from lowrank.metric import white
     >>> from lowrank.compress import Layer, options
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 8, 3, 3)))
-    >>> found = options(Layer("conv", conv, (16, 16)), white(1, (8, 3, 3)), ["spatial"])
+    >>> found = options(Layer("conv", conv, (16, 16)), white(1, (8, 3, 3)), ["spatial_svd"])
     >>> found[0].name, found[0].loss, found[-1].costs["macs"] < found[0].costs["macs"]
     ('dense', 0.0, True)
     """
@@ -128,15 +136,15 @@ def options(
         }
 
     dense = Option("dense", "", (), 0.0, 0.0, costs(conv.stages), conv.stages)
-    found: list[tuple[Weighted, Point, dict[str, float]]] = []
+    found: list[tuple[Weighted, SweepPoint, dict[str, float]]] = []
     first = next((a for a in axes if a != "seconds"), "macs")
     for name in families:
         try:
-            forms = FAMILIES[name].forms(conv)
+            variants = FAMILIES[name].variants(conv)
         except NotApplicable:
             continue
-        for form in forms:
-            weighted = Weighted(conv, metric, name, form)
+        for variant in variants:
+            weighted = Weighted(conv, metric, name, variant)
             points = [(weighted, p, costs(p.stages)) for p in weighted.points()]
             points = [p for p in points if p[2][first] < dense.costs[first]]
             found += _thinned(_front(points, [first]), first, POINTS)
@@ -154,21 +162,27 @@ def options(
     shared: dict[str, Prepared] = {}
     for weighted, point, price in found:
         start = point.build()
-        form = f"{weighted.family} {weighted.form}"
-        if form not in shared:
-            shared = {form: weighted.prepared(start)}  # of one form at a time: they are large
+        variant = f"{weighted.family} {weighted.variant}"
+        if variant not in shared:
+            shared = {variant: weighted.prepared(start)}  # of one form at a time: they are large
         stages, error = weighted.refined(
-            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[form]
+            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[variant]
         )
         fitted.append(
             Option(
-                weighted.family, weighted.form, point.rank, scale * error**2, error, price, stages
+                weighted.family,
+                weighted.variant,
+                point.rank,
+                scale * error**2,
+                error,
+                price,
+                stages,
             )
         )
     return fitted
 
 
-Found = tuple[Weighted, Point, dict[str, float]]
+Found = tuple[Weighted, SweepPoint, dict[str, float]]
 
 
 def _front(found: Sequence[Found], axes: Sequence[str], slack: float = 1.0) -> list[Found]:
@@ -206,7 +220,7 @@ def _thinned(found: Sequence[Found], axis: str, most: int) -> list[Found]:
 
 
 def timing(
-    layer: Layer, batch: int = 1, threads: int | None = None, engine: str = "lowrank"
+    layer: Layer, batch: int = 1, threads: int | None = None, runtime: str = "lowrank"
 ) -> Callable[[Sequence[Stage]], float]:
     """Predicted seconds of stages in the place of a layer, an example.
 
@@ -218,7 +232,7 @@ def timing(
         Examples at a time.
     threads : int, optional
         All that OpenMP offers if not given.
-    engine : str
+    runtime : str
         As for :func:`lowrank.perfmodel.predict`.
 
     Returns
@@ -239,7 +253,7 @@ def timing(
     shape = layer.conv.shape(layer.input_size)
 
     def timed(stages: Sequence[Stage]) -> float:
-        return here.of_stages(stages, shape, batch, threads, engine).seconds / batch
+        return here.of_stages(stages, shape, batch, threads, runtime).seconds / batch
 
     return partial(timed)
 

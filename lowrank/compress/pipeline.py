@@ -22,7 +22,7 @@ from lowrank.compress.model import Layer, Net
 from lowrank.compress.optimise import spend
 from lowrank.compress.options import QUICK, Option, options, timing
 from lowrank.compress.plan import Alternative, Entry, Plan
-from lowrank.compress.statistics import Measured, Progress, blank
+from lowrank.compress.statistics import Measured, Progress, white_metric
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.families.weighted import Weighted
@@ -81,12 +81,12 @@ def make_plan(
     gradients: bool = True,
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
     seed: int = 0,
     measured: Measured | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Choose a family, form and rank for every layer of a network within a budget.
+    """Choose a family, variant and rank for every layer of a network within a budget.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ def make_plan(
     gradients : bool
         Whether errors count by what they do to the network's outputs, where it can be
         differentiated; else each layer's relative error counts alike.
-    batch, threads, engine : int, int, str
+    batch, threads, runtime : int, int, str
         That seconds are predicted for; see :func:`lowrank.perfmodel.predict`.
     seed : int
         For every random choice.
@@ -163,9 +163,9 @@ def make_plan(
     metrics, absolute = measured.of(free, progress)
 
     def tried(layer: Layer) -> list[Option]:
-        clock = timing(layer, batch, threads, engine) if timed else None
+        clock = timing(layer, batch, threads, runtime) if timed else None
         fixed = layer.name not in metrics
-        metric = blank(layer) if fixed else metrics[layer.name]
+        metric = white_metric(layer) if fixed else metrics[layer.name]
         some = options(
             layer, metric, () if fixed else names, absolute=absolute, biased=bool(net.batches),
             axes=list(asked), timed=clock,
@@ -197,10 +197,10 @@ def make_plan(
     entries = {}
     for name, some in found.items():
         o = choice.options[name]
-        entries[name] = Entry(o.family, o.form, o.rank, o.error, o.loss, o.costs, some[0].costs)
+        entries[name] = Entry(o.family, o.variant, o.rank, o.error, o.loss, o.costs, some[0].costs)
     about = {
         "families": list(names), "seed": measured.seed, "gradients": absolute, "batch": batch,
-        "threads": threads, "engine": engine, "calibrated": bool(net.batches),
+        "threads": threads, "runtime": runtime, "calibrated": bool(net.batches),
         "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
         "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
     }  # fmt: skip
@@ -316,8 +316,8 @@ def compress_model(
                     net, [name], others, originals=originals, seed=measured.seed
                 )
                 metric = seen[name].metric().with_outputs(outputs)
-        f = reconstruct.fitted(layer, option, metric or blank(layer), sweeps=sweeps)
-        error = reconstruct.output_error(layer, f, metric or blank(layer))
+        f = reconstruct.fitted(layer, option, metric or white_metric(layer), sweeps=sweeps)
+        error = reconstruct.output_error(layer, f, metric or white_metric(layer))
         chains[name] = f
         rows.append(Reconstructed(name, error))
         if store is not None:
@@ -340,7 +340,7 @@ def _counted(plan: Plan, layers: Mapping[str, Layer], chains: Mapping[str, Facto
             "bytes": float(cost.params * f.dtype.itemsize),
         }
         if entry.family == "dense":
-            entry = replace(entry, form="", rank=(), error=0.0, loss=0.0)
+            entry = replace(entry, variant="", rank=(), error=0.0, loss=0.0)
         entries[name] = replace(entry, costs=entry.costs | counted)
     return replace(plan, layers=entries)
 
@@ -353,10 +353,10 @@ def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
     else:
         if entry.family not in FAMILIES:
             raise ValueError(f"the plan asks for the unknown family {entry.family!r}")
-        weighted = Weighted(conv, metric or blank(layer), entry.family, entry.form)
+        weighted = Weighted(conv, metric or white_metric(layer), entry.family, entry.variant)
         stages = weighted.at(entry.rank)
     return Option(
-        entry.family, entry.form, entry.rank, entry.loss, entry.error, entry.costs, stages
+        entry.family, entry.variant, entry.rank, entry.loss, entry.error, entry.costs, stages
     )
 
 

@@ -22,7 +22,7 @@ class Alternative(NamedTuple):
     Attributes
     ----------
     name : str
-        Family and form.
+        Family and variant.
     rank : tuple of int
     error : float
         Relative, in the layer's metric.
@@ -42,7 +42,7 @@ class Entry:
 
     Attributes
     ----------
-    family, form, rank : str, str, tuple of int
+    family, variant, rank : str, str, tuple of int
         ``"dense"`` for a layer that stays.
     error : float
         Relative, in the layer's metric.
@@ -54,7 +54,7 @@ class Entry:
     """
 
     family: str
-    form: str
+    variant: str
     rank: Ints
     error: float
     loss: float
@@ -63,8 +63,8 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Family and form."""
-        return " ".join(filter(None, (self.family, self.form)))
+        """Family and variant."""
+        return " ".join(filter(None, (self.family, self.variant)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +250,7 @@ class Plan:
                 raise ValueError(f"a plan of version {read['version']}, not {VERSION}")
             layers = {
                 str(name): Entry(
-                    str(e["family"]), str(e["form"]), tuple(_whole(r) for r in e["rank"]),
+                    str(e["family"]), str(e["variant"]), tuple(_whole(r) for r in e["rank"]),
                     float(e["error"]), float(e["loss"]), _numbers(e["costs"]), _numbers(e["dense"]),
                 )
                 for name, e in read["layers"].items()

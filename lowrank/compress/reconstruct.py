@@ -183,11 +183,11 @@ def fitted(
             weight = np.ascontiguousarray(weight).reshape(conv.stages[0].weight.shape)
             stages = (replace(conv.stages[0], weight=weight.astype(conv.dtype)),)
     else:
-        weighted = Weighted(conv, metric, option.family, option.form)
+        weighted = Weighted(conv, metric, option.family, option.variant)
         # Single precision takes half the time, and is not what limits a fit of such an error.
         stages, error = weighted.refined(option.stages, sweeps, dtype=np.float32)
         stages, _ = weighted.refined(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
-    f = replace(conv, stages=stages, family=option.family, form=option.form, rank=option.rank)
+    f = replace(conv, stages=stages, family=option.family, variant=option.variant, rank=option.rank)
     if bias and metric.shift is not None and metric.reference is not None:
         f = replace(f, bias=corrected_bias(conv, f, metric))
     return f

@@ -70,7 +70,7 @@ class Measured:
             If a layer gets or gives what is not finite.
         """
         if not self.net.batches:
-            return {x.name: blank(x) for x in layers}, False
+            return {x.name: white_metric(x) for x in layers}, False
         missing = [x for x in layers if x.name not in self._found]
         done = 0
         for part in _parts(missing):
@@ -97,7 +97,7 @@ class Measured:
         return found, absolute
 
 
-def blank(layer: Layer) -> Metric:
+def white_metric(layer: Layer) -> Metric:
     """Nothing is known of the inputs; of the outputs, the gain of a batch norm.
 
     Parameters
@@ -113,8 +113,8 @@ def blank(layer: Layer) -> Metric:
     >>> import numpy as np
     >>> import lowrank
     >>> from lowrank.compress import Layer
-    >>> from lowrank.compress.statistics import blank
-    >>> blank(Layer("conv", lowrank.dense(np.ones((8, 4, 3, 3))), (16, 16))).channels.shape
+    >>> from lowrank.compress.statistics import white_metric
+    >>> white_metric(Layer("conv", lowrank.dense(np.ones((8, 4, 3, 3))), (16, 16))).channels.shape
     (1, 4, 4)
     """
     weight, conv = layer.conv.stages[0].weight, layer.conv

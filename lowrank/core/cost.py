@@ -59,7 +59,7 @@ class Cost:
         >>> import numpy as np
         >>> import lowrank
         >>> conv = lowrank.dense(np.ones((64, 64, 3, 3)))
-        >>> f = lowrank.encode(conv, rank=16)
+        >>> f = lowrank.channel_svd(conv, rank=16)
         >>> round(f.cost((56, 56)).share_of(conv.cost((56, 56))), 3)
         0.278
         """

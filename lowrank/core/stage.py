@@ -221,12 +221,12 @@ class Stage:
         return replace(self, transposed=not self.transposed)
 
 
-def blank(shape: Ints) -> Array:
+def abstract_weight(shape: Ints) -> Array:
     """A weight of this shape that takes no memory, for stages that are priced but not run."""
     return np.broadcast_to(np.float32(np.nan), shape)
 
 
-def is_blank(weight: Array) -> bool:
+def is_abstract(weight: Array) -> bool:
     """Whether a weight came from :func:`blank`."""
     return not any(weight.strides)
 

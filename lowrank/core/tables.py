@@ -64,10 +64,10 @@ def title(front: Frontier, shown: int) -> str:
     channels = front.input_shape[0]
     batch = f", batch {front.batch}" if front.batch > 1 else ""
     threads = f", threads: {front.threads}" if front.threads else ""
-    engine = f", run by {front.engine}" if front.engine != "lowrank" else ""
+    runtime = f", run by {front.runtime}" if front.runtime != "lowrank" else ""
     return (
         f"{len(front)} candidates{part}, by {front.axis}, input of {channels} channels x "
-        f"{spatial}{batch}{threads}{engine}"
+        f"{spatial}{batch}{threads}{runtime}"
     )
 
 

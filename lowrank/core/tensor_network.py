@@ -38,7 +38,7 @@ class Network(NamedTuple):
     >>> import numpy as np
     >>> import lowrank
     >>> from lowrank.core.tensor_network import network
-    >>> f = lowrank.spatial(lowrank.dense(np.ones((8, 4, 3, 3))), rank=2)
+    >>> f = lowrank.spatial_svd(lowrank.dense(np.ones((8, 4, 3, 3))), rank=2)
     >>> n = network(f.stages)
     >>> n.stages, n.rows, n.columns, n.space
     (('bac', 'dbe'), 'd', 'a', ('c', 'e'))

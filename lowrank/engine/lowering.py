@@ -28,7 +28,7 @@ from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints, trailing
 from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
-from lowrank.core.stage import Epilogue, Stage, is_blank
+from lowrank.core.stage import Epilogue, Stage, is_abstract
 from lowrank.engine import tiling
 
 AXES = 3  # spatial axes of the engine
@@ -92,7 +92,7 @@ def _parts(
         at = chain_shapes([stage for stage, _ in links], at)[-1]
         if len(parts) < len(cut):
             for stage, epilogue in links:
-                if is_blank(stage.weight):  # what it makes of a border has no price
+                if is_abstract(stage.weight):  # what it makes of a border has no price
                     outside = np.zeros(stage.out_channels, dtype)
                 else:
                     outside = reference.ended(reference.still(stage, outside), epilogue)

@@ -7,9 +7,9 @@ from lowrank.families import cp as _cp
 from lowrank.families import svd as _svd
 from lowrank.families import tensor_train as _tt
 from lowrank.families import tucker as _tucker
-from lowrank.families.family import Family, NotApplicable, Point
+from lowrank.families.family import Family, NotApplicable, SweepPoint
 
-__all__ = ["FAMILIES", "Family", "NotApplicable", "Point", "applicable"]
+__all__ = ["FAMILIES", "Family", "NotApplicable", "SweepPoint", "applicable"]
 
 #: Every family by name, in the order in which tables show them.
 FAMILIES: dict[str, Family] = {
@@ -44,12 +44,12 @@ def applicable(conv: Factorization) -> dict[str, tuple[str, ...]]:
     >>> import lowrank
     >>> from lowrank.families import applicable
     >>> applicable(lowrank.dense(np.ones((8, 1, 3, 3)), groups=8))
-    {'spatial': ('h-w', 'w-h')}
+    {'spatial_svd': ('h-w', 'w-h')}
     """
     found = {}
     for name, family in FAMILIES.items():
         try:
-            found[name] = family.forms(conv)
+            found[name] = family.variants(conv)
         except NotApplicable:
             continue
     return found

@@ -21,19 +21,19 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.core.stage import Stage, blank
+from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import als
 from lowrank.families.family import (
     Family,
     Kernel,
     NotApplicable,
-    Point,
-    checked_form,
+    SweepPoint,
+    as_kernel,
     checked_rank,
+    checked_variant,
     index,
-    kernel_of,
-    located,
+    on_weight_device,
     oriented,
 )
 
@@ -46,7 +46,7 @@ class ConvergenceWarning(UserWarning):
     """Alternating least squares ended while its error was still falling.
 
     Given by :func:`lowrank.cp`, :func:`lowrank.cp3`, :func:`lowrank.jaderberg` and
-    :func:`lowrank.filter` where the last sweep still took more than 0.01 % off the error: more
+    :func:`lowrank.separable_sum` where the last sweep still took more than 0.01 % off the error: more
     sweeps find a better chain, or there is no best one and the terms of the sum grow for ever.
     """
 
@@ -98,7 +98,7 @@ def _jaderberg_modes(kernel: Kernel) -> Modes:
     return Modes(merged.reshape(-1, *merged.shape[2:]), "t", kernel.axes)
 
 
-def _filter_modes(kernel: Kernel) -> Modes:
+def _separable_sum_modes(kernel: Kernel) -> Modes:
     if len(kernel.axes) < 3 or kernel.ins > 1:
         raise NotApplicable(
             "filter needs one input channel a group and three axes with more than one tap "
@@ -122,7 +122,7 @@ MODES: dict[str, Callable[[Kernel], Modes]] = {
     "cp": _cp_modes,
     "cp3": _cp3_modes,
     "jaderberg": _jaderberg_modes,
-    "filter": _filter_modes,
+    "separable_sum": _separable_sum_modes,
 }
 
 
@@ -140,7 +140,7 @@ def _stages(
     one, still = (1,) * ndim, conv.geometry.only(())
 
     def weight(shape: Ints, make: Callable[[], Array]) -> Array:
-        return blank(shape) if factors is None else make().reshape(shape)
+        return abstract_weight(shape) if factors is None else make().reshape(shape)
 
     def taps(axes: str) -> Ints:
         return tuple(k if a in axes else 1 for a, k in zip(kernel.letters, kernel.tensor.shape[3:]))
@@ -172,8 +172,8 @@ def _stages(
     return oriented(conv, stages)
 
 
-def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
-    MODES[family](kernel_of(conv))
+def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
+    MODES[family](as_kernel(conv))
     return ("",)
 
 
@@ -183,9 +183,9 @@ def _largest(tensors: Array) -> int:
     return math.prod(sizes[:-1])
 
 
-def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """At most a dozen ranks, each started from the one before."""
-    kernel = kernel_of(conv)
+    kernel = as_kernel(conv)
     modes = MODES[family](kernel)
     tensors = modes.tensors
     bounds = als.bound(tensors)
@@ -195,7 +195,7 @@ def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
     for rank in als.ranks(min(max(most, 1), _largest(tensors))):
         fit = _climbed(tensors, rank, fit, Effort())
         bound = float(bounds[rank]) if rank < len(bounds) else 0.0
-        yield Point(
+        yield SweepPoint(
             (rank,),
             fit.error,
             min(bound, fit.error),
@@ -260,11 +260,11 @@ def _build(
     return _stages(conv, kernel, modes, rank, factors)
 
 
-@located
+@on_weight_device
 def _fit(
-    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+    family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
-    checked_form(form, ("",))
+    checked_variant(variant, ("",))
     return _fitted(family, conv, rank, None, Effort())[0]
 
 
@@ -276,7 +276,7 @@ def _fitted(
     effort: Effort,
 ) -> tuple[Factorization, als.Fit]:
     """The chain, and the fit that it was before it was corrected."""
-    kernel = kernel_of(conv)
+    kernel = as_kernel(conv)
     modes = MODES[family](kernel)
     ranks = checked_rank(rank, (_largest(modes.tensors),), "one number")
     fit = None
@@ -292,7 +292,7 @@ def _fitted(
     limit = _spared(fit) if max_error is None else max_error
     factors = als.corrected(modes.tensors, fit.factors, limit)
     stages = _stages(conv, kernel, modes, ranks[0], factors)
-    return replace(conv, stages=stages, family=family, form="", rank=ranks), fit
+    return replace(conv, stages=stages, family=family, variant="", rank=ranks), fit
 
 
 def _asked(
@@ -328,14 +328,14 @@ def _asked(
     return f
 
 
-def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
-    bounds = als.bound(MODES[family](kernel_of(conv)).tensors)
+def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
+    bounds = als.bound(MODES[family](as_kernel(conv)).tensors)
     return float(bounds[rank[0]]) if rank[0] < len(bounds) else 0.0
 
 
 FAMILIES = {
     name: Family(
-        partial(_forms, name),
+        partial(_variants, name),
         partial(_sweep, name),
         partial(_fit, name),
         partial(_bound, name),
@@ -564,7 +564,7 @@ def jaderberg(
     return _asked("jaderberg", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
 
 
-def filter(
+def separable_sum(
     conv: Factorization,
     rank: int,
     *,
@@ -594,7 +594,7 @@ def filter(
     Raises
     ------
     ValueError
-        As for :func:`lowrank.cp`.  For two axes use :func:`lowrank.spatial`, which is optimal.
+        As for :func:`lowrank.cp`.  For two axes use :func:`lowrank.spatial_svd`, which is optimal.
 
     Warns
     -----
@@ -604,7 +604,7 @@ def filter(
     Notes
     -----
     CP of the filter, by alternating least squares; for a spatial-spectral filter, one axis
-    against the other two, use :func:`lowrank.spatial` with form ``"d-hw"``.
+    against the other two, use :func:`lowrank.spatial_svd` with form ``"d-hw"``.
 
     References
     ----------
@@ -616,7 +616,7 @@ def filter(
     >>> import numpy as np
     >>> import lowrank
     >>> box = lowrank.dense(np.ones((1, 1, 3, 3, 3)) / 27, padding=1)
-    >>> [s.weight.shape for s in lowrank.filter(box, rank=1).stages]
+    >>> [s.weight.shape for s in lowrank.separable_sum(box, rank=1).stages]
     [(1, 1, 3, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3)]
     """
-    return _asked("filter", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
+    return _asked("separable_sum", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))

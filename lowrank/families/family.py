@@ -14,7 +14,7 @@ import numpy as np
 from lowrank import engine
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra
-from lowrank.core.stage import Stage, is_blank
+from lowrank.core.stage import Stage, is_abstract
 from lowrank.factorization import Factorization
 
 #: Names of the spatial axes, last ones first taken: 1-D has w, 2-D h and w.
@@ -25,7 +25,7 @@ class NotApplicable(ValueError):
     """A family has nothing to offer for this convolution; the message says why."""
 
 
-class Point(NamedTuple):
+class SweepPoint(NamedTuple):
     """One rank of a sweep: priced and certified, but without its weights.
 
     Attributes
@@ -36,7 +36,7 @@ class Point(NamedTuple):
         Relative Frobenius error of the weights that `build` gives, or, for a family that is not
         exact, of a start that `build` may improve on.
     bound : float
-        No chain of this family, form and rank can have a smaller error.
+        No chain of this family, variant and rank can have a smaller error.
     stages : tuple of Stage
         The chain with blank weights, for costs.
     build : callable
@@ -56,19 +56,19 @@ class Family(NamedTuple):
     Attributes
     ----------
     forms : callable
-        ``forms(conv)``: the variants that apply to a convolution; raises NotApplicable.
+        ``variants(conv)``: the variants that apply to a convolution; raises NotApplicable.
     sweep : callable
-        ``sweep(conv, form)``: yields a Point a rank, from one decomposition.
+        ``sweep(conv, variant)``: yields a Point a rank, from one decomposition.
     fit : callable
-        ``fit(conv, rank, form)``: the chain at one rank.
+        ``fit(conv, rank, variant)``: the chain at one rank.
     bound : callable
-        ``bound(conv, rank, form)``: no chain of that form and rank has a smaller error.
+        ``bound(conv, rank, variant)``: no chain of that form and rank has a smaller error.
     exact : bool
         Whether the sweep holds every rank, each with the smallest error possible.
     """
 
-    forms: Callable[[Factorization], tuple[str, ...]]
-    sweep: Callable[[Factorization, str], Iterator[Point]]
+    variants: Callable[[Factorization], tuple[str, ...]]
+    sweep: Callable[[Factorization, str], Iterator[SweepPoint]]
     fit: Callable[[Factorization, Ints, str], Factorization]
     bound: Callable[[Factorization, Ints, str], float]
     exact: bool
@@ -122,7 +122,7 @@ class Kernel:
 Fit = TypeVar("Fit", bound=Callable[..., Factorization])
 
 
-def located(fit: Fit) -> Fit:
+def on_weight_device(fit: Fit) -> Fit:
     """A fit whose arrays are made where the weights are: on their GPU, whichever is current."""
 
     @functools.wraps(fit)
@@ -134,7 +134,7 @@ def located(fit: Fit) -> Fit:
     return there  # type: ignore[return-value]
 
 
-def kernel_of(conv: Factorization) -> Kernel:
+def as_kernel(conv: Factorization) -> Kernel:
     """`conv` as families see it; ValueError if it is not a single dense stage."""
     if not isinstance(conv, Factorization):
         raise TypeError(
@@ -165,7 +165,7 @@ def index(letters: str, ndim: int) -> tuple[int, ...]:
 def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """`stages`, fitted to the weight as a plain convolution, in the direction of `conv`."""
     dtype = conv.dtype
-    if not is_blank(stages[0].weight):
+    if not is_abstract(stages[0].weight):
         kept = [s.weight.astype(dtype, order="C", copy=False) for s in stages]
         stages = [replace(s, weight=w) for s, w in zip(stages, kept)]
     if conv.transposed:
@@ -173,7 +173,7 @@ def oriented(conv: Factorization, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def evened(stages: Sequence[Stage]) -> list[Stage]:
+def norm_balance(stages: Sequence[Stage]) -> list[Stage]:
     """The same chain with weights of equal norm: no stage runs into the range of half floats."""
     norms = [float(np.linalg.norm(s.weight)) for s in stages]
     if not all(norms):
@@ -196,10 +196,10 @@ def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) 
     return ranks
 
 
-def checked_form(form: str | None, forms: Sequence[str]) -> str:
-    """`form`, or the first of `forms` if it is not given."""
-    if form is None:
-        return forms[0]
-    if form not in forms:
-        raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
-    return form
+def checked_variant(variant: str | None, variants: Sequence[str]) -> str:
+    """`variant`, or the first of `variants` if it is not given."""
+    if variant is None:
+        return variants[0]
+    if variant not in variants:
+        raise ValueError(f"variant must be one of {', '.join(variants)}, got {variant!r}")
+    return variant

@@ -23,18 +23,18 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra
 from lowrank.core.geometry import Geometry
-from lowrank.core.stage import Stage, blank
+from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families.family import (
     Family,
     Kernel,
     NotApplicable,
-    Point,
-    checked_form,
+    SweepPoint,
+    as_kernel,
     checked_rank,
+    checked_variant,
     index,
-    kernel_of,
-    located,
+    on_weight_device,
     oriented,
 )
 
@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A family and form, as modes: one (batched) SVD, two stages in the order they run."""
+    """A family and variant, as modes: one (batched) SVD, two stages in the order they run."""
 
     batch: str
     left: str
@@ -64,40 +64,38 @@ class Split(NamedTuple):
     stages: tuple[Layout, Layout]
 
 
-def _encode(space: str, form: str) -> Split:
-    first, last = Layout("R", "gr", "s", space, "g"), Layout("L", "gt", "r", "", "g")
-    return Split("g", "t", "s" + space, (first, last))
-
-
-def _decode(space: str, form: str) -> Split:
+def _channel_svd(space: str, variant: str) -> Split:
+    if variant == "output":
+        first, last = Layout("R", "gr", "s", space, "g"), Layout("L", "gt", "r", "", "g")
+        return Split("g", "t", "s" + space, (first, last))
     first, last = Layout("L", "gr", "s", "", "g"), Layout("R", "gt", "r", space, "g")
     return Split("g", "s", "t" + space, (first, last))
 
 
-def _spatial(space: str, form: str) -> Split:
-    early, late = form.split("-")
+def _spatial_svd(space: str, variant: str) -> Split:
+    early, late = variant.split("-")
     early = "".join(a for a in space if a not in late)  # axes with one tap go first
     first, last = Layout("L", "gr", "s", early, "g"), Layout("R", "gt", "r", late, "g")
     return Split("g", "s" + early, "t" + late, (first, last))
 
 
-def _basis(space: str, form: str) -> Split:
-    late = "".join(a for a in space if a not in form)
-    first, last = Layout("L", "r", "", form, left="gs"), Layout("R", "gt", "sr", late, "g")
-    return Split("", form, "gts" + late, (first, last))
+def _filter_basis(space: str, variant: str) -> Split:
+    late = "".join(a for a in space if a not in variant)
+    first, last = Layout("L", "r", "", variant, left="gs"), Layout("R", "gt", "sr", late, "g")
+    return Split("", variant, "gts" + late, (first, last))
 
 
-def _decouple(space: str, form: str) -> Split:
-    if form == "dw-pw":
+def _network_decoupling(space: str, variant: str) -> Split:
+    if variant == "dw-pw":
         first, last = Layout("L", "gsr", "", space, "gs"), Layout("R", "gt", "sr", "", "g")
         return Split("gs", space, "t", (first, last))
     first, last = Layout("L", "gtr", "s", "", "g"), Layout("R", "gt", "r", space, "gt")
     return Split("gt", "s", space, (first, last))
 
 
-def _kronecker(space: str, form: str) -> Split:
+def _kronecker(space: str, variant: str) -> Split:
     a, b = space.upper(), space
-    if form.endswith("first"):
+    if variant.endswith("first"):
         first = Layout("R", "grq", "v", b, "g", left="u", shuffle=("g", "u"))
         last = Layout("L", "gp", "ur", a, "g", right="q", shuffle=("u", "g"))
     else:
@@ -106,32 +104,31 @@ def _kronecker(space: str, form: str) -> Split:
     return Split("g", "pu" + a, "qv" + b, (first, last))
 
 
-def _encode_forms(kernel: Kernel) -> tuple[str, ...]:
-    if min(kernel.outs, kernel.tensor[0, 0].size) < 2:
-        raise NotApplicable("encode needs two output channels and two inputs a group")
-    return ("",)
+def _channel_svd_variants(kernel: Kernel) -> tuple[str, ...]:
+    has_output = kernel.outs > 1 and int(kernel.tensor[0, 0].size) > 1
+    has_input = kernel.ins > 1 and not kernel.pointwise
+    variants = ("output",) * has_output + ("input",) * has_input
+    if not variants:
+        raise NotApplicable(
+            "channel_svd needs two output channels, or two input channels, per group"
+        )
+    return variants
 
 
-def _decode_forms(kernel: Kernel) -> tuple[str, ...]:
-    if kernel.ins < 2 or kernel.pointwise:
-        raise NotApplicable("decode needs two input channels a group and a spatial kernel")
-    return ("",)
-
-
-def _spatial_forms(kernel: Kernel) -> tuple[str, ...]:
+def _spatial_svd_variants(kernel: Kernel) -> tuple[str, ...]:
     if len(kernel.axes) < 2:
-        raise NotApplicable("spatial needs two axes with more than one tap")
-    forms = []
+        raise NotApplicable("spatial_svd needs two axes with more than one tap")
+    variants = []
     for n in range(1, len(kernel.axes)):
         for late in itertools.combinations(kernel.axes, n):
             early = (a for a in kernel.axes if a not in late)
-            forms.append("-".join((_joined(early), _joined(late))))
-    return tuple(sorted(forms, key=lambda f: (len(f.split("-")[0]), f)))
+            variants.append("-".join((_joined(early), _joined(late))))
+    return tuple(sorted(variants, key=lambda f: (len(f.split("-")[0]), f)))
 
 
-def _basis_forms(kernel: Kernel) -> tuple[str, ...]:
+def _filter_basis_variants(kernel: Kernel) -> tuple[str, ...]:
     if kernel.pointwise or kernel.outs * kernel.ins < 2:
-        raise NotApplicable("basis needs a spatial kernel and two filters a group")
+        raise NotApplicable("filter_basis needs a spatial kernel and two filters a group")
     return tuple(
         _joined(some)
         for n in range(len(kernel.axes), 0, -1)
@@ -139,18 +136,18 @@ def _basis_forms(kernel: Kernel) -> tuple[str, ...]:
     )
 
 
-def _decouple_forms(kernel: Kernel) -> tuple[str, ...]:
-    forms = (["dw-pw"] if kernel.outs > 1 else []) + (["pw-dw"] if kernel.ins > 1 else [])
-    if kernel.pointwise or not forms:
+def _network_decoupling_variants(kernel: Kernel) -> tuple[str, ...]:
+    variants = (["dw-pw"] if kernel.outs > 1 else []) + (["pw-dw"] if kernel.ins > 1 else [])
+    if kernel.pointwise or not variants:
         raise NotApplicable(
-            "decouple needs a spatial kernel and more than one channel in or out of a group"
+            "network_decoupling needs a spatial kernel and more than one channel in or out of a group"
         )
-    return tuple(forms)
+    return tuple(variants)
 
 
-def _kronecker_forms(kernel: Kernel) -> tuple[str, ...]:
+def _kronecker_variants(kernel: Kernel) -> tuple[str, ...]:
     """Splits worth a sweep: B about square in channels, with all, none or a part of the taps."""
-    forms = []
+    variants = []
     outs, ins, *taps = kernel.tensor.shape[1:]
     parts = itertools.zip_longest(*(_divisors(k)[1:-1] for k in taps))
     spaces = {
@@ -167,10 +164,10 @@ def _kronecker_forms(kernel: Kernel) -> tuple[str, ...]:
             if t == s == 1 and all(b in (1, k) for b, k in zip(space, taps)):
                 continue  # shared filters along some of the axes: that is `basis`
             shape = "x".join(map(str, (t, s, *space)))
-            forms += [f"{shape} first"] + [f"{shape} last"] * (kernel.groups == 1)
-    if not forms:
+            variants += [f"{shape} first"] + [f"{shape} last"] * (kernel.groups == 1)
+    if not variants:
         raise NotApplicable("kronecker needs channels of a group, or taps of an axis, that split")
-    return tuple(forms)
+    return tuple(variants)
 
 
 def _divisors(n: int) -> list[int]:
@@ -193,16 +190,15 @@ class Row(NamedTuple):
     """A line of the table of families."""
 
     split: Callable[[str, str], Split]
-    forms: Callable[[Kernel], tuple[str, ...]]
+    variants: Callable[[Kernel], tuple[str, ...]]
 
 
 ROWS = {
-    "encode": Row(_encode, _encode_forms),
-    "decode": Row(_decode, _decode_forms),
-    "spatial": Row(_spatial, _spatial_forms),
-    "basis": Row(_basis, _basis_forms),
-    "decouple": Row(_decouple, _decouple_forms),
-    "kronecker": Row(_kronecker, _kronecker_forms),
+    "channel_svd": Row(_channel_svd, _channel_svd_variants),
+    "spatial_svd": Row(_spatial_svd, _spatial_svd_variants),
+    "filter_basis": Row(_filter_basis, _filter_basis_variants),
+    "network_decoupling": Row(_network_decoupling, _network_decoupling_variants),
+    "kronecker": Row(_kronecker, _kronecker_variants),
 }
 
 
@@ -230,7 +226,7 @@ class _Parts(NamedTuple):
         for layout, geometry in zip(self.split.stages, self.geometries):
             target = layout.rows + layout.columns + layout.space
             shape = (size(layout.rows), size(layout.columns), *self._space(layout, sizes))
-            weight = blank(shape)
+            weight = abstract_weight(shape)
             if real:
                 if layout.factor == "L":
                     modes = self.split.batch + self.split.left + "r"
@@ -258,13 +254,13 @@ class _Parts(NamedTuple):
         return tuple(have.get(a, 1) for a in self.kernel.letters)
 
 
-def decompose(conv: Factorization, family: str, form: str) -> _Parts:
-    """The (batched) SVD that every rank of `form` is cut from."""
-    kernel = kernel_of(conv)
-    split = ROWS[family].split(kernel.letters, form)
+def decompose(conv: Factorization, family: str, variant: str) -> _Parts:
+    """The (batched) SVD that every rank of `variant` is cut from."""
+    kernel = as_kernel(conv)
+    split = ROWS[family].split(kernel.letters, variant)
     tensor, modes = kernel.tensor, "gts" + kernel.letters
     if family == "kronecker":
-        inner = tuple(map(int, form.split()[0].split("x")))
+        inner = tuple(map(int, variant.split()[0].split("x")))
         tensor = tensor.reshape(
             kernel.groups, *(n for k, b in zip(tensor.shape[1:], inner) for n in (k // b, b))
         )
@@ -319,59 +315,59 @@ def _pick(axes: set[int], a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]
     return tuple(x if i in axes else y for i, (x, y) in enumerate(zip(a, b)))
 
 
-def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
-    return ROWS[family].forms(kernel_of(conv))
+def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
+    return ROWS[family].variants(as_kernel(conv))
 
 
-def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
-    """Every rank of `form`, from one decomposition."""
-    parts = decompose(conv, family, form)
+def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
+    """Every rank of `variant`, from one decomposition."""
+    parts = decompose(conv, family, variant)
     tail = chain_algebra.tails_of(parts.s)
     for rank in range(1, parts.s.shape[-1] + 1):
         error = float(tail[rank])
-        yield Point(
+        yield SweepPoint(
             (rank,), error, error, parts.stages(rank, False), partial(parts.stages, rank, True)
         )
 
 
-@located
+@on_weight_device
 def _fit(
-    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+    family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
-    if family == "kronecker" and form is not None:
-        _check_split(kernel_of(conv), form)  # any split, whether a sweep tries it or not
+    if family == "kronecker" and variant is not None:
+        _check_split(as_kernel(conv), variant)  # any split, whether a sweep tries it or not
     else:
-        form = checked_form(form, _forms(family, conv))
-    parts = decompose(conv, family, form)
+        variant = checked_variant(variant, _variants(family, conv))
+    parts = decompose(conv, family, variant)
     ranks = checked_rank(rank, (parts.s.shape[-1],), "one number")
     stages = parts.stages(ranks[0], True)
-    return replace(conv, stages=stages, family=family, form=form, rank=ranks)
+    return replace(conv, stages=stages, family=family, variant=variant, rank=ranks)
 
 
-def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
     """The error of the best chain: Eckart and Young's."""
-    return float(chain_algebra.tails_of(decompose(conv, family, form).s)[rank[0]])
+    return float(chain_algebra.tails_of(decompose(conv, family, variant).s)[rank[0]])
 
 
-def _check_split(kernel: Kernel, form: str) -> None:
+def _check_split(kernel: Kernel, variant: str) -> None:
     """A Kronecker form is the shape of B, dividing the kernel's, and which factor runs first."""
     shape = kernel.tensor.shape[1:]
-    match = re.fullmatch(r"([0-9]+(?:x[0-9]+)*) (first|last)", form)
+    match = re.fullmatch(r"([0-9]+(?:x[0-9]+)*) (first|last)", variant)
     inner = [int(n) for n in match[1].split("x")] if match else []
     fits = len(inner) == len(shape) and all(b > 0 and k % b == 0 for k, b in zip(shape, inner))
     if not fits:
         raise ValueError(
-            f"form must be the shape of B, dividing {'x'.join(map(str, shape))}, and 'first' or "
+            f"variant must be the shape of B, dividing {'x'.join(map(str, shape))}, and 'first' or "
             f"'last', such as '{'x'.join('2' if k % 2 == 0 else '1' for k in shape)} first', "
-            f"got {form!r}"
+            f"got {variant!r}"
         )
-    if form.endswith("last") and kernel.groups > 1:
+    if variant.endswith("last") and kernel.groups > 1:
         raise ValueError("with groups, B runs first: form must end with 'first'")
 
 
 FAMILIES = {
     name: Family(
-        partial(_forms, name),
+        partial(_variants, name),
         partial(_sweep, name),
         partial(_fit, name),
         partial(_bound, name),
@@ -381,83 +377,52 @@ FAMILIES = {
 }
 
 
-def encode(conv: Factorization, rank: int) -> Factorization:
-    r"""Approximate by a spatial convolution to fewer channels, then a pointwise one.
+def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+    r"""Approximate by a spatial and a pointwise convolution with few channels between them.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, of any dimension, grouped or transposed.
     rank : int
-        Channels in between, a group; from 1 to ``min(out, in * taps)``, where it is exact.
+        Number of channels between the stages, per group; from 1 to ``min(out, in * taps)``
+        (variant "output") or ``min(in, out * taps)`` (variant "input"), where it is exact.
+    variant : {"output", "input"}, optional
+        "output" runs the spatial convolution first, to `rank` maps, then the pointwise one;
+        "input" runs the pointwise one first.  Default: the first that applies.
 
     Returns
     -------
     Factorization
-        Weights (rank, in, \*kernel) and (out, rank, 1, ...), for each group.
+        Two stages, per group: weights (rank, in, \*kernel) and (out, rank, 1, ...) for "output",
+        (rank, in, 1, ...) and (out, rank, \*kernel) for "input".
 
     Raises
     ------
+    NotApplicable
+        If no variant applies to the convolution.
     ValueError
-        If `rank` is out of range or `conv` is not one dense stage; NotApplicable, which is
-        one, if there is nothing to factor.
+        If `conv` is not a single dense stage, or `rank` or `variant` is out of range.
+    TypeError
+        If `rank` is not an integer.
 
     See Also
     --------
-    lowrank.decode : the pointwise stage first.
+    lowrank.spatial_svd : splits the spatial axes as well.
     lowrank.frontier : every useful rank of every family at once.
 
     Notes
     -----
-    The truncated SVD of the weight as a matrix {t | s i j}; of all chains of this form it has
-    the smallest Frobenius error,
-    :math:`\sqrt{\sum_{r > R} \sigma_r^2 / \sum_r \sigma_r^2}` [1]_.  The spatial stage has
-    the stride, so no stage runs at the larger size.
+    The truncated SVD of the weight as a matrix {t | s i j} [1]_ ("output") or {s | t i j} [2]_
+    ("input", known as weight SVD).  Among all chains of these shapes it has the smallest
+    Frobenius error, :math:`\sqrt{\sum_{r > R} \sigma_r^2 / \sum_r \sigma_r^2}`.  The spatial
+    stage carries the stride.
 
     References
     ----------
     .. [1] X. Zhang, J. Zou, K. He, J. Sun, "Accelerating very deep convolutional networks for
        classification and detection", TPAMI 2016. :arxiv:`1505.06798`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import lowrank
-    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> [s.weight.shape for s in lowrank.encode(conv, rank=2).stages]
-    [(2, 4, 3, 3), (8, 2, 1, 1)]
-    """
-    return _fit("encode", conv, rank)
-
-
-def decode(conv: Factorization, rank: int) -> Factorization:
-    r"""Approximate by a pointwise convolution to fewer channels, then a spatial one.
-
-    Parameters
-    ----------
-    conv : Factorization
-        One dense stage, from :func:`lowrank.dense`.
-    rank : int
-        Channels in between, a group; from 1 to ``min(in, out * taps)``, where it is exact.
-
-    Returns
-    -------
-    Factorization
-        Weights (rank, in, 1, ...) and (out, rank, \*kernel), for each group.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`lowrank.encode`.
-
-    Notes
-    -----
-    The truncated SVD of {s | t i j}, optimal among chains of this form; "weight SVD" in some
-    toolkits [1]_.
-
-    References
-    ----------
-    .. [1] A. Kuzmin, M. Nagel, S. Pitre, S. Pendyam, T. Blankevoort, M. Welling, "Taxonomy and
+    .. [2] A. Kuzmin, M. Nagel, S. Pitre, S. Pendyam, T. Blankevoort, M. Welling, "Taxonomy and
        evaluation of structured compression of convolutional neural networks", 2019.
        :arxiv:`1912.09802`.
 
@@ -466,13 +431,15 @@ def decode(conv: Factorization, rank: int) -> Factorization:
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> [s.weight.shape for s in lowrank.decode(conv, rank=2).stages]
+    >>> [s.weight.shape for s in lowrank.channel_svd(conv, rank=2).stages]
+    [(2, 4, 3, 3), (8, 2, 1, 1)]
+    >>> [s.weight.shape for s in lowrank.channel_svd(conv, rank=2, variant="input").stages]
     [(2, 4, 1, 1), (8, 2, 3, 3)]
     """
-    return _fit("decode", conv, rank)
+    return _fit("channel_svd", conv, rank, variant)
 
 
-def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
     r"""Approximate by a pass along some spatial axes, then one along the others.
 
     Parameters
@@ -481,7 +448,7 @@ def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factoriz
         One dense stage, from :func:`lowrank.dense`, with two or three axes of several taps.
     rank : int
         Channels in between, a group.
-    form : str, optional
+    variant : str, optional
         Axes of the first pass and of the second.  2-D: ``"h-w"`` (columns, then rows; the
         default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.  For a
         transposed convolution here and in the other families: of its adjoint, whose stages
@@ -496,7 +463,7 @@ def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factoriz
     Raises
     ------
     ValueError
-        If `rank` or `form` is not possible; NotApplicable for kernels with one long axis.
+        If `rank` or `variant` is not possible; NotApplicable for kernels with one long axis.
 
     See Also
     --------
@@ -525,16 +492,16 @@ def spatial(conv: Factorization, rank: int, form: str | None = None) -> Factoriz
     >>> import lowrank
     >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
     >>> blur = lowrank.dense(np.outer(g, g)[None, None])
-    >>> f = lowrank.spatial(blur, rank=1)
+    >>> f = lowrank.spatial_svd(blur, rank=1)
     >>> [s.weight.shape for s in f.stages]
     [(1, 1, 7, 1), (1, 1, 1, 7)]
     >>> bool(f.error(blur.to_dense()) < 1e-12)
     True
     """
-    return _fit("spatial", conv, rank, form)
+    return _fit("spatial_svd", conv, rank, variant)
 
 
-def basis(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+def filter_basis(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
     r"""Approximate with a few spatial filters that all channels share.
 
     Parameters
@@ -542,8 +509,8 @@ def basis(conv: Factorization, rank: int, form: str | None = None) -> Factorizat
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
-        Shared filters; from 1 to the taps of `form`, where it is exact.
-    form : str, optional
+        Shared filters; from 1 to the taps of `variant`, where it is exact.
+    variant : str, optional
         Axes that the shared filters run along: all of them (the default; 2-D ``"hw"``), or
         some, ``"h"`` or ``"w"``, the others staying with the second stage.
 
@@ -556,7 +523,7 @@ def basis(conv: Factorization, rank: int, form: str | None = None) -> Factorizat
     Raises
     ------
     ValueError
-        If `rank` or `form` is not possible; NotApplicable for 1x1 kernels.
+        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels.
 
     Notes
     -----
@@ -572,13 +539,13 @@ def basis(conv: Factorization, rank: int, form: str | None = None) -> Factorizat
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> [s.weight.shape for s in lowrank.basis(conv, rank=5).stages]
+    >>> [s.weight.shape for s in lowrank.filter_basis(conv, rank=5).stages]
     [(5, 1, 3, 3), (8, 20, 1, 1)]
     """
-    return _fit("basis", conv, rank, form)
+    return _fit("filter_basis", conv, rank, variant)
 
 
-def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+def network_decoupling(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
     r"""Approximate by a sum of depthwise-separable convolutions.
 
     Parameters
@@ -587,7 +554,7 @@ def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factori
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
         Terms; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)`` (``"pw-dw"``).
-    form : str, optional
+    variant : str, optional
         ``"dw-pw"``: depthwise with `rank` filters a channel, then pointwise (MobileNet's order,
         the default); ``"pw-dw"``: pointwise to `rank` maps an output, then grouped.  Of a
         transposed convolution the adjoint's order.
@@ -601,7 +568,7 @@ def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factori
     Raises
     ------
     ValueError
-        If `rank` or `form` is not possible; NotApplicable for 1x1 kernels.
+        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels.
 
     Notes
     -----
@@ -618,13 +585,13 @@ def decouple(conv: Factorization, rank: int, form: str | None = None) -> Factori
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> [s.weight.shape for s in lowrank.decouple(conv, rank=1).stages]
+    >>> [s.weight.shape for s in lowrank.network_decoupling(conv, rank=1).stages]
     [(4, 1, 3, 3), (8, 4, 1, 1)]
     """
-    return _fit("decouple", conv, rank, form)
+    return _fit("network_decoupling", conv, rank, variant)
 
 
-def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factorization:
+def kronecker(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
     r"""Approximate by a sum of Kronecker products ``A_r (x) B_r``.
 
     Parameters
@@ -633,7 +600,7 @@ def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factor
         One dense stage, from :func:`lowrank.dense`.
     rank : int
         Terms; exact at the smaller of the sizes of A and B.
-    form : str, optional
+    variant : str, optional
         Shape (out, in, \*taps) of B, which divides that of the weight, and which of the two
         factors' stages runs first or last: ``"4x4x3x3 first"`` runs B first (in the adjoint of
         a transposed convolution).  Any shape that divides; the default is the first that a
@@ -648,7 +615,7 @@ def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factor
     Raises
     ------
     ValueError
-        If `rank` or `form` is not possible; NotApplicable if no even split exists.
+        If `rank` or `variant` is not possible; NotApplicable if no even split exists.
 
     Notes
     -----
@@ -667,8 +634,8 @@ def kronecker(conv: Factorization, rank: int, form: str | None = None) -> Factor
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> f = lowrank.kronecker(conv, rank=2, form="4x2x1x1 first")
+    >>> f = lowrank.kronecker(conv, rank=2, variant="4x2x1x1 first")
     >>> [(s.weight.shape, s.left, s.right) for s in f.stages]
     [((8, 2, 1, 1), 2, 1), ((2, 4, 3, 3), 1, 4)]
     """
-    return _fit("kronecker", conv, rank, form)
+    return _fit("kronecker", conv, rank, variant)

@@ -12,20 +12,20 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra
-from lowrank.core.stage import Stage, blank
+from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import _tensorly
 from lowrank.families.family import (
     Family,
     Kernel,
     NotApplicable,
-    Point,
-    checked_form,
+    SweepPoint,
+    as_kernel,
     checked_rank,
-    evened,
+    checked_variant,
     index,
-    kernel_of,
-    located,
+    norm_balance,
+    on_weight_device,
     oriented,
 )
 
@@ -46,10 +46,10 @@ class Train(NamedTuple):
         return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
-def train(conv: Factorization, form: str) -> Train:
-    """`conv` as the tensor that `form` decomposes."""
-    kernel = kernel_of(conv)
-    cars = tuple(form.split("-"))
+def train(conv: Factorization, variant: str) -> Train:
+    """`conv` as the tensor that `variant` decomposes."""
+    kernel = as_kernel(conv)
+    cars = tuple(variant.split("-"))
     modes = "gts" + kernel.letters
     named = [_with_units(car, kernel) for car in cars]
     order = [modes.index(m) for m in "g" + "".join(named)]
@@ -68,8 +68,8 @@ def _with_units(car: str, kernel: Kernel) -> str:
     return car
 
 
-def _forms(conv: Factorization) -> tuple[str, ...]:
-    kernel = kernel_of(conv)
+def _variants(conv: Factorization) -> tuple[str, ...]:
+    kernel = as_kernel(conv)
     long = ["".join(a for a in axes if _taps(kernel, a) > 1) for axes in kernel.axes]
     channels = min(kernel.outs, kernel.ins) > 1
     if kernel.pointwise or not (channels or len(long) > 2):
@@ -77,10 +77,10 @@ def _forms(conv: Factorization) -> tuple[str, ...]:
             "tensor_train needs a spatial kernel, and two channels in and out of a group "
             "or three axes"
         )
-    forms = ["-".join(("s", *long, "t"))] if channels else []
+    variants = ["-".join(("s", *long, "t"))] if channels else []
     if len(long) > 2:
-        forms.append("-".join(("s" + long[0], *long[1:-1], long[-1] + "t")))
-    return tuple(forms)
+        variants.append("-".join(("s" + long[0], *long[1:-1], long[-1] + "t")))
+    return tuple(variants)
 
 
 def _taps(kernel: Kernel, letter: str) -> int:
@@ -100,13 +100,13 @@ def _chain(parts: Train, rank: Ints, cores: Sequence[Array] | None) -> tuple[Sta
         ins = before * (kernel.ins if "s" in car else 1)
         outs = after * (kernel.outs if "t" in car else 1)
         shape = (g * outs, ins, *taps)
-        w = blank(shape)
+        w = abstract_weight(shape)
         if cores is not None:
             # (g, before, s, space, t, after) to (g, after or t, before or s, space)
             core = cores[i].reshape(g, before, kernel.ins if "s" in car else 1, math.prod(taps), -1)
             w = core.transpose(0, 4, 1, 2, 3).reshape(shape) * each
         stages.append(Stage(w, conv.geometry.only(index(axes, conv.geometry.ndim)), g))
-    return oriented(conv, stages if cores is None else evened(stages))
+    return oriented(conv, stages if cores is None else norm_balance(stages))
 
 
 def _build(parts: Train, rank: Ints) -> tuple[Stage, ...]:
@@ -129,9 +129,9 @@ def _balanced(cores: Sequence[Array]) -> list[Array]:
     return cores
 
 
-def _sweep(conv: Factorization, form: str) -> Iterator[Point]:
+def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """TT-SVD cut at a dozen levels, every joint at the same share of the norm."""
-    parts = train(conv, form)
+    parts = train(conv, variant)
     tails = _tails(parts)
     seen = set()
     for level in np.linspace(0.95, 0.0, LEVELS):
@@ -142,7 +142,7 @@ def _sweep(conv: Factorization, form: str) -> Iterator[Point]:
         seen.add(rank)
         error = _truncated_error(parts.tensor, rank)
         bound = float(max(t[r] for t, r in zip(tails, rank)))
-        yield Point(
+        yield SweepPoint(
             rank,
             error,
             min(bound, error),
@@ -157,8 +157,8 @@ def _tails(parts: Train) -> list[Array]:
     return [chain_algebra.tails(parts.tensor, range(1, k + 1), (0,)) for k in joints]
 
 
-def _bound(conv: Factorization, rank: Ints, form: str) -> float:
-    return float(max(t[r] for t, r in zip(_tails(train(conv, form)), rank)))
+def _bound(conv: Factorization, rank: Ints, variant: str) -> float:
+    return float(max(t[r] for t, r in zip(_tails(train(conv, variant)), rank)))
 
 
 def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
@@ -196,20 +196,22 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
     return math.sqrt(max(0.0, 1 - float(np.square(rest).sum()) / total))
 
 
-@located
-def _fit(conv: Factorization, rank: Sequence[int], form: str | None = None) -> Factorization:
-    form = checked_form(form, _forms(conv))
-    parts = train(conv, form)
-    ranks = checked_rank(rank, parts.largest(), "one a joint of " + form)
+@on_weight_device
+def _fit(conv: Factorization, rank: Sequence[int], variant: str | None = None) -> Factorization:
+    variant = checked_variant(variant, _variants(conv))
+    parts = train(conv, variant)
+    ranks = checked_rank(rank, parts.largest(), "one a joint of " + variant)
     ranks = _consistent(ranks, parts.tensor.shape[1:])
-    return replace(conv, stages=_build(parts, ranks), family="tensor_train", form=form, rank=ranks)
+    return replace(
+        conv, stages=_build(parts, ranks), family="tensor_train", variant=variant, rank=ranks
+    )
 
 
-FAMILIES = {"tensor_train": Family(_forms, _sweep, _fit, _bound, exact=False)}
+FAMILIES = {"tensor_train": Family(_variants, _sweep, _fit, _bound, exact=False)}
 
 
 def tensor_train(
-    conv: Factorization, rank: Sequence[int], form: str | None = None
+    conv: Factorization, rank: Sequence[int], variant: str | None = None
 ) -> Factorization:
     r"""Approximate by a pass an axis between two pointwise stages, all of few channels.
 
@@ -219,7 +221,7 @@ def tensor_train(
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : sequence of int
         Channels between the stages, a group; cut to what the modes on either side allow.
-    form : str, optional
+    variant : str, optional
         Modes of the train.  2-D: ``"s-h-w-t"`` (the default).  3-D: ``"s-d-h-w-t"``, or
         ``"sd-h-wt"``: three passes without pointwise stages.
 
@@ -231,7 +233,7 @@ def tensor_train(
     Raises
     ------
     ValueError
-        If `rank` or `form` is not possible; NotApplicable for 1x1 kernels and single channels.
+        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels and single channels.
 
     Notes
     -----
@@ -251,4 +253,4 @@ def tensor_train(
     >>> [s.weight.shape for s in lowrank.tensor_train(conv, rank=(4, 5, 6)).stages]
     [(4, 6, 1, 1), (5, 4, 3, 1), (6, 5, 1, 3), (8, 6, 1, 1)]
     """
-    return _fit(conv, rank, form)
+    return _fit(conv, rank, variant)

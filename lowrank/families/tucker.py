@@ -17,20 +17,20 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra
-from lowrank.core.stage import Stage, blank
+from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import als
 from lowrank.families.family import (
     Family,
     Kernel,
     NotApplicable,
-    Point,
-    checked_form,
+    SweepPoint,
+    as_kernel,
     checked_rank,
-    evened,
+    checked_variant,
     index,
-    kernel_of,
-    located,
+    norm_balance,
+    on_weight_device,
     oriented,
 )
 
@@ -219,7 +219,7 @@ def _chain(
     )
 
     def weight(shape: Ints, make: Callable[[], Array]) -> Array:
-        return blank(shape) if factors is None else make().reshape(shape) * each
+        return abstract_weight(shape) if factors is None else make().reshape(shape) * each
 
     def taps(axes: str) -> Ints:
         return tuple(k if a in axes else 1 for a, k in zip(kernel.letters, kernel.tensor.shape[3:]))
@@ -249,7 +249,7 @@ def _chain(
     if kernel.outs > 1:
         w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
         stages.append(Stage(w, still, g))
-    return oriented(conv, stages if factors is None else evened(stages))
+    return oriented(conv, stages if factors is None else norm_balance(stages))
 
 
 def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
@@ -268,13 +268,13 @@ def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
     return ()
 
 
-def _forms(family: str, conv: Factorization) -> tuple[str, ...]:
-    _axes(family, kernel_of(conv))
+def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
+    _axes(family, as_kernel(conv))
     return ("",)
 
 
 def _parts(family: str, conv: Factorization) -> Parts:
-    kernel = kernel_of(conv)
+    kernel = as_kernel(conv)
     return decompose(kernel, conv, _axes(family, kernel))
 
 
@@ -282,28 +282,28 @@ def _build(parts: Parts, rank: Ints) -> tuple[Stage, ...]:
     return _chain(parts, rank, *refined(parts, rank))
 
 
-def _sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """Truncated HOSVD at combinations of ranks; a chain that is built is refined by HOOI."""
     parts = _parts(family, conv)
     for rank in _grid(parts.largest()):
         error = parts.error(rank)
         bound = min(parts.bound(rank), error)
         stages = _chain(parts, rank, None, None)
-        yield Point(rank, error, bound, stages, partial(_build, parts, rank))
+        yield SweepPoint(rank, error, bound, stages, partial(_build, parts, rank))
 
 
-@located
+@on_weight_device
 def _fit(
-    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+    family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
-    kernel = kernel_of(conv)
+    kernel = as_kernel(conv)
     axes = _axes(family, kernel)
-    form = checked_form(form, ("",))
+    variant = checked_variant(variant, ("",))
     names = "out, in" + "".join(f", {a}" for a in axes)
     sizes = _unfoldable(kernel, axes).shape[1:-1]
     ranks = checked_rank(rank, sizes, names)
     parts = truncated(kernel, conv, axes, ranks)
-    return replace(conv, stages=_build(parts, ranks), family=family, form=form, rank=ranks)
+    return replace(conv, stages=_build(parts, ranks), family=family, variant=variant, rank=ranks)
 
 
 def _cp_chain(
@@ -320,7 +320,11 @@ def _cp_chain(
         (a, b), (_, c) = shapes  # (b, c) runs first, then (a, b): merged if (a, c) is smaller
         merged = a * c <= a * b + b * c
         if factors is None:
-            kept = [blank((g * a, c))] if merged else [blank((g * b, c)), blank((g * a, b))]
+            kept = (
+                [abstract_weight((g * a, c))]
+                if merged
+                else [abstract_weight((g * b, c)), abstract_weight((g * a, b))]
+            )
         else:
             last, first = makes()
             kept = [last @ first] if merged else [first, last]
@@ -334,7 +338,9 @@ def _cp_chain(
             lambda: (terms[1].swapaxes(1, 2) * each, factors[1].swapaxes(1, 2)),  # type: ignore[index]
         ),
         Stage(
-            blank(taps) if terms is None else (terms[2].swapaxes(1, 2) * each).reshape(taps),
+            abstract_weight(taps)
+            if terms is None
+            else (terms[2].swapaxes(1, 2) * each).reshape(taps),
             conv.geometry,
             g * r,
         ),
@@ -343,7 +349,7 @@ def _cp_chain(
             lambda: (factors[0], terms[0] * each),  # type: ignore[index]
         ),
     ]
-    return oriented(conv, stages if factors is None else evened(stages))
+    return oriented(conv, stages if factors is None else norm_balance(stages))
 
 
 def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
@@ -385,7 +391,7 @@ def _missed(core: Array, terms: Sequence[Array]) -> float:
     return (als.batched_error(core, terms) * norm) ** 2 - norm**2
 
 
-def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
+def _cp_sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """A few sizes of the core, and for each a few CP ranks started from one another."""
     parts = _parts(family, conv)
     outs, ins = parts.largest()
@@ -402,7 +408,7 @@ def _cp_sweep(family: str, conv: Factorization, form: str) -> Iterator[Point]:
             # The cut and the CP error are orthogonal.
             error = math.hypot(cut, als.batched_error(core, terms) * np.linalg.norm(core) / total)
             bound = max(parts.bound((t, s)), bounds[r] if r < len(bounds) else 0.0)
-            yield Point(
+            yield SweepPoint(
                 (t, s, r),
                 error,
                 min(float(bound), error),
@@ -416,23 +422,23 @@ def _terms(core: Array) -> int:
     return math.prod(sorted(core.shape[1:])[:-1])
 
 
-@located
+@on_weight_device
 def _cp_fit(
-    family: str, conv: Factorization, rank: int | Sequence[int], form: str | None = None
+    family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
     parts = _parts(family, conv)
-    form = checked_form(form, ("",))
+    variant = checked_variant(variant, ("",))
     taps = parts.tensor.shape[-1]
     largest = (*parts.largest(), parts.largest()[0] * parts.largest()[1] * taps)
     ranks = checked_rank(rank, largest, "out, in, terms")
-    return replace(conv, stages=_cp_build(parts, ranks), family=family, form=form, rank=ranks)
+    return replace(conv, stages=_cp_build(parts, ranks), family=family, variant=variant, rank=ranks)
 
 
-def _bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
     return _parts(family, conv).bound(rank)
 
 
-def _cp_bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
+def _cp_bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
     parts = _parts(family, conv)
     bounds = als.bound(parts.tensor)
     return max(parts.bound(rank[:2]), float(bounds[rank[2]]) if rank[2] < len(bounds) else 0.0)
@@ -440,7 +446,7 @@ def _cp_bound(family: str, conv: Factorization, rank: Ints, form: str) -> float:
 
 FAMILIES = {
     name: Family(
-        partial(_forms, name),
+        partial(_variants, name),
         partial(sweep, name),
         partial(fit, name),
         partial(bound, name),

@@ -24,7 +24,7 @@ from lowrank.core.stage import Stage
 from lowrank.core.tensor_network import Network, composed, entries, network
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
-from lowrank.families.family import Point, evened
+from lowrank.families.family import SweepPoint, norm_balance
 from lowrank.metric import Metric, unrolled, white
 
 SWEEPS = 30  # of alternation, at the most
@@ -230,7 +230,7 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weighted:
-    """A convolution to be fitted in a metric by one family and form.
+    """A convolution to be fitted in a metric by one family and variant.
 
     Attributes
     ----------
@@ -238,14 +238,14 @@ class Weighted:
         One dense stage.
     metric : Metric
         Of its inputs and outputs.
-    family, form : str
+    family, variant : str
         What is fitted.
     """
 
     conv: Factorization
     metric: Metric
     family: str
-    form: str
+    variant: str
 
     @property
     def wanted(self) -> Array:
@@ -258,7 +258,7 @@ class Weighted:
         """What missing all of it would cost."""
         return self.metric.energy(self.wanted)
 
-    def points(self) -> Iterator[Point]:
+    def points(self) -> Iterator[SweepPoint]:
         """Every rank of the form, with the error in the metric as far as roots express it.
 
         Yields
@@ -268,13 +268,13 @@ class Weighted:
             are fitted in the metric, to be refined by :meth:`refined`.
         """
         # Which modes stages hold alone is the same for every rank: found from the first one's.
-        sample = next(iter(FAMILIES[self.family].sweep(_thin(self.conv), self.form)), None)
+        sample = next(iter(FAMILIES[self.family].sweep(_thin(self.conv), self.variant)), None)
         if sample is None:
             return
         n = network(sample.stages)
         tried = scaling(n, self.conv, self.metric)
         scaled = self._scaled(tried)
-        for point in FAMILIES[self.family].sweep(scaled, self.form):
+        for point in FAMILIES[self.family].sweep(scaled, self.variant):
             yield point._replace(build=partial(self._built, point, tried))
 
     def at(self, rank: Ints) -> tuple[Stage, ...]:
@@ -296,10 +296,10 @@ class Weighted:
             If the family has no such rank or form.
         """
         family = FAMILIES[self.family]
-        n = network(family.fit(_thin(self.conv), rank, self.form).stages)
+        n = network(family.fit(_thin(self.conv), rank, self.variant).stages)
         s = scaling(n, self.conv, self.metric)
-        f = family.fit(self._scaled(s), rank, self.form)
-        point = Point(rank, math.nan, math.nan, f.stages, lambda: f.stages)
+        f = family.fit(self._scaled(s), rank, self.variant)
+        point = SweepPoint(rank, math.nan, math.nan, f.stages, lambda: f.stages)
         return self._built(point, s)
 
     def _scaled(self, s: Scaling) -> Factorization:
@@ -310,7 +310,7 @@ class Weighted:
         stage = replace(self.conv.stages[0], weight=weight)
         return replace(self.conv, stages=(stage,), bias=None)
 
-    def _built(self, point: Point, s: Scaling) -> tuple[Stage, ...]:
+    def _built(self, point: SweepPoint, s: Scaling) -> tuple[Stage, ...]:
         stages = point.build()
         n = network(stages)
         roles = _Roles.of(n, self.conv.transposed)
@@ -319,9 +319,9 @@ class Weighted:
     def _put(
         self, stages: Sequence[Stage], n: Network, tensors: Sequence[Array]
     ) -> tuple[Stage, ...]:
-        """The stages with other weights, evened, in the precision of the convolution."""
+        """The stages with other weights, norm_balance, in the precision of the convolution."""
         chain = plain(stages)
-        chain = evened(
+        chain = norm_balance(
             [replace(s, weight=t.reshape(s.weight.shape)) for s, t in zip(chain, tensors)]
         )
         chain = [replace(s, weight=s.weight.astype(self.conv.dtype, copy=False)) for s in chain]

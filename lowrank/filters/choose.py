@@ -20,7 +20,7 @@ from lowrank.families import FAMILIES, NotApplicable
 Method = Literal["auto", "direct", "separable", "fft"]
 
 #: Families that have something to offer for a filter of one channel.
-FAMILIES_OF_FILTERS = ("spatial", "filter", "tensor_train")
+FAMILIES_OF_FILTERS = ("spatial_svd", "separable_sum", "tensor_train")
 LEVELS = 255.0  # of grey, that bounds are stated for
 LONG = 64  # numbers that are worth an axis of their own
 MOVE = 6e-9  # seconds that a sample takes to its plane and back, roughly
@@ -66,7 +66,7 @@ class Option:
         """The method with its form or block."""
         if self.block is not None:
             return f"fft, blocks of {'x'.join(map(str, self.block))}"
-        return " ".join(filter(None, (self.method, self.chain.form)))
+        return " ".join(filter(None, (self.method, self.chain.variant)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,9 +157,9 @@ def plan_of(
     given = planes, together and planes > 1, itemsize, threads
 
     def option(method: str, chain: Factorization) -> Option:
-        form = chain.to_dense()
-        error = chain_algebra.relative_error(form, weight)
-        grey = _grey(form[0, 0].astype(np.float64) - weight[0, 0])
+        variant = chain.to_dense()
+        error = chain_algebra.relative_error(variant, weight)
+        grey = _grey(variant[0, 0].astype(np.float64) - weight[0, 0])
         seconds, woven = _timed(chain, spatial, *given)
         return Option(method, chain.rank, error, grey, seconds, chain, None, woven)
 
@@ -248,13 +248,13 @@ def separable(conv: Factorization, spatial: Ints, tolerance: float) -> list[Fact
 
 def of_rank(conv: Factorization, rank: int) -> Factorization:
     """The best sum of so many separable terms."""
-    for family in ("spatial", "filter"):
+    for family in ("spatial_svd", "separable_sum"):
         try:
-            FAMILIES[family].forms(conv)
+            FAMILIES[family].variants(conv)
         except NotApplicable:
             continue
         long = sum(n > 1 for n in conv.stages[0].kernel)
-        if family == "filter" or long == 2:
+        if family == "separable_sum" or long == 2:
             return FAMILIES[family].fit(conv, rank, None)  # type: ignore[arg-type]
     if rank != 1:
         raise ValueError(f"a filter along one axis has rank 1, got rank {rank}")

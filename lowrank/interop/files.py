@@ -159,11 +159,11 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Examples
     --------
     >>> import pathlib, tempfile
-    >>> from lowrank import demo, spatial
+    >>> from lowrank import demo, spatial_svd
     >>> from lowrank.interop.files import open_net, save
     >>> net = open_net(demo.WEIGHTS)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
-    >>> save(net.replaced({"conv2": spatial(net.layers[1].conv, rank=4)}), path)
+    >>> save(net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}), path)
     >>> len(open_net(path).layers)
     2
     """

@@ -10,4 +10,4 @@ from lowrank.perfmodel.store import path as path
 from lowrank.perfmodel.store import predict as predict
 
 #: What has rates: transforms, our engine, and PyTorch in its two layouts.
-ENGINES = tuple(BUDGETS)
+RUNTIMES = tuple(BUDGETS)

@@ -23,7 +23,7 @@ from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import fourier, pytorch
 from lowrank.perfmodel import features
-from lowrank.perfmodel.coefficients import ENGINES, SECONDS, Machine, Rates
+from lowrank.perfmodel.coefficients import RUNTIMES, SECONDS, Machine, Rates
 from lowrank.perfmodel.features import Counts, Work
 from lowrank.perfmodel.workloads import filterings, workloads
 
@@ -75,22 +75,22 @@ class Task(NamedTuple):
     group: int
 
 
-def _chains(engine: str, most: int) -> list[Task]:
+def _chains(runtime: str, most: int) -> list[Task]:
     found, shared = [], _Shared()
-    if engine == "cuda":
+    if runtime == "cuda":
         most = 1
     for threads in sorted({1, most}):  # PyTorch has one number of threads for all calls
         for number, load in enumerate(workloads()):
-            if "torch" in engine and math.prod(load.shape) > LARGE:
+            if "torch" in runtime and math.prod(load.shape) > LARGE:
                 continue
             stages = tuple(replace(s, weight=shared.array(s.weight.shape)) for s in load.stages)
             batch = load.batch
-            if engine == "cuda":
+            if runtime == "cuda":
                 widest = max(map(math.prod, chain_shapes(stages, load.shape)))
                 batch = max(1, min(EXAMPLES * batch, shared.numbers.size // widest))
             x = shared.array((batch, *load.shape))
-            counted = ENGINES[engine](Work(load.stages, load.shape, batch, threads), most)
-            call = _call(engine, stages, x, threads, shared)
+            counted = RUNTIMES[runtime](Work(load.stages, load.shape, batch, threads), most)
+            call = _call(runtime, stages, x, threads, shared)
             found.append(Task(call, counted, threads, number))
     return found
 
@@ -130,14 +130,14 @@ class _Shared:
 
 
 def _measured(
-    tasks: Sequence[Task], engine: str, progress: Callable[[str, float], object] | None
+    tasks: Sequence[Task], runtime: str, progress: Callable[[str, float], object] | None
 ) -> list[float | None]:
     """Median seconds of every task; None for those that take too long."""
     each: list[float | None] = []
     for task in tasks:
-        seconds = _seconds(task, 1, engine)
+        seconds = _seconds(task, 1, runtime)
         if seconds <= 10 * LONG:  # the first call is not like others
-            seconds = min(seconds, _seconds(task, 1, engine))
+            seconds = min(seconds, _seconds(task, 1, runtime))
         each.append(seconds if seconds <= LONG else None)
     repeats = [0 if s is None else max(1, math.ceil(SAMPLE / max(s, 1e-7))) for s in each]
     times: list[list[float]] = [[] for _ in tasks]
@@ -145,22 +145,22 @@ def _measured(
     while passes < PASSES or done < 1:
         for task, n, seen in zip(tasks, repeats, times):
             if n:
-                _seconds(task, 1, engine)  # finds the caches full of other work
-                seen.append(_seconds(task, n, engine))
-        passes, done = passes + 1, (time.perf_counter() - begin) / BUDGETS[engine]
+                _seconds(task, 1, runtime)  # finds the caches full of other work
+                seen.append(_seconds(task, n, runtime))
+        passes, done = passes + 1, (time.perf_counter() - begin) / BUDGETS[runtime]
         if progress is not None:
-            progress(engine, min(done, 1.0))
+            progress(runtime, min(done, 1.0))
     return [statistics.median(t) if t else None for t in times]
 
 
 def _call(
-    engine: str, stages: Sequence[Stage], x: Array, threads: int, shared: _Shared
+    runtime: str, stages: Sequence[Stage], x: Array, threads: int, shared: _Shared
 ) -> Callable[[], object]:
     ends = [Epilogue()] * len(stages)
-    if engine == "lowrank":
+    if runtime == "lowrank":
         run = engine.plan(stages, x.shape[1:], np.float32, ends, threads)
         return partial(run, x, shared.result((len(x), *chain_shapes(stages, x.shape[1:])[-1])))
-    if engine == "cuda":
+    if runtime == "cuda":
         there = [replace(s, weight=engine.moved(s.weight, "cuda")) for s in stages]
         run = engine.plan(there, x.shape[1:], np.float32, ends)
         given, room = shared.on_gpu()
@@ -168,15 +168,15 @@ def _call(
         return partial(
             run, given[: x.size].reshape(x.shape), room[: math.prod(shape)].reshape(shape)
         )
-    return pytorch.call(stages, ends, x, "last" in engine)
+    return pytorch.call(stages, ends, x, "last" in runtime)
 
 
-def _seconds(task: Task, n: int, engine: str) -> float:
-    if "torch" in engine:
+def _seconds(task: Task, n: int, runtime: str) -> float:
+    if "torch" in runtime:
         torch = _torch()
         if torch.get_num_threads() != task.threads:
             torch.set_num_threads(task.threads)
-    wait = _cuda().Device().synchronize if engine == "cuda" else None
+    wait = _cuda().Device().synchronize if runtime == "cuda" else None
     if wait is not None:
         wait()
     start = time.perf_counter()

@@ -25,8 +25,8 @@ VERSION = 2  # of what is counted: rates of another version mean nothing
 #: Counts that are seconds already.
 SECONDS = {"wake": 1.0}
 #: What is counted for each way to run a chain.
-ENGINES = {
-    "lowrank": features.engine,
+RUNTIMES = {
+    "lowrank": features.runtime,
     "torch": features.torch,
     "torch channels-last": features.torch,
     "cuda": features.cuda,
@@ -133,7 +133,7 @@ class Machine:
         *,
         batch: int = 1,
         threads: int | None = None,
-        engine: str = "lowrank",
+        runtime: str = "lowrank",
     ) -> Prediction:
         """How long a chain is going to take.
 
@@ -147,7 +147,7 @@ class Machine:
             Examples at a time.
         threads : int, optional
             Threads to use; all that OpenMP offers if not given.
-        engine : str
+        runtime : str
             ``"lowrank"``, ``"torch"`` (PyTorch's convolutions in its default layout) or
             ``"torch channels-last"``.
 
@@ -159,7 +159,7 @@ class Machine:
         Raises
         ------
         ValueError
-            If there are no rates for `engine`, or the shape does not fit.
+            If there are no rates for `runtime`, or the shape does not fit.
 
         Examples
         --------
@@ -170,12 +170,12 @@ class Machine:
         >>> here.predict(conv, (56, 56)).seconds > here.predict(conv, (28, 28)).seconds
         True
         """
-        if engine not in self.rates or engine not in ENGINES:
-            known = ", ".join(e for e in ENGINES if e in self.rates)
-            raise ValueError(f"engine must be one of {known}, got {engine!r}" + _added(engine))
+        if runtime not in self.rates or runtime not in RUNTIMES:
+            known = ", ".join(e for e in RUNTIMES if e in self.rates)
+            raise ValueError(f"runtime must be one of {known}, got {runtime!r}" + _added(runtime))
         if not isinstance(f, Factorization):
             raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
-        return self.of_stages(f.stages, f.shape(input_shape), batch, threads, engine)
+        return self.of_stages(f.stages, f.shape(input_shape), batch, threads, runtime)
 
     def of_stages(
         self,
@@ -183,7 +183,7 @@ class Machine:
         shape: Ints,
         batch: int = 1,
         threads: int | None = None,
-        engine: str = "lowrank",
+        runtime: str = "lowrank",
         itemsize: int = 4,
         interleaved: int = 1,
     ) -> Prediction:
@@ -199,7 +199,7 @@ class Machine:
             Examples at a time.
         threads : int, optional
             Threads to use; all that OpenMP offers if not given.
-        engine : str
+        runtime : str
             As for :meth:`predict`.
         itemsize : int
             Bytes of a number: 4 or 8.
@@ -223,7 +223,7 @@ class Machine:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         work = Work(stages, shape, batch, _threads(threads), itemsize, interleaved)
-        return self._said(engine, ENGINES[engine](work, self.threads))
+        return self._said(runtime, RUNTIMES[runtime](work, self.threads))
 
     def of_transforms(
         self,
@@ -258,8 +258,8 @@ class Machine:
         counted = features.fft(taps, spatial, block, _threads(threads), self.threads, itemsize)
         return self._said("fft", counted)
 
-    def _said(self, engine: str, counted: Counts) -> Prediction:
-        found = self.rates[engine].predict(counted)
+    def _said(self, runtime: str, counted: Counts) -> Prediction:
+        found = self.rates[runtime].predict(counted)
         return found if self.calibrated else found._replace(error=math.nan)
 
     def to_json(self) -> str:
@@ -312,10 +312,10 @@ class Machine:
             raise ValueError(f"not a calibration: {why!r}") from None
 
 
-def _added(engine: str) -> str:
-    if "torch" in engine:
+def _added(runtime: str) -> str:
+    if "torch" in runtime:
         return ": 'lowrank calibrate' with PyTorch installed adds it"
-    return ": 'lowrank calibrate --device cuda' adds it" if engine == "cuda" else ""
+    return ": 'lowrank calibrate --device cuda' adds it" if runtime == "cuda" else ""
 
 
 def _threads(threads: int | None) -> int:

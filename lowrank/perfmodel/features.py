@@ -62,7 +62,7 @@ class Work(NamedTuple):
     interleaved: int = 1
 
 
-def engine(work: Work, most: int) -> Counts:
+def runtime(work: Work, most: int) -> Counts:
     """Counts of our own engine, on a machine whose rates are known for 1 and for `most` threads."""
     links = [(stage, Epilogue()) for stage in work.stages]
     dtype = f"f{work.itemsize}"

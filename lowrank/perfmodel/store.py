@@ -138,7 +138,7 @@ def predict(
     *,
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
 ) -> Prediction:
     """How long a chain is going to take on this machine; see :meth:`Machine.predict`.
 
@@ -152,7 +152,7 @@ def predict(
         Examples at a time.
     threads : int, optional
         Threads to use; all that OpenMP offers if not given.
-    engine : str
+    runtime : str
         ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``.
 
     Returns
@@ -162,7 +162,7 @@ def predict(
     Raises
     ------
     ValueError
-        If there are no rates for `engine`, or the shape does not fit.
+        If there are no rates for `runtime`, or the shape does not fit.
 
     Examples
     --------
@@ -174,7 +174,7 @@ def predict(
     >>> predict(f, (56, 56)).seconds < predict(conv, (56, 56)).seconds
     True
     """
-    return current().predict(f, input_shape, batch=batch, threads=threads, engine=engine)
+    return current().predict(f, input_shape, batch=batch, threads=threads, runtime=runtime)
 
 
 @functools.lru_cache(4)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lowrank._typing import Ints
 from lowrank.core.geometry import Geometry
-from lowrank.core.stage import Stage, blank
+from lowrank.core.stage import Stage, abstract_weight
 from lowrank.engine import fourier
 
 Layer = tuple[int, int | tuple[int, ...], bool, int]  # outputs, taps, depthwise, stride
@@ -34,7 +34,7 @@ def _chain(
         kernel = (taps,) * ndim if isinstance(taps, int) else taps
         groups = given if depthwise else 1
         geometry = Geometry.of(ndim, stride, [k // 2 for k in kernel])
-        stages.append(Stage(blank((out, given // groups, *kernel)), geometry, groups))
+        stages.append(Stage(abstract_weight((out, given // groups, *kernel)), geometry, groups))
         given = out
     spatial = (size,) * ndim if isinstance(size, int) else size
     return Workload(tuple(stages), (channels, *spatial), batch)
@@ -151,11 +151,11 @@ def _tied(c: int, size: int, k: int) -> Iterator[Workload]:
     shape = c, size, size
     for b, rank in ((2, 4), (8, 4), (16, 2)):
         a = c // b
-        small, large = blank((rank * b, b, 1, 1)), blank((a, a * rank, k, k))
+        small, large = abstract_weight((rank * b, b, 1, 1)), abstract_weight((a, a * rank, k, k))
         yield Workload((Stage(small, still, left=a), Stage(large, whole, right=b)), shape, 1)
         yield Workload((Stage(small, still, right=a), Stage(large, whole, left=b)), shape, 1)
-        first = Stage(blank((rank * b, b, 1, k)), across, left=a)
-        second = Stage(blank((a, a * rank, k, 1)), down, right=b)
+        first = Stage(abstract_weight((rank * b, b, 1, k)), across, left=a)
+        second = Stage(abstract_weight((a, a * rank, k, 1)), down, right=b)
         yield Workload((first, second), shape, 1)
 
 

@@ -41,7 +41,7 @@ def front(options: Sequence[Alternative], macs: float, chosen: tuple[float, floa
     --------
     >>> from lowrank.compress.plan import Alternative
     >>> from lowrank.report.charts import front
-    >>> options = [Alternative("dense", (), 0.0, 8.0), Alternative("spatial", (1,), 0.5, 2.0)]
+    >>> options = [Alternative("dense", (), 0.0, 8.0), Alternative("spatial_svd", (1,), 0.5, 2.0)]
     >>> front(options, 8.0, (0.5, 2.0)).count("<circle")
     3
     """

@@ -39,7 +39,7 @@ class LayerFacts:
     dense, chain : str
         What it was and what it is, as shapes of kernels.
     becomes : str
-        Family and form; ``"dense"`` for a layer that stays, ``"dense, new weights"`` for one that
+        Family and variant; ``"dense"`` for a layer that stays, ``"dense, new weights"`` for one that
         makes up for the errors of others.
     rank : tuple of int
     planned : float or None
@@ -48,7 +48,7 @@ class LayerFacts:
     fitted : float or None
         That of the fitted layer, for the inputs that the compressed network gives it.
     kernel_error, kernel_bound : float or None
-        Relative error of the kernel, whatever its inputs; and what no chain of that family, form
+        Relative error of the kernel, whatever its inputs; and what no chain of that family, variant
         and rank can go below.
     before, after : dict of str to float
         Of one example: ``"macs"``, ``"params"``, ``"bytes"`` of weights, predicted ``"seconds"``.
@@ -245,7 +245,7 @@ def gather(
     >>> from lowrank import demo, compress, report
     >>> from lowrank.interop.weights import WeightsNet
     >>> net = WeightsNet(demo.WEIGHTS)
-    >>> small = compress.compress_model(net, macs=0.5, families=["spatial"])
+    >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> facts = report.gather(net, small, measured=False)
     >>> before, after = facts.total("macs")
     >>> after <= before / 2

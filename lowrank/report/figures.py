@@ -19,16 +19,16 @@ from lowrank.selection import Candidate, Frontier
 #: and the mark for those that share a colour.
 LOOK = {
     "dense": ("#555555", "*"),
-    "encode": ("#0072b2", "o"),
-    "decode": ("#0072b2", "s"),
-    "spatial": ("#d55e00", "o"),
-    "basis": ("#d55e00", "s"),
-    "decouple": ("#009e73", "o"),
+    "channel_svd": ("#0072b2", "o"),
+    "channel_svd": ("#0072b2", "s"),
+    "spatial_svd": ("#d55e00", "o"),
+    "filter_basis": ("#d55e00", "s"),
+    "network_decoupling": ("#009e73", "o"),
     "kronecker": ("#e69f00", "o"),
     "cp": ("#cc79a7", "o"),
     "cp3": ("#cc79a7", "s"),
     "jaderberg": ("#cc79a7", "^"),
-    "filter": ("#cc79a7", "D"),
+    "separable_sum": ("#cc79a7", "D"),
     "tucker": ("#56b4e9", "o"),
     "tucker_full": ("#56b4e9", "s"),
     "tucker_cp": ("#56b4e9", "^"),
@@ -124,7 +124,7 @@ def error_against_cost(
     >>> import numpy as np
     >>> import lowrank
     >>> from lowrank.report import figures
-    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+    >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial_svd"])
     >>> path = pathlib.Path(tempfile.mkdtemp(), "front.svg")
     >>> figures.error_against_cost([front], path)
     >>> path.exists()
@@ -139,7 +139,7 @@ def error_against_cost(
     curves: dict[tuple[str, str], list[Candidate]] = {}
     for front in fronts:
         for c in front:
-            curves.setdefault((c.family, c.form), []).append(c)
+            curves.setdefault((c.family, c.variant), []).append(c)
     seen: set[str] = set()
     for (family, _), candidates in curves.items():
         colour, mark = LOOK[family]
@@ -302,14 +302,14 @@ def filter_and_form(
     kernel = np.asarray(kernel, np.float64)
     if kernel.ndim != 2:
         raise ValueError(f"only filters over two axes are drawn, got shape {kernel.shape}")
-    form = chain.to_dense()[0, 0]
+    variant = chain.to_dense()[0, 0]
     figure, axes = _figure(7.0, 2.9, 3)
     largest = float(np.abs(kernel).max()) or 1.0
     passes = " + ".join("x".join(map(str, s.weight.shape[2:])) for s in chain.stages)
     parts = {
         f"filter, {kernel.shape[0]}x{kernel.shape[1]}": kernel,
-        f"passes {passes}": form,
-        f"difference, {chain.error(kernel[None, None]):.2g} of it": form - kernel,
+        f"passes {passes}": variant,
+        f"difference, {chain.error(kernel[None, None]):.2g} of it": variant - kernel,
     }
     for ax, (name, values) in zip(axes, parts.items()):
         shown = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)

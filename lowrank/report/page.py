@@ -35,7 +35,7 @@ def save(facts: Facts, path: str | os.PathLike[str]) -> None:
     >>> from lowrank import demo, compress, report
     >>> from lowrank.interop.weights import WeightsNet
     >>> net = WeightsNet(demo.WEIGHTS)
-    >>> small = compress.compress_model(net, macs=0.5, families=["spatial"])
+    >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> path = pathlib.Path(tempfile.mkdtemp(), "report.html")
     >>> report.save(report.gather(net, small, measured=False), path)
     >>> path.read_text("utf-8")[:15]
@@ -63,7 +63,7 @@ def page(facts: Facts) -> str:
     >>> from lowrank import demo, compress, report
     >>> from lowrank.interop.weights import WeightsNet
     >>> net = WeightsNet(demo.WEIGHTS)
-    >>> small = compress.compress_model(net, macs=0.5, families=["spatial"])
+    >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> "conv2" in report.page(report.gather(net, small, measured=False))
     True
     """

@@ -16,8 +16,8 @@ from lowrank._typing import Ints
 from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost, chain_cost
 from lowrank.factorization import Factorization
-from lowrank.families import FAMILIES, NotApplicable, Point
-from lowrank.families.family import kernel_of
+from lowrank.families import FAMILIES, NotApplicable, SweepPoint
+from lowrank.families.family import as_kernel
 
 NEAR = 1.25  # a short fit within this factor of the limit may be within it once refined
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -33,13 +33,13 @@ class Candidate:
 
     Attributes
     ----------
-    family, form, rank : str, str, tuple of int
-        What it is; ``FAMILIES[family].fit(conv, rank, form)`` fits the same anew.
+    family, variant, rank : str, str, tuple of int
+        What it is; ``FAMILIES[family].fit(conv, rank, variant)`` fits the same anew.
     error : float
         Relative Frobenius error.  For the families fitted by iteration (`exact` is False) that
         of the sweep's short fit; what :meth:`build` returns is refined and not worse.
     bound : float
-        No chain of this family, form and rank has a smaller error.
+        No chain of this family, variant and rank has a smaller error.
     cost : Cost
         For one example of the frontier's input shape.
     exact : bool
@@ -55,13 +55,13 @@ class Candidate:
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
-    >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
+    >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
     >>> front[0].name, front[0].rank, front[0].shapes
-    ('spatial h-w', (1,), ((1, 8, 3, 1), (8, 1, 1, 3)))
+    ('spatial_svd h-w', (1,), ((1, 8, 3, 1), (8, 1, 1, 3)))
     """
 
     family: str
-    form: str
+    variant: str
     rank: Ints
     error: float
     bound: float
@@ -70,7 +70,7 @@ class Candidate:
     seconds: float
     realised: float
     _conv: Factorization = field(repr=False)
-    _point: Point | None = field(repr=False)
+    _point: SweepPoint | None = field(repr=False)
 
     def build(self) -> Factorization:
         """Make the weights; what was fitted by a short iteration is refined.
@@ -84,9 +84,9 @@ class Candidate:
         >>> import numpy as np
         >>> import lowrank
         >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
-        >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
         >>> front[0].build()
-        <Factorization spatial h-w rank 1: 1x8x3x1 -> 8x1x1x3, 48 params>
+        <Factorization spatial_svd h-w rank 1: 1x8x3x1 -> 8x1x1x3, 48 params>
         """
         if self._point is None:
             return self._conv
@@ -94,7 +94,7 @@ class Candidate:
             self._conv,
             stages=self._point.build(),
             family=self.family,
-            form=self.form,
+            variant=self.variant,
             rank=self.rank,
         )
 
@@ -140,7 +140,7 @@ class Candidate:
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial"])
+        >>> front = lowrank.frontier(lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16), ["spatial_svd"])
         >>> front[-1].amount("params")
         576.0
         """
@@ -148,8 +148,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Family and form."""
-        return " ".join(filter(None, (self.family, self.form)))
+        """Family and variant."""
+        return " ".join(filter(None, (self.family, self.variant)))
 
     @property
     def shapes(self) -> tuple[Ints, ...]:
@@ -170,13 +170,13 @@ class Candidate:
         >>> import numpy as np
         >>> import lowrank
         >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
-        >>> front = lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs")
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
         >>> front[0].as_dict()["stages"]
         [[1, 8, 3, 1], [8, 1, 1, 3]]
         """
         return {
             "family": self.family,
-            "form": self.form,
+            "variant": self.variant,
             "rank": list(self.rank),
             "error": self.error,
             "bound": self.bound,
@@ -205,7 +205,7 @@ class Frontier(Sequence[Candidate]):
         (channels, \\*spatial) that the costs are for.
     batch, threads : int, int or None
         Examples at a time and threads that the seconds are for.
-    engine : str
+    runtime : str
         What runs the chains, as for :func:`lowrank.perfmodel.predict`.
     left_out : dict
         Families that do not apply to the convolution, and why.
@@ -215,15 +215,22 @@ class Frontier(Sequence[Candidate]):
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
-    >>> print(lowrank.frontier(conv, (16, 16), ["spatial"], axis="macs"))  # doctest: +ELLIPSIS
+    >>> print(lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs"))  # doctest: +ELLIPSIS
     2 candidates, by macs, input of 8 channels x 16x16...
     family       rank   error   bound   macs   fewer  params ...
-    spatial h-w     1  0.0000  0.0000  10.1k  11.20x      48 ...
+    spatial_svd h-w     1  0.0000  0.0000  10.1k  11.20x      48 ...
     dense           -  0.0000  0.0000   113k   1.00x     576 ...
     """
 
     __slots__ = (
-        "_candidates", "axis", "batch", "engine", "error", "input_shape", "left_out", "threads",
+        "_candidates",
+        "axis",
+        "batch",
+        "error",
+        "input_shape",
+        "left_out",
+        "runtime",
+        "threads",
     )  # fmt: skip
 
     def __init__(
@@ -234,12 +241,12 @@ class Frontier(Sequence[Candidate]):
         left_out: dict[str, str],
         batch: int = 1,
         threads: int | None = None,
-        engine: str = "lowrank",
+        runtime: str = "lowrank",
         error: float = math.nan,
     ) -> None:
         self._candidates = tuple(candidates)
         self.axis, self.input_shape, self.left_out = axis, input_shape, dict(left_out)
-        self.batch, self.threads, self.engine, self.error = batch, threads, engine, error
+        self.batch, self.threads, self.runtime, self.error = batch, threads, runtime, error
 
     @overload
     def __getitem__(self, at: int) -> Candidate: ...
@@ -337,7 +344,7 @@ def frontier(
     axis: str = "seconds",
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
     progress: Callable[[str], object] | None = None,
 ) -> Frontier:
     """Every candidate that no other beats on both error and cost.
@@ -358,7 +365,7 @@ def frontier(
         Examples at a time, which seconds are predicted for.
     threads : int, optional
         Threads that seconds are predicted for; all that OpenMP offers if not given.
-    engine : str
+    runtime : str
         What is to run the chains: ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``; see
         :func:`lowrank.perfmodel.predict`.
     progress : callable, optional
@@ -387,15 +394,15 @@ def frontier(
     >>> g = np.exp(-np.linspace(-2, 2, 7) ** 2)
     >>> blur = lowrank.dense(np.outer(g, g)[None, None])
     >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32), axis="macs")]
-    [('spatial h-w', (1,), 10556), ('dense', (), 33124)]
+    [('spatial_svd h-w', (1,), 10556), ('dense', (), 33124)]
     """
     names = _names(families)
     if axis not in COSTS:
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
-    kernel_of(conv)
+    as_kernel(conv)
     shape = conv.shape(input_shape)
     whole, bias = conv.cost(shape), conv.bias is not None
-    predicted, timed = _timing(conv, shape, batch, threads, engine)
+    predicted, timed = _timing(conv, shape, batch, threads, runtime)
 
     none, measure = math.nan, "macs" if axis == "seconds" else axis
     first = Candidate("dense", "", (), 0.0, 0.0, whole, True, none, none, conv, None)
@@ -405,15 +412,15 @@ def frontier(
         if progress is not None:
             progress(name)
         try:
-            forms = family.forms(conv)
+            variants = family.variants(conv)
         except NotApplicable as why:
             left_out[name] = str(why)
             continue
-        for form in forms:
-            for p in family.sweep(conv, form):
+        for variant in variants:
+            for p in family.sweep(conv, variant):
                 cost = chain_cost(p.stages, shape, bias)
                 c = Candidate(
-                    name, form, p.rank, p.error, p.bound, cost, family.exact, none, none, conv, p
+                    name, variant, p.rank, p.error, p.bound, cost, family.exact, none, none, conv, p
                 )
                 # What takes more multiply-adds than the dense kernel is not what anybody is after.
                 if c.amount(measure) < first.amount(measure):
@@ -424,21 +431,21 @@ def frontier(
     kept = _unbeaten(found, axis, conv)
     return Frontier(
         kept if axis == "seconds" else map(timed, kept),
-        axis, shape, left_out, batch, threads, engine, predicted.error,
+        axis, shape, left_out, batch, threads, runtime, predicted.error,
     )  # fmt: skip
 
 
 def _timing(
-    conv: Factorization, shape: Ints, batch: int, threads: int | None, engine: str
+    conv: Factorization, shape: Ints, batch: int, threads: int | None, runtime: str
 ) -> tuple[perfmodel.Prediction, Callable[[Candidate], Candidate]]:
     """The dense kernel's time, and what gives a candidate its own and its realised share."""
     here = perfmodel.current()
-    whole = here.predict(conv, shape, batch=batch, threads=threads, engine=engine)
+    whole = here.predict(conv, shape, batch=batch, threads=threads, runtime=runtime)
     macs = conv.cost(shape).macs
 
     def timed(c: Candidate) -> Candidate:
         stages = conv.stages if c._point is None else c._point.stages
-        seconds = here.of_stages(stages, shape, batch, threads, engine).seconds
+        seconds = here.of_stages(stages, shape, batch, threads, runtime).seconds
         realised = whole.seconds / seconds / (macs / c.cost.macs)
         return replace(c, seconds=seconds, realised=realised)
 
@@ -486,7 +493,7 @@ def approximate(
     axis: str | None = None,
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
 ) -> Factorization:
     """The cheapest chain within an error, or the best one within a budget.
 
@@ -515,7 +522,7 @@ def approximate(
         Examples at a time.
     threads : int, optional
         Threads to use.
-    engine : str
+    runtime : str
         What is to run the chain.
 
     Returns
@@ -537,13 +544,13 @@ def approximate(
     >>> import numpy as np
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)), padding=1)
-    >>> f = lowrank.approximate(conv, (16, 16), macs=0.5, families=["spatial"])
+    >>> f = lowrank.approximate(conv, (16, 16), macs=0.5, families=["spatial_svd"])
     >>> f.rank, f.cost((16, 16)).macs / conv.cost((16, 16)).macs
     ((12,), 0.5)
     """
     if rank is not None and (max_error, seconds, macs, params) == (None,) * 4:
         names = _names(families)
-        given = axis or "macs", batch, threads, engine
+        given = axis or "macs", batch, threads, runtime
         return _at_rank(conv, input_shape, rank, names, *given).build()
     front, pick = choose(
         conv,
@@ -557,7 +564,7 @@ def approximate(
         axis=axis,
         batch=batch,
         threads=threads,
-        engine=engine,
+        runtime=runtime,
     )
     if max_error is not None and pick is front.dense:
         raise ValueError(nothing_within(front, max_error))
@@ -595,11 +602,11 @@ def choose(
     axis: str | None = None,
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
     progress: Callable[[str], object] | None = None,
 ) -> tuple[Frontier, Candidate]:
     """The frontier and the pick of :func:`approximate`, not yet built."""
-    kernel_of(conv)
+    as_kernel(conv)
     budgets = {"seconds": seconds, "macs": macs, "params": params}
     wanted = {"max_error": max_error, "rank": rank, **budgets}
     given = [k for k, v in wanted.items() if v is not None]
@@ -620,20 +627,20 @@ def choose(
     if budget is not None:
         if axis == "seconds":
             here = perfmodel.current()
-            whole = here.predict(conv, input_shape, batch=batch, threads=threads, engine=engine)
+            whole = here.predict(conv, input_shape, batch=batch, threads=threads, runtime=runtime)
             amount = time_of(budget, whole.seconds)
         else:
             amount = amount_of(axis, budget, getattr(conv.cost(input_shape), axis))
     names = _names(families)
     found = frontier(
-        conv, input_shape, names, axis=axis, batch=batch, threads=threads, engine=engine,
+        conv, input_shape, names, axis=axis, batch=batch, threads=threads, runtime=runtime,
         progress=progress,
     )  # fmt: skip
     if max_error is not None:
         return found, _refined_within(found, max_error)
     if amount is not None:
         return found, found.affordable(amount)
-    return found, _at_rank(conv, input_shape, rank, names, axis, batch, threads, engine)
+    return found, _at_rank(conv, input_shape, rank, names, axis, batch, threads, runtime)
 
 
 def _refined_within(found: Frontier, limit: float) -> Candidate:
@@ -658,32 +665,32 @@ def _at_rank(
     axis: str,
     batch: int = 1,
     threads: int | None = None,
-    engine: str = "lowrank",
+    runtime: str = "lowrank",
 ) -> Candidate:
     """The best candidate of exactly this rank, fitted directly, whether on the front or not."""
     if axis not in COSTS:
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
-    kernel_of(conv)
+    as_kernel(conv)
     shape = conv.shape(input_shape)
-    whole, timed = _timing(conv, shape, batch, threads, engine)
+    whole, timed = _timing(conv, shape, batch, threads, runtime)
     tried, why = [], []
     for name in names:
         try:
-            forms = FAMILIES[name].forms(conv)
+            variants = FAMILIES[name].variants(conv)
         except NotApplicable as reason:
             why.append(str(reason))
             continue
-        for form in forms:
+        for variant in variants:
             try:
-                f = FAMILIES[name].fit(conv, rank, form)
+                f = FAMILIES[name].fit(conv, rank, variant)
             except (ValueError, TypeError) as reason:
                 why.append(f"{name}: {reason}")
                 continue
             exact, stages = FAMILIES[name].exact, f.stages
-            error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, form)
-            point = Point(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
+            error, bound = f.error(conv.to_dense()), FAMILIES[name].bound(conv, f.rank, variant)
+            point = SweepPoint(f.rank, error, min(bound, error), stages, lambda s=stages: s)  # type: ignore[misc]
             c = Candidate(
-                name, form, f.rank, error, point.bound, f.cost(shape), exact, math.nan, math.nan,
+                name, variant, f.rank, error, point.bound, f.cost(shape), exact, math.nan, math.nan,
                 conv, point,
             )  # fmt: skip
             tried.append(timed(c))

@@ -21,7 +21,7 @@ from lowrank.core.cost import chain_cost
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, svd, tensor_train
-from lowrank.families.family import kernel_of
+from lowrank.families.family import as_kernel
 
 GRID = 128  # noise variances tried before the best is refined: free energies have local minima
 
@@ -78,7 +78,9 @@ class _Spectrum(NamedTuple):
     values: Array  # (batch, min(rows, columns)), of weights divided by their largest magnitude
 
 
-def for_error(conv: Factorization, family: str, max_error: float, form: str | None = None) -> Ints:
+def for_error(
+    conv: Factorization, family: str, max_error: float, variant: str | None = None
+) -> Ints:
     r"""Smallest rank whose relative error is within a limit.
 
     Parameters
@@ -89,7 +91,7 @@ def for_error(conv: Factorization, family: str, max_error: float, form: str | No
         A name from :data:`lowrank.FAMILIES`.
     max_error : float
         Largest relative Frobenius error, up to rounding.
-    form : str, optional
+    variant : str, optional
         A form of the family; the first that applies if not given.
 
     Returns
@@ -101,7 +103,7 @@ def for_error(conv: Factorization, family: str, max_error: float, form: str | No
     Raises
     ------
     ValueError
-        If `family`, `form` or `max_error` is not possible, the family does not apply to `conv`,
+        If `family`, `variant` or `max_error` is not possible, the family does not apply to `conv`,
         or no rank of its sweep is within `max_error`; the message says what is reached.
 
     See Also
@@ -125,19 +127,19 @@ def for_error(conv: Factorization, family: str, max_error: float, form: str | No
     Examples
     --------
     >>> import numpy as np
-    >>> from lowrank import dense, spatial
+    >>> from lowrank import dense, spatial_svd
     >>> from lowrank.selection import ranks
     >>> conv = dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)))
-    >>> ranks.for_error(conv, "spatial", 0.3)
+    >>> ranks.for_error(conv, "spatial_svd", 0.3)
     (25,)
-    >>> errors = [spatial(conv, r).error(conv.to_dense()) for r in (24, 25)]
+    >>> errors = [spatial_svd(conv, r).error(conv.to_dense()) for r in (24, 25)]
     >>> errors[0] > 0.3 >= errors[1]
     True
     """
-    form = _form(conv, family, form)
+    variant = _variant(conv, family, variant)
     if not isinstance(max_error, int | float | np.number) or not max_error >= 0:
         raise ValueError(f"max_error must be a number, at least 0, got {max_error!r}")
-    points = list(FAMILIES[family].sweep(conv, form))
+    points = list(FAMILIES[family].sweep(conv, variant))
     within = [p for p in points if p.error <= max_error + _rounding(conv)]
     if not within:
         least = min(points, key=lambda p: p.error)
@@ -156,7 +158,7 @@ def for_ratio(
     params: float | None = None,
     macs: float | None = None,
     input_shape: Sequence[int] | None = None,
-    form: str | None = None,
+    variant: str | None = None,
 ) -> Ints:
     """Most accurate rank that costs at most a share of the dense kernel.
 
@@ -172,7 +174,7 @@ def for_ratio(
     input_shape : sequence of int, optional
         (channels, \\*spatial), or the spatial size alone.  Multiply-adds depend on it where
         the stride or the border does not divide evenly; `macs` needs it.
-    form : str, optional
+    variant : str, optional
         A form of the family; the first that applies if not given.
 
     Returns
@@ -207,14 +209,14 @@ def for_ratio(
     >>> from lowrank import FAMILIES, dense
     >>> from lowrank.selection import ranks
     >>> conv = dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)))
-    >>> ranks.for_ratio(conv, "spatial", params=0.5)
+    >>> ranks.for_ratio(conv, "spatial_svd", params=0.5)
     (12,)
     >>> rank = ranks.for_ratio(conv, "tucker", macs=0.25, input_shape=(32, 32))
     >>> f = FAMILIES["tucker"].fit(conv, rank, "")
     >>> f.cost((32, 32)).macs <= 0.25 * conv.cost((32, 32)).macs
     True
     """
-    form = _form(conv, family, form)
+    variant = _variant(conv, family, variant)
     given = {k: v for k, v in {"params": params, "macs": macs}.items() if v is not None}
     if len(given) != 1:
         raise TypeError(f"give exactly one of params and macs, got {' and '.join(given) or 'none'}")
@@ -222,7 +224,7 @@ def for_ratio(
     _check_share(axis, share)
     price = _price(conv, axis, input_shape)
     whole = price(conv.stages)
-    points = [(price(p.stages), p) for p in FAMILIES[family].sweep(conv, form)]
+    points = [(price(p.stages), p) for p in FAMILIES[family].sweep(conv, variant)]
     affordable = [(cost, p) for cost, p in points if cost <= share * whole]
     if not affordable:
         least, cheapest = min(points, key=lambda x: x[0])
@@ -234,7 +236,7 @@ def for_ratio(
     return min(affordable, key=lambda x: (x[1].error if x[1].error > exact else 0.0, x[0]))[1].rank
 
 
-def energy(conv: Factorization, family: str, share: float, form: str | None = None) -> Ints:
+def energy(conv: Factorization, family: str, share: float, variant: str | None = None) -> Ints:
     r"""Smallest rank that keeps a share of the squared norm, unfolding by unfolding.
 
     Parameters
@@ -242,12 +244,12 @@ def energy(conv: Factorization, family: str, share: float, form: str | None = No
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`.
     family : str
-        A family of one SVD (``"encode"``, ``"decode"``, ``"spatial"``, ``"basis"``,
-        ``"decouple"``, ``"kronecker"``), ``"tucker"``, ``"tucker_full"`` or
+        A family of one SVD (``"channel_svd"``, ``"channel_svd"``, ``"spatial_svd"``, ``"filter_basis"``,
+        ``"network_decoupling"``, ``"kronecker"``), ``"tucker"``, ``"tucker_full"`` or
         ``"tensor_train"``.
     share : float
         Of the squared Frobenius norm, in (0, 1], up to rounding.
-    form : str, optional
+    variant : str, optional
         A form of the family; the first that applies if not given.
 
     Returns
@@ -258,7 +260,7 @@ def energy(conv: Factorization, family: str, share: float, form: str | None = No
     Raises
     ------
     ValueError
-        If `family`, `form` or `share` is not possible, or the family has no spectrum, as those
+        If `family`, `variant` or `share` is not possible, or the family has no spectrum, as those
         of CP have none.
 
     Notes
@@ -287,17 +289,17 @@ def energy(conv: Factorization, family: str, share: float, form: str | None = No
     >>> from lowrank import dense
     >>> from lowrank.selection import ranks
     >>> conv = dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)))
-    >>> ranks.energy(conv, "encode", 0.9), ranks.energy(conv, "tucker", 0.9)
+    >>> ranks.energy(conv, "channel_svd", 0.9), ranks.energy(conv, "tucker", 0.9)
     ((14,), (14, 14))
     """
-    form = _form(conv, family, form)
+    variant = _variant(conv, family, variant)
     _check_share("share", share)
-    spectra = _spectra("energy", conv, family, form)
+    spectra = _spectra("energy", conv, family, variant)
     limit = math.sqrt(1 - share) + _rounding(conv)
     return tuple(max(1, int(np.argmax(chain_algebra.tails_of(s.values) <= limit))) for s in spectra)
 
 
-def evbmf(conv: Factorization, family: str = "tucker", form: str | None = None) -> Ints:
+def evbmf(conv: Factorization, family: str = "tucker", variant: str | None = None) -> Ints:
     r"""Rank that empirical variational Bayes finds above white noise.
 
     Parameters
@@ -307,14 +309,14 @@ def evbmf(conv: Factorization, family: str = "tucker", form: str | None = None) 
     family : str
         As for :func:`energy`.  ``"tucker"``, on its unfoldings by channels out and in, is what
         most tools do [3]_.
-    form : str, optional
+    variant : str, optional
         A form of the family; the first that applies if not given.
 
     Returns
     -------
     tuple of int
         For ``FAMILIES[family].fit``; at least 1.  Where there are several matrices for a rank
-        (groups, or channels of ``"decouple"``), the largest of their ranks.
+        (groups, or channels of ``"network_decoupling"``), the largest of their ranks.
 
     Raises
     ------
@@ -397,7 +399,7 @@ def evbmf(conv: Factorization, family: str = "tucker", form: str | None = None) 
     >>> ranks.evbmf(dense(signal + rng.standard_normal(signal.shape)))
     (4, 3)
     """
-    found, _ = _found(conv, family, form)
+    found, _ = _found(conv, family, variant)
     return found
 
 
@@ -405,7 +407,7 @@ def weakened(
     conv: Factorization,
     family: str = "tucker",
     weakening: float = 0.8,
-    form: str | None = None,
+    variant: str | None = None,
 ) -> Ints:
     r"""Rank part of the way from the full one to that of EVBMF.
 
@@ -417,7 +419,7 @@ def weakened(
         As for :func:`energy`.
     weakening : float
         How far to go, in (0, 1]: 1 is :func:`evbmf`, and near 0 the full rank.
-    form : str, optional
+    variant : str, optional
         A form of the family; the first that applies if not given.
 
     Returns
@@ -466,7 +468,7 @@ def weakened(
     [(18, 13), (9, 7), (4, 3)]
     """
     _check_share("weakening", weakening)
-    found, full = _found(conv, family, form)
+    found, full = _found(conv, family, variant)
     # 64 - 0.7 * (64 - 14) is 29.000000000000004 in binary, others are a hair below.
     return tuple(math.floor(n - weakening * (n - r) + 1e-9) for r, n in zip(found, full))
 
@@ -522,15 +524,15 @@ def evbmf_of(matrix: Array) -> Estimate:
     return Estimate(found.rank, found.noise * scale, found.threshold * scale)
 
 
-def _form(conv: Factorization, family: str, form: str | None) -> str:
+def _variant(conv: Factorization, family: str, variant: str | None) -> str:
     """The form asked for, checked, or the first that applies."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    forms = FAMILIES[family].forms(conv)
-    if form is None or form in forms:
-        return forms[0] if form is None else form
+    variants = FAMILIES[family].variants(conv)
+    if variant is None or variant in variants:
+        return variants[0] if variant is None else variant
     # A Kronecker split of the caller's own is as good as those of a sweep; all else is refused.
-    return FAMILIES[family].fit(conv, (1,), form).form
+    return FAMILIES[family].fit(conv, (1,), variant).variant
 
 
 def _check_share(name: str, value: float) -> None:
@@ -560,13 +562,13 @@ def _price(
     return lambda stages: chain_cost(stages, shape).macs
 
 
-def _spectra(rule: str, conv: Factorization, family: str, form: str) -> list[_Spectrum]:
+def _spectra(rule: str, conv: Factorization, family: str, variant: str) -> list[_Spectrum]:
     """Singular values of each matrix whose rank the family cuts, in the order of its ranks."""
     if family in svd.ROWS:
-        parts = svd.decompose(conv, family, form)
+        parts = svd.decompose(conv, family, variant)
         return [_Spectrum(family, parts.u.shape[1], parts.vt.shape[2], parts.s)]
     if family == "tensor_train":
-        cars = tensor_train.train(conv, form).tensor
+        cars = tensor_train.train(conv, variant).tensor
         sizes = [math.prod(cars.shape[1:k]) for k in range(2, cars.ndim)]
         return [
             _spectrum(f"joint {i}", cars.reshape(len(cars), rows, -1))
@@ -578,7 +580,7 @@ def _spectra(rule: str, conv: Factorization, family: str, form: str) -> list[_Sp
             "Use for_error or for_ratio"
             + (", or the ranks of tucker for its first two" if family == "tucker_cp" else "")
         )
-    kernel = kernel_of(conv)
+    kernel = as_kernel(conv)
     modes = {"out": [1], "in": [2]}
     if family == "tucker_full":
         modes |= {axes: [3 + kernel.letters.index(a) for a in axes] for axes in kernel.axes}
@@ -595,9 +597,9 @@ def _spectrum(name: str, matrices: Array) -> _Spectrum:
     return _Spectrum(name, rows, columns, np.linalg.svd(matrices, compute_uv=False))
 
 
-def _found(conv: Factorization, family: str, form: str | None) -> tuple[Ints, Ints]:
+def _found(conv: Factorization, family: str, variant: str | None) -> tuple[Ints, Ints]:
     """EVBMF's rank of each unfolding, never 0, and the full one; for the two rules to return."""
-    spectra = _spectra("EVBMF", conv, family, _form(conv, family, form))
+    spectra = _spectra("EVBMF", conv, family, _variant(conv, family, variant))
     full = tuple(s.values.shape[-1] for s in spectra)
     found = [max(_estimate(v, s.rows, s.columns).rank for v in s.values) for s in spectra]
     lost = [s.name for s, r, n in zip(spectra, found, full) if r == 0 and n > 1]

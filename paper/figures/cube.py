@@ -7,10 +7,10 @@ import style
 from matplotlib import pyplot as plt
 
 LOOK = {
-    ("filter", "weights"): ("#cc79a7", "D", ":", "lines, weights"),
-    ("spatial", "weights"): ("#d55e00", "o", ":", "image | bands, weights"),
-    ("filter", "output"): ("#cc79a7", "D", "-", "lines, output"),
-    ("spatial", "output"): ("#d55e00", "o", "-", "image | bands, output"),
+    ("separable_sum", "weights"): ("#cc79a7", "D", ":", "lines, weights"),
+    ("spatial_svd", "weights"): ("#d55e00", "o", ":", "image | bands, weights"),
+    ("separable_sum", "output"): ("#cc79a7", "D", "-", "lines, output"),
+    ("spatial_svd", "output"): ("#d55e00", "o", "-", "image | bands, output"),
 }
 MAIN = "40000"
 
@@ -19,12 +19,12 @@ def main(source, target):
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
     for r in rows:  # either order of the two stages
-        r["form"] = "spatial" if r["form"] in ("dh-w", "w-dh") else r["form"]
-    dense = {r["patches"]: float(r["psnr"]) for r in rows if r["form"] == "dense"}
+        r["variant"] = "spatial_svd" if r["variant"] in ("dh-w", "w-dh") else r["variant"]
+    dense = {r["patches"]: float(r["psnr"]) for r in rows if r["variant"] == "dense"}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(style.PAGE, 2.7))
     handles = []
-    for (form, fit), (colour, mark, line, said) in LOOK.items():
-        some = [r for r in rows if (r["form"], r["fit"]) == (form, fit)]
+    for (variant, fit), (colour, mark, line, said) in LOOK.items():
+        some = [r for r in rows if (r["variant"], r["fit"]) == (variant, fit)]
         here = [r for r in some if r["patches"] == MAIN]
         points = [(int(r["rank"]), float(r["psnr"])) for r in here]
         look = {"color": colour, "marker": mark, "linestyle": line, "label": said}
@@ -46,12 +46,12 @@ def main(source, target):
     middle.set_ylabel("PSNR in dB, 2 terms")
     middle.set_ylim(max(dense["2500"] - 2.5, 0), None)
     middle.set_xticks([2500, 10000, 40000, 160000], ["2500", "10 000", "40 000", "160 000"])
-    whole = {r["form"]: r for r in rows if r["patches"] == MAIN and not r["rank"]}
+    whole = {r["variant"]: r for r in rows if r["patches"] == MAIN and not r["rank"]}
     ways = (("dense", "s", "direct"), ("fft", "^", "FFT"), ("SciPy", "v", "SciPy"))
-    for form, mark, said in ways:
-        at = 1e3 * float(whole[form]["seconds"]), dense[MAIN]
+    for variant, mark, said in ways:
+        at = 1e3 * float(whole[variant]["seconds"]), dense[MAIN]
         right.plot(*at, mark, color="#555555", markersize=4)
-        right.annotate(said, at, (0, 5 if form != "dense" else -9), textcoords="offset points",
+        right.annotate(said, at, (0, 5 if variant != "dense" else -9), textcoords="offset points",
                        fontsize=6.5, ha="center", color="#555555")  # fmt: skip
     right.set(xscale="log", xlabel="ms for the cube, one thread", ylabel="PSNR in dB")
     right.margins(0.12, 0.15)

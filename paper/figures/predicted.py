@@ -25,11 +25,11 @@ def main(source, target):
     with open(source, newline="") as file:
         for r in csv.DictReader(file):
             pair = float(r["measured"]), float(r["predicted"])
-            points[r["engine"]][kind(r["kind"])].append(pair)
+            points[r["runtime"]][kind(r["kind"])].append(pair)
     figure, every = plt.subplots(1, 2, figsize=(style.PAGE, 2.7), sharex=True, sharey=True)
     ends = [t for some in points.values() for pairs in some.values() for p in pairs for t in p]
     line = np.array([min(ends) / 1.3, max(ends) * 1.3])
-    for axes, (engine, kinds) in zip(every, points.items()):
+    for axes, (runtime, kinds) in zip(every, points.items()):
         axes.plot(line, line, color="0.3", linewidth=0.6)
         axes.fill_between(line, line / 1.25, line * 1.25, color="0.85", linewidth=0)
         for name in LOOK:

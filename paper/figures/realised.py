@@ -19,7 +19,7 @@ def main(source, target):
             if "3x3x3" in r["layer"]:  # PyTorch's dense 3-D layer is no measure of the saving
                 continue
             name = r["chain"].split()
-            kind = " ".join(name) if name[0] == "decouple" else name[0]
+            kind = " ".join(name) if name[0] == "network_decoupling" else name[0]
             if name[:2] == ["tensor", "train"]:
                 kind = "tensor train"
             for shares, who in zip(kinds[kind], WHO):

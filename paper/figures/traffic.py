@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from lowrank.report import figures
 
-LOOK = {"depthwise + pointwise": figures.LOOK["decouple"]} | figures.LOOK
+LOOK = {"depthwise + pointwise": figures.LOOK["network_decoupling"]} | figures.LOOK
 
 
 def main(source, target):

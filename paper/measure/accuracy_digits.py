@@ -20,7 +20,7 @@ from lowrank.compress import Layer
 from lowrank.interop.weights import WeightsNet, read_weights
 
 SHARES = (0.67, 0.5, 0.33, 0.25, 0.17, 0.1)
-UNIFORM = ("spatial", "tucker")
+UNIFORM = ("spatial_svd", "tucker")
 SECONDS, BATCH = 0.4, 64
 
 

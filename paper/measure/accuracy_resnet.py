@@ -14,7 +14,7 @@ import tables
 from lowrank import compress
 
 SHARES = (0.67, 0.5, 0.4, 0.33, 0.25)
-UNIFORM = ("spatial", "tucker")
+UNIFORM = ("spatial_svd", "tucker")
 BATCHES = (1, 64)
 
 
@@ -36,7 +36,7 @@ def rows(case):
     def capped(share):
         """Two passes within one share of every layer, fitted front to back on data."""
         plan = compress.make_plan(
-            net, macs=1.0, families=["spatial"], pinned=fixed, measured=seen,
+            net, macs=1.0, families=["spatial_svd"], pinned=fixed, measured=seen,
             capped=dict.fromkeys(inner, share),
         )  # fmt: skip
         return compress.compress_model(net, plan).chains

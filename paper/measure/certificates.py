@@ -10,7 +10,7 @@ import tables
 
 import lowrank
 
-FAMILIES = ("encode", "spatial", "decouple", "tucker", "tensor_train", "cp3")
+FAMILIES = ("channel_svd", "spatial_svd", "network_decoupling", "tucker", "tensor_train", "cp3")
 
 
 def convolutions():

@@ -24,7 +24,7 @@ import tables
 import lowrank
 from lowrank.interop.weights import layers
 
-FAMILIES = ("encode", "decode", "spatial", "tucker", "cp")
+FAMILIES = ("channel_svd", "channel_svd", "spatial_svd", "tucker", "cp")
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 CHANNELS = 64
 
@@ -57,7 +57,7 @@ def ran_parts(conv, stride):
     return stride * np.linalg.norm(mean), np.linalg.norm(y - mean)
 
 
-def evened(weight, stride, apart):
+def norm_balance(weight, stride, apart):
     """The nearest taps with phase sums all alike: of both axes together, or of each axis."""
     p, q = (phases(n, stride) for n in weight.shape[2:])
     off = np.eye(stride) - 1 / stride
@@ -110,7 +110,7 @@ def main(target):
             taps, whole, macs = w.shape[2], parts(w, stride)[0], conv.cost(size).macs
             row(name, taps, stride, "dense", "", 1, 0, w, whole)
             for apart, said in ((False, "even"), (True, "even by axis")):
-                new = evened(w, stride, apart)
+                new = norm_balance(w, stride, apart)
                 error = np.linalg.norm(new - w) / np.linalg.norm(w)
                 row(name, taps, stride, said, "", 1, error, new, whole)
             for family in FAMILIES:

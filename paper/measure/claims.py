@@ -30,7 +30,7 @@ def macs(f, size):
 def passes(taps):
     """A filter of one channel, and the same in two passes."""
     whole = dense(1, 1, taps)
-    return whole, lowrank.spatial(whole, 1)
+    return whole, lowrank.spatial_svd(whole, 1)
 
 
 ROWS = []

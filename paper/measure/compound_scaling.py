@@ -48,8 +48,8 @@ def layer(out, ins, taps, stride, size, groups=1):
 class Net:
     """Counts of a network, part by part."""
 
-    def __init__(self, form):
-        self.form, self.macs, self.params, self.extra = form, Counter(), Counter(), 0
+    def __init__(self, variant):
+        self.variant, self.macs, self.params, self.extra = variant, Counter(), Counter(), 0
 
     def add(self, part, out, ins, taps, stride, size, groups=1):
         """Count a convolution with the norm behind it, and give the size of its output."""
@@ -61,12 +61,12 @@ class Net:
         return f.output_shape((size, size))[1]
 
     def block(self, out, ins, expansion, taps, stride, size):
-        if self.form == "dense blocks":
+        if self.variant == "dense blocks":
             return self.add("dense", out, ins, 3, stride, size)
         inner = expansion * ins
         if expansion > 1:
             self.add("pointwise", inner, ins, 1, 1, size)
-        inside = self.form == "dense inside"
+        inside = self.variant == "dense inside"
         end = self.add("dense" if inside else "depthwise", inner, inner, taps, stride, size,
                        1 if inside else inner)  # fmt: skip
         squeezed = max(1, ins // 4)
@@ -75,13 +75,13 @@ class Net:
         return end
 
 
-def counted(form, width, depth, size, multiple):
+def counted(variant, width, depth, size, multiple):
     def channels(n):
         """As in the code that the authors published."""
         rounded = max(multiple, int(n * width + multiple / 2) // multiple * multiple)
         return rounded + multiple * (rounded < 0.9 * n * width)
 
-    net = Net(form)
+    net = Net(variant)
     ins = channels(STEM)
     size = net.add("ends", ins, 3, 3, 2, size)
     for expansion, out, repeats, stride, taps in BLOCKS:
@@ -103,20 +103,20 @@ def main(target):
              "dense", "ends", "params", "extra", "stated_macs", "stated_params"]
         )  # fmt: skip
 
-        def row(form, kept, step, width, depth, image, stated=("", "")):
-            net = counted(form, width, depth, image, 1 if kept == "whole" else 8)
+        def row(variant, kept, step, width, depth, image, stated=("", "")):
+            net = counted(variant, width, depth, image, 1 if kept == "whole" else 8)
             parts = [net.macs[p] for p in ("depthwise", "pointwise", "dense", "ends")]
             rows.writerow(
-                [form, kept, step, f"{width:.4f}", f"{depth:.4f}", image, sum(parts), *parts,
+                [variant, kept, step, f"{width:.4f}", f"{depth:.4f}", image, sum(parts), *parts,
                  sum(net.params.values()), net.extra, *stated]
             )  # fmt: skip
 
-        for form in ("blocks", "dense inside", "dense blocks"):
+        for variant in ("blocks", "dense inside", "dense blocks"):
             for phi in range(8):
                 scaled = WIDTH**phi, DEPTH**phi, round(SIZE * FINER**phi)
-                row(form, "customary", phi, *scaled)
-                if form == "blocks":
-                    row(form, "whole", phi, *scaled)
+                row(variant, "customary", phi, *scaled)
+                if variant == "blocks":
+                    row(variant, "whole", phi, *scaled)
         for i, (width, depth, image, macs, params) in enumerate(PUBLISHED):
             row("blocks", "published", i, width, depth, image, (f"{macs * 1e9:g}",
                                                                 f"{params * 1e6:g}"))  # fmt: skip

@@ -18,7 +18,7 @@ def main(target):
         rows.writerow(["taps", "size", "ratio", "limit"])
         for taps in (3, 5, 7, 11):
             conv = lowrank.dense(np.ones((1, 1, taps, taps)))
-            separated = lowrank.spatial(conv, 1)
+            separated = lowrank.spatial_svd(conv, 1)
             for size in np.unique(np.geomspace(taps, 512, 40).round().astype(int)):
                 shape = (int(size), int(size))
                 ratio = separated.cost(shape).macs / conv.cost(shape).macs

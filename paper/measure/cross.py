@@ -37,7 +37,7 @@ def rows():
             error = np.sqrt((s[1:] ** 2).sum() / (s**2).sum())
             name = "".join(modes[m] for m in left) + "|" + "".join(modes[m] for m in right)
             yield "bipartition", name, rank, "", "", "", f"{error:.6f}"
-    one = lowrank.spatial(lowrank.dense(w), 1).to_dense()
+    one = lowrank.spatial_svd(lowrank.dense(w), 1).to_dense()
     for what, k in (("kernel", w), ("rank one", one)):
         for s, i, j in np.ndindex(*k.shape[1:]):
             yield what, "", "", s, i, j, f"{k[0, s, i, j] + 0.0:.6f}"

@@ -105,7 +105,7 @@ def main(target):
     with open(target, "w", newline="") as file, threadpool_limits(1):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
-            ["cube", "patches", "form", "fit", "rank", "macs", "error", "psnr", "off", "predicted",
+            ["cube", "patches", "variant", "fit", "rank", "macs", "error", "psnr", "off", "predicted",
              "seconds"]
         )  # fmt: skip
         rows.writerow([name, "", "noisy", "", "", "", "", decibels(noisy, clean), *[""] * 3])
@@ -120,20 +120,22 @@ def main(target):
             measured = compress.Measured(net, gradients=False)
             ranks = (1, 2, 3, 4, 6, 8) if patches == MAIN else (2,)
             for rank in ranks:
-                chains["dh-w", "weights", rank] = lowrank.spatial(conv, rank, form="dh-w")
-                chains["filter", "weights", rank] = lowrank.filter(conv, rank)
+                chains["dh-w", "weights", rank] = lowrank.spatial_svd(conv, rank, variant="dh-w")
+                chains["filter", "weights", rank] = lowrank.separable_sum(conv, rank)
                 if patches == MAIN and rank < 5:
-                    chains["d-hw", "weights", rank] = lowrank.spatial(conv, rank, form="d-hw")
-                    train = lowrank.tensor_train(conv, (rank, rank), form="sd-h-wt")
+                    chains["d-hw", "weights", rank] = lowrank.spatial_svd(
+                        conv, rank, variant="d-hw"
+                    )
+                    train = lowrank.tensor_train(conv, (rank, rank), variant="sd-h-wt")
                     chains["train", "weights", rank] = train
                 if rank < 5:
-                    for family, each in (("filter", sum(TAPS)), ("spatial", TAPS[0] * 5 + 15)):
+                    for family, each in (("filter", sum(TAPS)), ("spatial_svd", TAPS[0] * 5 + 15)):
                         share = (rank * each + 0.5) / kernel.size
                         small = compress.compress_model(
                             net, macs=share, families=[family], measured=measured
                         )
                         f = small.chains["filter"]
-                        chains[f.form or "filter", "output", rank] = f
+                        chains[f.variant or "filter", "output", rank] = f
             took, predicted = {}, {}
             if patches == MAIN:
                 for key, f in chains.items():

@@ -22,12 +22,12 @@ def rows():
                 if c.family != "dense":
                     rank = " ".join(map(str, c.rank))
                     share = f"{c.cost.macs / whole:.6g}"
-                    yield (f"{net} {layer.name}", c.family, c.form, rank, share,
+                    yield (f"{net} {layer.name}", c.family, c.variant, rank, share,
                            f"{c.error:.5f}", f"{c.bound:.5f}")  # fmt: skip
 
 
 def main(target):
-    header = ["layer", "family", "form", "rank", "macs", "error", "bound"]
+    header = ["layer", "family", "variant", "rank", "macs", "error", "bound"]
     tables.write(target, header, rows())
 
 

@@ -52,7 +52,7 @@ def of(name, conv, size):
             now, before = measured([lambda r=run, y=y: r(x, y), lambda: dense(x, out)], SECONDS)
             rank = " ".join(map(str, c.rank))
             error = f.error(conv.to_dense())
-            yield (name, c.family, c.form, rank, f"{c.cost.macs / whole:.4f}", f"{error:.5f}",
+            yield (name, c.family, c.variant, rank, f"{c.cost.macs / whole:.4f}", f"{error:.5f}",
                    f"{c.bound:.5f}", f"{now / before:.4f}", f"{before:.4g}")  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def main(target):
     header = [
         "layer",
         "family",
-        "form",
+        "variant",
         "rank",
         "macs",
         "error",

@@ -18,7 +18,7 @@ from lowrank.families import FAMILIES
 from lowrank.families.weighted import Weighted
 from lowrank.metric import Moments
 
-CHAINS = ("encode", "spatial", "tucker")
+CHAINS = ("channel_svd", "spatial_svd", "tucker")
 SHARE = 1 / 3
 
 
@@ -73,8 +73,8 @@ def rows():
             seen, judge = moments(conv, fit), moments(conv, test, ridge=0.0)
             for family in CHAINS:
                 plain = lowrank.approximate(conv, size, macs=SHARE, families=[family])
-                there = Weighted(conv, seen, family, plain.form)
-                apart = Weighted(conv, replace(seen, inputs=None), family, plain.form)
+                there = Weighted(conv, seen, family, plain.variant)
+                apart = Weighted(conv, replace(seen, inputs=None), family, plain.variant)
                 ways = {
                     "none": plain.stages,
                     "factored": apart.at(plain.rank),
@@ -82,7 +82,7 @@ def rows():
                 }
                 for way, stages in ways.items():
                     f = replace(plain, stages=stages)
-                    error = Weighted(conv, judge, family, plain.form).error(stages)
+                    error = Weighted(conv, judge, family, plain.variant).error(stages)
                     yield (name, family, way, f"{seen.distance:.4f}",
                            f"{f.error(conv.to_dense()):.4f}", f"{error:.4f}")  # fmt: skip
 

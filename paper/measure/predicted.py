@@ -11,26 +11,26 @@ import tables
 from asv_benchmarks import predicted
 from asv_benchmarks.benchmarks.measure import measured
 
-ENGINES = ("lowrank", "torch")
+RUNTIMES = ("lowrank", "torch")
 
 
 def rows(here):
-    for engine in ENGINES:
-        if engine not in here.rates:
+    for runtime in RUNTIMES:
+        if runtime not in here.rates:
             continue
-        left = predicted.items(True, engine)
+        left = predicted.items(True, runtime)
         while some := list(itertools.islice(left, predicted.GROUP)):
-            calls = [predicted.call(f, size, n, engine, 1) for _, f, size, n in some]
+            calls = [predicted.call(f, size, n, runtime, 1) for _, f, size, n in some]
             for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
-                p = here.predict(f, size, batch=n, threads=1, engine=engine)
-                yield engine, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}"
+                p = here.predict(f, size, batch=n, threads=1, runtime=runtime)
+                yield runtime, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}"
 
 
 def main(target):
     torch = tables.peers()
     torch.set_num_threads(1)
     here = tables.calibrated()
-    header = ["engine", "kind", "chain", "predicted", "measured"]
+    header = ["runtime", "kind", "chain", "predicted", "measured"]
     tables.write(target, header, rows(here))
 
 

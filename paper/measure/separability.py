@@ -21,17 +21,17 @@ ERROR = 0.2
 def needed(conv, family):
     """Share of the full rank that this error takes; "" where the family has no form."""
     try:
-        form = FAMILIES[family].forms(conv)[0]
+        variant = FAMILIES[family].variants(conv)[0]
     except NotApplicable:
         return ""
-    points = list(FAMILIES[family].sweep(conv, form))
+    points = list(FAMILIES[family].sweep(conv, variant))
     full = max(p.rank[0] for p in points)
     return f"{min(p.rank[0] for p in points if p.error <= ERROR or p.rank[0] == full) / full:.4f}"
 
 
 def depthwise(conv):
     try:
-        return f"{lowrank.decouple(conv, 1).error(conv.to_dense()):.4f}"
+        return f"{lowrank.network_decoupling(conv, 1).error(conv.to_dense()):.4f}"
     except (NotApplicable, ValueError):
         return ""
 

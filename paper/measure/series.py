@@ -195,7 +195,7 @@ def uniform(net, limit):
         for x in net.layers[1:]:  # the first has one input and nothing to thin out
             w = x.conv.stages[0].weight
             rank = max(1, round(share * min(len(w), w[0].size)))
-            f = lowrank.encode(x.conv, rank)
+            f = lowrank.channel_svd(x.conv, rank)
             if f.cost(x.input_size).macs < x.cost.macs:
                 chains[x.name] = f
         if macs(net, chains) > limit:
@@ -258,14 +258,14 @@ def main(target):
                 call()
                 took.append(time.perf_counter() - start)
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["way", "share", "macs", "params", "right", "forms", "seconds"])
+        rows.writerow(["way", "share", "macs", "params", "right", "variants", "seconds"])
         for (way, share, n, chains), took in zip(found, times):
             right = (n.run(unseen, chains).argmax(1) == answers).mean()
             every = n.convs | dict(chains)
-            forms = "; ".join(" ".join(map(str, (f.family, *f.rank))) for f in every.values())
+            variants = "; ".join(" ".join(map(str, (f.family, *f.rank))) for f in every.values())
             rows.writerow(
                 [way, share, f"{macs(n, chains) / macs(net, {}):.4f}",
-                 sum(f.params for f in every.values()), f"{right:.4f}", forms,
+                 sum(f.params for f in every.values()), f"{right:.4f}", variants,
                  f"{statistics.median(took[1:]):.4g}"]
             )  # fmt: skip
 

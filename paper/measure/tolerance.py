@@ -31,7 +31,7 @@ def rows(case):
     energy = np.square(whole - whole.mean(0)).sum()
     right = 100 * np.mean(whole.argmax(1) == labels)
     for i, x in enumerate(x for x in net.layers if x.conv.ndim == 2):
-        f = lowrank.approximate(x.conv, x.input_size, macs=1 / 3, families=["spatial"])
+        f = lowrank.approximate(x.conv, x.input_size, macs=1 / 3, families=["spatial_svd"])
         found = outputs(net.replaced({x.name: f}))
         off = np.sqrt(np.square(found - whole).sum() / energy)
         lost = right - 100 * np.mean(found.argmax(1) == labels)

@@ -32,7 +32,7 @@ def chains(out, ins):
                  stage((out, ins, 1, 1))]  # fmt: skip
     yield "tucker", [stage((quarter, ins, 1, 1)), stage((quarter, quarter, 3, 3)),
                      stage((out, quarter, 1, 1))]  # fmt: skip
-    yield "spatial", [stage((ins // 2, ins, 3, 1)), stage((out, ins // 2, 1, 3))]
+    yield "spatial_svd", [stage((ins // 2, ins, 3, 1)), stage((out, ins // 2, 1, 3))]
 
 
 def apart(stages, size):

@@ -228,7 +228,7 @@ def _depthwise(link: _Link, dtype: Any, total: Any) -> Run:
     )  # taps that a kernel is compiled for
     rows = STRIPS[stride[1]] if known else 1
     taps = f"{kernel[1]}, {kernel[2]}, {stride[1]}" if known else "0, 0, 0"
-    kernel_of = _Kernel(f"depthwise<{NUMBERS[dtype.name]}, {taps}, {rows}>")
+    as_kernel = _Kernel(f"depthwise<{NUMBERS[dtype.name]}, {taps}, {rows}>")
     pos = link.tables(array_api.places, out=False)
     (bias, activation), (source, outside) = link.ending(total), link.sources(total)
     (d, h, w), out = link.sizes
@@ -238,7 +238,7 @@ def _depthwise(link: _Link, dtype: Any, total: Any) -> Run:
 
     def run(x: Any, y: Any, _: Any) -> None:
         threads = y.shape[0] * link.out[0] * out[0] * -(-out[1] // rows) * out[2]
-        kernel_of(_turns(threads), x, weight, bias, y, source, outside, *pos, _Long(len(x)), *fixed)
+        as_kernel(_turns(threads), x, weight, bias, y, source, outside, *pos, _Long(len(x)), *fixed)
 
     return run
 
@@ -363,14 +363,14 @@ def _separable(first: _Link, second: _Link, dtype: Any, total: Any) -> Run:
     source, outside = first.sources(total)
     (d, h, w), out = first.sizes
     rows, places = steps.ROWS, 64
-    kernel_of = _Kernel(f"separable<{NUMBERS[dtype.name]}, {rows}, {places}>")
+    as_kernel = _Kernel(f"separable<{NUMBERS[dtype.name]}, {rows}, {places}>")
     fixed = (
         s.groups, per, outs, d, h, w, *out, *kernel, *stride, *dilation, activation
     )  # fmt: skip
 
     def run(x: Any, y: Any, _: Any) -> None:
         tiles = -(-y.shape[0] * math.prod(out) // places)
-        kernel_of(
+        as_kernel(
             tiles * -(-outs // rows), x, taps, taps_bias, taps_activation, weight, bias, y, source,
             outside, *pos, _Long(len(x)), *fixed,
         )  # fmt: skip

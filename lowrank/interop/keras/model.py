@@ -85,7 +85,7 @@ class KerasNet:
     >>> net = KerasNet(path)
     >>> net.layers[0].conv, net.layers[0].input_size
     (<Factorization dense: 8x3x5, 120 params>, (20,))
-    >>> net.replaced({"a": lowrank.encode(net.layers[0].conv, 1)}).save(path)
+    >>> net.replaced({"a": lowrank.channel_svd(net.layers[0].conv, 1)}).save(path)
     >>> [x.name for x in KerasNet(path).layers]
     ['a_0', 'a']
     """

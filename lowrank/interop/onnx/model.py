@@ -62,7 +62,7 @@ class OnnxNet:
     >>> net = OnnxNet(model)
     >>> [(layer.name, layer.input_size) for layer in net.layers]
     [('y', (8, 8))]
-    >>> new = net.replaced({"y": lowrank.spatial(net.layers[0].conv, rank=1)})
+    >>> new = net.replaced({"y": lowrank.spatial_svd(net.layers[0].conv, rank=1)})
     >>> [(node.op_type, node.name) for node in new.graph.node]
     [('Conv', 'y.0'), ('Conv', 'y.1')]
     """
@@ -230,7 +230,7 @@ class OnnxNet:
         ...     net (float[N, 2] x) => (float[N, 2] y)
         ...     <float[2, 2] w = {1, 2, 2, 4}> {y = MatMul(x, w)}''')
         >>> net = OnnxNet(model)
-        >>> new = net.replaced({"y": lowrank.encode(net.layers[0].conv, rank=1)})
+        >>> new = net.replaced({"y": lowrank.channel_svd(net.layers[0].conv, rank=1)})
         >>> [list(t.dims) for t in new.graph.initializer]
         [[2, 1], [1, 2]]
         """

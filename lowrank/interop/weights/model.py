@@ -60,12 +60,12 @@ class WeightsNet:
 
     Examples
     --------
-    >>> from lowrank import demo, spatial
+    >>> from lowrank import demo, spatial_svd
     >>> from lowrank.interop.weights import WeightsNet
     >>> net = WeightsNet(demo.WEIGHTS)
     >>> [layer.name for layer in net.layers]
     ['conv1', 'conv2', 'conv3']
-    >>> new = net.replaced({"conv2": spatial(net.layers[1].conv, rank=4)})
+    >>> new = net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)})
     >>> [name for name in new.tensors if name.startswith("conv2")]
     ['conv2.0.weight', 'conv2.1.weight', 'conv2.bias']
     """
@@ -198,7 +198,7 @@ class WeightsNet:
             entries += _entries(name, f, by_name[name].input_size, bias)
             of[name] = {
                 "family": f.family,
-                "form": f.form,
+                "variant": f.variant,
                 "rank": list(f.rank),
                 "groups": f.groups,
                 **io.geometry_record(f.geometry),
@@ -257,14 +257,14 @@ class WeightsFile:
         Examples
         --------
         >>> import pathlib, tempfile
-        >>> from lowrank import demo, spatial
+        >>> from lowrank import demo, spatial_svd
         >>> from lowrank.interop.weights import WeightsNet
         >>> from lowrank.interop.weights import layers
         >>> net = WeightsNet(demo.WEIGHTS)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
-        >>> net.replaced({"conv2": spatial(net.layers[1].conv, rank=4)}).save(path)
+        >>> net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}).save(path)
         >>> layers(path)[1].conv
-        <Factorization spatial h-w rank 4: 4x32x3x1 -> 64x4x1x3, 1216 params>
+        <Factorization spatial_svd h-w rank 4: 4x32x3x1 -> 64x4x1x3, 1216 params>
         """
         path = Path(path)
         ending = path.suffix.lower()

@@ -286,7 +286,7 @@ def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, 
                 integers("groups", of["groups"], 1)[0],
                 bias,
                 str(of["family"]),
-                str(of["form"]),
+                str(of["variant"]),
                 integers("rank", of["rank"], len(of["rank"])),
             )
     except (ValueError, TypeError, LookupError, AttributeError) as why:
