@@ -96,7 +96,7 @@ def families(quick: bool) -> Iterator[Item]:
                 for i in rng.choice(len(found), min(2, len(found)), replace=False):
                     shapes = [s.weight.shape for s in found[i].stages]
                     stages = [
-                        lr.Stage(cases.weight(*w), s.geometry, s.groups, s.left, s.right)
+                        lr.Stage(cases.weight(*w), s.geometry, s.groups, s.outer, s.inner)
                         for w, s in zip(shapes, found[i].stages)
                     ]
                     yield name, lr.chain(stages), (size, size), 1

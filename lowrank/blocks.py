@@ -15,10 +15,10 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.core.cost import Cost
-from lowrank.core.geometry import Geometry, integers
+from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Activation, Stage
 from lowrank.engine import Runner
-from lowrank.factorization import Factorization, as_input, chain, planned
+from lowrank.factorization import Factorization, as_input, chain, compile_chains
 
 
 class BatchNorm(NamedTuple):
@@ -208,7 +208,7 @@ class Block:
                 )
         if not links:
             raise ValueError("this block has no chain to run")
-        return planned(links, input_shape, dtype, threads)
+        return compile_chains(links, input_shape, dtype, threads)
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the block; see :meth:`compile`.
@@ -236,7 +236,7 @@ class Block:
 
     def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
         first = self.chains[0]
-        size = first.shape(shape)[1:]
+        size = first.input_shape(shape)[1:]
         for f in self.chains:  # a concatenated skip changes the channels, not the size
             yield f, (f.in_channels, *size)
             size = f.output_shape(size)[1:]
@@ -273,7 +273,7 @@ def fold_batch_norm(f: Factorization, norm: BatchNorm) -> Factorization:
     array([-5., -5.])
     """
     last = f.stages[-1]
-    if last.left * last.right > 1 or (last.transposed and last.shuffle != (1, 1)):
+    if last.outer * last.inner > 1 or (last.transposed and last.shuffle != (1, 1)):
         raise ValueError("a tied or shuffled last stage has no channels of its own to scale")
     arrays = [np.asarray(a, np.float64) for a in norm[:4]]
     if any(a.shape != (f.out_channels,) for a in arrays):
@@ -419,7 +419,7 @@ def fused_separable(
             "depthwise and pointwise must have two channel axes and the same spatial axes, got "
             f"shapes {depthwise.shape} and {pointwise.shape}"
         )
-    (multiplier,) = integers("multiplier", multiplier, 1)
+    (multiplier,) = as_integers("multiplier", multiplier, 1)
     if multiplier < 1 or len(depthwise) % multiplier:
         raise ValueError(f"multiplier must divide {len(depthwise)} filters, got {multiplier}")
     stages = [_depthwise(depthwise, stride, padding, dilation, multiplier), _pointwise(pointwise)]

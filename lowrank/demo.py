@@ -75,7 +75,7 @@ def network(folder: Path) -> None:
         score = accuracy(chains, weights, x, y)
         rows.append((f"1/{round(1 / share)}", *said, f"{whole / macs:.1f}x", f"{score:.1%}",
                      f"{ratio:.1f}x"))  # fmt: skip
-    print("\n".join(tables.columns(rows)))
+    print("\n".join(tables.align_columns(rows)))
     print("\nfewer: multiply-adds of the network; faster: time of the two, measured here.")
     name = max(fronts, key=lambda n: fronts[n].dense.cost.macs)
     picture = folder / "digits.svg"
@@ -141,7 +141,7 @@ def image(folder: Path) -> None:
         ratio = faster(partial(run, x), partial(passes, x))
         error = variant.error(kernel[None, None])
         rows.append((str(rank), f"{fewer:.1f}x", f"{error:.3f}", f"{off:.2f}", f"{ratio:.1f}x"))
-    print("\n".join(tables.columns(rows)))
+    print("\n".join(tables.align_columns(rows)))
     picture = folder / "blur.svg"
     figures.filter_and_form(
         kernel, filters.separate(kernel, rank=3), picture, title="a lens blur in three terms"

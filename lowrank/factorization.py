@@ -15,8 +15,8 @@ from lowrank import engine
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.core import chain_algebra
 from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
-from lowrank.core.geometry import Geometry, integers
-from lowrank.core.stage import Activation, Epilogue, Stage, frozen
+from lowrank.core.geometry import Geometry, as_integers
+from lowrank.core.stage import Activation, Epilogue, Stage, as_read_only
 
 
 @final
@@ -73,7 +73,7 @@ class Factorization:
                 f"groups must be at least 1 and divide {self.in_channels} and "
                 f"{self.out_channels} channels, got {self.groups}"
             )
-        if self.groups > 1 and not chain_algebra.block_diagonal(self.stages, self.groups):
+        if self.groups > 1 and not chain_algebra.is_block_diagonal(self.stages, self.groups):
             raise ValueError(f"the stages mix the channels of {self.groups} groups")
         homes = {engine.device_of(s.weight) for s in self.stages}
         homes |= set() if self.bias is None else {engine.device_of(self.bias)}
@@ -86,7 +86,7 @@ class Factorization:
                 raise ValueError(
                     f"bias must have shape ({self.out_channels},), got {self.bias.shape}"
                 )
-            object.__setattr__(self, "bias", frozen(self.bias))
+            object.__setattr__(self, "bias", as_read_only(self.bias))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
@@ -207,7 +207,7 @@ class Factorization:
         >>> lowrank.dense(np.ones((1, 1, 3, 3))).cost((5, 5)).macs
         81
         """
-        return chain_cost(self.stages, self.shape(input_shape), self.bias is not None)
+        return chain_cost(self.stages, self.input_shape(input_shape), self.bias is not None)
 
     def stage_costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
         r"""Cost of each stage alone, in order.
@@ -235,7 +235,7 @@ class Factorization:
         >>> [c.macs for c in f.stage_costs((7, 7))]
         [675, 9600]
         """
-        return stage_costs(self.stages, self.shape(input_shape))
+        return stage_costs(self.stages, self.input_shape(input_shape))
 
     def output_shape(self, input_shape: Sequence[int]) -> Ints:
         r"""Shape of the output for one example.
@@ -262,9 +262,9 @@ class Factorization:
         >>> lowrank.dense(np.ones((8, 3, 3, 3)), stride=2, padding=1).output_shape((32, 32))
         (8, 16, 16)
         """
-        return chain_shapes(self.stages, self.shape(input_shape))[-1]
+        return chain_shapes(self.stages, self.input_shape(input_shape))[-1]
 
-    def shape(self, input_shape: Sequence[int]) -> Ints:
+    def input_shape(self, input_shape: Sequence[int]) -> Ints:
         r"""The shape of an example with its channels in front.
 
         Parameters
@@ -286,7 +286,7 @@ class Factorization:
         --------
         >>> import numpy as np
         >>> import lowrank
-        >>> lowrank.dense(np.ones((8, 3, 3, 3))).shape((32, 32))
+        >>> lowrank.dense(np.ones((8, 3, 3, 3))).input_shape((32, 32))
         (3, 32, 32)
         """
         sizes = input_shape if isinstance(input_shape, Iterable) else (input_shape,)
@@ -326,7 +326,7 @@ class Factorization:
         ValueError
             If its shape does not fit.
         """
-        lazy = lazily(x)
+        lazy = dask_backend(x)
         if lazy is not None:
             if out is not None:
                 raise TypeError("out must not be given for a Dask array: the result is one")
@@ -377,7 +377,7 @@ class Factorization:
         >>> run(np.ones((3, 2, 10), np.float32)).shape
         (3, 4, 8)
         """
-        return planned([(self, activation)], input_shape, dtype, threads)
+        return compile_chains([(self, activation)], input_shape, dtype, threads)
 
     def astype(self, dtype: Any) -> Factorization:
         """The same chain in another floating-point precision.
@@ -545,7 +545,7 @@ def dense(
     >>> conv.output_shape((16, 32, 32))
     (64, 16, 16)
     """
-    w = _floating("weight", weight)
+    w = _as_floating("weight", weight)
     if w.ndim not in (3, 4, 5):
         raise ValueError(
             "weight must be (out, in / groups) and 1 to 3 spatial axes, "
@@ -559,7 +559,7 @@ def dense(
     geometry = Geometry.of(n, stride, padding, dilation, padding_mode, value, output_padding)
     if not transposed and any(geometry.output_padding):
         raise ValueError("output_padding belongs to transposed convolutions")
-    (groups,) = integers("groups", groups, 1)
+    (groups,) = as_integers("groups", groups, 1)
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(
             f"groups must be at least 1 and divide the {w.shape[0]} channels of the "
@@ -567,7 +567,7 @@ def dense(
         )
     stage = Stage(w, geometry, groups, transposed=transposed)
     if bias is not None:
-        bias = _floating("bias", bias).astype(w.dtype)
+        bias = _as_floating("bias", bias).astype(w.dtype)
         if not np.isfinite(bias).all():
             raise ValueError("bias holds NaN or infinite values")
     return Factorization((stage,), geometry, groups, bias)
@@ -619,15 +619,15 @@ def chain(
         plain = [s.adjoint() for s in reversed(stages)]
     if groups is None:
         first = stages[0]
-        plain_one = len(stages) == first.left == first.right == 1 and first.shuffle == (1, 1)
+        plain_one = len(stages) == first.outer == first.inner == 1 and first.shuffle == (1, 1)
         groups = first.groups if plain_one else 1
-    (groups,) = integers("groups", groups, 1)
+    (groups,) = as_integers("groups", groups, 1)
     if bias is not None:
-        bias = _floating("bias", bias)
+        bias = _as_floating("bias", bias)
     return Factorization(stages, chain_algebra.chain_geometry(plain), groups, bias, "chain")
 
 
-def planned(
+def compile_chains(
     parts: Sequence[tuple[Factorization, Activation]],
     input_shape: Sequence[int],
     dtype: Any = None,
@@ -638,7 +638,7 @@ def planned(
     dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
     dtype = engine.precision(dtype, first.stages[0].weight)
     if threads is not None:
-        (threads,) = integers("threads", threads, 1)
+        (threads,) = as_integers("threads", threads, 1)
     stages: list[Stage] = []
     epilogues: list[Epilogue] = []
     for f, activation in parts:
@@ -648,25 +648,25 @@ def planned(
             )
         stages += f.stages
         epilogues += [Epilogue()] * (len(f.stages) - 1) + [Epilogue(f.bias, activation)]
-    return engine.plan(stages, first.shape(input_shape), dtype, epilogues, threads)
+    return engine.plan(stages, first.input_shape(input_shape), dtype, epilogues, threads)
 
 
 def as_input(f: Factorization, x: Array) -> Array:
     """`x` as the chain takes it: float32 or float64, with a batch axis; else says why not."""
-    x = _floating("x", x, f.stages)
+    x = _as_floating("x", x, f.stages)
     if x.ndim != f.ndim + 2:
         raise ValueError(f"x must be (batch, channels, and {f.ndim} spatial axes), got {x.shape}")
     return x
 
 
-def lazily(x: object) -> ModuleType | None:
+def dask_backend(x: object) -> ModuleType | None:
     """What runs `x` if it is a Dask array; imported by name, when the first one arrives."""
     if not type(x).__module__.startswith("dask.array"):
         return None
     return importlib.import_module("lowrank.engine.dask")
 
 
-def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
+def _as_floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
     """`value` as a float32 or float64 array; of the library of the weights if there are any."""
     if stages:
         engine.check(name, value, stages)
@@ -680,10 +680,10 @@ def _floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
             f"{name} must be float32 or float64 (or a half precision), got {array.dtype}: "
             "convert it first, for example with .astype('float32')"
         )
-    return native(array)
+    return as_native_order(array)
 
 
-def native(array: Array) -> Array:
+def as_native_order(array: Array) -> Array:
     """`array` in native byte order.
 
     A dtype that spells the same order out, such as those of Zarr's arrays, is another buffer

@@ -86,8 +86,8 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
             "stages": [
                 {
                     "groups": s.groups,
-                    "left": s.left,
-                    "right": s.right,
+                    "left": s.outer,
+                    "right": s.inner,
                     "shuffle": list(s.shuffle),
                     "transposed": s.transposed,
                     "geometry": geometry_record(s.geometry),
@@ -307,7 +307,7 @@ def write_tensors(
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with whole(path) as part, open(part, "xb") as file:
+    with atomic_write(path) as part, open(part, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = tensors[name]
@@ -322,7 +322,7 @@ def check_expansion(path: Path, size: int) -> None:
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write a file so that it comes to stand at `path` whole, or not at all."""
     target = Path(path)
     if not target.parent.is_dir():

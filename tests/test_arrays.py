@@ -44,12 +44,12 @@ def test_every_border_stride_and_dilation(mode, ndim, rng):
 @pytest.mark.parametrize(
     "options",
     [
-        {"left": 2},
-        {"right": 3},
-        {"left": 2, "right": 2, "shuffle": (4, 2)},
+        {"outer": 2},
+        {"inner": 3},
+        {"outer": 2, "inner": 2, "shuffle": (4, 2)},
         {"shuffle": (2, 2)},
-        {"transposed": True, "left": 2},
-        {"transposed": True, "right": 3, "shuffle": (3, 2)},
+        {"transposed": True, "outer": 2},
+        {"transposed": True, "inner": 3, "shuffle": (3, 2)},
     ],
 )
 def test_tied_shuffled_and_transposed_stages(options, rng):

@@ -78,7 +78,7 @@ def one_weight(stages, k, index):
 @ALL
 def test_the_jacobian_is_that_of_the_composed_kernel(kind, name, variant):
     _, f = fitted(kind, name, variant)
-    squares = chain_algebra.jacobian(f.stages, *chain_algebra.halves(f.stages, f.groups), f.groups)
+    squares = chain_algebra.jacobian_norms(f.stages, *chain_algebra.partial_kernels(f.stages, f.groups), f.groups)
     rng = np.random.default_rng(0)
     for k, stage in enumerate(f.stages):
         for _ in range(6):
@@ -92,11 +92,11 @@ def test_the_jacobian_of_a_stack_whose_taps_overlap(rng):
     plain, wide = lr.Geometry.of(2, stride=2), lr.Geometry.of(2, dilation=(1, 2))
     stages = [
         lr.Stage(rng.standard_normal((4, 3, 3, 3)), plain),
-        lr.Stage(rng.standard_normal((2, 2, 3, 2)), wide, left=2, shuffle=(2, 2)),
-        lr.Stage(rng.standard_normal((5, 2, 3, 2)), wide, right=2),
+        lr.Stage(rng.standard_normal((2, 2, 3, 2)), wide, outer=2, shuffle=(2, 2)),
+        lr.Stage(rng.standard_normal((5, 2, 3, 2)), wide, inner=2),
     ]
     for chain in (stages, [s.adjoint() for s in reversed(stages)]):
-        squares = chain_algebra.jacobian(chain, *chain_algebra.halves(chain))
+        squares = chain_algebra.jacobian_norms(chain, *chain_algebra.partial_kernels(chain))
         for k, stage in enumerate(chain):
             for index in np.ndindex(stage.weight.shape):
                 kernel = chain_algebra.compose(one_weight(chain, k, index))
@@ -106,7 +106,7 @@ def test_the_jacobian_of_a_stack_whose_taps_overlap(rng):
 @ALL
 def test_halves_meet_in_the_kernel(kind, name, variant):
     _, f = fitted(kind, name, variant)
-    before, after = chain_algebra.halves(f.stages, f.groups)
+    before, after = chain_algebra.partial_kernels(f.stages, f.groups)
     kernel = chain_algebra.compose(f.stages, f.groups)
     np.testing.assert_allclose(before[-1], kernel, atol=TIGHT)
     last = after[0].reshape(f.groups, -1, *after[0].shape[1:]).swapaxes(1, 2)
@@ -116,7 +116,7 @@ def test_halves_meet_in_the_kernel(kind, name, variant):
 def test_a_chain_that_goes_both_ways_has_no_halves():
     conv, back = random(6, 4, 3, 3), random(6, 4, 3, 3, transposed=True)
     with pytest.raises(ValueError, match="mixes"):
-        chain_algebra.halves([conv.stages[0], back.stages[0]])
+        chain_algebra.partial_kernels([conv.stages[0], back.stages[0]])
 
 
 @ALL

@@ -37,7 +37,7 @@ def calibration(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}
     for layer in WeightsNet(DIGITS).layers:
-        x = rng.standard_normal((16, *layer.conv.shape(layer.input_size))).astype(np.float32)
+        x = rng.standard_normal((16, *layer.conv.input_shape(layer.input_size))).astype(np.float32)
         if x.shape[1] > 1:
             x[:, 1::2] = 2 * x[:, ::2]
         arrays[layer.name] = x

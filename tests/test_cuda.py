@@ -155,7 +155,7 @@ def test_known_values_outside_go_through_a_filter(cupy, rng):
 
 def test_tied_copies_and_shuffles(cupy, rng):
     g = Geometry.of(2, padding=1)
-    for options in ({"left": 2}, {"right": 3}, {"left": 2, "right": 2, "shuffle": (2, 2)}):
+    for options in ({"outer": 2}, {"inner": 3}, {"outer": 2, "inner": 2, "shuffle": (2, 2)}):
         for shape, groups in (((8, 1, 3, 3), 4), ((6, 2, 3, 3), 2), ((40, 2, 1, 1), 1)):
             g = Geometry.of(2, padding=shape[2] // 2)
             stage = Stage(rng.standard_normal(shape), g, groups=groups, **options)

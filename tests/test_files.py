@@ -44,7 +44,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, chains):
         )
         for a, b in zip(g.stages, f.stages):
             np.testing.assert_array_equal(a.weight, b.weight)
-            for field in ("geometry", "groups", "left", "right", "shuffle", "transposed"):
+            for field in ("geometry", "groups", "outer", "inner", "shuffle", "transposed"):
                 assert getattr(a, field) == getattr(b, field)
         if f.bias is None:
             assert g.bias is None

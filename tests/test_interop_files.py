@@ -65,7 +65,7 @@ CHAINS = {
         "g": lr.chain(
             [
                 lr.Stage(np.ones((8, 4, 5)), lr.Geometry.of(1, padding=2), 2, shuffle=(2, 4)),
-                lr.Stage(np.ones((4, 4, 1)), lr.Geometry.of(1), left=2),
+                lr.Stage(np.ones((4, 4, 1)), lr.Geometry.of(1), outer=2),
             ],
             np.arange(8.0),
         )
@@ -922,14 +922,14 @@ def handmade(name, rng):
         "tied": (
             "dil",
             [
-                lr.Stage(n((1, 1, 3, 3)), g(2, padding=1), left=4, right=8),
-                lr.Stage(n((3, 8, 1, 1)), g(2), left=4),
+                lr.Stage(n((1, 1, 3, 3)), g(2, padding=1), outer=4, inner=8),
+                lr.Stage(n((3, 8, 1, 1)), g(2), outer=4),
             ],
             ["DepthwiseConv2D", "Conv2D"],
         ),
         "tied mixtures": (
             "dil",
-            [lr.Stage(n((3, 8, 3, 3)), g(2, padding=1), left=2, right=2)],
+            [lr.Stage(n((3, 8, 3, 3)), g(2, padding=1), outer=2, inner=2)],
             ["Conv2D"],
         ),
     }[name]  # fmt: skip

@@ -74,7 +74,7 @@ def chains_of(conv, copies=False, thorough=False):
     for name, forms in applicable(conv).items():
         for form in dict.fromkeys((forms[0], forms[-1])):
             points = list(FAMILIES[name].sweep(conv, form))
-            if copies and all(s.right == 1 for s in points[0].stages):
+            if copies and all(s.inner == 1 for s in points[0].stages):
                 continue
             if not (thorough or FAMILIES[name].exact):
                 points = points[:2]

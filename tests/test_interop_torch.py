@@ -115,7 +115,7 @@ def test_every_family_and_form_is_what_its_chain_is(ndim, options, rng):
 def test_tied_weights_are_one_parameter(rng):
     conv = lowrank.dense(rng.standard_normal((8, 8, 3, 3)), padding=1)
     f = lowrank.kronecker(conv, rank=1, variant="2x2x1x1 first")
-    assert any(s.left * s.right > 1 for s in f.stages)
+    assert any(s.outer * s.inner > 1 for s in f.stages)
     tied, wide = (to_module(f, nn.Conv2d(1, 1, 1), t) for t in (True, False))
     assert sum(p.numel() for p in tied.parameters()) == f.params
     assert sum(p.numel() for p in wide.parameters()) > f.params

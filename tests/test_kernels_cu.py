@@ -156,7 +156,7 @@ def test_products_are_finished_with_a_bias_a_channel_and_an_activation(kind, act
     y, values = stored(rng, shape, kind)
     bias = rng.standard_normal(5).astype(np.float32) * 5
     launch(f"finished<{kind}>", 2, y, sums(bias, kind), *shape, ACTIVATIONS[activation])
-    exact = reference.ended(values, Epilogue(bias.astype(np.float64), activation))
+    exact = reference.apply_epilogue(values, Epilogue(bias.astype(np.float64), activation))
     assert_close(y, exact, np.abs(values) + np.abs(bias)[:, None], 0, kind)
 
 
@@ -190,7 +190,7 @@ def weighted(stage, rng, kind):
     """The stage with random weights as they are stored, and these as a kernel takes them."""
     weight = widened(narrowed(rng.standard_normal(stage.weight.shape), kind), kind)
     stage = Stage(
-        weight, stage.geometry, stage.groups, stage.left, stage.right, stage.shuffle,
+        weight, stage.geometry, stage.groups, stage.outer, stage.inner, stage.shuffle,
         stage.transposed,
     )  # fmt: skip
     packed = np.ascontiguousarray(array_api.matrices(stage))
@@ -212,7 +212,7 @@ def tables(stage, size, out=None):
 
 def sources(stage):
     plain = stage.transposed or stage.shuffle == (1, 1)
-    return None if plain else integers(stage.source())
+    return None if plain else integers(stage.channel_permutation())
 
 
 def outsides(stage, rng, kind):
@@ -227,9 +227,9 @@ def exactly(stages, x, epilogues, outside):
     big, products = np.abs(x), 0
     around = None if outside is None else np.abs(outside)
     for stage, epilogue in zip(stages, epilogues):
-        x = reference.ended(reference.run_stage(stage, x, outside), epilogue)
+        x = reference.apply_epilogue(reference.run_stage(stage, x, outside), epilogue)
         positive = Stage(
-            np.abs(stage.weight), stage.geometry, stage.groups, stage.left, stage.right,
+            np.abs(stage.weight), stage.geometry, stage.groups, stage.outer, stage.inner,
             stage.shuffle, stage.transposed,
         )  # fmt: skip
         big = reference.run_stage(positive, big, around)
@@ -259,7 +259,7 @@ def check_depthwise(name, stage, size, rng, kind):
     launch(
         name, int(rng.integers(1, 5)),
         x, weight, sums(epilogue.bias, kind), y, sources(stage), sums(outside, kind),
-        *tables(stage, size), batch, stage.left, stage.groups, stage.right, weight.shape[1],
+        *tables(stage, size), batch, stage.outer, stage.groups, stage.inner, weight.shape[1],
         *three(size), *three(out[1:]), *three(stage.kernel), *three(g.stride), *three(g.dilation),
         ACTIVATIONS[epilogue.activation], threads=int(rng.choice([32, 96, 256])),
     )  # fmt: skip
@@ -310,16 +310,16 @@ def check_dense(kind, rows, places, rng, transposed):
     weight = weight.reshape(groups, outs, -1)[:, :, integers(order)]
     target = None
     if transposed and stage.shuffle != (1, 1):
-        target = integers(stage.source())
+        target = integers(stage.channel_permutation())
     epilogue, outside = ending(rng, out[0]), outsides(stage, rng, kind)
     y = unwritten((len(x), *out), kind)
-    blocks = -(-outs // rows) * stage.left * groups * stage.right
+    blocks = -(-outs // rows) * stage.outer * groups * stage.inner
     blocks *= -(-len(x) * math.prod(out[1:]) // places)
     launch(
         f"dense<{kind}, {rows}, {places}>", blocks,
         x, weight, sums(epilogue.bias, kind), y, sources(stage), target,
         sums(outside, kind), integers(terms[order]),
-        *tables(stage, size, out[1:]), len(x), stage.left, groups, stage.right, ins, outs,
+        *tables(stage, size, out[1:]), len(x), stage.outer, groups, stage.inner, ins, outs,
         len(terms), *three(size), *three(out[1:]), ACTIVATIONS[epilogue.activation],
     )  # fmt: skip
     assert_close(y, *exactly([stage], values, [epilogue], outside), kind)
@@ -344,18 +344,18 @@ def test_what_is_unrolled_times_the_weights_is_the_stage(kind, rng):
         groups, outs, ins, _ = weight.shape
         outside = outsides(stage, rng, kind)
         y = unwritten(
-            (len(x), stage.left, groups, len(terms), stage.right * math.prod(out[1:])), kind
+            (len(x), stage.outer, groups, len(terms), stage.inner * math.prod(out[1:])), kind
         )
         launch(
             f"unrolled<{kind}>", 3,
             x, y, sources(stage), sums(outside, kind), integers(terms),
-            *tables(stage, size, out[1:]), len(x), stage.left * groups, ins, stage.right,
+            *tables(stage, size, out[1:]), len(x), stage.outer * groups, ins, stage.inner,
             len(terms), *three(size), *three(out[1:]), threads=64,
         )  # fmt: skip
         w = widened(weight.get(), kind).reshape(groups, outs, len(terms))
         found = np.matmul(w, widened(y.get(), kind)).reshape(len(x), *out)
         if transposed:
-            found = found[:, np.argsort(stage.source())]
+            found = found[:, np.argsort(stage.channel_permutation())]
         exact, big, products = exactly([stage], values, [Epilogue()], outside)
         assert (np.abs(found - exact) <= products * 2.0**-52 * big).all()
 
@@ -411,7 +411,7 @@ def filter_problem(rng, kind, ndim):
     taps = [
         widened(narrowed(rng.standard_normal((stage.groups, terms, n)), kind), kind) for n in kernel
     ]
-    copies = stage.groups, stage.left, stage.right, stage.shuffle
+    copies = stage.groups, stage.outer, stage.inner, stage.shuffle
     mode = stage.geometry.padding_mode
     mode = "zeros" if mode == "constant" else mode  # which this kernel does not do
     geometry = Geometry.of(ndim, padding=stage.geometry.padding, padding_mode=mode)
@@ -438,7 +438,7 @@ def launch_filter(stage, size, taps, x, y, epilogue, tile, rng, kind):
     launch(
         f"filter<{kind}>", int(rng.integers(1, 9)),
         x, cp.asarray(narrowed(np.concatenate(held, axis=2), kind)), sums(epilogue.bias, kind), y,
-        sources(stage), *map(integers, pos), len(x), stage.left, stage.groups, stage.right, terms,
+        sources(stage), *map(integers, pos), len(x), stage.outer, stage.groups, stage.inner, terms,
         *three(size), *out, *kernel, *tile, ACTIVATIONS[epilogue.activation], shared=shared,
     )  # fmt: skip
 
@@ -454,7 +454,7 @@ def test_a_filter_of_several_terms_is_the_stage_of_their_sum(kind, tile, rng):
         x, values = stored(rng, (batch, channels, *size), kind)
         y = unwritten((batch, *stage.output_shape((channels, *size))), kind)
         launch_filter(stage, size, taps, x, y, epilogue, tile, rng, kind)
-        exact = reference.ended(reference.run_stage(stage, values), epilogue)
+        exact = reference.apply_epilogue(reference.run_stage(stage, values), epilogue)
         big = reference.run_stage(positive, np.abs(values))
         if epilogue.bias is not None:
             big = big + np.abs(epilogue.bias).reshape(-1, *(1,) * len(size))

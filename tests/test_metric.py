@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import lowrank
 from lowrank.core import chain_algebra
-from lowrank.core.tensor_network import composed, network
+from lowrank.core.tensor_network import contract, tensor_network
 from lowrank.families import FAMILIES, applicable
 from lowrank.families.weighted import Weighted
 from lowrank.metric import Moments, factored, unrolled, white
@@ -68,12 +68,12 @@ def test_a_network_makes_the_kernel_of_every_chain(name):
     seen = 0
     for family, variant, point in chains(conv):
         stages = point.build()
-        n = network(stages)
-        assert n == network(point.stages)  # shapes are enough
+        n = tensor_network(stages)
+        assert n == tensor_network(point.stages)  # shapes are enough
         kernel = chain_algebra.compose(stages, conv.groups)
         every = (slice(None, None, d) for d in conv.geometry.dilation)
         want = kernel[(..., *every)]
-        got = composed(n, n.tensors(stages)).reshape(want.shape)
+        got = contract(n, n.tensors(stages)).reshape(want.shape)
         # A sum of products of a few hundred terms in float64.
         assert np.abs(got - want).max() <= 1e-12 * max(np.abs(want).max(), 1), (family, variant)
         seen += 1
@@ -84,17 +84,17 @@ def test_taps_that_overlap_are_no_network():
     g = lowrank.Geometry.of(1)
     stages = [lowrank.Stage(np.ones((1, 1, 3)), g)] * 2
     with pytest.raises(ValueError, match="overlap"):
-        network(stages)
+        tensor_network(stages)
 
 
 def test_channels_without_common_modes_are_no_network():
     g = lowrank.Geometry.of(1)
     stages = [
-        lowrank.Stage(np.ones((4, 1, 1)), g, left=3),  # 12 channels as 3 x 4
-        lowrank.Stage(np.ones((1, 2, 1)), g, left=2, right=3),  # as 2 x 2 x 3
+        lowrank.Stage(np.ones((4, 1, 1)), g, outer=3),  # 12 channels as 3 x 4
+        lowrank.Stage(np.ones((1, 2, 1)), g, outer=2, inner=3),  # as 2 x 2 x 3
     ]
     with pytest.raises(ValueError, match="modes"):
-        network(stages)
+        tensor_network(stages)
 
 
 @pytest.mark.parametrize("name", CASES)

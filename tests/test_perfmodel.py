@@ -75,7 +75,7 @@ def test_predictions_add_up_and_grow_with_the_work(conv):
 
 def test_blank_stages_count_what_real_ones_do(conv):
     for f in (conv, lr.tucker(conv, (6, 5)), lr.kronecker(conv, 2), lr.cp3(conv, 4)):
-        empty = [lr.Stage(abstract_weight(s.weight.shape), s.geometry, s.groups, s.left, s.right)
+        empty = [lr.Stage(abstract_weight(s.weight.shape), s.geometry, s.groups, s.outer, s.inner)
                  for s in f.stages]  # fmt: skip
         for threads in (1, 2):
             real = features.runtime(Work(f.stages, (16, 30, 31), 3, threads), 2)

@@ -211,7 +211,7 @@ class Quality:
 
 def share_of_time(layer, f):
     conv = dense(layer)
-    shape = conv.shape(size(layer))
+    shape = conv.input_shape(size(layer))
     x = np.ones((1, *shape), np.float32)
     runs = [g.compile(shape, np.float32, threads=1) for g in (f, conv)]
     chain, whole = measure.measured([lambda run=run: run(x) for run in runs], 0.15)

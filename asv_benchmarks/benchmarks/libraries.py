@@ -99,7 +99,7 @@ def tensorly_torch_peer(family: str, stages: Any, x: np.ndarray) -> dict[str, Ca
 
 def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:
     """The stages as a network of Conv nodes in onnxruntime, its output bound beforehand."""
-    if onnxruntime is None or any(s.left > 1 or s.right > 1 for s in stages):
+    if onnxruntime is None or any(s.outer > 1 or s.inner > 1 for s in stages):
         return {}
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     nodes, values, at = [], [], "x"

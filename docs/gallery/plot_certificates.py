@@ -56,7 +56,7 @@ for name, c in sorted(certificates.items(), key=lambda x: x[1].error):
     rank = ",".join(map(str, f.rank))
     rows.append((name, rank, f"{share:.0%}", f"{c.error:.4f}", f"{c.bound:.4f}", f"{c.gap:.4f}",
                  f"{c.sensitivity:.0f}"))  # fmt: skip
-print("\n".join(tables.columns(rows)))
+print("\n".join(tables.align_columns(rows)))
 
 # %%
 # How to read it: the bound is about one family at one rank.  Where the gap is 0, more fitting is a

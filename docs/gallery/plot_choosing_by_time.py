@@ -166,9 +166,9 @@ dense_seconds = clocked(conv)
 for name, f in chains.items():
     share = f.cost(shape).share_of(conv.cost(shape))
     seconds = clocked(f)
-    rows.append((name, f"{share:.0%}", tables.time(here.predict(f, shape, threads=1).seconds),
-                 tables.time(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
-print("\n".join(tables.columns(rows)))
+    rows.append((name, f"{share:.0%}", tables.format_seconds(here.predict(f, shape, threads=1).seconds),
+                 tables.format_seconds(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
+print("\n".join(tables.align_columns(rows)))
 
 # %%
 # What to do

@@ -60,7 +60,7 @@ for name, f in chains.items():
     rank = ",".join(map(str, f.rank))
     rows.append((name, rank, f"{error:.3f}", f"{1 - error**2:.3f}", f"{f.params / conv.params:.3f}",
                  f"{macs:.3f}"))  # fmt: skip
-print("\n".join(tables.columns(rows)))
+print("\n".join(tables.align_columns(rows)))
 
 # %%
 # Only the first two keep a promise that one can check in the table: an error of at most 0.2, at

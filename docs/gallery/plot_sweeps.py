@@ -107,7 +107,7 @@ rows = [("layer", "budget", "chain", "error")]
 for (layer, budget), f in zip(asked, chains):
     error = f.error(layer.conv.to_dense())
     rows.append((layer.name, f"{budget:g}", f"{f.family} {f.rank}", f"{error:.3f}"))
-print("\n".join(tables.columns(rows)))
+print("\n".join(tables.align_columns(rows)))
 
 # %%
 # On a cluster

@@ -285,8 +285,8 @@ def approximate(
             print(f"pick: {_said(pick, front.dense)}")
         for stage, cost in zip(f.stages, f.stage_costs(size)):
             shape = "x".join(map(str, stage.weight.shape))
-            tied = f", tied {stage.left}x{stage.right}" if stage.left * stage.right > 1 else ""
-            print(f"  {stage.kind:9}  {shape:>16}  {tables.amount(cost.macs):>6} macs{tied}")
+            tied = f", tied {stage.outer}x{stage.inner}" if stage.outer * stage.inner > 1 else ""
+            print(f"  {stage.kind:9}  {shape:>16}  {tables.format_count(cost.macs):>6} macs{tied}")
     for path in (plot, save):
         if path is not None:
             print(f"wrote {path}")
@@ -301,7 +301,7 @@ def _said(pick: selection.Candidate, whole: selection.Candidate) -> str:
         f"{pick.name} of rank {rank}: error {pick.error:.4f} (at least {pick.bound:.4f} "
         f"for any of its kind), {whole.cost.macs / pick.cost.macs:.2f} times fewer multiply-adds, "
         f"{whole.cost.params / pick.cost.params:.2f} times fewer parameters, predicted "
-        f"{tables.time(pick.seconds)}, {whole.seconds / pick.seconds:.2f} times faster"
+        f"{tables.format_seconds(pick.seconds)}, {whole.seconds / pick.seconds:.2f} times faster"
     )
 
 

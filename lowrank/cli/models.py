@@ -233,8 +233,8 @@ def compress(
         print(f"evaluation: {scores[0]:.6g} before, {scores[1]:.6g} after")
     if report_to is not None and (timed := facts.timed()):
         print(
-            f"measured{facts.measured_layers}: {tables.time(timed[0])} before, "
-            f"{tables.time(timed[1])} after, {timed[0] / timed[1]:.2f} times faster"
+            f"measured{facts.measured_layers}: {tables.format_seconds(timed[0])} before, "
+            f"{tables.format_seconds(timed[1])} after, {timed[0] / timed[1]:.2f} times faster"
         )
     for path in (out, report_to):
         if path is not None:

@@ -123,7 +123,7 @@ def options(
     ('dense', 0.0, True)
     """
     conv = layer.conv
-    shape = conv.shape(layer.input_size)
+    shape = conv.input_shape(layer.input_size)
 
     def costs(stages: Sequence[Stage]) -> dict[str, float]:
         # Chains that are fitted to data get a bias that makes up for means.
@@ -250,7 +250,7 @@ def timing(
     True
     """
     here = perfmodel.current()
-    shape = layer.conv.shape(layer.input_size)
+    shape = layer.conv.input_shape(layer.input_size)
 
     def timed(stages: Sequence[Stage]) -> float:
         return here.of_stages(stages, shape, batch, threads, runtime).seconds / batch

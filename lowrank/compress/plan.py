@@ -171,7 +171,7 @@ class Plan:
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self.title(), *tables.columns(self.rows()), *self.notes()])
+        return "\n".join([self.title(), *tables.align_columns(self.rows()), *self.notes()])
 
     def _repr_html_(self) -> str:
         return tables.html_table(self.rows(), [self.title(), *self.notes()])
@@ -278,7 +278,7 @@ class Plan:
         ----------
         path : path
         """
-        with io.whole(path) as part:
+        with io.atomic_write(path) as part:
             part.write_text(self.to_json() + "\n", "utf-8")
 
 
@@ -302,7 +302,7 @@ def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _said(axis: str, amount: float) -> str:
-    return tables.time(amount) if axis == "seconds" else tables.amount(amount)
+    return tables.format_seconds(amount) if axis == "seconds" else tables.format_count(amount)
 
 
 def _pair(now: Mapping[str, float], before: Mapping[str, float], axis: str) -> tuple[str, str]:

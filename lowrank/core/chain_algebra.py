@@ -48,7 +48,7 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
     >>> compose([Stage(np.array([[[1.0, 1.0]]]), g), Stage(np.array([[[1.0, 1.0]]]), g)])
     array([[[1., 2., 1.]]])
     """
-    stages = plain(stages)
+    stages = as_plain_chain(stages)
     kernel = _identity(
         stages[0].in_channels,
         groups,
@@ -62,7 +62,7 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
     return kernel
 
 
-def plain(stages: Sequence[Stage]) -> Sequence[Stage]:
+def as_plain_chain(stages: Sequence[Stage]) -> Sequence[Stage]:
     """The plain chain with this kernel: that of a transposed one is its adjoint's."""
     if len({s.transposed for s in stages}) > 1:
         raise ValueError("a chain that mixes plain and transposed stages has no single kernel")
@@ -82,27 +82,27 @@ def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
     step = tuple(s * d for s, d in zip(stride, stage.geometry.dilation))
     grown = tuple(t + s * (k - 1) for t, s, k in zip(taps, step, stage.kernel))
     # One matrix product a tap: (o, c) times (c, everything else).
-    x = kernel[stage.source()].reshape(stage.left, g, c, stage.right, inner * math.prod(taps))
+    x = kernel[stage.channel_permutation()].reshape(stage.outer, g, c, stage.inner, inner * math.prod(taps))
     x = x.transpose(1, 2, 0, 3, 4).reshape(g, c, -1)
     w = stage.weight.reshape(g, o // g, c, *stage.kernel)
     if all(k == 1 or (t == 1 and s == 1) for k, t, s in zip(stage.kernel, taps, step)):
         # Along axes of its own, as in every family but some Kronecker products: one product.
         y = w.reshape(g, o // g, c, -1).swapaxes(2, 3).reshape(g, -1, c) @ x
-        y = y.reshape(g, o // g, *stage.kernel, stage.left, stage.right, inner, *taps)
+        y = y.reshape(g, o // g, *stage.kernel, stage.outer, stage.inner, inner, *taps)
         n = len(taps)
         pairs = [axis for a in range(n) for axis in (2 + a, 5 + n + a)]
         y = y.transpose(2 + n, 0, 1, 3 + n, 4 + n, *pairs)
         return y.reshape(stage.out_channels, inner, *grown)
-    out = np.zeros((g, o // g, stage.left, stage.right, inner, *grown), kernel.dtype)
+    out = np.zeros((g, o // g, stage.outer, stage.inner, inner, *grown), kernel.dtype)
     for tap in itertools.product(*map(range, stage.kernel)):
         at = [slice(i * s, i * s + t) for i, s, t in zip(tap, step, taps)]
         y = w[trailing(*tap)] @ x
-        out[trailing(*at)] += y.reshape(g, o // g, stage.left, stage.right, inner, *taps)
+        out[trailing(*at)] += y.reshape(g, o // g, stage.outer, stage.inner, inner, *taps)
     out = np.moveaxis(out, 2, 0)
     return out.reshape(stage.out_channels, inner, *grown)
 
 
-def halves(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[Array]]:
+def partial_kernels(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[Array]]:
     r"""Split a chain at every joint: its kernels up to there, and from there on.
 
     Parameters
@@ -129,13 +129,13 @@ def halves(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[
     --------
     >>> import numpy as np
     >>> from lowrank import Geometry, Stage
-    >>> from lowrank.core.chain_algebra import halves
+    >>> from lowrank.core.chain_algebra import partial_kernels
     >>> g = Geometry.of(1)
-    >>> before, after = halves([Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)])
+    >>> before, after = partial_kernels([Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)])
     >>> [k.shape for k in before], [k.shape for k in after]
     ([(2, 2, 1), (4, 2, 3), (5, 2, 3)], [(2, 5, 3), (4, 5, 1), (5, 5, 1)])
     """
-    stages = plain(stages)
+    stages = as_plain_chain(stages)
     ndim = stages[0].geometry.ndim
     strides = [(1,) * ndim]
     for stage in stages:
@@ -154,10 +154,10 @@ def _apply_back(stage: Stage, kernel: Array, stride: Ints) -> Array:
     g, (o, c) = stage.groups, stage.weight.shape[:2]
     w = stage.weight.reshape(g, o // g, c, *stage.kernel).swapaxes(1, 2)
     turned = replace(stage, weight=w.reshape(g * c, o // g, *stage.kernel), shuffle=(1, 1))
-    return np.asarray(_apply(turned, kernel, stride)[np.argsort(stage.source())])
+    return np.asarray(_apply(turned, kernel, stride)[np.argsort(stage.channel_permutation())])
 
 
-def jacobian(
+def jacobian_norms(
     stages: Sequence[Stage], before: Sequence[Array], after: Sequence[Array], groups: int = 1
 ) -> list[Array]:
     r"""Squared norm of the kernel's derivative with respect to each weight of a chain.
@@ -167,7 +167,7 @@ def jacobian(
     stages : sequence of Stage
         A chain that is all plain or all transposed.
     before, after : sequence of ndarray
-        Its :func:`halves`.
+        Its :func:`partial_kernels`.
     groups : int
         Groups of the whole chain.
 
@@ -193,21 +193,21 @@ def jacobian(
     --------
     >>> import numpy as np
     >>> from lowrank import Geometry, Stage
-    >>> from lowrank.core.chain_algebra import halves, jacobian
+    >>> from lowrank.core.chain_algebra import partial_kernels, jacobian_norms
     >>> g = Geometry.of(1)
     >>> stages = [Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)]
-    >>> [j[0, 0] for j in jacobian(stages, *halves(stages))]
+    >>> [j[0, 0] for j in jacobian_norms(stages, *partial_kernels(stages))]
     [np.float64(5.0), np.float64(6.0)]
     """
     found = []
     block: Array = np.repeat(np.arange(groups), len(before[0]) // groups)
-    for stage, b, a in zip(plain(stages), before, after[1:]):
+    for stage, b, a in zip(as_plain_chain(stages), before, after[1:]):
         g, (o, c) = stage.groups, stage.weight.shape[:2]
-        kept = _copies(stage, block[stage.source()], c)[:, :1]
+        kept = _copies(stage, block[stage.channel_permutation()], c)[:, :1]
         # Copies in different groups of the chain have blocks of their own: they never meet.
         meet = (kept[..., None] == kept[..., None, :]).reshape(g, 1, -1)
         block = _spread(stage, block)
-        b, a = _copies(stage, b[stage.source()], c), _copies(stage, a, o // g)
+        b, a = _copies(stage, b[stage.channel_permutation()], c), _copies(stage, a, o // g)
         shared = tuple(map(min, zip(b.shape[4:], a.shape[4:])))
         square = np.zeros((g, o // g, c))
         for shift in itertools.product(*(range(1 - n, n) for n in shared)):
@@ -219,9 +219,9 @@ def jacobian(
 
 def _copies(stage: Stage, kernel: Array, each: int) -> Array:
     """`kernel` with its channels as (groups, `each` a group, tied copies), for its stage."""
-    x = kernel.reshape(stage.left, stage.groups, each, stage.right, *kernel.shape[1:])
+    x = kernel.reshape(stage.outer, stage.groups, each, stage.inner, *kernel.shape[1:])
     x = np.moveaxis(x, 0, 2)
-    return x.reshape(stage.groups, each, stage.left * stage.right, *kernel.shape[1:])
+    return x.reshape(stage.groups, each, stage.outer * stage.inner, *kernel.shape[1:])
 
 
 def _gram(x: Array, shift: Ints) -> Array:
@@ -233,15 +233,15 @@ def _gram(x: Array, shift: Ints) -> Array:
     return np.asarray(moved @ fixed.swapaxes(2, 3)).reshape(*x.shape[:2], -1)
 
 
-def block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
+def is_block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
     """Whether a chain keeps `groups` equal blocks of channels apart, in order."""
     if stages[0].transposed:
         stages = [s.adjoint() for s in reversed(stages)]
-    block: Array = np.repeat(np.arange(groups), stages[0].inner[1] // groups)
+    block: Array = np.repeat(np.arange(groups), stages[0].matrix_shape[1] // groups)
     for s in stages:
         if s.transposed:
             return False  # a chain that goes both ways is no one kernel
-        each = block[s.source()].reshape(s.left, s.groups, -1, s.right)
+        each = block[s.channel_permutation()].reshape(s.outer, s.groups, -1, s.inner)
         if (each != each[:, :, :1]).any():
             return False
         block = _spread(s, block)
@@ -250,7 +250,7 @@ def block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
 
 def _spread(stage: Stage, block: Array) -> Array:
     """The group of each output channel of a stage that keeps them apart, from the inputs'."""
-    each = block[stage.source()].reshape(stage.left, stage.groups, -1, stage.right)[:, :, :1]
+    each = block[stage.channel_permutation()].reshape(stage.outer, stage.groups, -1, stage.inner)[:, :, :1]
     return np.asarray(np.repeat(each, stage.weight.shape[0] // stage.groups, 2).reshape(-1))
 
 
@@ -290,19 +290,19 @@ def relative_error(actual: Array, expected: Array) -> float:
     """
     if actual.shape != expected.shape:
         raise ValueError(f"weights of shape {actual.shape} and {expected.shape} do not compare")
-    scale = magnitude(expected)
+    scale = max_abs(expected)
     if scale == 0:
         return math.inf if np.any(actual) else 0.0
     a, b = actual.astype(np.float64) / scale, expected.astype(np.float64) / scale
     return float(np.linalg.norm((a - b).ravel()) / np.linalg.norm(b.ravel()))
 
 
-def magnitude(weight: Array) -> float:
+def max_abs(weight: Array) -> float:
     """``max|weight|``: the scale that everything is divided by before it is squared."""
     return float(np.abs(weight).max()) if weight.size else 0.0
 
 
-def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Array:
+def truncation_errors(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Array:
     r"""Distance of `weight` from the tensors whose matricisation has each rank.
 
     Parameters
@@ -317,15 +317,15 @@ def tails(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Arra
     Returns
     -------
     ndarray, shape (min(rows, columns) + 1,)
-        ``tails[R]`` is ``sqrt(sum_{i > R} sigma_i^2)``, relative to ``||weight||``: by
+        ``result[R]`` is ``sqrt(sum_{i > R} sigma_i^2)``, relative to ``||weight||``: by
         Eckart and Young no tensor whose matricisation has rank R is nearer.  Zeros for a
         zero tensor.
     """
     columns = [a for a in range(weight.ndim) if a not in rows and a not in batch]
     b, m, n = (math.prod(weight.shape[a] for a in axes) for axes in (batch, rows, columns))
     matrices = weight.transpose(*batch, *rows, *columns).reshape(b, m, n).astype(np.float64)
-    matrices /= magnitude(weight) or 1.0
-    return tails_of(np.linalg.svd(matrices, compute_uv=False))
+    matrices /= max_abs(weight) or 1.0
+    return tail_norms(np.linalg.svd(matrices, compute_uv=False))
 
 
 def eigh(matrices: Array) -> tuple[Array, Array]:
@@ -338,7 +338,7 @@ def eigh(matrices: Array) -> tuple[Array, Array]:
     return np.stack([v for v, _ in found]), np.stack([q for _, q in found])
 
 
-def leading(matrix: Array, count: int) -> tuple[Array, Array]:
+def leading_eigenpairs(matrix: Array, count: int) -> tuple[Array, Array]:
     """The largest eigenvalues of a symmetric matrix, in ascending order, and their vectors."""
     if isinstance(matrix, np.ndarray):
         n = len(matrix)
@@ -348,7 +348,7 @@ def leading(matrix: Array, count: int) -> tuple[Array, Array]:
     return values, vectors
 
 
-def tails_of(singular_values: Array) -> Array:
+def tail_norms(singular_values: Array) -> Array:
     """Relative tail norms of singular values, (..., n), cut at one rank in every batch."""
     energy = np.square(singular_values).reshape(-1, singular_values.shape[-1]).sum(axis=0)
     tail: Array = np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0))

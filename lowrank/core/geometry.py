@@ -60,8 +60,8 @@ class Geometry:
             object.__setattr__(self, "output_padding", (0,) * n)
         for name in ("stride", "dilation", "output_padding"):
             values = getattr(self, name)
-            object.__setattr__(self, name, integers(name, values, len(values)))
-        pairs = tuple(integers("padding", pair, 2) for pair in self.padding)
+            object.__setattr__(self, name, as_integers(name, values, len(values)))
+        pairs = tuple(as_integers("padding", pair, 2) for pair in self.padding)
         object.__setattr__(self, "padding", pairs)
         if not n == len(self.padding) == len(self.dilation) == len(self.output_padding):
             raise ValueError(
@@ -125,14 +125,14 @@ class Geometry:
         >>> Geometry.of(2, padding=[1, (0, 2)]).padding
         ((1, 1), (0, 2))
         """
-        pairs = [integers("padding", p, 2) for p in _entries("padding", padding, ndim)]
+        pairs = [as_integers("padding", p, 2) for p in _entries("padding", padding, ndim)]
         return cls(
-            integers("stride", stride, ndim),
+            as_integers("stride", stride, ndim),
             tuple((a, b) for a, b in pairs),
-            integers("dilation", dilation, ndim),
+            as_integers("dilation", dilation, ndim),
             padding_mode,
             float(value),
-            integers("output_padding", output_padding, ndim),
+            as_integers("output_padding", output_padding, ndim),
         )
 
     @property
@@ -287,7 +287,7 @@ def _entries(name: str, value: Any, n: int) -> list[Any]:
     return entries
 
 
-def integers(name: str, value: Any, n: int) -> Ints:
+def as_integers(name: str, value: Any, n: int) -> Ints:
     """`value` as `n` integers; one integer stands for all."""
     try:
         return tuple(operator.index(v) for v in _entries(name, value, n))

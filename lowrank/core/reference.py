@@ -28,11 +28,11 @@ def run_chain(stages: Sequence[Stage], x: Array, bias: Array | None = None) -> A
     outside = np.full(stages[0].in_channels, stages[0].geometry.value, x.dtype)
     for stage in stages:
         x = run_stage(stage, x, outside)
-        outside = still(stage, outside)
-    return ended(x, Epilogue(bias))
+        outside = dc_response(stage, outside)
+    return apply_epilogue(x, Epilogue(bias))
 
 
-def ended(x: Array, epilogue: Epilogue) -> Array:
+def apply_epilogue(x: Array, epilogue: Epilogue) -> Array:
     """`x`, (batch, channels, *spatial) or (channels,), with what a stage ends with."""
     bias, activation = epilogue
     if bias is not None:
@@ -42,7 +42,7 @@ def ended(x: Array, epilogue: Epilogue) -> Array:
     return np.asarray(np.clip(x, 0, 6 if activation == "relu6" else None))
 
 
-def still(stage: Stage, values: Array) -> Array:
+def dc_response(stage: Stage, values: Array) -> Array:
     """What `stage` makes of constant channels, one value each, far from any border."""
     if stage.transposed:
         return np.zeros(stage.out_channels, values.dtype)  # its padding is always zeros
@@ -79,26 +79,26 @@ def pad(x: Array, padding: Pads, mode: str, outside: Array | None) -> Array:
 
 def _correlate(stage: Stage, weight: Array, x: Array, out: Ints, stride: Ints) -> Array:
     g, c = stage.groups, weight.shape[1]
-    x = x[:, stage.source()].reshape(len(x), stage.left, g, c, stage.right, *x.shape[2:])
+    x = x[:, stage.channel_permutation()].reshape(len(x), stage.outer, g, c, stage.inner, *x.shape[2:])
     w = weight.reshape(g, -1, c, *weight.shape[2:])
-    y = np.zeros((len(x), stage.left, g, w.shape[1], stage.right, *out), x.dtype)
+    y = np.zeros((len(x), stage.outer, g, w.shape[1], stage.inner, *out), x.dtype)
     for tap in itertools.product(*map(range, weight.shape[2:])):
         at = [
             slice(t * d, t * d + s * (n - 1) + 1, s)
             for t, d, s, n in zip(tap, stage.geometry.dilation, stride, out)
         ]
         y += np.einsum("goc,blgcr...->blgor...", w[trailing(*tap)], x[trailing(*at)])
-    return y.reshape(len(x), stage.inner[0], *out)
+    return y.reshape(len(x), stage.matrix_shape[0], *out)
 
 
 def _spread(stage: Stage, x: Array, out: Ints) -> Array:
     """The adjoint of :func:`_correlate` on a padded input, cropped to `out`."""
     g, (o, c), geometry = stage.groups, stage.weight.shape[:2], stage.geometry
     size = x.shape[2:]
-    x = x.reshape(len(x), stage.left, g, o // g, stage.right, *size)
+    x = x.reshape(len(x), stage.outer, g, o // g, stage.inner, *size)
     w = stage.weight.reshape(g, o // g, c, *stage.kernel)
     whole = [n + sum(p) for n, p in zip(out, geometry.padding)]
-    y = np.zeros((len(x), stage.left, g, c, stage.right, *whole), x.dtype)
+    y = np.zeros((len(x), stage.outer, g, c, stage.inner, *whole), x.dtype)
     for tap in itertools.product(*map(range, stage.kernel)):
         at = [
             slice(t * d, t * d + s * (n - 1) + 1, s)
@@ -106,11 +106,11 @@ def _spread(stage: Stage, x: Array, out: Ints) -> Array:
         ]
         y[trailing(*at)] += np.einsum("goc,blgor...->blgcr...", w[trailing(*tap)], x)
     inside = [slice(before, before + n) for (before, _), n in zip(geometry.padding, out)]
-    y = np.asarray(y.reshape(len(x), stage.inner[1], *whole)[trailing(*inside)])
-    return y[:, np.argsort(stage.source())]
+    y = np.asarray(y.reshape(len(x), stage.matrix_shape[1], *whole)[trailing(*inside)])
+    return y[:, np.argsort(stage.channel_permutation())]
 
 
-def saturated(values: Array, dtype: np.dtype[Any]) -> Array:
+def saturate(values: Array, dtype: np.dtype[Any]) -> Array:
     """Integers nearest to `values`, halves to even; out of range at its end, NaN the smallest."""
     limits = np.iinfo(dtype)
     rounded = np.rint(np.where(np.isnan(values), limits.min, values))

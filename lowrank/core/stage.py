@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.core.geometry import Geometry, integers
+from lowrank.core.geometry import Geometry, as_integers
 
 Kind = Literal["pointwise", "depthwise", "grouped", "dense"]
 Activation = Literal["none", "relu", "relu6"]
@@ -77,17 +77,17 @@ class Stage:
     weight: Array
     geometry: Geometry
     groups: int = 1
-    left: int = 1
-    right: int = 1
+    outer: int = 1
+    inner: int = 1
     shuffle: tuple[int, int] = (1, 1)
     transposed: bool = False
 
     def __post_init__(self) -> None:
         if getattr(getattr(self.weight, "dtype", None), "kind", "") != "f":
             raise TypeError(f"weight must be a floating-point array, got {self.weight!r:.80}")
-        for name in ("groups", "left", "right"):
-            object.__setattr__(self, name, *integers(name, getattr(self, name), 1))
-        object.__setattr__(self, "shuffle", integers("shuffle", self.shuffle, 2))
+        for name in ("groups", "outer", "inner"):
+            object.__setattr__(self, name, *as_integers(name, getattr(self, name), 1))
+        object.__setattr__(self, "shuffle", as_integers("shuffle", self.shuffle, 2))
         if self.weight.ndim != 2 + self.geometry.ndim:
             raise ValueError(
                 f"weight of shape {self.weight.shape} must have two channel axes and "
@@ -95,25 +95,25 @@ class Stage:
             )
         if min(self.weight.shape) < 1:
             raise ValueError(f"weight of shape {self.weight.shape} is empty")
-        if min(self.groups, self.left, self.right, *self.shuffle) < 1:
+        if min(self.groups, self.outer, self.inner, *self.shuffle) < 1:
             raise ValueError(
-                f"groups {self.groups}, left {self.left}, right {self.right} and "
+                f"groups {self.groups}, outer {self.outer}, inner {self.inner} and "
                 f"shuffle {self.shuffle} must be at least 1"
             )
         if self.weight.shape[0] % self.groups:
             raise ValueError(
                 f"{self.weight.shape[0]} outputs do not split into {self.groups} groups"
             )
-        if self.inner[1] % math.prod(self.shuffle):
+        if self.matrix_shape[1] % math.prod(self.shuffle):
             raise ValueError(
-                f"{self.inner[1]} channels do not split into a shuffle of {self.shuffle}"
+                f"{self.matrix_shape[1]} channels do not split into a shuffle of {self.shuffle}"
             )
         if self.transposed and self.geometry.padding_mode != "zeros":
             raise ValueError(
                 "a transposed convolution crops its output, so its padding_mode must be "
                 f"zeros, got {self.geometry.padding_mode}"
             )
-        object.__setattr__(self, "weight", frozen(self.weight))
+        object.__setattr__(self, "weight", as_read_only(self.weight))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
@@ -124,20 +124,20 @@ class Stage:
         return tuple(self.weight.shape[2:])
 
     @property
-    def inner(self) -> tuple[int, int]:
+    def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the channel matrix, whichever way it is applied."""
-        tied = self.left * self.right
+        tied = self.outer * self.inner
         return tied * int(self.weight.shape[0]), tied * self.groups * int(self.weight.shape[1])
 
     @property
     def in_channels(self) -> int:
         """Channels that the stage takes."""
-        return self.inner[0 if self.transposed else 1]
+        return self.matrix_shape[0 if self.transposed else 1]
 
     @property
     def out_channels(self) -> int:
         """Channels that the stage gives."""
-        return self.inner[1 if self.transposed else 0]
+        return self.matrix_shape[1 if self.transposed else 0]
 
     @property
     def kind(self) -> Kind:
@@ -146,7 +146,7 @@ class Stage:
             return "pointwise"
         if self.weight.shape[1] == 1 and self.in_channels > 1:
             return "depthwise"
-        return "grouped" if self.groups * self.left * self.right > 1 else "dense"
+        return "grouped" if self.groups * self.outer * self.inner > 1 else "dense"
 
     def output_shape(self, shape: Ints) -> Ints:
         r"""Shape of the output.
@@ -181,7 +181,7 @@ class Stage:
         size = self.geometry.transposed_size if self.transposed else self.geometry.output_size
         return (self.out_channels, *size(shape[1:], self.kernel))
 
-    def source(self) -> Array:
+    def channel_permutation(self) -> Array:
         """Index of the input channel that stands at each place after the shuffle.
 
         Returns
@@ -192,11 +192,11 @@ class Stage:
         --------
         >>> import numpy as np
         >>> from lowrank import Geometry, Stage
-        >>> Stage(np.ones((6, 1, 1)), Geometry.of(1), groups=6, shuffle=(2, 3)).source()
+        >>> Stage(np.ones((6, 1, 1)), Geometry.of(1), groups=6, shuffle=(2, 3)).channel_permutation()
         array([0, 3, 1, 4, 2, 5])
         """
         a, b = self.shuffle
-        return np.arange(self.inner[1]).reshape(a, b, -1).swapaxes(0, 1).reshape(-1)
+        return np.arange(self.matrix_shape[1]).reshape(a, b, -1).swapaxes(0, 1).reshape(-1)
 
     def adjoint(self) -> Stage:
         """The transposed stage: rows and columns of its matrix change places.
@@ -231,7 +231,7 @@ def is_abstract(weight: Array) -> bool:
     return not any(weight.strides)
 
 
-def frozen(array: Array) -> Array:
+def as_read_only(array: Array) -> Array:
     """`array`, read-only, and a copy if anybody could still write to it; CuPy has no such flag."""
     if not isinstance(array, np.ndarray):
         return array

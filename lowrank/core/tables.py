@@ -23,7 +23,7 @@ HEAD = (
 def table(front: Frontier) -> str:
     """A frontier as people read it: one candidate a line, the dense kernel last."""
     shown = thinned(list(front))
-    lines = columns([HEAD, *(row(c, front.dense) for c in shown)])
+    lines = align_columns([HEAD, *(row(c, front.dense) for c in shown)])
     return "\n".join([title(front, len(shown)), *lines, *notes(front)])
 
 
@@ -78,12 +78,12 @@ def row(c: Candidate, dense: Candidate) -> tuple[str, ...]:
         ",".join(map(str, c.rank)) or "-",
         f"{c.error:.4f}",
         f"{c.bound:.4f}",
-        amount(c.cost.macs),
+        format_count(c.cost.macs),
         f"{dense.cost.macs / c.cost.macs:.2f}x",
-        amount(c.cost.params),
-        amount(c.cost.traffic),
-        amount(c.cost.fused),
-        time(c.seconds),
+        format_count(c.cost.params),
+        format_count(c.cost.traffic),
+        format_count(c.cost.fused),
+        format_seconds(c.seconds),
         f"{dense.seconds / c.seconds:.2f}x",
         f"{c.realised:.0%}",
     )
@@ -97,7 +97,7 @@ def thinned(items: Sequence[T], most: int = ROWS) -> list[T]:
     return [items[round(i * step)] for i in range(most)]
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text, first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
@@ -109,7 +109,7 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def time(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """A time with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= 0.9995 * size:
@@ -124,7 +124,7 @@ def model(error: float) -> str:
     return f"half of such predictions are within {error:.0%}"
 
 
-def amount(n: float) -> str:
+def format_count(n: float) -> str:
     """A count with three digits and a unit."""
     for unit in ("", "k", "M", "G", "T"):
         if n < 999.5 or unit == "T":

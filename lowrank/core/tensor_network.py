@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.core.chain_algebra import plain
+from lowrank.core.chain_algebra import as_plain_chain
 from lowrank.core.stage import Stage
 
 
-class Network(NamedTuple):
+class TensorNetwork(NamedTuple):
     """Letters of every weight's modes, and of the kernel's.
 
     Attributes
@@ -37,9 +37,9 @@ class Network(NamedTuple):
     --------
     >>> import numpy as np
     >>> import lowrank
-    >>> from lowrank.core.tensor_network import network
+    >>> from lowrank.core.tensor_network import tensor_network
     >>> f = lowrank.spatial_svd(lowrank.dense(np.ones((8, 4, 3, 3))), rank=2)
-    >>> n = network(f.stages)
+    >>> n = tensor_network(f.stages)
     >>> n.stages, n.rows, n.columns, n.space
     (('bac', 'dbe'), 'd', 'a', ('c', 'e'))
     """
@@ -66,12 +66,16 @@ class Network(NamedTuple):
         """Sizes of these modes."""
         return tuple(self.sizes[m] for m in modes)
 
+    def size(self, modes: str) -> int:
+        """Number of entries of a tensor with these modes."""
+        return math.prod(self.shape(modes))
+
     def tensors(self, stages: Sequence[Stage]) -> list[Array]:
         """Weights of the chain, an axis a mode."""
-        return [s.weight.reshape(self.shape(m)) for s, m in zip(plain(stages), self.stages)]
+        return [s.weight.reshape(self.shape(m)) for s, m in zip(as_plain_chain(stages), self.stages)]
 
 
-def network(stages: Sequence[Stage]) -> Network:
+def tensor_network(stages: Sequence[Stage]) -> TensorNetwork:
     """Modes of a chain's weights, found from the shapes of its stages alone.
 
     Parameters
@@ -81,7 +85,7 @@ def network(stages: Sequence[Stage]) -> Network:
 
     Returns
     -------
-    Network
+    TensorNetwork
 
     Raises
     ------
@@ -98,12 +102,12 @@ def network(stages: Sequence[Stage]) -> Network:
     --------
     >>> import numpy as np
     >>> from lowrank import Geometry, Stage
-    >>> from lowrank.core.tensor_network import network
-    >>> shared = Stage(np.ones((2, 1, 3)), Geometry.of(1), left=4)
-    >>> network([shared, Stage(np.ones((5, 8, 1)), Geometry.of(1))]).stages
+    >>> from lowrank.core.tensor_network import tensor_network
+    >>> shared = Stage(np.ones((2, 1, 3)), Geometry.of(1), outer=4)
+    >>> tensor_network([shared, Stage(np.ones((5, 8, 1)), Geometry.of(1))]).stages
     ('bc', 'dab')
     """
-    chain = plain(stages)
+    chain = as_plain_chain(stages)
     cuts = _cuts(chain)
     letters = iter(string.ascii_letters)
     sizes: dict[str, int] = {}
@@ -146,12 +150,12 @@ def network(stages: Sequence[Stage]) -> Network:
     order = "".join(first[c] for c in sorted(first, reverse=True))
     last = "".join(joint[c] for c in sorted(joint, reverse=True))
     axes = tuple(_nested(found, sizes) for found in last_of_axes)
-    return Network(tuple(modes), last, order, axes, sizes)
+    return TensorNetwork(tuple(modes), last, order, axes, sizes)
 
 
 def _parts(s: Stage) -> tuple[int, int, int, int]:
     """(right, rows, columns, groups) of a stage's channel matrix."""
-    return s.right, len(s.weight) // s.groups, s.weight.shape[1], s.groups
+    return s.inner, len(s.weight) // s.groups, s.weight.shape[1], s.groups
 
 
 def _moved(c: int, right: int, before: int, after: int) -> int:
@@ -162,7 +166,7 @@ def _moved(c: int, right: int, before: int, after: int) -> int:
 def _shuffled(s: Stage, c: int) -> int:
     """Where the mode that begins at `c` begins after the stage's shuffle."""
     a, b = s.shuffle
-    rest = s.inner[1] // (a * b)
+    rest = s.matrix_shape[1] // (a * b)
     if c < rest:
         return c
     return c * a if c < rest * b else c // b
@@ -170,7 +174,7 @@ def _shuffled(s: Stage, c: int) -> int:
 
 def _unshuffled(s: Stage, c: int) -> int:
     a, b = s.shuffle
-    rest = s.inner[1] // (a * b)
+    rest = s.matrix_shape[1] // (a * b)
     if c < rest:
         return c
     return c * b if c < rest * a else c // a
@@ -179,14 +183,14 @@ def _unshuffled(s: Stage, c: int) -> int:
 def _cuts(chain: Sequence[Stage]) -> list[dict[int, int]]:
     """For each joint of a chain: where its modes begin, in entries, and their sizes."""
     joints: list[set[int]] = [{1} for _ in range(len(chain) + 1)]
-    totals = [chain[0].inner[1], *(s.inner[0] for s in chain)]
+    totals = [chain[0].matrix_shape[1], *(s.matrix_shape[0] for s in chain)]
     changed = True
     while changed:
         changed = False
         for k, s in enumerate(chain):
             right, rows, columns, groups = _parts(s)
             a, b = s.shuffle
-            rest = s.inner[1] // (a * b)
+            rest = s.matrix_shape[1] // (a * b)
             seen = {right, right * columns, right * columns * groups, rest, rest * a}
             seen |= {_shuffled(s, c) for c in joints[k]}
             given = {right, right * rows, right * rows * groups} | joints[k + 1]
@@ -228,13 +232,8 @@ def _nested(found: list[tuple[int, str]], sizes: dict[str, int]) -> str:
     return "".join(mode for _, mode in reversed(found))
 
 
-def composed(n: Network, tensors: Sequence[Array]) -> Array:
+def contract(n: TensorNetwork, tensors: Sequence[Array]) -> Array:
     """The dense kernel, an axis a mode: what the network's weights make together."""
     return np.asarray(
         np.einsum(",".join(n.stages) + "->" + n.kernel, *tensors, optimize=len(tensors) > 1)
     )
-
-
-def entries(n: Network, modes: str) -> int:
-    """How many entries a tensor of these modes has."""
-    return math.prod(n.shape(modes))

@@ -51,7 +51,7 @@ def outsides(stages: Sequence[Stage]) -> list[Array | None]:
     for stage in stages:
         found.append(values if stage.geometry.padding_mode == "constant" and values.any() else None)
         if values.any():
-            values = reference.still(stage, values)
+            values = reference.dc_response(stage, values)
     return found
 
 
@@ -76,11 +76,11 @@ def run(
     for stage, w, border, (bias, activation) in zip(stages, weights, outside, epilogues):
         size = tuple(x.shape[2:])
         channels, *out = stage.output_shape(tuple(x.shape[1:]))
-        batch, copies, (g, o, c, _) = x.shape[0], (stage.left, stage.right), w.shape
+        batch, copies, (g, o, c, _) = x.shape[0], (stage.outer, stage.inner), w.shape
         shuffled = stage.shuffle != (1, 1)
         if shuffled and not stage.transposed:
-            x = xp.take(x, here(stage.source()), axis=1)
-            border = None if border is None else border[stage.source()]
+            x = xp.take(x, here(stage.channel_permutation()), axis=1)
+            border = None if border is None else border[stage.channel_permutation()]
         tables = [seen(stage, a, n, m) for a, (n, m) in enumerate(zip(size, out))]
         y = xp.zeros((batch, copies[0], g, o, copies[1] * _many(out)), dtype=x.dtype, **placed)
         for t, tap in enumerate(itertools.product(*map(range, stage.kernel))):
@@ -98,7 +98,7 @@ def run(
             y = y + xp.matmul(w[..., t], part)
         x = xp.reshape(y, (batch, channels, *out))
         if shuffled and stage.transposed:
-            x = xp.take(x, here(np.argsort(stage.source())), axis=1)
+            x = xp.take(x, here(np.argsort(stage.channel_permutation())), axis=1)
         if bias is not None:
             x = x + here(np.asarray(bias).reshape(-1, *(1,) * len(out)), x.dtype)
         if activation != "none":

@@ -12,7 +12,7 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import INTEGERS, Step
 
@@ -81,12 +81,12 @@ class Plan:
             x = self._run(segment, x, out if i == last and direct else None)
         if out is None or x is out:
             return x
-        out[...] = reference.saturated(x, out.dtype) if out.dtype in INTEGERS else x
+        out[...] = reference.saturate(x, out.dtype) if out.dtype in INTEGERS else x
         return out
 
     def breakdown(self, x: Array, out: Array | None = None, *, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes; see Step."""
-        (repeat,) = integers("repeat", repeat, 1)
+        (repeat,) = as_integers("repeat", repeat, 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
         out = self(x, out)

@@ -101,7 +101,7 @@ def run(f: Factorization, x: Any, *, threads: int | None = None) -> Any:
     if x.ndim != f.ndim + 2:
         raise ValueError(f"x must be (batch, channels, and {f.ndim} spatial axes), got {x.shape}")
     dtype = as_input(f, x._meta).dtype
-    cuts = _cut(f.stages, f.shape(x.shape[1:]), x.chunks[2:])
+    cuts = _cut(f.stages, f.input_shape(x.shape[1:]), x.chunks[2:])
     work = functools.partial(_run, f=f, cuts=cuts, threads=threads)
     return _mapped(work, x.rechunk({1: -1}), cuts, range(2, x.ndim), dtype, {1: (f.out_channels,)})
 

@@ -22,7 +22,7 @@ from scipy import fft
 from lowrank._kernels import _core
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core import reference
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 from lowrank.engine import INTEGERS
 
 GROUP = 2**18  # points transformed in one call: enough to hide the call, few for the caches
@@ -221,7 +221,7 @@ def plan(
     axes = tuple(_axis(n, t, b, a, mode) for n, t, b, a in zip(sizes, taps, block, ahead))
     if threads is None:
         threads = _core.max_threads()
-    (threads,) = integers("threads", threads, 1)
+    (threads,) = as_integers("threads", threads, 1)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     # In float64, so that only the images are rounded; blocks along the last axis lie side by side.
@@ -361,7 +361,7 @@ class Plan:
             f = f[(*(slice(None),) * i, slice(out.shape[i]))]
         y = fft.irfft(f, last.block, overwrite_x=True, workers=workers)
         if out.dtype != y.dtype:
-            y = reference.saturated(y, out.dtype)
+            y = reference.saturate(y, out.dtype)
         whole, rest = divmod(out.shape[-1], last.valid)
         shape = (*out.shape[:-1], whole, last.valid)
         out[..., : whole * last.valid].reshape(shape)[...] = y[..., :whole, : last.valid]
@@ -371,7 +371,7 @@ class Plan:
 
 def _shapes(kernel_shape: Sequence[int], spatial: Sequence[int]) -> tuple[Ints, Ints]:
     n = len(kernel_shape)
-    taps, sizes = integers("kernel_shape", kernel_shape, n), integers("spatial", spatial, n)
+    taps, sizes = as_integers("kernel_shape", kernel_shape, n), as_integers("spatial", spatial, n)
     if n not in (1, 2, 3) or min(*taps, *sizes) < 1:
         raise ValueError(
             f"kernel_shape and spatial must be 1 to 3 sizes of at least 1, got {taps} and {sizes}"
@@ -380,7 +380,7 @@ def _shapes(kernel_shape: Sequence[int], spatial: Sequence[int]) -> tuple[Ints, 
 
 
 def _block(block: Sequence[int], taps: Ints) -> Ints:
-    block = integers("block", block, len(taps))
+    block = as_integers("block", block, len(taps))
     if any(b < k for b, k in zip(block, taps)):
         raise ValueError(f"block must be at least the kernel's {taps} along each axis, got {block}")
     return block

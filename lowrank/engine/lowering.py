@@ -95,7 +95,7 @@ def _parts(
                 if is_abstract(stage.weight):  # what it makes of a border has no price
                     outside = np.zeros(stage.out_channels, dtype)
                 else:
-                    outside = reference.ended(reference.still(stage, outside), epilogue)
+                    outside = reference.apply_epilogue(reference.dc_response(stage, outside), epilogue)
         number += len(links)
     return tuple(parts)
 
@@ -205,9 +205,9 @@ def _part(
     specs_placed = tuple(
         StageSpec(
             s.weight.reshape(*s.weight.shape[:2], *placed(s.kernel, 1)),
-            s.left,
+            s.outer,
             s.groups,
-            s.right,
+            s.inner,
             placed(s.stride, 1),
             placed(s.dilation, 1),
             placed(s.before, 0),
@@ -264,9 +264,9 @@ class _Spec:
     """A plain stage with the chain's own spatial axes, on its way to a StageSpec."""
 
     weight: Array
-    left: int
+    outer: int
     groups: int
-    right: int
+    inner: int
     stride: list[int]
     dilation: list[int]
     before: list[int]
@@ -286,14 +286,14 @@ def _lower(stage: Stage) -> _Spec:
     zeros = g.padding_mode == "zeros"
     return _Spec(
         stage.weight,
-        stage.left,
+        stage.outer,
         stage.groups,
-        stage.right,
+        stage.inner,
         list(g.stride),
         list(g.dilation),
         [b if zeros else 0 for b, _ in g.padding],
         [a if zeros else 0 for _, a in g.padding],
-        stage.source().astype(np.int32) if stage.shuffle != (1, 1) else None,
+        stage.channel_permutation().astype(np.int32) if stage.shuffle != (1, 1) else None,
     )
 
 
@@ -333,28 +333,28 @@ def _phases(stage: Stage) -> _Spec:
     n = g.ndim
     w = w.transpose(0, 1, *(3 + 2 * a for a in range(n)), 2, *(4 + 2 * a for a in range(n)))
     weight = w.reshape(groups * c * math.prod(phases), o // groups, *w.shape[3 + n :])
-    return _Spec(weight, stage.left, groups, stage.right, [1] * n, dilation, before, after)
+    return _Spec(weight, stage.outer, groups, stage.inner, [1] * n, dilation, before, after)
 
 
 def _weave(stage: Stage, y: Array, size: Ints) -> Array:
     """Put the phases of a strided transposed stage in their places and crop to `size`."""
     g, n = stage.geometry, stage.geometry.ndim
     if max(g.stride) > 1:
-        per = stage.left * stage.groups * stage.weight.shape[1]
-        y = y.reshape(len(y), per, *g.stride, stage.right, *y.shape[2:])
+        per = stage.outer * stage.groups * stage.weight.shape[1]
+        y = y.reshape(len(y), per, *g.stride, stage.inner, *y.shape[2:])
         y = np.moveaxis(y, 2 + n, 2)
         order = [axis for a in range(n) for axis in (3 + n + a, 3 + a)]
         y = y.transpose(0, 1, 2, *order)
         whole = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
-        y = y.reshape(len(y), per * stage.right, *whole)
+        y = y.reshape(len(y), per * stage.inner, *whole)
         y = y[trailing(*(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
-    return np.ascontiguousarray(y[:, np.argsort(stage.source())])
+    return np.ascontiguousarray(y[:, np.argsort(stage.channel_permutation())])
 
 
 def _unwoven(stage: Stage, bias: Array) -> Array:
     """The bias of each channel of :func:`_phases`."""
     phases = math.prod(stage.geometry.stride) if max(stage.geometry.stride) > 1 else 1
-    each = bias[stage.source()].reshape(-1, 1, stage.right)
+    each = bias[stage.channel_permutation()].reshape(-1, 1, stage.inner)
     return np.repeat(each, phases, axis=1).reshape(-1)
 
 

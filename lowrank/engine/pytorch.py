@@ -65,18 +65,18 @@ def run_stage(t: Any, s: Stage, weight: Any, bias: Any = None) -> Any:
     functional = sys.modules["torch"].nn.functional
     run = (functional.conv1d, functional.conv2d, functional.conv3d)
     stride, pads, dilation = list(g.stride), [a for a, _ in g.padding], list(g.dilation)
-    if s.left > 1:
+    if s.outer > 1:
         n = len(t)
-        t = t.reshape(n * s.left, -1, *t.shape[2:])
+        t = t.reshape(n * s.outer, -1, *t.shape[2:])
         t = run[g.ndim - 1](t, weight, bias, stride, pads, dilation, s.groups)
         return t.reshape(n, -1, *t.shape[2:])
-    if s.right > 1:
-        t = t.reshape(len(t), -1, s.right, *t.shape[2:])
+    if s.inner > 1:
+        t = t.reshape(len(t), -1, s.inner, *t.shape[2:])
         if g.ndim == 3:  # no fourth axis: copies along the batch
             n = len(t)
-            t = t.movedim(2, 1).reshape(n * s.right, -1, *t.shape[3:])
+            t = t.movedim(2, 1).reshape(n * s.inner, -1, *t.shape[3:])
             t = run[2](t, weight, bias, stride, pads, dilation, s.groups)
-            t = t.reshape(n, s.right, -1, *t.shape[2:]).movedim(1, 2)
+            t = t.reshape(n, s.inner, -1, *t.shape[2:]).movedim(1, 2)
             return t.reshape(n, -1, *t.shape[3:])
         stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
         t = run[g.ndim](t, weight.unsqueeze(2), bias, stride, pads, dilation, s.groups)

@@ -60,7 +60,7 @@ def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
     for n in range(1, len(modes) // 2 + 1):
         for rows in itertools.combinations(modes, n):
             if 2 * n < len(modes) or modes[0] in rows:  # halves only once
-                found.append(chain_algebra.tails(tensor, rows, batch))
+                found.append(chain_algebra.truncation_errors(tensor, rows, batch))
     longest = max(map(len, found))
     return cast(Array, np.max(np.stack([np.pad(f, (0, longest - len(f))) for f in found]), axis=0))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array, Ints, PaddingMode
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 
 #: scipy.ndimage's names of the border modes, and ours.
 MODES: dict[str, PaddingMode] = {
@@ -57,7 +57,7 @@ def mode(name: str) -> PaddingMode:
 
 def origins(origin: int | Sequence[int], taps: Ints) -> Ints:
     """A shift an axis that leaves the sample under the filter, as scipy.ndimage wants it."""
-    shifts = integers("origin", origin, len(taps))
+    shifts = as_integers("origin", origin, len(taps))
     for o, n in zip(shifts, taps):
         if not -(n // 2) <= o <= (n - 1) // 2:
             raise ValueError(
@@ -84,7 +84,7 @@ def axes(given: Sequence[int] | None, image: int, kernel: int) -> Ints:
     """Axes of an image that a kernel over so many runs along, counted from 0."""
     if kernel > image:
         raise ValueError(f"a kernel over {kernel} axes does not fit an image with {image}")
-    along = tuple(range(kernel)) if given is None else integers("axes", given, kernel)
+    along = tuple(range(kernel)) if given is None else as_integers("axes", given, kernel)
     if any(not -image <= a < image for a in along) or len({a % image for a in along}) < kernel:
         raise ValueError(f"axes must be different and from {-image} to {image - 1}, got {given!r}")
     return tuple(a % image for a in along)

@@ -101,7 +101,7 @@ class FilterPlan:
     choice: Option
 
     def __repr__(self) -> str:
-        return "\n".join([self._title(), *tables.columns(self._rows())])
+        return "\n".join([self._title(), *tables.align_columns(self._rows())])
 
     def _repr_html_(self) -> str:
         return tables.html_table(self._rows(), [self._title()])
@@ -123,7 +123,7 @@ class FilterPlan:
                     ",".join(map(str, o.rank)) or "-",
                     f"{o.error:.2g}",
                     f"{o.grey:.2g}",
-                    tables.time(o.seconds),
+                    tables.format_seconds(o.seconds),
                     f"{o.seconds / least:.2f}x",
                 )
             )

@@ -36,7 +36,7 @@ def correlate(image: Any, along: Ints, request: Request, work: Any, out: Any) ->
     given = x.reshape(-1, 1, *x.shape[-k:]).astype(work, copy=False)
     run = _planned(request, engine.device_of(image))
     y = xp.moveaxis(run(given).reshape(x.shape), last, along)
-    out[...] = reference.saturated(y, image.dtype) if image.dtype.kind in "iu" else y
+    out[...] = reference.saturate(y, image.dtype) if image.dtype.kind in "iu" else y
     return out
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lowrank._typing import Array
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 
 
 def gauss(
@@ -109,7 +109,7 @@ def box(size: int | Sequence[int], *, ndim: int = 2) -> Array:
     >>> filters.box([1, 4])
     array([[0.25, 0.25, 0.25, 0.25]])
     """
-    sizes = integers("size", size, _count(ndim) if np.ndim(size) == 0 else len(np.atleast_1d(size)))
+    sizes = as_integers("size", size, _count(ndim) if np.ndim(size) == 0 else len(np.atleast_1d(size)))
     if not sizes or min(sizes) < 1:
         raise ValueError(f"size must be at least 1, got {size!r}")
     return np.full(sizes, 1 / math.prod(sizes))
@@ -278,7 +278,7 @@ def laplacian(*, ndim: int = 2, connectivity: int = 1) -> Array:
            [ 0.,  1.,  0.]])
     """
     ndim = _count(ndim)
-    (connectivity,) = integers("connectivity", connectivity, 1)
+    (connectivity,) = as_integers("connectivity", connectivity, 1)
     if not 1 <= connectivity <= ndim:
         raise ValueError(f"connectivity must be from 1 to {ndim}, got {connectivity}")
     off = np.abs(np.indices((3,) * ndim) - 1).sum(0)  # axes along which a sample is off
@@ -574,7 +574,7 @@ def motion(length: int, *, angle: float = 0.0) -> Array:
     """
     if not math.isfinite(angle):
         raise ValueError(f"angle must be finite, got {angle!r}")
-    (length,) = integers("length", length, 1)
+    (length,) = as_integers("length", length, 1)
     n = math.ceil(_positive("length", length) / 2)
     n = max(n - (length % 2), 1)
     y, x = _grid([n, n])
@@ -590,7 +590,7 @@ def motion(length: int, *, angle: float = 0.0) -> Array:
 def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Array:
     """A difference along `axis`, `smooth` along the others."""
     ndim = _count(ndim)
-    (axis,) = integers("axis", axis, 1)
+    (axis,) = as_integers("axis", axis, 1)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1}, got {axis}")
     lines = [np.array(smooth)] * ndim
@@ -632,7 +632,7 @@ def _positive(name: str, value: float) -> float:
 
 
 def _count(ndim: int) -> int:
-    (ndim,) = integers("ndim", ndim, 1)
+    (ndim,) = as_integers("ndim", ndim, 1)
     if ndim < 1:
         raise ValueError(f"ndim must be at least 1, got {ndim}")
     return ndim

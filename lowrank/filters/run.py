@@ -12,8 +12,8 @@ import numpy as np
 from lowrank import engine, selection
 from lowrank._typing import Array, Ints
 from lowrank.core import reference
-from lowrank.core.geometry import integers
-from lowrank.factorization import Factorization, dense, lazily, native
+from lowrank.core.geometry import as_integers
+from lowrank.factorization import Factorization, as_native_order, dask_backend, dense
 from lowrank.filters import arguments, choose, gpu
 
 PLANS = 32  # that are kept for calls with the same kernel, size and border
@@ -169,7 +169,7 @@ def correlate(
     """
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
-    lazy, on_gpu = lazily(image), engine.on_gpu(image)
+    lazy, on_gpu = dask_backend(image), engine.on_gpu(image)
     if lazy is None and not on_gpu:
         image = np.asarray(image)
     elif lazy is not None and out is not None:
@@ -192,10 +192,10 @@ def correlate(
     k = np.ascontiguousarray(k, work)
     arguments.mode(mode)
     if rank is not None:
-        (rank,) = integers("rank", rank, 1)
+        (rank,) = as_integers("rank", rank, 1)
     cval = arguments.real("cval", cval)
     tolerance = _tolerance(tolerance, rank)
-    threads = threads if threads is None else integers("threads", threads, 1)[0]
+    threads = threads if threads is None else as_integers("threads", threads, 1)[0]
     spatial = tuple(image.shape[a] for a in along)
     batch = image.size // max(math.prod(spatial), 1)
     request = Request(
@@ -214,7 +214,7 @@ def correlate(
     if np.may_share_memory(image, out):
         image = image.copy()
     image = readable(image, work)
-    result = native(out) if out.dtype == image.dtype else np.empty(out.shape, work)
+    result = as_native_order(out) if out.dtype == image.dtype else np.empty(out.shape, work)
     way = ways[0]
     if way.spreads and image.dtype.kind == "f" and not np.isfinite(image.sum()):
         way = ways[-1]
@@ -362,14 +362,14 @@ def plan_filter(
     dtype = np.dtype(dtype)
     if dtype not in (np.float32, np.float64):
         raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-    spatial = integers("shape", shape, k.ndim)
+    spatial = as_integers("shape", shape, k.ndim)
     if min(spatial) < 1:
         raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
     k = np.ascontiguousarray(k, dtype)
     conv = _stage(k, mode, arguments.real("cval", cval), (0,) * k.ndim)
     tolerance = _tolerance(tolerance, rank)
     tolerance = _rounding(k) if tolerance is None else tolerance
-    (planes,) = integers("batch", batch, 1)
+    (planes,) = as_integers("batch", batch, 1)
     if planes < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     return choose.plan_of(
@@ -473,7 +473,7 @@ def _planned(request: Request) -> list[_Way]:
 def readable(image: Array, work: np.dtype[Any]) -> Array:
     """`image` in a type that a plan reads: its own, or `work`."""
     if image.dtype in (work, *engine.INTEGERS) and image.dtype.isnative:
-        return native(image)
+        return as_native_order(image)
     return image.astype(work)
 
 
@@ -481,7 +481,7 @@ def written(result: Array, dtype: np.dtype[Any]) -> Array:
     """What a plan gave as an image of `dtype`: integers rounded, and saturated."""
     if result.dtype == dtype:
         return result
-    return reference.saturated(result, dtype) if dtype.kind in "iu" else result.astype(dtype)
+    return reference.saturate(result, dtype) if dtype.kind in "iu" else result.astype(dtype)
 
 
 class _Way(NamedTuple):

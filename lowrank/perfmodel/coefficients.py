@@ -14,7 +14,7 @@ import numpy as np
 from lowrank._kernels import _core
 from lowrank._typing import Ints
 from lowrank.core import tables
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import features
@@ -61,7 +61,7 @@ class Prediction(NamedTuple):
     parts: Mapping[str, float]
 
     def __str__(self) -> str:
-        return f"{tables.time(self.seconds)} ({tables.model(self.error)})"
+        return f"{tables.format_seconds(self.seconds)} ({tables.model(self.error)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class Machine:
             raise ValueError(f"runtime must be one of {known}, got {runtime!r}" + _added(runtime))
         if not isinstance(f, Factorization):
             raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
-        return self.of_stages(f.stages, f.shape(input_shape), batch, threads, runtime)
+        return self.of_stages(f.stages, f.input_shape(input_shape), batch, threads, runtime)
 
     def of_stages(
         self,
@@ -219,7 +219,7 @@ class Machine:
         >>> here.of_stages(f.stages, (8, 64, 64)).seconds == here.predict(f, (64, 64)).seconds
         True
         """
-        (batch,) = integers("batch", batch, 1)
+        (batch,) = as_integers("batch", batch, 1)
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         work = Work(stages, shape, batch, _threads(threads), itemsize, interleaved)
@@ -323,7 +323,7 @@ def _threads(threads: int | None) -> int:
     most = _core.max_threads()
     if threads is None:
         return most
-    (threads,) = integers("threads", threads, 1)
+    (threads,) = as_integers("threads", threads, 1)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return min(threads, most)

@@ -272,13 +272,13 @@ def torch(work: Work, most: int) -> Counts:
     for stage, before, after in zip(work.stages, shapes, shapes[1:]):
         taken, given = (work.batch * math.prod(s) / lanes for s in (before, after))
         kind, terms = _kind(stage, lanes)
-        multiplied = stage.left * stage.right * terms * work.batch * math.prod(after[1:])
+        multiplied = stage.outer * stage.inner * terms * work.batch * math.prod(after[1:])
         found = {
             f"{kind}: multiply": multiplied / lanes,
             f"{kind}: in": taken,
             f"{kind}: out": given,
             "strided in": taken * (max(stage.geometry.stride) > 1),
-            "rearranged": (taken + given) * (stage.left * stage.right > 1),
+            "rearranged": (taken + given) * (stage.outer * stage.inner > 1),
         }
         for name, count in found.items():
             total[name] += count / work.threads
@@ -308,7 +308,7 @@ def _kind(stage: Stage, lanes: int) -> tuple[str, int]:
         kind = "dense" if taps > 1 else "pointwise"
         terms = math.ceil(rows / lanes) * math.ceil(per / lanes) * lanes**2 * taps
     # Tied copies on the right go along one axis more.
-    return f"{kind} {len(stage.kernel) + (stage.right > 1)}-D", stage.groups * terms
+    return f"{kind} {len(stage.kernel) + (stage.inner > 1)}-D", stage.groups * terms
 
 
 def fft(

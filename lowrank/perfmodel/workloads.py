@@ -152,10 +152,10 @@ def _tied(c: int, size: int, k: int) -> Iterator[Workload]:
     for b, rank in ((2, 4), (8, 4), (16, 2)):
         a = c // b
         small, large = abstract_weight((rank * b, b, 1, 1)), abstract_weight((a, a * rank, k, k))
-        yield Workload((Stage(small, still, left=a), Stage(large, whole, right=b)), shape, 1)
-        yield Workload((Stage(small, still, right=a), Stage(large, whole, left=b)), shape, 1)
-        first = Stage(abstract_weight((rank * b, b, 1, k)), across, left=a)
-        second = Stage(abstract_weight((a, a * rank, k, 1)), down, right=b)
+        yield Workload((Stage(small, still, outer=a), Stage(large, whole, inner=b)), shape, 1)
+        yield Workload((Stage(small, still, inner=a), Stage(large, whole, outer=b)), shape, 1)
+        first = Stage(abstract_weight((rank * b, b, 1, k)), across, outer=a)
+        second = Stage(abstract_weight((a, a * rank, k, 1)), down, inner=b)
         yield Workload((first, second), shape, 1)
 
 

@@ -286,7 +286,7 @@ def _layer(
         kernel_error, bound = c.error, c.bound
     times = None
     size = conv.dtype.itemsize * batch
-    held = size * math.prod(conv.shape(layer.input_size))
+    held = size * math.prod(conv.input_shape(layer.input_size))
     held += size * math.prod(conv.output_shape(layer.input_size))
     if measured and before["seconds"] <= LONGEST * layer.times and held <= LARGEST:
         times = _measured(layer, f, batch, threads)
@@ -322,7 +322,7 @@ def _measured(
     layer: Layer, f: Factorization | None, batch: int, threads: int | None
 ) -> tuple[float, float]:
     """Medians of runs that take turns; one of a layer that stays as it is counts for both."""
-    shape = layer.conv.shape(layer.input_size)
+    shape = layer.conv.input_shape(layer.input_size)
     x = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
     runs = [g.compile(shape, np.float32, threads) for g in (layer.conv, f) if g is not None]
     outs = [run(x) for run in runs]  # warm, and memory that is there
@@ -375,7 +375,7 @@ def spectra(conv: Factorization) -> dict[str, Array]:
     {'outputs': 8, 'inputs': 6, 'inputs and height': 18, 'taps': 9}
     """
     w = conv.to_dense().astype(np.float64)
-    w = w.reshape(conv.groups, -1, *w.shape[1:]) / (chain_algebra.magnitude(w) or 1.0)
+    w = w.reshape(conv.groups, -1, *w.shape[1:]) / (chain_algebra.max_abs(w) or 1.0)
     names = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}[conv.ndim]
     rows: dict[str, tuple[int, ...]] = {"outputs": (1,)}
     long = [axis for axis in range(3, w.ndim) if w.shape[axis] > 1]

@@ -240,7 +240,7 @@ def spectrum(
         for rows in itertools.combinations(long, n):
             if 2 * n == len(long) and long[0] not in rows:
                 continue  # the other half was drawn
-            tails = chain_algebra.tails(w, rows, (0,))
+            tails = chain_algebra.truncation_errors(w, rows, (0,))
             names = ["".join(letters[m - 1] for m in side)
                      for side in (rows, [m for m in long if m not in rows])]  # fmt: skip
             share = np.arange(len(tails)) / (len(tails) - 1)
@@ -261,7 +261,7 @@ def spectrum(
 
 
 def _said(axis: str, amount: float) -> str:
-    return tables.time(amount) if axis == "seconds" else f"{amount:,.0f}"
+    return tables.format_seconds(amount) if axis == "seconds" else f"{amount:,.0f}"
 
 
 def filter_and_form(

@@ -41,7 +41,7 @@ def save(facts: Facts, path: str | os.PathLike[str]) -> None:
     >>> path.read_text("utf-8")[:15]
     '<!doctype html>'
     """
-    with io.whole(path) as part:
+    with io.atomic_write(path) as part:
         part.write_text(page(facts), "utf-8")
 
 
@@ -334,11 +334,11 @@ def _number(value: float | None) -> str:
 
 
 def _time(seconds: float) -> str:
-    return tables.time(seconds).replace("us", "µs")
+    return tables.format_seconds(seconds).replace("us", "µs")
 
 
 def _said(axis: str, amount: float) -> str:
-    return _time(amount) if axis == "seconds" else tables.amount(amount)
+    return _time(amount) if axis == "seconds" else tables.format_count(amount)
 
 
 def _pair(axis: str, before: float, after: float) -> str:

@@ -17,7 +17,7 @@ from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost, chain_cost
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, SweepPoint
-from lowrank.families.family import as_kernel
+from lowrank.families.kernel import as_kernel
 
 NEAR = 1.25  # a short fit within this factor of the limit may be within it once refined
 _UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -400,7 +400,7 @@ def frontier(
     if axis not in COSTS:
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
     as_kernel(conv)
-    shape = conv.shape(input_shape)
+    shape = conv.input_shape(input_shape)
     whole, bias = conv.cost(shape), conv.bias is not None
     predicted, timed = _timing(conv, shape, batch, threads, runtime)
 
@@ -671,7 +671,7 @@ def _at_rank(
     if axis not in COSTS:
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
     as_kernel(conv)
-    shape = conv.shape(input_shape)
+    shape = conv.input_shape(input_shape)
     whole, timed = _timing(conv, shape, batch, threads, runtime)
     tried, why = [], []
     for name in names:

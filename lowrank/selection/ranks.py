@@ -21,7 +21,7 @@ from lowrank.core.cost import chain_cost
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, svd, tensor_train
-from lowrank.families.family import as_kernel
+from lowrank.families.kernel import as_kernel
 
 GRID = 128  # noise variances tried before the best is refined: free energies have local minima
 
@@ -296,7 +296,7 @@ def energy(conv: Factorization, family: str, share: float, variant: str | None =
     _check_share("share", share)
     spectra = _spectra("energy", conv, family, variant)
     limit = math.sqrt(1 - share) + _rounding(conv)
-    return tuple(max(1, int(np.argmax(chain_algebra.tails_of(s.values) <= limit))) for s in spectra)
+    return tuple(max(1, int(np.argmax(chain_algebra.tail_norms(s.values) <= limit))) for s in spectra)
 
 
 def evbmf(conv: Factorization, family: str = "tucker", variant: str | None = None) -> Ints:
@@ -519,7 +519,7 @@ def evbmf_of(matrix: Array) -> Estimate:
             f"got shape {m.shape} and type {m.dtype}"
         )
     m = m.astype(np.float64)
-    scale = chain_algebra.magnitude(m) or 1.0
+    scale = chain_algebra.max_abs(m) or 1.0
     found = _estimate(np.linalg.svd(m / scale, compute_uv=False), *m.shape)
     return Estimate(found.rank, found.noise * scale, found.threshold * scale)
 
@@ -558,7 +558,7 @@ def _price(
         return lambda stages: _weights(stages) + biases
     if input_shape is None:
         raise TypeError("macs needs input_shape, (channels, *spatial) or the spatial size alone")
-    shape = conv.shape(input_shape)
+    shape = conv.input_shape(input_shape)
     return lambda stages: chain_cost(stages, shape).macs
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.core import reference
 from lowrank.core.cost import chain_shapes, stage_costs
-from lowrank.core.geometry import integers
+from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import INTEGERS, NoGPU, Step, array_api
 from lowrank.engine.cuda import steps
@@ -209,7 +209,7 @@ class _Link(NamedTuple):
     def sources(self, total: Any) -> tuple[Any, Any]:
         """Channel of the input at each channel of the stage, and what stands outside; or None."""
         plain = self.stage.transposed or self.stage.shuffle == (1, 1)
-        source = None if plain else cupy.asarray(self.stage.source().astype(np.int32))
+        source = None if plain else cupy.asarray(self.stage.channel_permutation().astype(np.int32))
         outside = None if self.outside is None else cupy.asarray(self.outside.astype(total))
         return source, outside
 
@@ -233,7 +233,7 @@ def _depthwise(link: _Link, dtype: Any, total: Any) -> Run:
     (bias, activation), (source, outside) = link.ending(total), link.sources(total)
     (d, h, w), out = link.sizes
     fixed = (
-        s.left, s.groups, s.right, per, d, h, w, *out, *kernel, *stride, *dilation, activation
+        s.outer, s.groups, s.inner, per, d, h, w, *out, *kernel, *stride, *dilation, activation
     )  # fmt: skip
 
     def run(x: Any, y: Any, _: Any) -> None:
@@ -262,14 +262,14 @@ def _dense(link: _Link, dtype: Any, total: Any) -> Run:
     terms, at = _terms(link, ins)
     target = None
     if s.transposed and s.shuffle != (1, 1):
-        target = cupy.asarray(s.source().astype(np.int32))
+        target = cupy.asarray(s.channel_permutation().astype(np.int32))
     (bias, activation), (source, outside) = link.ending(total), link.sources(total)
     (d, h, w), out = link.sizes
     rows, places = (16, 128) if outs <= 16 else (steps.ROWS, 64)
     kernel = _Kernel(f"dense<{NUMBERS[dtype.name]}, {rows}, {places}>")
-    blocks = -(-outs // rows) * s.left * groups * s.right
+    blocks = -(-outs // rows) * s.outer * groups * s.inner
     fixed = (
-        s.left, groups, s.right, ins, outs, _Long(depth), d, h, w, *out, activation
+        s.outer, groups, s.inner, ins, outs, _Long(depth), d, h, w, *out, activation
     )  # fmt: skip
 
     def run(x: Any, y: Any, _: Any) -> None:
@@ -295,13 +295,13 @@ def _product(link: _Link, dtype: Any, total: Any) -> tuple[Run, Callable[[int], 
     plain = plain and not any(map(any, s.geometry.padding)) and set(s.geometry.stride) == {1}
     terms, at = (None, []) if plain else _terms(link, ins)
     (bias, activation), (source, outside) = link.ending(total), link.sources(total)
-    samples = math.prod(out) * s.right
-    one = s.left * groups * ins * taps * samples  # numbers of an example
+    samples = math.prod(out) * s.inner
+    one = s.outer * groups * ins * taps * samples  # numbers of an example
     each = max(1, UNROLLED // max(1, one * dtype.itemsize))
     number = NUMBERS[dtype.name]
     unroll = None if plain else _Kernel(f"unrolled<{number}>")
     finish = _Kernel(f"finished<{number}>") if bias is not None or activation else None
-    fixed = (ins, s.right, _Long(ins * taps), *size, *out)
+    fixed = (ins, s.inner, _Long(ins * taps), *size, *out)
 
     def run(x: Any, y: Any, work: Any) -> None:
         for first in range(0, len(x), len(x) if unroll is None else each):
@@ -311,10 +311,10 @@ def _product(link: _Link, dtype: Any, total: Any) -> tuple[Run, Callable[[int], 
                 columns = work[: len(part) * one]
                 unroll(
                     _turns(columns.size), part, columns, source, outside, terms, *at,
-                    _Long(len(part)), _Long(s.left * groups), *fixed,
+                    _Long(len(part)), _Long(s.outer * groups), *fixed,
                 )  # fmt: skip
                 part = columns
-            _multiply(weight, part, to, len(to) * s.left, ins * taps, samples)
+            _multiply(weight, part, to, len(to) * s.outer, ins * taps, samples)
         if finish is not None:
             given = len(y), link.out[0], math.prod(out)
             finish(_turns(y.size), y, bias, *map(_Long, given), activation)
@@ -407,7 +407,7 @@ def _filter(links: Sequence[_Link], step: steps.Step, dtype: Any, total: Any) ->
     passes = _Kernel(
         f"filter<{NUMBERS[dtype.name]}>", steps.filter_bytes(step.taps, step.tile, total.itemsize)
     )
-    fixed = (s.left, groups, s.right, terms, *size, *out, *step.taps, *step.tile, activation)
+    fixed = (s.outer, groups, s.inner, terms, *size, *out, *step.taps, *step.tile, activation)
 
     def run(x: Any, y: Any, _: Any) -> None:
         tiles = len(y) * step.out[0] * math.prod(-(-n // t) for n, t in zip(out, step.tile))
@@ -498,7 +498,7 @@ class Plan:
 
     def breakdown(self, x: Any, out: Any = None, *, repeat: int = 5) -> tuple[Step, ...]:
         """Where the time of a run on `x` goes, by the GPU's clock; waits for it."""
-        (repeat,) = integers("repeat", repeat, 1)
+        (repeat,) = as_integers("repeat", repeat, 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
         self(x, out)
@@ -590,7 +590,7 @@ def _capturing() -> bool:
 def _saturated(values: Any, dtype: Any) -> Any:
     """Integers nearest to `values`; those of two bytes are compared in more digits."""
     wide = values if values.dtype.itemsize > 2 else values.astype(np.float32)
-    return reference.saturated(wide, np.dtype(dtype))
+    return reference.saturate(wide, np.dtype(dtype))
 
 
 def plan(

@@ -128,7 +128,7 @@ def _next(
 def _pair(first: Stage, second: Stage) -> bool:
     """Whether depthwise and pointwise are worth one kernel: sums are made once a block of rows."""
     plain = second.kind == "pointwise" and not second.transposed and second.shuffle == (1, 1)
-    tied = first.left * first.right * second.left * second.right > 1
+    tied = first.outer * first.inner * second.outer * second.inner > 1
     g = second.geometry
     still = set(g.stride) == {1} and not any(map(any, g.padding))
     few = second.in_channels * second.out_channels <= FUSED
@@ -153,7 +153,7 @@ def is_filter(stages: Sequence[Stage]) -> bool:
         if (
             not plain or len(axes) != 1 or axes[0] in seen or g.dilation[axes[0]] != 1
             or (g.padding_mode == "constant" and g.value and any(map(any, g.padding)))
-            or (s.left, s.right) != (first.left, first.right)
+            or (s.outer, s.inner) != (first.outer, first.inner)
             or any(any(p) for a, p in enumerate(g.padding) if a != axes[0])
             or (s.groups, len(s.weight) // s.groups, s.weight.shape[1]) != (many, outs, ins)
         ):  # fmt: skip

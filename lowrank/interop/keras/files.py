@@ -70,7 +70,7 @@ class KerasFile:
             raise ValueError(f"{path}: the model came as {self.ending} and is written as such")
         if path.is_dir():
             raise IsADirectoryError(f"{path}: is a folder")
-        with io.whole(path) as part:
+        with io.atomic_write(path) as part:
             if self.ending == ".h5":
                 part.write_bytes(self.weights)
                 return

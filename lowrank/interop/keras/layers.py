@@ -181,13 +181,13 @@ def _untied(stage: Stage) -> Stage:
         raise ValueError(f"Keras pads with zeros, not by {stage.geometry.padding_mode}")
     weight, groups = stage.weight, stage.groups
     if weight.shape[:2] == (groups, 1):  # a channel at a time, and so are its copies
-        weight, groups = np.repeat(weight, stage.right, axis=0), groups * stage.right
-    elif stage.right > 1:
+        weight, groups = np.repeat(weight, stage.inner, axis=0), groups * stage.inner
+    elif stage.inner > 1:
         one = weight.reshape(groups, -1, *weight.shape[1:])
-        grown = np.einsum("goc...,rs->gorcs...", one, np.eye(stage.right, dtype=weight.dtype))
-        weight = grown.reshape(-1, weight.shape[1] * stage.right, *stage.kernel)
-    weight, groups = np.concatenate([weight] * stage.left), groups * stage.left
-    source = stage.source()
+        grown = np.einsum("goc...,rs->gorcs...", one, np.eye(stage.inner, dtype=weight.dtype))
+        weight = grown.reshape(-1, weight.shape[1] * stage.inner, *stage.kernel)
+    weight, groups = np.concatenate([weight] * stage.outer), groups * stage.outer
+    source = stage.channel_permutation()
     shuffled = not np.array_equal(source, np.arange(len(source)))
     # Transposed and of stride 1 is a plain convolution with flipped taps.
     g = stage.geometry

@@ -92,7 +92,7 @@ def conv_chain(w: Writer, f: Factorization, x: str, size: Ints | None) -> None:
         w.prefix = f"{w.layer}.{i}"
         last = i == len(f.stages) - 1
         x = _conv_stage(w, stage, x, size, outside, f.bias if last else None)
-        outside = reference.still(stage, outside)
+        outside = reference.dc_response(stage, outside)
         if size is not None:
             size = stage.output_shape((stage.in_channels, *size))[1:]
 
@@ -106,16 +106,16 @@ def _conv_stage(
         if size is not None:
             size = tuple(n + sum(p) for n, p in zip(size, g.padding))
         s = replace(s, geometry=replace(g, padding=((0, 0),) * g.ndim, padding_mode="zeros"))
-    source = s.source()
+    source = s.channel_permutation()
     shuffled = not np.array_equal(source, np.arange(len(source)))
     if shuffled and not s.transposed:
         x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=1)
     # A tied bias would be one for all copies, and that ahead of a shuffle in another order.
-    within = bias is not None and s.left * s.right == 1 and not (shuffled and s.transposed)
-    if s.left > 1:
-        x = w.reshape(x, (-1, s.in_channels // s.left, *(0,) * g.ndim))
+    within = bias is not None and s.outer * s.inner == 1 and not (shuffled and s.transposed)
+    if s.outer > 1:
+        x = w.reshape(x, (-1, s.in_channels // s.outer, *(0,) * g.ndim))
     x = _copies(w, s, x, size, bias if within else None)
-    if s.left > 1:
+    if s.outer > 1:
         x = w.reshape(x, (-1, s.out_channels, *(0,) * g.ndim))
     if shuffled and s.transposed:
         x = w.node("Gather", [x, w.integers("order", np.argsort(source))], "shuffle", axis=1)
@@ -126,8 +126,8 @@ def _conv_stage(
 
 def _copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) -> str:
     """The stage on channels (groups, in, right): copies go along an axis, or the batch."""
-    g, r, n = s.geometry, s.right, s.geometry.ndim
-    ins, outs = (channels // (s.left * r) for channels in (s.in_channels, s.out_channels))
+    g, r, n = s.geometry, s.inner, s.geometry.ndim
+    ins, outs = (channels // (s.outer * r) for channels in (s.in_channels, s.out_channels))
     if r == 1:
         return _conv(w, s, x, s.weight, bias)
     if s.kernel[0] == g.stride[0] == 1 and g.padding[0] == (0, 0) and not g.output_padding[0]:
@@ -214,10 +214,10 @@ def linear_chain(w: Writer, f: Factorization, x: str, rank: int, gemm: bool) -> 
         if s.transposed or s.kernel != (1,) or g.stride != (1,) or any(map(any, g.padding)):
             raise ValueError(f"layer {w.layer!r} is linear, so its chain must be pointwise")
         bias = f.bias if i == len(f.stages) - 1 else None
-        source = s.source()
+        source = s.channel_permutation()
         if not np.array_equal(source, np.arange(len(source))):
             x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=rank - 1)
-        plain = s.groups * s.left * s.right == 1
+        plain = s.groups * s.outer * s.inner == 1
         if gemm and plain:
             inputs = [x, w.weight("weight", s.weight[..., 0])]
             if bias is not None:
@@ -236,6 +236,6 @@ def _tied_product(w: Writer, s: Stage, x: str, lead: list[int]) -> str:
     """A linear stage with groups or copies: one more axis each, and the product broadcasts."""
     outs, ins = s.weight.shape[0] // s.groups, s.weight.shape[1]
     weight = s.weight.reshape(s.groups, outs, ins)
-    x = w.reshape(x, (*lead, s.left, s.groups, ins, s.right))
+    x = w.reshape(x, (*lead, s.outer, s.groups, ins, s.inner))
     x = w.node("MatMul", [w.weight("weight", weight), x])
     return w.reshape(x, (*lead, -1))

@@ -259,7 +259,7 @@ class OnnxNet:
             if not isinstance(f, Factorization):
                 raise TypeError(f"layer {name!r}: a chain must be a Factorization, got {f!r:.80}")
             try:
-                wanted, given = conv.output_shape(size), f.output_shape(conv.shape(size))
+                wanted, given = conv.output_shape(size), f.output_shape(conv.input_shape(size))
             except ValueError as why:
                 raise ValueError(f"layer {name!r}: {why}") from None
             if wanted != given:

@@ -17,7 +17,7 @@ from lowrank.blocks import BatchNorm, fold_batch_norm
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Activation
 from lowrank.engine import Runner
-from lowrank.factorization import Factorization, chain, planned
+from lowrank.factorization import Factorization, chain, compile_chains
 from lowrank.interop.torch.modules import Bias, Tied, array, is_conv, of_module
 
 Links = tuple[tuple[Factorization, Activation], ...]
@@ -130,7 +130,7 @@ class Engine(nn.Module):  # type: ignore[misc]
             links = self.links
             if x.is_cuda:
                 links = tuple((f.to(f"cuda:{x.device.index}"), a) for f, a in links)
-            run = planned(links, shape, str(x.dtype).removeprefix("torch."), threads)
+            run = compile_chains(links, shape, str(x.dtype).removeprefix("torch."), threads)
             size = shape
             for f, _ in self.links:
                 size = f.output_shape(size)
@@ -398,7 +398,7 @@ class _Run:
             isinstance(module, _NORMS)
             and module.running_mean is not None
             and module.running_var is not None
-            and stage.left * stage.right == 1
+            and stage.outer * stage.inner == 1
             and not (stage.transposed and stage.shuffle != (1, 1))
         ):
             f = fold_batch_norm(f, _norm(module))
@@ -450,7 +450,7 @@ def _linear(module: nn.Module) -> Factorization | None:
         inner = _linear_of(list(module.inner.children()))
         if inner is not None and len(inner.stages) == 1:
             (stage,) = inner.stages
-            copies = {"left": module.left, "right": module.right, "shuffle": module.shuffle}
+            copies = {"outer": module.left, "inner": module.right, "shuffle": module.shuffle}
             tied = replace(stage, **cast("dict[str, Any]", copies))
             return chain([tied])
     return None

@@ -207,7 +207,7 @@ def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequen
         if isinstance(like, nn.Linear):
             made += _linear(stage, bias, tied)
             continue
-        if stage.left * stage.right > 1 or min(stage.shuffle) > 1:
+        if stage.outer * stage.inner > 1 or min(stage.shuffle) > 1:
             if tied:
                 made += _tied(stage, bias)
                 continue
@@ -224,11 +224,11 @@ def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequen
 
 def _linear(stage: Stage, bias: Array | None, tied: bool) -> list[nn.Module]:
     """A pointwise stage as a linear layer over the last axis."""
-    copies = stage.left * stage.right > 1 or min(stage.shuffle) > 1
+    copies = stage.outer * stage.inner > 1 or min(stage.shuffle) > 1
     if copies and tied and stage.groups == 1:
         rows, columns = stage.weight.shape[:2]
         inner = _put(nn.Linear(columns, rows, bias=False), stage.weight[..., 0], None)
-        made: list[nn.Module] = [Tied(inner, stage.left, stage.right, stage.shuffle)]
+        made: list[nn.Module] = [Tied(inner, stage.outer, stage.inner, stage.shuffle)]
         return made if bias is None else [*made, Bias(bias)]
     stage = expanded(stage)
     weight = chain_algebra.compose([stage], 1)[..., 0]
@@ -271,7 +271,7 @@ def _tied(stage: Stage, bias: Array | None) -> list[nn.Module]:
         return _conv(expanded(stage), bias)  # a shuffle that undoes itself on the output
     inner = Stage(stage.weight, stage.geometry, stage.groups, transposed=stage.transposed)
     made: list[nn.Module] = [
-        Tied(nn.Sequential(*_conv(inner, None)), stage.left, stage.right, stage.shuffle)
+        Tied(nn.Sequential(*_conv(inner, None)), stage.outer, stage.inner, stage.shuffle)
     ]
     if bias is not None:
         made.append(Bias(bias, stage.geometry.ndim))
@@ -320,19 +320,19 @@ def expanded(stage: Stage) -> Stage:
     """
     g, (rows, cols) = stage.groups, stage.weight.shape[:2]
     w = stage.weight.reshape(g, rows // g, cols, *stage.kernel)
-    w = np.concatenate([w] * stage.left)
-    eye = np.eye(stage.right, dtype=w.dtype)
+    w = np.concatenate([w] * stage.outer)
+    eye = np.eye(stage.inner, dtype=w.dtype)
     # (groups, out, in, taps) to (groups, out, right, in, right, taps)
     wide = np.einsum("goc...,rq->gorcq...", w, eye)
-    groups = g * stage.left
-    wide = wide.reshape(groups, rows // g * stage.right, cols * stage.right, *stage.kernel)
+    groups = g * stage.outer
+    wide = wide.reshape(groups, rows // g * stage.inner, cols * stage.inner, *stage.kernel)
     if min(stage.shuffle) > 1:
         full = np.zeros((groups, wide.shape[1], groups, wide.shape[2], *stage.kernel), w.dtype)
         for i in range(groups):
             full[i, :, i] = wide[i]
         full = full.reshape(groups * wide.shape[1], groups * wide.shape[2], *stage.kernel)
         moved = np.empty_like(full)
-        moved[:, stage.source()] = full  # column j of the shuffled input is channel source[j]
+        moved[:, stage.channel_permutation()] = full  # column j of the shuffled input is channel source[j]
         return Stage(moved, stage.geometry, transposed=stage.transposed)
     flat = wide.reshape(groups * wide.shape[1], *wide.shape[2:])
     return Stage(np.ascontiguousarray(flat), stage.geometry, groups, transposed=stage.transposed)

@@ -275,7 +275,7 @@ class WeightsFile:
             if target.is_dir():
                 raise IsADirectoryError(f"{target}: is a folder")
         # Both are written in full before either takes its place.
-        with io.whole(about) as text, io.whole(path) as body:
+        with io.atomic_write(about) as text, io.atomic_write(path) as body:
             text.write_text(json.dumps(self.manifest, indent=1, allow_nan=False), "utf-8")
             if ending == ".safetensors":
                 io.write_tensors(body, self.tensors, self.metadata)
@@ -442,8 +442,8 @@ def _entries(name: str, f: Factorization, size: Ints | None, bias: str | None) -
                 "shape": list(stage.weight.shape),
                 **io.geometry_record(stage.geometry),
                 "groups": stage.groups,
-                "left": stage.left,
-                "right": stage.right,
+                "left": stage.outer,
+                "right": stage.inner,
                 "shuffle": list(stage.shuffle),
                 "transposed": stage.transposed,
                 "in_size": None if size is None else list(size),

@@ -16,7 +16,7 @@ import numpy as np
 
 from lowrank import io
 from lowrank._typing import Array, Ints
-from lowrank.core.geometry import Geometry, integers
+from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization, chain, dense
 
@@ -283,11 +283,11 @@ def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, 
             f = Factorization(
                 stages,
                 Geometry.of(stages[0].geometry.ndim, **{key: of[key] for key in _GEOMETRY}),
-                integers("groups", of["groups"], 1)[0],
+                as_integers("groups", of["groups"], 1)[0],
                 bias,
                 str(of["family"]),
                 str(of["variant"]),
-                integers("rank", of["rank"], len(of["rank"])),
+                as_integers("rank", of["rank"], len(of["rank"])),
             )
     except (ValueError, TypeError, LookupError, AttributeError) as why:
         raise ValueError(f"{about}: chain {name!r} is damaged: {why}") from None
@@ -297,8 +297,8 @@ def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, 
 def _stage(weight: Array, entry: Any) -> Stage:
     if not np.isfinite(weight).all():
         raise ValueError(f"{entry['weight']} has weights that are not finite numbers")
-    g, left, right = (integers(k, entry.get(k, 1), 1)[0] for k in ("groups", "left", "right"))
-    a, b = integers("shuffle", entry.get("shuffle", 1), 2)
+    g, left, right = (as_integers(k, entry.get(k, 1), 1)[0] for k in ("groups", "left", "right"))
+    a, b = as_integers("shuffle", entry.get("shuffle", 1), 2)
     options = {key: entry[key] for key in _GEOMETRY if entry.get(key) is not None}
     geometry = Geometry.of(weight.ndim - 2, **options)
     return Stage(weight, geometry, g, left, right, (a, b), bool(entry.get("transposed")))
@@ -308,7 +308,7 @@ def _entry_size(about: Path, name: str, entry: Any, key: str, ndim: int) -> Ints
     if entry.get(key) is None:
         return None
     try:
-        return integers(key, entry[key], ndim)
+        return as_integers(key, entry[key], ndim)
     except (ValueError, TypeError) as why:
         raise ValueError(f"{about}: layer {name!r}: {why}") from None
 
