@@ -1,47 +1,48 @@
-"""Factorization: one immutable description from which everything else is derived."""
+"""Factorization: an immutable chain of stages, from which everything else is derived."""
+
+# DESIGN.md puts this module into core; it stands above engine, since a chain compiles itself.
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
-from typing import Any, cast, final, get_args
+from typing import Any, final, get_args
 
 import numpy as np
 
 from lowrank import engine
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.core import chain_algebra
+from lowrank.core.arrays import as_floating, as_read_only
 from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.core.geometry import Geometry, as_integers
-from lowrank.core.stage import Activation, Epilogue, Stage, as_read_only
+from lowrank.core.stage import Activation, Epilogue, Stage
+from lowrank.engine import dask as chunked
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Factorization:
-    """A linear convolution written as a chain of stages; the dense one is a chain of one.
+    """A linear convolution as a chain of stages; the dense convolution is a chain of one stage.
 
-    Never subclassed: a family (CP, Tucker, ...) is a function that returns one.  Make the
-    dense one with :func:`lowrank.dense`, any other chain with :func:`lowrank.chain`.
+    :func:`lowrank.dense` makes the dense chain, :func:`lowrank.chain` any other; families (CP,
+    Tucker, ...) are functions that return a Factorization, not subclasses.
 
     Attributes
     ----------
     stages : tuple of Stage
-        In the order in which they run.
+        Stages in the order in which they run.
     geometry : Geometry
-        Stride, padding and dilation of the convolution that the chain stands for.
+        Stride, padding and dilation of the convolution that the chain represents.
     groups : int
-        Its groups.
+        Groups of that convolution.
     bias : ndarray or None, shape (out,)
-        Added after the last stage, never before: a bias ahead of zero padding would not be
-        the same convolution.
+        Bias after the last stage; earlier it would change the zero padding of later stages.
     family, variant : str
-        Which family made the chain, and which of its variants.
+        Family that made the chain, and its variant.
     rank : tuple of int
-        Its rank or ranks, in the order that the family documents.
+        Rank or ranks, in the order that the family documents.
 
     Examples
     --------
@@ -66,7 +67,8 @@ class Factorization:
         for a, b in zip(self.stages, self.stages[1:]):
             if a.out_channels != b.in_channels:
                 raise ValueError(
-                    f"a stage gives {a.out_channels} channels but the next takes {b.in_channels}"
+                    f"stages must fit: one has {a.out_channels} output channels, the next "
+                    f"{b.in_channels} input channels"
                 )
         if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
@@ -75,11 +77,11 @@ class Factorization:
             )
         if self.groups > 1 and not chain_algebra.is_block_diagonal(self.stages, self.groups):
             raise ValueError(f"the stages mix the channels of {self.groups} groups")
-        homes = {engine.device_of(s.weight) for s in self.stages}
-        homes |= set() if self.bias is None else {engine.device_of(self.bias)}
-        if len(homes) > 1:
+        devices = {engine.device_of(s.weight) for s in self.stages}
+        devices |= set() if self.bias is None else {engine.device_of(self.bias)}
+        if len(devices) > 1:
             raise ValueError(
-                f"weights and bias are on {' and '.join(sorted(homes))}: a chain lives in one place"
+                f"weights and bias must be on one device, got {' and '.join(sorted(devices))}"
             )
         if self.bias is not None:
             if self.bias.shape != (self.out_channels,):
@@ -93,12 +95,12 @@ class Factorization:
 
     @property
     def in_channels(self) -> int:
-        """Channels that the chain takes."""
+        """Number of input channels."""
         return self.stages[0].in_channels
 
     @property
     def out_channels(self) -> int:
-        """Channels that the chain gives."""
+        """Number of output channels."""
         return self.stages[-1].out_channels
 
     @property
@@ -118,20 +120,19 @@ class Factorization:
 
     @property
     def params(self) -> int:
-        """Numbers that are stored."""
+        """Number of stored weights and biases."""
         return sum(s.weight.size for s in self.stages) + (
             0 if self.bias is None else self.bias.size
         )
 
     def to_dense(self) -> Array:
-        r"""Multiply the chain out.
+        r"""Compute the dense kernel of the chain.
 
         Returns
         -------
         ndarray, shape (out, in // groups, \*kernel)
-            The kernel that the chain stands for, in the layout that :func:`lowrank.dense`
-            takes; for a transposed convolution (in, out // groups, \*kernel).  NumPy's, wherever
-            the weights are.
+            Kernel in the layout of :func:`lowrank.dense`; (in, out // groups, \*kernel) for a
+            transposed convolution.  A NumPy array, whatever the device of the weights.
 
         Raises
         ------
@@ -152,24 +153,24 @@ class Factorization:
         return np.asarray(kernel[trailing(*every)])
 
     def error(self, weight: Array) -> float:
-        """Relative Frobenius error ``||to_dense() - weight|| / ||weight||``.
+        """Return the relative Frobenius error ``||to_dense() - weight|| / ||weight||``.
 
-        For inputs of white noise this is also the relative RMS error of the output.
+        It is also the relative RMS error of the output for white noise.
 
         Parameters
         ----------
         weight : ndarray
-            The dense kernel to compare with, in the layout of :meth:`to_dense`.
+            Dense kernel to compare with, in the layout of :meth:`to_dense`.
 
         Returns
         -------
         float
-            0 for equal kernels; inf if `weight` is zero and the chain is not.
+            0 for equal kernels, infinity if `weight` alone is zero.
 
         Raises
         ------
         ValueError
-            If `weight` has another shape than :meth:`to_dense`.
+            If the shape of `weight` is not that of :meth:`to_dense`.
 
         Examples
         --------
@@ -179,11 +180,11 @@ class Factorization:
         >>> f.error(2 * np.ones((1, 1, 3)))
         0.5
         """
-        given = engine.moved(weight, "cpu") if engine.on_gpu(weight) else np.asarray(weight)
-        return chain_algebra.relative_error(self.to_dense(), given)
+        expected = engine.moved(weight, "cpu") if engine.on_gpu(weight) else np.asarray(weight)
+        return chain_algebra.relative_error(self.to_dense(), expected)
 
     def cost(self, input_shape: Sequence[int]) -> Cost:
-        """Multiply-adds, parameters and memory for one example.
+        """Return MACs, parameters and memory for one example.
 
         Parameters
         ----------
@@ -193,7 +194,7 @@ class Factorization:
         Returns
         -------
         Cost
-            Counts, exact; memory in array elements.
+            Exact counts; memory in array elements.
 
         Raises
         ------
@@ -210,7 +211,7 @@ class Factorization:
         return chain_cost(self.stages, self.input_shape(input_shape), self.bias is not None)
 
     def stage_costs(self, input_shape: Sequence[int]) -> tuple[Cost, ...]:
-        r"""Cost of each stage alone, in order.
+        r"""Return the cost of each stage.
 
         Parameters
         ----------
@@ -220,7 +221,7 @@ class Factorization:
         Returns
         -------
         tuple of Cost
-            As of :meth:`cost`; biases are left out.
+            One per stage, without bias.
 
         Raises
         ------
@@ -238,7 +239,7 @@ class Factorization:
         return stage_costs(self.stages, self.input_shape(input_shape))
 
     def output_shape(self, input_shape: Sequence[int]) -> Ints:
-        r"""Shape of the output for one example.
+        r"""Return the shape of the output for one example.
 
         Parameters
         ----------
@@ -265,7 +266,7 @@ class Factorization:
         return chain_shapes(self.stages, self.input_shape(input_shape))[-1]
 
     def input_shape(self, input_shape: Sequence[int]) -> Ints:
-        r"""The shape of an example with its channels in front.
+        r"""Return the full shape of an example.
 
         Parameters
         ----------
@@ -309,28 +310,27 @@ class Factorization:
         Parameters
         ----------
         x : ndarray, cupy.ndarray or dask.array.Array, shape (batch, channels, \\*spatial)
-            Floating-point; it is computed in its own precision.  A CuPy array runs on its GPU, for
-            a chain that was moved there; see :meth:`to`.
+            Floating-point input; its precision is that of the computation.  A CuPy array runs on
+            its GPU, by a chain on the same device; see :meth:`to`.
         out : ndarray, optional
-            Where to put the result; must not overlap `x`.
+            Output array; must not overlap `x`.
 
         Returns
         -------
-        ndarray or dask.array.Array, shape (batch, out, \\*spatial)
-            A Dask array gives a lazy one, with the bits that the whole array in memory gives.
+        ndarray, cupy.ndarray or dask.array.Array, shape (batch, out, \\*spatial)
+            Lazy for a Dask array, with the bits of the result for the whole array in memory.
 
         Raises
         ------
         TypeError
-            If `x` is not a floating-point array that a backend runs.
+            If `x` is not a floating-point array of a supported library.
         ValueError
             If its shape does not fit.
         """
-        lazy = dask_backend(x)
-        if lazy is not None:
+        if chunked.is_dask_array(x):
             if out is not None:
                 raise TypeError("out must not be given for a Dask array: the result is one")
-            return lazy.run(self, x)  # type: ignore[no-any-return]
+            return chunked.run(self, x)  # type: ignore[no-any-return]
         x = as_input(self, x)
         return self.compile(x.shape[1:], x.dtype)(x, out)
 
@@ -341,27 +341,27 @@ class Factorization:
         threads: int | None = None,
         activation: Activation = "none",
     ) -> engine.Runner:
-        """Plan the chain for one input shape: weights packed, tiles chosen, once.
+        """Plan the chain for one input shape: pack the weights and choose the tiles.
 
         Parameters
         ----------
         input_shape : sequence of int
             (channels, \\*spatial), or the spatial size alone; the batch is free.
         dtype : dtype, optional
-            float32 or float64, on a GPU float16 and bfloat16 as well; the precision of the weights
+            float32 or float64, on a GPU also float16 and bfloat16; the precision of the weights
             if not given.
         threads : int, optional
-            Threads to use; all that OpenMP offers if not given, and of no meaning on a GPU.
+            Number of threads; all that OpenMP offers if not given.  Ignored on a GPU.
         activation : str
-            What follows the chain and its bias: ``"none"``, ``"relu"`` or ``"relu6"``.
+            Activation after the bias: ``"none"``, ``"relu"`` or ``"relu6"``.
 
         Returns
         -------
         callable
-            ``run(x, out=None)``, to be called many times, from any thread.  `x` and `out` may
-            also hold 8- or 16-bit integers: those of `out` are rounded to nearest, halves to
-            even, and saturate.  ``run.breakdown(x)`` says where the time goes, stage by stage.
-            On a GPU threads that share a stream need a plan each.
+            ``run(x, out=None)``, which any thread may call; on a GPU, threads that share a stream
+            need one plan each.  `x` and `out` may also hold 8- or 16-bit integers: results are
+            rounded to nearest, halves to even, and saturate.  ``run.breakdown(x)`` returns the
+            time per stage and step.
 
         Raises
         ------
@@ -380,17 +380,16 @@ class Factorization:
         return compile_chains([(self, activation)], input_shape, dtype, threads)
 
     def astype(self, dtype: Any) -> Factorization:
-        """The same chain in another floating-point precision.
+        """Return the chain in another floating-point precision.
 
         Parameters
         ----------
         dtype : dtype
-            Such as float32; half precisions are for storage, chains run in float32 and float64.
+            Such as float32.  Half precisions are for storage: chains run in float32 and float64.
 
         Returns
         -------
         Factorization
-            A new object.
 
         Raises
         ------
@@ -414,11 +413,11 @@ class Factorization:
 
     @property
     def device(self) -> str:
-        """Where the weights are: ``"cpu"``, or such as ``"cuda:0"``."""
+        """Device of the weights: ``"cpu"``, or such as ``"cuda:0"``."""
         return engine.device_of(self.stages[0].weight)
 
     def to(self, device: str) -> Factorization:
-        """The same chain with its weights on another device; CuPy arrays then run there.
+        """Return the chain with its weights on another device.
 
         Parameters
         ----------
@@ -428,7 +427,7 @@ class Factorization:
         Returns
         -------
         Factorization
-            A new object; this one where it is there already.
+            This object if its weights are on `device` already.
 
         Raises
         ------
@@ -456,17 +455,17 @@ class Factorization:
         return replace(self, stages=tuple(moved), bias=bias)
 
     def adjoint(self) -> Factorization:
-        """The transposed convolution with the same weights, its stages in reverse; without bias.
+        """Return the transposed convolution with the same weights, without bias.
 
         Returns
         -------
         Factorization
-            For zero padding ``<f(x), y> == <x, f.adjoint()(y)>`` whenever the shapes agree.
+            Stages in reverse.  ``<f(x), y> == <x, f.adjoint()(y)>`` whenever the shapes agree.
 
         Raises
         ------
         ValueError
-            If the border is not zeros.
+            If the padding mode is not zeros.
 
         Examples
         --------
@@ -498,44 +497,44 @@ def dense(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
 ) -> Factorization:
-    r"""The convolution with one dense kernel, as a chain of one stage.
+    r"""Make the convolution with one dense kernel: a chain of one stage.
 
     Parameters
     ----------
     weight : array_like, shape (out, in // groups, \*kernel)
-        Cross-correlation kernel over 1, 2 or 3 spatial axes, PyTorch's layout; for a
-        transposed convolution (in, out // groups, \*kernel).  float32 and float64 are kept,
-        half precisions become float32.  It is copied.
+        Cross-correlation kernel over 1, 2 or 3 spatial axes, in PyTorch's layout:
+        (in, out // groups, \*kernel) for a transposed convolution.  Half precisions become
+        float32.  It is copied.
     bias : array_like, shape (out,), optional
-        Added to the output.
+        Bias of the output channels.
     stride, dilation : int or sequence of int
-        One for all axes or one an axis.
+        One number for all axes, or one per axis.
     padding : int, sequence, ``"same"`` or ``"valid"``
-        One for all axes, or one an axis: an int, or a (before, after) pair.  ``"same"``
+        One entry for all axes, or one per axis: an int, or a (before, after) pair.  ``"same"``
         keeps the size and needs stride 1.
     groups : int
-        Number of groups that the channels are split into.
+        Number of channel groups.
     padding_mode : str
         ``"zeros"``, ``"reflect"``, ``"replicate"``, ``"circular"``, ``"symmetric"`` or
         ``"constant"``; see :class:`lowrank.Geometry`.
     value : float
-        The constant of mode ``"constant"``.
+        Border value of mode ``"constant"``.
     transposed : bool
-        A transposed convolution.
+        True for a transposed convolution.
     output_padding : int or sequence of int
         Samples added at the end of a transposed convolution's output.
 
     Returns
     -------
     Factorization
-        What every family takes, and the baseline that it is compared with.
+        Input of every family, and the baseline of its cost and error.
 
     Raises
     ------
     TypeError
         If `weight` or `bias` is not of a real floating-point type.
     ValueError
-        If a shape, `groups`, or the geometry is impossible, or a weight is NaN or infinite.
+        If a shape, `groups` or the geometry is impossible, or a weight is NaN or infinite.
 
     Examples
     --------
@@ -545,54 +544,56 @@ def dense(
     >>> conv.output_shape((16, 32, 32))
     (64, 16, 16)
     """
-    w = _as_floating("weight", weight)
+    w = _to_floating("weight", weight)
     if w.ndim not in (3, 4, 5):
         raise ValueError(
-            "weight must be (out, in / groups) and 1 to 3 spatial axes, "
+            "weight must have two channel axes and 1 to 3 spatial axes, "
             f"got shape {w.shape}" + (": add kernel axes of length 1" if w.ndim == 2 else "")
         )
     if not np.isfinite(w).all():
-        raise ValueError("weight holds NaN or infinite values")
+        raise ValueError("weight must be finite, got NaN or infinite values")
     n = w.ndim - 2
     if isinstance(padding, str):
-        padding = _named_padding(padding, w.shape[2:], stride, dilation, transposed)
+        padding = _resolve_padding(padding, w.shape[2:], stride, dilation, transposed)
     geometry = Geometry.of(n, stride, padding, dilation, padding_mode, value, output_padding)
     if not transposed and any(geometry.output_padding):
-        raise ValueError("output_padding belongs to transposed convolutions")
+        raise ValueError(
+            f"output_padding must be 0 unless transposed, got {geometry.output_padding}"
+        )
     (groups,) = as_integers("groups", groups, 1)
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(
-            f"groups must be at least 1 and divide the {w.shape[0]} channels of the "
-            f"weight's first axis, got {groups!r}"
+            f"groups must be at least 1 and divide the {w.shape[0]} channels of the first axis "
+            f"of weight, got {groups!r}"
         )
     stage = Stage(w, geometry, groups, transposed=transposed)
     if bias is not None:
-        bias = _as_floating("bias", bias).astype(w.dtype)
+        bias = _to_floating("bias", bias).astype(w.dtype)
         if not np.isfinite(bias).all():
-            raise ValueError("bias holds NaN or infinite values")
+            raise ValueError("bias must be finite, got NaN or infinite values")
     return Factorization((stage,), geometry, groups, bias)
 
 
 def chain(
     stages: Sequence[Stage], bias: Array | None = None, groups: int | None = None
 ) -> Factorization:
-    """Any stages, one after another, as one object that runs, prices and saves like the others.
+    """Make a chain of any stages.
 
     Parameters
     ----------
     stages : sequence of Stage
-        In the order in which they run; each takes the channels that the one before gives.
+        Stages in the order in which they run; the channels of neighbours must match.
     bias : ndarray, shape (out,), optional
-        Added after the last stage.
+        Bias after the last stage.
     groups : int, optional
-        Groups of the chain as a whole, for :meth:`Factorization.to_dense`; if not given those
-        of the stage for a chain of one, else 1.
+        Groups of the whole chain, for :meth:`Factorization.to_dense`.  If not given, those of the
+        stage for a chain of one, else 1.
 
     Returns
     -------
     Factorization
-        Of family ``"chain"``.  Where two stages pad the same axis it is not the convolution
-        with :meth:`Factorization.to_dense` near the border, and no family claims it is.
+        Of family ``"chain"``.  Where two stages pad the same axis, it differs near the border from
+        the convolution with the kernel of :meth:`Factorization.to_dense`.
 
     Raises
     ------
@@ -612,18 +613,17 @@ def chain(
     stages = tuple(stages)
     if not stages:
         raise ValueError("a chain needs at least one stage")
-    one_way = len({s.transposed for s in stages}) == 1
-    # Of a chain that goes both ways the geometry is a list of what its stages say, no more.
-    plain = list(stages)
-    if one_way and stages[0].transposed:
-        plain = [s.adjoint() for s in reversed(stages)]
+    # A chain that mixes plain and transposed stages is no single convolution: its geometry only
+    # accumulates those of the stages.
+    is_mixed = len({s.transposed for s in stages}) > 1
+    plain = stages if is_mixed else chain_algebra.as_plain_chain(stages)
     if groups is None:
         first = stages[0]
-        plain_one = len(stages) == first.outer == first.inner == 1 and first.shuffle == (1, 1)
-        groups = first.groups if plain_one else 1
+        is_grouped = len(stages) == first.outer == first.inner == 1 and first.shuffle == (1, 1)
+        groups = first.groups if is_grouped else 1
     (groups,) = as_integers("groups", groups, 1)
     if bias is not None:
-        bias = _as_floating("bias", bias)
+        bias = _to_floating("bias", bias)
     return Factorization(stages, chain_algebra.chain_geometry(plain), groups, bias, "chain")
 
 
@@ -633,7 +633,7 @@ def compile_chains(
     dtype: Any = None,
     threads: int | None = None,
 ) -> engine.Runner:
-    """Plan chains, each with what follows it, to run as one; see :meth:`Factorization.compile`."""
+    """Plan (chain, activation) pairs to run in one call; see :meth:`Factorization.compile`."""
     first = parts[0][0]
     dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
     dtype = engine.precision(dtype, first.stages[0].weight)
@@ -652,50 +652,21 @@ def compile_chains(
 
 
 def as_input(f: Factorization, x: Array) -> Array:
-    """`x` as the chain takes it: float32 or float64, with a batch axis; else says why not."""
-    x = _as_floating("x", x, f.stages)
+    """Return `x` as an input of the chain: floating-point, on its device, with a batch axis."""
+    engine.check("x", x, f.stages)
+    if isinstance(x, np.ndarray):  # plans on a GPU check the precision themselves
+        x = as_floating("x", x)
     if x.ndim != f.ndim + 2:
         raise ValueError(f"x must be (batch, channels, and {f.ndim} spatial axes), got {x.shape}")
     return x
 
 
-def dask_backend(x: object) -> ModuleType | None:
-    """What runs `x` if it is a Dask array; imported by name, when the first one arrives."""
-    if not type(x).__module__.startswith("dask.array"):
-        return None
-    return importlib.import_module("lowrank.engine.dask")
+def _to_floating(name: str, value: Any) -> Array:
+    """Return an array-like as a float32 or float64 array, on its device."""
+    return as_floating(name, value if engine.is_array(value) else np.asarray(value))
 
 
-def _as_floating(name: str, value: Any, stages: Sequence[Stage] = ()) -> Array:
-    """`value` as a float32 or float64 array; of the library of the weights if there are any."""
-    if stages:
-        engine.check(name, value, stages)
-        if not isinstance(value, np.ndarray):  # a GPU's: its plan says what it takes
-            return cast(Array, value)
-    array = value if engine.is_array(value) else np.asarray(value)
-    if array.dtype.name in ("float16", "bfloat16"):
-        return array.astype(np.float32)
-    if array.dtype.newbyteorder("=") not in (np.float32, np.float64):
-        raise TypeError(
-            f"{name} must be float32 or float64 (or a half precision), got {array.dtype}: "
-            "convert it first, for example with .astype('float32')"
-        )
-    return as_native_order(array)
-
-
-def as_native_order(array: Array) -> Array:
-    """`array` in native byte order.
-
-    A dtype that spells the same order out, such as those of Zarr's arrays, is another buffer
-    format, which the engine does not read: a view does without.
-    """
-    plain = array.dtype.newbyteorder("=")
-    if not isinstance(array, np.ndarray):
-        return array
-    return array.view(plain) if array.dtype == plain else array.astype(plain)
-
-
-def _named_padding(
+def _resolve_padding(
     name: str,
     kernel: Ints,
     stride: int | Sequence[int],

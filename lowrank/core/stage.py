@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
+from lowrank.core.arrays import as_read_only
 from lowrank.core.geometry import Geometry, as_integers
 
 Kind = Literal["pointwise", "depthwise", "grouped", "dense"]
@@ -229,12 +230,3 @@ def abstract_weight(shape: Ints) -> Array:
 def is_abstract(weight: Array) -> bool:
     """Whether a weight came from :func:`blank`."""
     return not any(weight.strides)
-
-
-def as_read_only(array: Array) -> Array:
-    """`array`, read-only, and a copy if anybody could still write to it; CuPy has no such flag."""
-    if not isinstance(array, np.ndarray):
-        return array
-    held = array.copy() if array.flags.writeable else array.view()
-    held.flags.writeable = False
-    return held

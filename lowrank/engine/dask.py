@@ -1,19 +1,15 @@
-"""Chains and filters on Dask arrays: what is larger than memory, a chunk at a time.
+"""Chains on Dask arrays: arrays larger than memory, chunk by chunk.
 
-A Dask array that is given to a :class:`~lowrank.Factorization`, to
-:func:`lowrank.filters.correlate` or to :func:`lowrank.filters.filter_image` comes here, and a lazy
-Dask array comes back.  Each of its chunks is computed from a chunk of the input and as much of the
-neighbours as it sees, by ``dask.array.map_overlap``.  Results are those of the whole array in
-memory, bit for bit: the engine adds the taps of an output in the same order wherever it lies, and
-all that looks at the whole array is decided once for the whole array:
+A Dask array that is given to a :class:`~lowrank.Factorization` runs here and gives a lazy Dask
+array.  ``dask.array.map_overlap`` computes each output chunk from an input chunk and its halo.
+The result has the bits of a run on the whole array in memory: the engine adds the taps of an
+output sample in the same order wherever it lies, and whatever depends on the whole array is
+decided once:
 
-* the chunk boundaries, which are moved so that strides fall on the same samples;
-* the border: chunks at the ends of the array have what the call on the whole array has there, all
-  other ends of chunks are made of real data;
-* the way that a filter is run.  Transforms are not taken, since the rounding of each output
-  depends on the whole block that is transformed; nor is what they do to NaN.
+* chunk boundaries are moved to multiples of the strides;
+* chunks at the ends of the array get the padding of the whole array, all others real samples.
 
-Nothing of Dask is imported until an array of it arrives.
+Dask is imported when the first of its arrays arrives.
 """
 
 from __future__ import annotations
@@ -23,66 +19,85 @@ import itertools
 import math
 import multiprocessing
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lowrank import engine
 from lowrank._typing import Array, Ints, trailing
+from lowrank.core.arrays import as_floating
 from lowrank.core.cost import chain_shapes
-from lowrank.core.stage import Stage
-from lowrank.factorization import Factorization, as_input
-from lowrank.filters.run import PLANS, Request, readable, written
+from lowrank.core.geometry import as_integers
+from lowrank.core.stage import Epilogue, Stage
+
+_CACHED_PLANS = 32  # most chunks of an array share one plan, those at its ends have their own
 
 Ends = tuple[int, int, int]  # padding (before, after) and output padding of a stage along an axis
 
 
-class _Axis(NamedTuple):
-    """How a spatial axis is cut, and what each chunk of the output reads of the input."""
+class Chain(Hashable, Protocol):
+    """Stages and bias, as a Factorization has them; hashable, since plans are cached by it."""
 
-    chunks: Ints  # of the input
-    out: Ints  # of the output
-    depth: Ints  # samples that a chunk gets of the neighbours (before, after)
-    wraps: bool  # whether the first and the last chunk are neighbours
-    reads: tuple[tuple[int, int], ...]  # (start, stop) in samples of the input
-    ends: tuple[tuple[Ends, ...], ...]  # of each stage, for each chunk
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Stages in the order in which they run."""
 
-    def within(self, k: int) -> slice:
-        """What chunk `k` reads, in the block that it is given."""
-        given = sum(self.chunks[:k]) - (self.depth[0] if k or self.wraps else 0)
-        return slice(*(end - given for end in self.reads[k]))
+    @property
+    def bias(self) -> Array | None:
+        """Bias after the last stage."""
 
 
-def run(f: Factorization, x: Any, *, threads: int | None = None) -> Any:
-    r"""Run a chain on a Dask array; what ``f(x)`` calls.
+class AxisChunks(NamedTuple):
+    """Chunks of a spatial axis, and the input samples that each output chunk reads."""
+
+    input_chunks: Ints
+    output_chunks: Ints
+    depth: Ints  # samples that a chunk gets from its neighbours (before, after)
+    is_circular: bool  # the first and the last chunk are neighbours
+    reads: tuple[tuple[int, int], ...]  # (start, stop) in input samples, per chunk
+    ends: tuple[tuple[Ends, ...], ...]  # per chunk and stage
+
+    def window(self, k: int) -> slice:
+        """Return the samples that chunk `k` reads, as a slice of its block."""
+        start = sum(self.input_chunks[:k]) - (self.depth[0] if k or self.is_circular else 0)
+        return slice(*(end - start for end in self.reads[k]))
+
+
+def is_dask_array(x: object) -> bool:
+    """Return whether `x` comes from ``dask.array``, without importing Dask."""
+    return type(x).__module__.startswith("dask.array")
+
+
+def run(f: Chain, x: Any, *, threads: int | None = None) -> Any:
+    r"""Run a chain on a Dask array; ``f(x)`` calls this.
 
     Parameters
     ----------
     f : Factorization
         Any chain, plain or transposed.
     x : dask.array.Array, shape (batch, channels, \*spatial)
-        Floating-point, in any chunks.  Channels are rechunked to a single one, and so are spatial
-        axes along which a chain cannot be cut, as two of its stages have a border there that is
-        neither zeros nor none.  Other chunks are made larger where they are smaller than what an
-        output sees, and are moved to whole strides.
+        Floating-point, in any chunks.  Channels are rechunked to a single chunk, and so are
+        spatial axes that cannot be cut: those along which two stages are padded, by other samples
+        than zeros.  Chunks that are smaller than the halo are merged, and boundaries are moved to
+        multiples of the strides.
     threads : int, optional
-        Threads of each chunk.  If not given it is chosen where the chunk runs: one in a worker
-        of a pool, since its workers share the cores already; all that OpenMP offers in the main
-        thread, which is where ``scheduler="synchronous"`` runs.
+        Number of threads per chunk.  If not given: one in a worker of a pool, whose workers share
+        the cores already, and all that OpenMP offers in the main thread, where
+        ``scheduler="synchronous"`` runs.
 
     Returns
     -------
     dask.array.Array, shape (batch, out, \*spatial)
-        Lazy.  Computed it has the bits of `f` on the whole array in memory.
+        Lazy; has the bits of `f` on the whole array in memory once computed.
 
     Raises
     ------
     TypeError
         If `x` is no Dask array of NumPy arrays, or not floating-point.
     ValueError
-        If its shape does not fit, or is not known.
+        If its shape does not fit, or is unknown.
 
     Examples
     --------
@@ -97,118 +112,118 @@ def run(f: Factorization, x: Any, *, threads: int | None = None) -> Any:
     >>> bool((y == f(np.ones(x.shape))).all())
     True
     """
-    _check("x", x)
-    if x.ndim != f.ndim + 2:
-        raise ValueError(f"x must be (batch, channels, and {f.ndim} spatial axes), got {x.shape}")
-    dtype = as_input(f, x._meta).dtype
-    cuts = _cut(f.stages, f.input_shape(x.shape[1:]), x.chunks[2:])
-    work = functools.partial(_run, f=f, cuts=cuts, threads=threads)
-    return _mapped(work, x.rechunk({1: -1}), cuts, range(2, x.ndim), dtype, {1: (f.out_channels,)})
+    check_array("x", x)
+    ndim, channels = f.stages[0].geometry.ndim, f.stages[0].in_channels
+    if x.ndim != ndim + 2:
+        raise ValueError(f"x must be (batch, channels, and {ndim} spatial axes), got {x.shape}")
+    dtype = _load(x._meta, f).dtype
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels, got shape {x.shape}")
+    axes = cut_axes(f.stages, x.shape[1:], x.chunks[2:])
+    work = functools.partial(_run_chunk, f=f, axes=axes, threads=threads)
+    outs = {1: (f.stages[-1].out_channels,)}
+    return map_chunks(work, x.rechunk({1: -1}), axes, range(2, x.ndim), dtype, outs)
 
 
-def correlate(image: Any, along: Ints, request: Request) -> Any:
-    """Filter a Dask array; what :func:`lowrank.filters.correlate` calls.
+def _load(block: Array, f: Chain) -> Array:
+    engine.check("x", block, f.stages)
+    return as_floating("x", block)
+
+
+def _run_chunk(
+    block: Array, f: Chain, axes: Sequence[AxisChunks], threads: int | None, block_info: Any
+) -> Array:
+    location = block_info[0]["chunk-location"][2:]
+    x = _load(block[window(axes, location)], f)
+    return plan_chunk(f, axes, location, x.shape[1:], x.dtype, threads)(x)
+
+
+def check_array(name: str, x: Any) -> None:
+    """Raise unless `x` is a Dask array of NumPy arrays with a known shape."""
+    import dask.array
+
+    if not isinstance(x, dask.array.Array) or type(x._meta) is not np.ndarray:
+        of_type = f" of {type(x._meta).__qualname__}" if hasattr(x, "_meta") else ""
+        raise TypeError(
+            f"{name} must be a Dask array of NumPy arrays, got {type(x).__qualname__}{of_type}"
+        )
+    if any(map(math.isnan, x.shape)):
+        raise ValueError(f"{name} has chunks of unknown size: call its compute_chunk_sizes() first")
+
+
+def map_chunks(
+    work: Callable[..., Array],
+    x: Any,
+    axes: Sequence[AxisChunks],
+    along: Sequence[int],
+    dtype: np.dtype[Any],
+    output_chunks: Mapping[int, Ints],
+) -> Any:
+    """Apply `work` to every chunk of `x` with its halo.
 
     Parameters
     ----------
-    image : dask.array.Array
-        Real, in any chunks.
-    along : tuple of int
-        Axes that the filter runs along.
-    request : Request
-        The other arguments of :func:`lowrank.filters.correlate`, checked.  Without ``threads``
-        those of a chunk are chosen as for :func:`run`; the way is the whole array's in memory.
+    work : callable
+        Takes a block and ``block_info``, and gives an output chunk.
+    x : dask.array.Array
+        Input.
+    axes : sequence of AxisChunks
+        Chunks of the spatial axes.
+    along : sequence of int
+        Numbers of these axes in `x`.
+    dtype : dtype
+        Data type of the output.
+    output_chunks : mapping of int to tuple of int
+        Chunks of the output along other axes, where they are not those of `x`.
 
     Returns
     -------
     dask.array.Array
-        Lazy, of the shape and dtype of `image`.  Computed it has the bits of the whole array
-        filtered in memory, unless that goes by transforms: then those of the fastest other way.
-
-    Raises
-    ------
-    TypeError
-        If `image` is no Dask array of NumPy arrays.
-    ValueError
-        If its shape is not known, or transforms are asked for.
-
-    Examples
-    --------
-    >>> import numpy as np, pytest
-    >>> from lowrank import filters
-    >>> da = pytest.importorskip("dask.array")
-    >>> volume = da.random.default_rng(0).random((60, 80, 90), chunks=32, dtype=np.float32)
-    >>> kernel = filters.log(2.0, ndim=3)
-    >>> blobs = filters.correlate(volume, kernel)
-    >>> bool((blobs == filters.correlate(volume.compute(), kernel)).all())
-    True
+        Lazy.
     """
-    _check("image", image)
-    if 0 in image.shape:
-        return image
-    option = request.lasting(request.plan())
-    if option.block is not None:
-        raise ValueError(
-            "a Dask array is not filtered by transforms, whose rounding depends on where blocks "
-            "are cut: method must be auto, direct or separable, got 'fft'"
-        )
-    f = option.chain
-    cuts = _cut(f.stages, (1, *request.spatial), [image.chunks[a] for a in along])
-    work = functools.partial(
-        _filter, f=f, cuts=cuts, along=along, dtype=np.dtype(request.dtype), threads=request.threads
+    import dask.array
+
+    x = x.rechunk({a: axis.input_chunks for a, axis in zip(along, axes)})
+    outs = {**output_chunks, **{a: axis.output_chunks for a, axis in zip(along, axes)}}
+    return dask.array.map_overlap(
+        work,
+        x,
+        depth={a: c.depth[0] if c.is_circular else c.depth for a, c in zip(along, axes)},
+        boundary={a: "periodic" if c.is_circular else "none" for a, c in zip(along, axes)},
+        trim=False,
+        allow_rechunk=False,
+        chunks=tuple(outs.get(a, c) for a, c in enumerate(x.chunks)),
+        dtype=dtype,
+        meta=np.empty((0,) * x.ndim, dtype),
     )
-    return _mapped(work, image, cuts, along, image.dtype, {})
 
 
-def _run(
-    block: Array, f: Factorization, cuts: Sequence[_Axis], threads: int | None, block_info: Any
-) -> Array:
-    """A chunk of :func:`run`."""
-    at = block_info[0]["chunk-location"][2:]
-    x = as_input(f, block[_inside(cuts, at)])
-    return _planned(f, _ends(cuts, at), x.shape[1:], x.dtype, _team(threads))(x)
+def window(axes: Sequence[AxisChunks], location: Sequence[int]) -> Any:
+    """Return the samples that the chunk at `location` reads, as an index into its block."""
+    return trailing(*(axis.window(k) for axis, k in zip(axes, location)))
 
 
-def _filter(
-    block: Array,
-    f: Factorization,
-    cuts: Sequence[_Axis],
-    along: Ints,
+def plan_chunk(
+    f: Chain,
+    axes: Sequence[AxisChunks],
+    location: Sequence[int],
+    shape: Ints,
     dtype: np.dtype[Any],
     threads: int | None,
-    block_info: Any,
-) -> Array:
-    """A chunk of :func:`correlate`."""
-    at = [block_info[0]["chunk-location"][a] for a in along]
-    last = range(-f.ndim, 0)
-    x = readable(np.moveaxis(block, along, last)[_inside(cuts, at)], dtype)
-    lead, size = x.shape[: -f.ndim], [axis.out[k] for axis, k in zip(cuts, at)]
-    x = x.reshape(-1, 1, *x.shape[-f.ndim :])
-    y = np.empty((len(x), 1, *size), x.dtype)
-    _planned(f, _ends(cuts, at), x.shape[1:], dtype, _team(threads))(x, y)
-    y = written(y.reshape(*lead, *size), block.dtype)
-    return np.ascontiguousarray(np.moveaxis(y, last, along))
+) -> engine.Runner:
+    r"""Plan a chain for the chunk at `location`, which reads `shape` = (channels, \*spatial)."""
+    ends = tuple(zip(*(axis.ends[k] for axis, k in zip(axes, location))))
+    return _plan(f, ends, shape, dtype, _thread_count(threads))
 
 
-def _inside(cuts: Sequence[_Axis], at: Sequence[int]) -> Any:
-    """What the chunk `at` reads, as an index into its block."""
-    return trailing(*(axis.within(k) for axis, k in zip(cuts, at)))
-
-
-def _ends(cuts: Sequence[_Axis], at: Sequence[int]) -> tuple[tuple[Ends, ...], ...]:
-    """The padding of the chunk `at`, an entry a stage, an entry an axis."""
-    return tuple(zip(*(axis.ends[k] for axis, k in zip(cuts, at))))
-
-
-@functools.lru_cache(PLANS)
-def _planned(
-    f: Factorization,
+@functools.lru_cache(_CACHED_PLANS)
+def _plan(
+    f: Chain,
     ends: tuple[tuple[Ends, ...], ...],
     shape: Ints,
     dtype: np.dtype[Any],
     threads: int | None,
 ) -> engine.Runner:
-    """The chain with the borders of a chunk, planned; most chunks of an array share one."""
     stages = []
     for stage, axes in zip(f.stages, ends):
         g = replace(
@@ -217,99 +232,81 @@ def _planned(
             output_padding=tuple(more for _, _, more in axes),
         )
         stages.append(replace(stage, geometry=g))
-    return replace(f, stages=tuple(stages)).compile(shape, dtype, threads)
+    if threads is not None:
+        (threads,) = as_integers("threads", threads, 1)
+    epilogues = [*(Epilogue() for _ in stages[1:]), Epilogue(f.bias)]
+    return engine.plan(stages, shape, dtype, epilogues, threads)
 
 
-def _mapped(
-    work: Any,
-    x: Any,
-    cuts: Sequence[_Axis],
-    along: Sequence[int],
-    dtype: np.dtype[Any],
-    out: dict[int, Ints],
-) -> Any:
-    """`work` on every chunk of `x`, cut `along` its spatial axes, and what it sees around it."""
-    import dask.array
-
-    x = x.rechunk({a: axis.chunks for a, axis in zip(along, cuts)})
-    out = out | {a: axis.out for a, axis in zip(along, cuts)}
-    return dask.array.map_overlap(
-        work,
-        x,
-        depth={a: c.depth[0] if c.wraps else c.depth for a, c in zip(along, cuts)},
-        boundary={a: "periodic" if c.wraps else "none" for a, c in zip(along, cuts)},
-        trim=False,
-        allow_rechunk=False,
-        chunks=tuple(out.get(a, c) for a, c in enumerate(x.chunks)),
-        dtype=dtype,
-        meta=np.empty((0,) * x.ndim, dtype),
-    )
+def _thread_count(threads: int | None) -> int | None:
+    """Return `threads` if given, else 1 in a worker of a pool and None (all) in the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    is_alone = is_main and multiprocessing.parent_process() is None
+    return threads if threads is not None or is_alone else 1
 
 
-def _check(name: str, x: Any) -> None:
-    """Refuse what is lazy but no array, arrays of other libraries, and unknown sizes."""
-    import dask.array
+def cut_axes(
+    stages: Sequence[Stage], shape: Ints, chunks: Sequence[Ints]
+) -> tuple[AxisChunks, ...]:
+    r"""Cut the spatial axes as near to `chunks` as possible.
 
-    if not isinstance(x, dask.array.Array) or type(x._meta) is not np.ndarray:
-        held = f" of {type(x._meta).__qualname__}" if hasattr(x, "_meta") else ""
-        raise TypeError(
-            f"{name} must be a Dask array of NumPy arrays, got {type(x).__qualname__}{held}"
-        )
-    if any(map(math.isnan, x.shape)):
-        raise ValueError(f"{name} has chunks of unknown size: call its compute_chunk_sizes() first")
+    Parameters
+    ----------
+    stages : sequence of Stage
+        Chain that runs on the chunks.
+    shape : tuple of int
+        (channels, \*spatial) of its input.
+    chunks : sequence of tuple of int
+        Desired chunks of the input, per spatial axis.
 
-
-def _team(asked: int | None) -> int | None:
-    """Threads of a chunk: one for a worker of a pool, which has company."""
-    main = threading.current_thread() is threading.main_thread()
-    alone = main and multiprocessing.parent_process() is None
-    return asked if asked is not None or alone else 1
-
-
-def _cut(stages: Sequence[Stage], shape: Ints, chunks: Sequence[Ints]) -> tuple[_Axis, ...]:
-    """How the spatial axes are cut, as near to `chunks` as can be."""
+    Returns
+    -------
+    tuple of AxisChunks
+        One per spatial axis.
+    """
     sizes = [s[1:] for s in chain_shapes(stages, shape)]
-    return tuple(_axis(stages, [s[a] for s in sizes], a, c) for a, c in enumerate(chunks))
+    return tuple(_cut_axis(stages, [s[a] for s in sizes], a, c) for a, c in enumerate(chunks))
 
 
-def _axis(stages: Sequence[Stage], sizes: Sequence[int], axis: int, chunks: Ints) -> _Axis:
-    """How one axis is cut, of `sizes` samples in the input and after each stage."""
+def _cut_axis(stages: Sequence[Stage], sizes: Sequence[int], axis: int, chunks: Ints) -> AxisChunks:
+    """Cut one axis with `sizes` samples in the input and after each stage."""
     n, border = sizes[0], _border(stages, axis)
     down = math.prod(s.geometry.stride[axis] for s in stages if not s.transposed)
     up = math.prod(s.geometry.stride[axis] for s in stages if s.transposed)
-    unit = down // math.gcd(down, up)  # inputs from one output at a boundary to the next
+    unit = down // math.gcd(down, up)  # smallest step in the input to a whole number of outputs
     ends = sorted({round(end / unit) * unit for end in itertools.accumulate(chunks[:-1])})
     least = 1
     while border is not None:
-        edges = _apart(ends, n, least)
+        edges = _drop_close_edges(ends, n, least)
         if len(edges) == 2:
             break
         outs = [min(edge * up // down, sizes[-1]) for edge in edges[:-1]] + [sizes[-1]]
-        found = [_seen(stages, sizes, axis, *span, border) for span in itertools.pairwise(outs)]
-        seen = [f for f in found if f is not None]
-        if len(seen) < len(found):
-            least *= 2  # a chunk that gives nothing, or sees nothing but the border
+        spans = list(itertools.pairwise(outs))
+        found = [_input_range(stages, sizes, axis, *span, border) for span in spans]
+        ranges = [f for f in found if f is not None]
+        if len(ranges) < len(found):
+            least *= 2  # a chunk has no output, or reads padding alone
             continue
-        reads, pads = zip(*seen)
+        reads, pads = zip(*ranges)
         depth = (
             max(0, *(edge - start for edge, (start, _) in zip(edges, reads))),
             max(0, *(stop - edge for edge, (_, stop) in zip(edges[1:], reads))),
         )
         if border == "circular":
             depth = (max(depth), max(depth))
-        spans = _lengths(edges)
-        if max(depth) <= min(spans):
-            return _Axis(spans, _lengths(outs), depth, border == "circular", reads, pads)
+        lengths = _lengths(edges)
+        if max(depth) <= min(lengths):  # map_overlap reads direct neighbours only
+            return AxisChunks(lengths, _lengths(outs), depth, border == "circular", reads, pads)
         least = max(*depth, least + 1)
     as_is = tuple((*s.geometry.padding[axis], s.geometry.output_padding[axis]) for s in stages)
-    return _Axis((n,), (sizes[-1],), (0, 0), False, ((0, n),), (as_is,))
+    return AxisChunks((n,), (sizes[-1],), (0, 0), False, ((0, n),), (as_is,))
 
 
 def _border(stages: Sequence[Stage], axis: int) -> str | None:
-    """The border along an axis that can be cut; None for one that cannot.
+    """Return the padding mode of an axis that can be cut, None for one that cannot.
 
-    It can where the border is that of the input as well, or zeros: then a chunk's own border is
-    a piece of the whole one.
+    It can if the padding is zeros or surrounds the input of the chain: then the padding of a
+    chunk is a part of that of the whole array.
     """
     padded = [s for s in stages if not s.transposed and any(map(any, s.geometry.padding))]
     modes = {s.geometry.padding_mode for s in padded}
@@ -324,12 +321,12 @@ def _border(stages: Sequence[Stage], axis: int) -> str | None:
     return modes.pop() if owners else "zeros"
 
 
-def _seen(
+def _input_range(
     stages: Sequence[Stage], sizes: Sequence[int], axis: int, start: int, stop: int, border: str
 ) -> tuple[tuple[int, int], tuple[Ends, ...]] | None:
-    """Inputs (start, stop) that outputs from `start` to `stop` see, and the padding of each stage.
+    """Return the (start, stop) of the inputs that outputs `start` to `stop` read, and all padding.
 
-    None if there is no such output, or a border would be made of samples beyond the inputs.
+    None if there is no such output, or if padding would repeat samples from beyond the inputs.
     """
     ends: list[Ends] = []
     for stage, n in zip(reversed(stages), reversed(sizes[:-1])):
@@ -339,7 +336,7 @@ def _seen(
         (before, _), stride, count = g.padding[axis], g.stride[axis], stop - start
         extent = g.dilation[axis] * (stage.kernel[axis] - 1) + 1
         if stage.transposed:
-            # All inputs that a phase of the output is made of, those with taps of zero included.
+            # All inputs of a phase of the output, including those whose taps are zero.
             first = (start + before) // stride - (-(-extent // stride) - 1)
             last = (stop - 1 + before) // stride + 1
             first, last = max(first, 0), min(last, n)
@@ -359,8 +356,8 @@ def _seen(
     return ((start, stop), tuple(reversed(ends))) if start < stop else None
 
 
-def _apart(ends: Sequence[int], n: int, least: int) -> list[int]:
-    """Edges from 0 to `n`, those of `ends` that are at least so far apart."""
+def _drop_close_edges(ends: Sequence[int], n: int, least: int) -> list[int]:
+    """Return edges from 0 to `n`, without those of `ends` closer than `least` to the one before."""
     edges = [0]
     for end in ends:
         if min(end - edges[-1], n - end) >= least:

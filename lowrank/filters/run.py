@@ -12,8 +12,10 @@ import numpy as np
 from lowrank import engine, selection
 from lowrank._typing import Array, Ints
 from lowrank.core import reference
+from lowrank.core.arrays import as_native_order
 from lowrank.core.geometry import as_integers
-from lowrank.factorization import Factorization, as_native_order, dask_backend, dense
+from lowrank.engine import dask as chunked
+from lowrank.factorization import Factorization, dense
 from lowrank.filters import arguments, choose, gpu
 
 PLANS = 32  # that are kept for calls with the same kernel, size and border
@@ -169,10 +171,10 @@ def correlate(
     """
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array: a mask has no meaning here, fill it first")
-    lazy, on_gpu = dask_backend(image), engine.on_gpu(image)
-    if lazy is None and not on_gpu:
+    is_dask, on_gpu = chunked.is_dask_array(image), engine.on_gpu(image)
+    if not is_dask and not on_gpu:
         image = np.asarray(image)
-    elif lazy is not None and out is not None:
+    elif is_dask and out is not None:
         raise TypeError("out must not be given for a Dask array: the result is one, computed later")
     k = arguments.kernel(kernel)
     origins = arguments.origins(origin, k.shape)
@@ -202,8 +204,10 @@ def correlate(
         k.tobytes(), k.shape, k.dtype.str, spatial, batch, together, rank, tolerance, method, mode,
         cval, origins, threads,
     )  # fmt: skip
-    if lazy is not None:
-        return lazy.correlate(image, along, request)  # type: ignore[no-any-return]
+    if is_dask:
+        from lowrank.filters import dask  # imports this module
+
+        return dask.correlate(image, along, request)  # type: ignore[no-any-return]
     if on_gpu:
         with engine.at(image):
             return cast(Array, gpu.correlate(image, along, request, work, out))

@@ -1,4 +1,4 @@
-"""Dask arrays give the bits of the whole array in memory; what is swept pickles."""
+"""Dask arrays have the bits of the whole array in memory; frontiers work in other processes."""
 
 import pickle
 import subprocess
@@ -18,20 +18,21 @@ from lowrank.families import FAMILIES, NotApplicable
 da = pytest.importorskip("dask.array")
 dask = pytest.importorskip("dask")
 
+from lowrank import engine  # noqa: E402
 from lowrank.engine import dask as chunked  # noqa: E402
 
 DTYPES = ("float32", "float64", "uint8", "int16", "uint16", "int32", "float16")
 
 
 @pytest.fixture(autouse=True)
-def _in_this_thread():
+def _synchronous_scheduler():
     with dask.config.set(scheduler="synchronous"):
         yield
 
 
 @st.composite
 def chunkings(draw, shape):
-    """A lot of chunks of any sizes along each axis."""
+    """Draw chunks of any sizes along each axis."""
     cuts = [draw(st.sets(st.integers(1, max(n - 1, 1)), max_size=5)) for n in shape]
     edges = [[0, *sorted(c for c in cut if c < n), n] for cut, n in zip(cuts, shape)]
     return tuple(tuple(int(d) for d in np.diff(e)) for e in edges)
@@ -39,7 +40,7 @@ def chunkings(draw, shape):
 
 @st.composite
 def convolutions(draw, transposed=False):
-    """A dense convolution, and the shape of an input of it."""
+    """Draw a dense convolution and an input."""
     n = draw(st.integers(1, 3))
     each = st.lists(st.integers(1, 3), min_size=n, max_size=n)
     taps = draw(st.lists(st.sampled_from((1, 2, 3, 5)), min_size=n, max_size=n))
@@ -66,8 +67,8 @@ def convolutions(draw, transposed=False):
     return conv, x
 
 
-def cut_somewhere(f, x, chunks):
-    """Run `f` on `x` in these chunks, compare, and say into how many the result is cut."""
+def assert_same_bits(f, x, chunks):
+    """Compare `f` on `x` in chunks with `f` on `x`; return the number of spatial output chunks."""
     y = f(da.from_array(x, chunks=chunks))
     whole = f(x)
     assert y.shape == whole.shape
@@ -78,59 +79,59 @@ def cut_somewhere(f, x, chunks):
 
 @settings(max_examples=50)
 @given(st.data())
-def test_a_convolution_gives_the_bits_of_the_whole_array(data):
+def test_convolution_has_the_bits_of_the_whole_array(data):
     conv, x = data.draw(convolutions())
-    cut_somewhere(conv, x, data.draw(chunkings(x.shape)))
+    assert_same_bits(conv, x, data.draw(chunkings(x.shape)))
 
 
 @settings(max_examples=40)
 @given(st.data())
-def test_a_transposed_one_does(data):
+def test_transposed_convolution_has_the_bits_of_the_whole_array(data):
     conv, x = data.draw(convolutions(transposed=True))
-    cut_somewhere(conv, x, data.draw(chunkings(x.shape)))
+    assert_same_bits(conv, x, data.draw(chunkings(x.shape)))
 
 
 @settings(max_examples=40)
 @given(st.data(), st.sampled_from(sorted(FAMILIES)), st.booleans())
-def test_chains_of_every_family_do(data, family, transposed):
+def test_chains_of_every_family_have_the_bits_of_the_whole_array(data, family, transposed):
     conv, x = data.draw(convolutions(transposed=transposed))
     try:
         f = getattr(lowrank, family)(conv, rank=1)
     except (NotApplicable, ValueError, TypeError):
-        return  # has no form here, or ranks of several numbers
-    cut_somewhere(f, x, data.draw(chunkings(x.shape)))
+        return  # no variant for this convolution, or several ranks
+    assert_same_bits(f, x, data.draw(chunkings(x.shape)))
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_the_result_is_cut_where_the_input_is(rng, mode, stride):
-    """No fallback to one chunk behind the tests above."""
+def test_output_has_the_chunks_of_the_input(rng, mode, stride):
+    """The tests above would also pass with a single chunk."""
     conv = lowrank.dense(
         rng.standard_normal((4, 2, 5, 3)), stride=stride, padding=2, padding_mode=mode, value=0.3
     )
     x = rng.standard_normal((2, 2, 50, 41))
     for f in (conv, lowrank.spatial_svd(conv, rank=2), lowrank.cp(conv, rank=2)):
-        assert cut_somewhere(f, x, (1, 1, 10, (20, 21))) == 10
+        assert assert_same_bits(f, x, (1, 1, 10, (20, 21))) == 10
 
 
-def test_layers_of_a_network_with_borders_of_their_own_are_cut(rng):
+def test_stages_that_are_all_padded_run_in_chunks(rng):
     same = lowrank.Geometry.of(2, padding=1)
     down = lowrank.Geometry.of(2, stride=2, padding=1, dilation=2)
     first = lowrank.Stage(rng.standard_normal((4, 2, 3, 3)), same)
     second = lowrank.Stage(rng.standard_normal((3, 4, 3, 3)), down)
     up = lowrank.Stage(rng.standard_normal((3, 2, 4, 4)), down, transposed=True)
     x = rng.standard_normal((1, 2, 60, 70))
-    assert cut_somewhere(lowrank.chain([first, second]), x, (1, 2, 13, 20)) > 4
-    assert cut_somewhere(lowrank.chain([first, second, up]), x, (1, 2, 13, 20)) > 4
+    assert assert_same_bits(lowrank.chain([first, second]), x, (1, 2, 13, 20)) > 4
+    assert assert_same_bits(lowrank.chain([first, second, up]), x, (1, 2, 13, 20)) > 4
 
 
-def test_an_axis_with_two_borders_is_one_chunk(rng):
+def test_axis_with_two_replicated_borders_is_one_chunk(rng):
     twice = lowrank.Geometry.of(1, padding=1, padding_mode="replicate")
     f = lowrank.chain([lowrank.Stage(rng.standard_normal((1, 1, 3)), twice)] * 2)
-    assert cut_somewhere(f, rng.standard_normal((1, 1, 60)), (1, 1, 20)) == 1
+    assert assert_same_bits(f, rng.standard_normal((1, 1, 60)), (1, 1, 20)) == 1
 
 
-def test_thin_slices_are_joined_until_they_hold_what_an_output_sees(rng):
+def test_thin_chunks_are_merged_to_the_size_of_the_halo(rng):
     conv = lowrank.dense(rng.standard_normal((1, 1, 9, 3)), padding=(4, 1))
     x = rng.standard_normal((1, 1, 200, 40))
     y = conv(da.from_array(x, chunks=(1, 1, 1, 40)))
@@ -139,17 +140,17 @@ def test_thin_slices_are_joined_until_they_hold_what_an_output_sees(rng):
     np.testing.assert_array_equal(y.compute(), conv(x))
 
 
-def test_nan_and_infinities_stay_where_they_are(rng):
+def test_nan_and_infinity_spread_as_in_the_whole_array(rng):
     conv = lowrank.dense(rng.standard_normal((2, 2, 3)), stride=2, transposed=True)
     x = rng.standard_normal((1, 2, 50))
     x[0, :, ::7] = np.nan
     x[0, :, 3::11] = np.inf
-    cut_somewhere(conv, x, (1, 2, 9))
+    assert_same_bits(conv, x, (1, 2, 9))
 
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_filter_gives_the_bits_of_the_whole_image(data):
+def test_filter_has_the_bits_of_the_whole_image(data):
     n = data.draw(st.integers(1, 3))
     axes = data.draw(st.permutations(range(data.draw(st.integers(n, min(n + 2, 4))))))
     sizes = st.integers(9, (0, 90, 40, 20, 14)[len(axes)])
@@ -158,7 +159,7 @@ def test_a_filter_gives_the_bits_of_the_whole_image(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     image = (rng.random(shape) * 200).astype(dtype)
     taps = data.draw(st.lists(st.sampled_from((1, 2, 3, 5)), min_size=n, max_size=n))
-    asked = {
+    arguments = {
         "mode": data.draw(st.sampled_from(list(filters.MODES))),
         "cval": 2.5,
         "origin": [data.draw(st.integers(-(t // 2), (t - 1) // 2)) for t in taps],
@@ -167,35 +168,35 @@ def test_a_filter_gives_the_bits_of_the_whole_image(data):
         **data.draw(st.sampled_from(({"rank": 1}, {"method": "direct"}, {"tolerance": 0.5}))),
     }
     kernel = rng.standard_normal(taps)
-    if "rank" in asked and sum(t > 1 for t in taps) < 2:
+    if "rank" in arguments and sum(t > 1 for t in taps) < 2:
         kernel = np.ones(taps)
     cut = da.from_array(image, chunks=data.draw(chunkings(shape)))
-    lazy = filters.correlate(cut, kernel, **asked)
+    lazy = filters.correlate(cut, kernel, **arguments)
     assert lazy.shape == shape
     assert lazy.dtype == image.dtype
     np.testing.assert_array_equal(
-        lazy.compute(), filters.correlate(image, kernel, **asked), strict=True
+        lazy.compute(), filters.correlate(image, kernel, **arguments), strict=True
     )
 
 
 @pytest.mark.parametrize("kernel", ["gauss", "log", "dog", "unsharp", "sobel", "scharr", "prewitt"])
-def test_classical_filters_of_pictures_and_volumes_do(kernel, rng):
+def test_classical_filters_have_the_bits_of_the_whole_image(kernel, rng):
     make = getattr(filters, kernel)
-    given = () if kernel in ("sobel", "scharr", "prewitt") else (1.0,)
+    scale = () if kernel in ("sobel", "scharr", "prewitt") else (1.0,)
     for image, ndim in ((rng.random((70, 80, 3)), 2), (rng.random((40, 50, 60), np.float32), 3)):
-        k = make(*given, ndim=ndim)
+        k = make(*scale, ndim=ndim)
         lazy = filters.correlate(da.from_array(image, chunks=25), k)
         assert lazy.npartitions > 4
         np.testing.assert_array_equal(lazy.compute(), filters.correlate(image, k))
 
 
-def test_pictures_with_colours_do(rng):
+def test_colour_image_has_the_bits_of_the_whole_image(rng):
     image = rng.integers(0, 256, (150, 170, 3), dtype=np.uint8)
     lazy = filters.filter_image(da.from_array(image, chunks=(60, 70, 3)), filters.gauss(2.0))
     np.testing.assert_array_equal(lazy.compute(), filters.filter_image(image, filters.gauss(2.0)))
 
 
-def test_transforms_are_not_taken(rng):
+def test_transforms_are_not_used(rng):
     image, disk = rng.random((300, 300)), filters.disk(20.5)
     plan = filters.plan_filter(disk, image.shape, dtype=np.float64)
     assert plan.choice.method == "fft"
@@ -207,30 +208,29 @@ def test_transforms_are_not_taken(rng):
         filters.correlate(da.from_array(image), disk, method="fft")
 
 
-def test_the_way_is_that_of_the_whole_image(rng, monkeypatch):
-    """A chunk is small; the choice is made, once, for the size of the image."""
-    asked = []
+def test_method_is_chosen_once_for_the_size_of_the_image(rng, monkeypatch):
+    planned = []
     real = filters.run.Request.plan
     monkeypatch.setattr(
-        filters.run.Request, "plan", lambda self: asked.append(self.spatial) or real(self)
+        filters.run.Request, "plan", lambda self: planned.append(self.spatial) or real(self)
     )
     lazy = filters.correlate(da.from_array(rng.random((90, 100)), chunks=30), filters.log(1.5))
     lazy.compute()
-    assert asked == [(90, 100)]
+    assert planned == [(90, 100)]
 
 
-def test_empty_images_stay_empty():
+def test_empty_image_gives_an_empty_image():
     lazy = filters.correlate(da.zeros((0, 30)), filters.sobel())
     assert lazy.compute().shape == (0, 30)
 
 
-def test_mistakes_are_named(rng):
+def test_impossible_arguments_are_refused(rng):
     conv = lowrank.dense(np.ones((1, 2, 3)))
     with pytest.raises(ValueError, match="x must be"):
         conv(da.ones((2, 30)))
     with pytest.raises(TypeError, match="float32 or float64"):
         conv(da.ones((1, 2, 30), dtype=int))
-    with pytest.raises(ValueError, match="input_shape must be"):
+    with pytest.raises(ValueError, match="x must have 2 channels"):
         conv(da.ones((1, 3, 30)))
     with pytest.raises(TypeError, match="out must not be given"):
         conv(da.ones((1, 2, 30)), np.empty((1, 1, 28)))
@@ -248,25 +248,25 @@ def test_mistakes_are_named(rng):
 
 def test_half_precision_is_computed_in_float32(rng):
     x = rng.standard_normal((1, 2, 60)).astype(np.float16)
-    cut_somewhere(lowrank.dense(np.ones((1, 2, 3), np.float32)), x, (1, 2, 20))
+    assert_same_bits(lowrank.dense(np.ones((1, 2, 3), np.float32)), x, (1, 2, 20))
 
 
 def test_chunks_of_a_pool_run_on_one_thread_each(rng, monkeypatch):
     seen = []
-    real = lowrank.Factorization.compile
+    real = engine.plan
 
-    def compile_(self, shape, dtype=None, threads=None):
+    def plan(stages, shape, dtype, epilogues, threads):
         seen.append((threading.current_thread() is threading.main_thread(), threads))
-        return real(self, shape, dtype, threads)
+        return real(stages, shape, dtype, epilogues, threads)
 
-    monkeypatch.setattr(lowrank.Factorization, "compile", compile_)
+    monkeypatch.setattr(engine, "plan", plan)
     x = rng.standard_normal((1, 2, 60))
     whole = lowrank.dense(np.ones((1, 2, 3)))(x)
-    for scheduler, team in (("synchronous", (True, None)), ("threads", (False, 1))):
-        conv = lowrank.dense(np.ones((1, 2, 3)))  # planned anew
+    for scheduler, call in (("synchronous", (True, None)), ("threads", (False, 1))):
+        conv = lowrank.dense(np.ones((1, 2, 3)))  # not in the cache of plans
         seen.clear()
         y = conv(da.from_array(x, chunks=(1, 2, 20))).compute(scheduler=scheduler, num_workers=2)
-        assert set(seen) == {team}
+        assert set(seen) == {call}
         np.testing.assert_array_equal(y, whole)
         seen.clear()
         lazy = chunked.run(conv, da.from_array(x, chunks=(1, 2, 20)), threads=3)
@@ -274,27 +274,27 @@ def test_chunks_of_a_pool_run_on_one_thread_each(rng, monkeypatch):
         assert {threads for _, threads in seen} == {3}
 
 
-def test_the_same_work_has_the_same_name(rng):
-    """So that Dask shares it, and caches of results find it."""
+def test_equal_chains_have_equal_task_names(rng):
+    """Dask merges tasks of equal names, and caches of results are keyed by them."""
     x = da.ones((1, 2, 60), chunks=20)
     w = rng.standard_normal((1, 2, 3))
     assert lowrank.dense(w)(x).name == lowrank.dense(w)(x).name
     assert lowrank.dense(w)(x).name != lowrank.dense(2 * w)(x).name
 
 
-def test_nothing_of_dask_is_imported_before_its_array_comes():
+def test_dask_is_not_imported_before_its_first_array():
     code = """
 import sys, numpy as np, lowrank
 from lowrank import filters
 lowrank.dense(np.ones((1, 1, 3)))(np.ones((1, 1, 9)))
 filters.correlate(np.ones((9, 9)), filters.sobel())
-import lowrank.engine.dask
+import lowrank.engine.dask, lowrank.filters.dask
 assert not [m for m in sys.modules if m.split(".")[0] == "dask"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_zarr_store_is_filtered_into_another(rng, tmp_path):
+def test_zarr_store_is_filtered_into_another(rng, tmp_path):
     zarr = pytest.importorskip("zarr")
     volume = rng.random((40, 50, 60), np.float32)
     source = zarr.open(str(tmp_path / "in.zarr"), mode="w", shape=volume.shape, chunks=(16, 16, 16),
@@ -315,43 +315,42 @@ def test_a_zarr_store_is_filtered_into_another(rng, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swept():
+def conv_and_front():
     w = np.random.default_rng(0).standard_normal((8, 4, 3, 3)).astype(np.float32)
     conv = lowrank.dense(w, np.zeros(8), padding=1)
     return conv, lowrank.frontier(conv, (12, 12), ("spatial_svd", "tucker"), axis="macs")
 
 
-def test_what_is_swept_pickles(swept):
-    conv, front = swept
+def test_frontier_and_chains_pickle(conv_and_front):
+    conv, front = conv_and_front
     f = front[1].build()
-    for thing in (conv, f):
-        again = pickle.loads(pickle.dumps(thing))
-        assert repr(again) == repr(thing)
-        np.testing.assert_array_equal(again.to_dense(), thing.to_dense())
-    again = pickle.loads(pickle.dumps(front))
-    assert str(again) == str(front)
-    assert [c.error for c in again] == [c.error for c in front]
+    for chain in (conv, f):
+        copy = pickle.loads(pickle.dumps(chain))
+        assert repr(copy) == repr(chain)
+        np.testing.assert_array_equal(copy.to_dense(), chain.to_dense())
+    copy = pickle.loads(pickle.dumps(front))
+    assert str(copy) == str(front)
+    assert [c.error for c in copy] == [c.error for c in front]
     candidate = pickle.loads(pickle.dumps(front[1]))
     np.testing.assert_array_equal(candidate.build().to_dense(), f.to_dense())
 
 
-def built(conv, budget):
-    """What a worker of a sweep does: choose, fit and run."""
+def approximate_and_run(conv, budget):
     f = lowrank.approximate(conv, (12, 12), families=("spatial_svd", "tucker"), macs=budget)
     return f, f(np.ones((1, 4, 12, 12), np.float32))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # "multiprocessing" is to fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # by the multiprocessing backend
 @pytest.mark.parametrize("backend", ["loky", "threading", "multiprocessing"])
-def test_a_sweep_in_other_processes_gives_what_this_one_does(swept, backend):
+def test_approximate_in_other_processes_has_the_same_bits(conv_and_front, backend):
     joblib = pytest.importorskip("joblib")
-    conv, _ = swept
-    conv(np.ones((1, 4, 12, 12), np.float32))  # the engine has run here before a fork
+    conv, _ = conv_and_front
+    conv(np.ones((1, 4, 12, 12), np.float32))  # the engine has run before the fork
     budgets = [0.5, 0.8]
     inner = {"inner_max_num_threads": 1} if backend == "loky" else {}
     with joblib.parallel_config(backend=backend, n_jobs=2, **inner):
-        found = joblib.Parallel()(joblib.delayed(built)(conv, b) for b in budgets)
-    for budget, (f, y) in zip(budgets, found):
-        here, expected = built(conv, budget)
+        results = joblib.Parallel()(joblib.delayed(approximate_and_run)(conv, b) for b in budgets)
+    for budget, (f, y) in zip(budgets, results):
+        here, expected = approximate_and_run(conv, budget)
         np.testing.assert_array_equal(f.to_dense(), here.to_dense())
         np.testing.assert_array_equal(y, expected)
