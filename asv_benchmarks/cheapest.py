@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import lowrank
-from lowrank.interop.weights import Layer, layers
+from lowrank.interop.weights import StoredLayer, layers
 
 ERRORS = (0.1, 0.2, 0.3, 0.5)
 SLOW = 6  # 128 channels of the style network are alike: so many of them are enough
 
 
-def kind(layer: Layer) -> str:
+def kind(layer: StoredLayer) -> str:
     conv = layer.conv
     taps = conv.stages[0].kernel
     if conv.groups > 1:

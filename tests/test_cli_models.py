@@ -10,7 +10,7 @@ import pytest
 from lowrank import cli, demo
 from lowrank.compress import Plan, reconstruct
 from lowrank.interop import files
-from lowrank.interop.weights import WeightsNet, layers
+from lowrank.interop.weights import WeightsModel, layers
 
 DIGITS = str(demo.WEIGHTS)
 QUICK = ("--families", "spatial,encode")
@@ -36,7 +36,7 @@ def calibration(tmp_path):
     """Inputs of the digits' layers, all of which one channel of each pair is the other's double."""
     rng = np.random.default_rng(0)
     arrays = {}
-    for layer in WeightsNet(DIGITS).layers:
+    for layer in WeightsModel(DIGITS).layers:
         x = rng.standard_normal((16, *layer.conv.input_shape(layer.input_size))).astype(np.float32)
         if x.shape[1] > 1:
             x[:, 1::2] = 2 * x[:, ::2]
@@ -55,7 +55,7 @@ def test_a_network_within_a_budget(lowrank, tmp_path):
     assert (code, err) == (0, "")
     assert "white noise" in out
     assert re.search(r"conv2 +(spatial|encode)", out)
-    whole = sum(x.cost.macs for x in WeightsNet(DIGITS).layers)
+    whole = sum(x.cost.macs for x in WeightsModel(DIGITS).layers)
     assert 0.3 * whole < macs(tmp_path / "a.safetensors") <= 0.5 * whole
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
 
@@ -279,11 +279,11 @@ def test_damaged_files_are_refused_whatever_their_form(lowrank, tmp_path):
             path = tmp_path / f"cut{ending}"
             path.write_bytes(data[:length])
             with pytest.raises((ValueError, ImportError)):
-                files.open_net(path)
+                files.open_model(path)
         noise = rng.integers(0, 256, 400, dtype=np.uint8).tobytes()
         path.write_bytes(noise)
         with pytest.raises((ValueError, ImportError)):
-            files.open_net(path)
+            files.open_model(path)
     code, out, err = lowrank("compress", path.name, "--macs", "0.5", "-o", f"a{path.suffix}")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert not (tmp_path / f"a{path.suffix}").exists()
@@ -329,7 +329,7 @@ def test_onnx_in_and_out(lowrank, tmp_path):
     assert told["examples"] == 40
     assert told["measured"][0] > 0
     old, new = (
-        files.open_net(tmp_path / n, tmp_path / "x.npz") for n in ("net.onnx", "small.onnx")
+        files.open_model(tmp_path / n, tmp_path / "x.npz") for n in ("net.onnx", "small.onnx")
     )
     assert sum(a.cost.macs for a in new.layers) <= 0.6 * sum(a.cost.macs for a in old.layers)
     y, z = (np.concatenate([o[0] for o in net.outputs({})]) for net in (old, new))
@@ -367,7 +367,7 @@ def test_keras_in_and_out(lowrank, tmp_path):
     code, out, err = lowrank(*words, "-o", "small.h5", "--report", "page.html")
     assert (code, err) == (0, "")
     assert "white noise" not in out
-    old, new = (files.open_net(tmp_path / name) for name in ("net.h5", "small.h5"))
+    old, new = (files.open_model(tmp_path / name) for name in ("net.h5", "small.h5"))
     params = [sum(x.conv.params for x in net.layers) for net in (old, new)]
     assert len(new.layers) == 2
     assert params[1] <= 0.5 * params[0]

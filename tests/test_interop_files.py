@@ -18,11 +18,11 @@ import pytest
 import lowrank as lr
 from lowrank import demo
 from lowrank import io as tensors_io
-from lowrank.interop.weights import WeightsFile, WeightsNet, layers, read_weights
+from lowrank.interop.weights import WeightsFile, WeightsModel, layers, read_weights
 
 h5py = pytest.importorskip("h5py")
 
-from lowrank.interop.keras import KerasNet  # noqa: E402
+from lowrank.interop.keras import KerasModel  # noqa: E402
 
 # ---------------------------------------------------------------- weights with a manifest
 
@@ -79,14 +79,14 @@ def test_chains_come_back_exactly(described, tmp_path, which, ending):
     if ending == "npz":  # which has no bfloat16
         tensors, _ = tensors_io.read_tensors(described)
         tensors_io.write_tensors(described, tensors, {})
-    net = WeightsNet(described)
+    net = WeightsModel(described)
     chains = CHAINS[which]({x.name: x.conv for x in net.layers})
     new = net.replaced(chains)
     out = tmp_path / "out" / f"small.{ending}"
     out.parent.mkdir()
     new.save(out)
     assert {p.name for p in out.parent.iterdir()} == {f"small.{ending}", "small.json"}
-    again = WeightsNet(out)
+    again = WeightsModel(out)
     assert again.chains.keys() == chains.keys()
     assert {x.name for x in again.layers} == {x.name for x in net.layers} - chains.keys()
     for name, f in chains.items():
@@ -108,7 +108,7 @@ def test_chains_come_back_exactly(described, tmp_path, which, ending):
 
 
 def test_the_manifest_says_what_the_stages_are(described):
-    net = WeightsNet(described)
+    net = WeightsModel(described)
     f = lr.spatial_svd(net.layers[0].conv, 2)
     new = net.replaced({"a": f})
     first, last = new.manifest["conv_layers"][:2]
@@ -134,10 +134,10 @@ def test_layers_without_a_manifest_need_calibration(tmp_path, rng):
     w = rng.standard_normal((8, 6, 3, 3)).astype(np.float32)
     WeightsFile({"a.weight": w, "file": np.arange(3)}, {}, {}).save(path)
     path.with_suffix(".json").unlink()
-    assert "size" in WeightsNet(path).left_out["a"]
+    assert "size" in WeightsModel(path).left_out["a"]
     x = rng.standard_normal((100, 6, 9, 7)).astype(np.float32)
     np.savez(tmp_path / "x.npz", a=x)
-    net = WeightsNet(path, calibration=tmp_path / "x.npz")
+    net = WeightsModel(path, calibration=tmp_path / "x.npz")
     assert net.layers[0].input_size == (9, 7)
     assert net.batches == 2
     got = list(net.inputs(["a"], {}))
@@ -154,20 +154,20 @@ def test_calibration_data_must_fit(tmp_path):
     def refused(match, **arrays):
         np.savez(tmp_path / "x.npz", **arrays)
         with pytest.raises(ValueError, match=match):
-            WeightsNet(demo.WEIGHTS, calibration=tmp_path / "x.npz")
+            WeightsModel(demo.WEIGHTS, calibration=tmp_path / "x.npz")
 
     refused("no layer is called 'conv9'", conv9=np.zeros((1, 1, 8, 8)))
     refused("conv1.*batch, 1 channels", conv1=np.zeros((2, 3, 8, 8)))
     refused("finite", conv1=np.full((2, 1, 8, 8), np.nan))
     refused("same batch", conv1=np.zeros((2, 1, 8, 8)), conv2=np.zeros((3, 32, 8, 8)))
     np.savez(tmp_path / "x.npz", conv1=np.zeros((2, 1, 8, 8)))
-    net = WeightsNet(demo.WEIGHTS, calibration=tmp_path / "x.npz")
+    net = WeightsModel(demo.WEIGHTS, calibration=tmp_path / "x.npz")
     with pytest.raises(ValueError, match="no inputs of conv2"):
         next(net.inputs(["conv1", "conv2"], {}))
 
 
 def test_chains_that_do_not_fit_are_refused(tmp_path):
-    net = WeightsNet(demo.WEIGHTS)
+    net = WeightsModel(demo.WEIGHTS)
     conv = net.layers[1].conv
     with pytest.raises(ValueError, match="no layer 'conv9'"):
         net.replaced({"conv9": conv})
@@ -180,9 +180,9 @@ def test_chains_that_do_not_fit_are_refused(tmp_path):
 
 def test_chains_of_lowrank_are_reported(tmp_path):
     path = tmp_path / "chains.safetensors"
-    f = lr.channel_svd(WeightsNet(demo.WEIGHTS).layers[1].conv, 4)
+    f = lr.channel_svd(WeightsModel(demo.WEIGHTS).layers[1].conv, 4)
     lr.save(path, {"conv2": f})
-    net = WeightsNet(path)
+    net = WeightsModel(path)
     assert net.layers == ()
     assert repr(net.chains["conv2"]) == repr(f)
     net.replaced({}).save(tmp_path / "again.safetensors")
@@ -213,7 +213,7 @@ def test_hostile_arrays_are_refused(tmp_path, what):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in HOSTILE_NPZ[what].items():
             archive.writestr(name, data)
-    for read in (read_weights, WeightsNet):
+    for read in (read_weights, WeightsModel):
         with pytest.raises(ValueError, match=r"bad\.npz") as why:
             read(path)
         assert "\n" not in str(why.value)
@@ -243,7 +243,7 @@ def test_damaged_manifests_are_refused(tmp_path, text):
     about = tmp_path / "about.json"
     about.write_text(text)
     with pytest.raises(ValueError, match=r"about\.json|two layers") as why:
-        WeightsNet(demo.WEIGHTS, manifest=about)
+        WeightsModel(demo.WEIGHTS, manifest=about)
     assert "\n" not in str(why.value)
 
 
@@ -252,14 +252,14 @@ def test_nothing_is_written_when_writing_fails(described, tmp_path, monkeypatch)
     out.parent.mkdir()
     out.write_bytes(b"as it was")
     with pytest.raises(ValueError, match="bfloat16"):
-        WeightsNet(described).replaced({}).save(out)
+        WeightsModel(described).replaced({}).save(out)
     assert [p.name for p in out.parent.iterdir()] == ["old.npz"]
     assert out.read_bytes() == b"as it was"
 
 
 def test_the_trained_nets_go_out_and_in(data, tmp_path):
     for path in sorted((data / "weights").glob("*.safetensors")):
-        net = WeightsNet(path)
+        net = WeightsModel(path)
         assert net.layers
         chains = {}
         for layer in net.layers:
@@ -271,7 +271,7 @@ def test_the_trained_nets_go_out_and_in(data, tmp_path):
                     continue
         out = tmp_path / path.name
         net.replaced(chains).save(out)
-        again = WeightsNet(out)
+        again = WeightsModel(out)
         assert again.chains.keys() == chains.keys()
         for name, f in chains.items():
             g = again.chains[name]
@@ -696,7 +696,7 @@ def written(request, tmp_path, rng):
 
 def test_layers_are_those_of_the_model(written, rng):
     path, _ = written(planar(rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     found = {x.name: (x.conv.stages[0].weight.shape, x.input_size, x.times) for x in net.layers}
     assert found == {
         "c1": ((8, 3, 3, 3), (17, 19), 1),
@@ -727,7 +727,7 @@ def test_layers_are_those_of_the_model(written, rng):
 def test_the_layers_do_what_keras_does(written, rng, which):
     """Each kind, run by lowrank on the samples that it gets: the interpreter agrees."""
     path, _ = written(MODELS[which](rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     convs = {x.name.split("/")[-1]: x.conv for x in net.layers} | net.chains
     seen = {}
     run(*load(path), rng.standard_normal((2, *SHAPES[which])), seen)
@@ -811,10 +811,10 @@ def full(family, f, **options):
 def test_exact_chains_change_nothing(tmp_path, rng, which, family, ending):
     path, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
     write(path, MODELS[which](rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     net.replaced(taken(net, EXACT[family], MUST[which])).save(out)
     assert compare(path, out, rng.standard_normal((2, *SHAPES[which]))) < ROUNDING
-    again = KerasNet(out)
+    again = KerasModel(out)
     assert not {n for n, why in again.left_out.items() if "already" not in why}
 
 
@@ -824,7 +824,7 @@ def test_chains_do_what_their_kernels_do(tmp_path, rng, which, family):
     model = MODELS[which](rng)
     path, out, measure = (tmp_path / f"{name}.keras" for name in ("in", "out", "measure"))
     write(path, model)
-    net = KerasNet(path)
+    net = KerasModel(path)
     chains = taken(net, LOW[family], MUST[which])
     net.replaced(chains).save(out)
     dense = copy.deepcopy(model)
@@ -845,7 +845,7 @@ def test_chains_do_what_their_kernels_do(tmp_path, rng, which, family):
 
 def test_depthwise_and_pointwise_become_separable(written, rng):
     path, out = written(planar(rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     by_name = {x.name: x.conv for x in net.layers}
     chains = {n: lr.network_decoupling(by_name[n], 1, "dw-pw") for n in ("c1", "dil", "inner/h")}
     net.replaced(chains).save(out)
@@ -857,12 +857,12 @@ def test_depthwise_and_pointwise_become_separable(written, rng):
     assert found["c1"]["config"]["activation"] == "relu"
     assert found["c1"]["config"]["padding"] == "same"
     assert found["inner"]["config"]["layers"][-1]["class_name"] == "SeparableConv2D"
-    assert set(KerasNet(out).chains) == {*chains, "sep"}
+    assert set(KerasModel(out).chains) == {*chains, "sep"}
 
 
 def test_only_the_last_layer_has_bias_and_activation(written, rng):
     path, out = written(planar(rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     net.replaced({"c1": lr.spatial_svd(net.layers[0].conv, 2)}).save(out)
     entries = {e["name"]: e for e in load(out)[0]["config"]["layers"]}
     first, last = entries["c1_0"]["config"], entries["c1"]["config"]
@@ -945,7 +945,7 @@ def handmade(name, rng):
 def test_stages_that_keras_has_no_name_for(written, rng, name):
     path, out = written(planar(rng))
     replaced, stages, kinds = handmade(name, rng)
-    net = KerasNet(path)
+    net = KerasModel(path)
     conv = next(x.conv for x in net.layers if x.name == replaced)
     f = lr.chain(stages, rng.standard_normal(conv.out_channels))
     net.replaced({replaced: f}).save(out)
@@ -962,7 +962,7 @@ def test_stages_that_keras_has_no_name_for(written, rng, name):
 def test_what_keras_cannot_say_is_refused(tmp_path, rng):
     path = tmp_path / "in.keras"
     write(path, planar(rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     by_name = {x.name: x.conv for x in net.layers}
     with pytest.raises(ValueError, match=r"'up'.*Keras has no layers.*multiply-adds"):
         net.replaced({"up": lr.network_decoupling(by_name["up"], 2)})
@@ -975,7 +975,7 @@ def test_what_keras_cannot_say_is_refused(tmp_path, rng):
 
 def test_other_things_in_the_file_stay(written, rng):
     path, out = written(planar(rng))
-    net = KerasNet(path)
+    net = KerasModel(path)
     net.replaced({"c1": lr.channel_svd(net.layers[0].conv, 2)}).save(out)
     if path.suffix == ".keras":
         with zipfile.ZipFile(out) as archive:
@@ -995,9 +995,9 @@ def test_open_sizes_are_left_out_until_they_are_given(tmp_path, rng):
     model["layers"][0]["config"]["batch_shape"] = [None, None, 3]
     path, out = tmp_path / "in.keras", tmp_path / "out.keras"
     write(path, model)
-    assert KerasNet(path).layers == ()
-    assert "size" in KerasNet(path).left_out["a"]
-    net = KerasNet(path, input_shape=(40, 3))
+    assert KerasModel(path).layers == ()
+    assert "size" in KerasModel(path).left_out["a"]
+    net = KerasModel(path, input_shape=(40, 3))
     assert [x.input_size for x in net.layers] == [(40,), (38,), (19,), (41,)]
     net.replaced({"b": lr.channel_svd(net.layers[-1].conv, 2)}).save(out)
     config = load(out)[0]["config"]["layers"]
@@ -1009,7 +1009,7 @@ def test_calibration_by_name(tmp_path, rng):
     write(path, planar(rng))
     x, v = rng.standard_normal((3, 3, 17, 19)), rng.standard_normal((3, 8))
     np.savez(tmp_path / "x.npz", **{"c1": x, "fc": v})
-    net = KerasNet(path, calibration=tmp_path / "x.npz")
+    net = KerasModel(path, calibration=tmp_path / "x.npz")
     assert net.batches == 1
     (batch,) = net.inputs(["c1", "fc"], {})
     np.testing.assert_array_equal(batch["c1"][0], x.astype(np.float32))
@@ -1022,7 +1022,7 @@ def test_lambda_layers_are_not_run(tmp_path, rng):
     model["layers"].insert(3, layer("Lambda", "evil", function=code))
     path = tmp_path / "in.keras"
     write(path, model)
-    net = KerasNet(path)
+    net = KerasModel(path)
     assert [x.name for x in net.layers] == ["a"]
     assert {"d", "t", "b"} <= net.left_out.keys()
 
@@ -1065,7 +1065,7 @@ def test_hostile_archives_are_refused(tmp_path, rng, what):
     path = tmp_path / "bad.keras"
     archive_of(path, MEMBERS[what](good(rng, tmp_path)), zipfile.ZIP_DEFLATED)
     with pytest.raises(ValueError, match=r"bad\.keras") as why:
-        KerasNet(path)
+        KerasModel(path)
     assert "\n" not in str(why.value)
 
 
@@ -1074,7 +1074,7 @@ def test_members_of_one_name_are_refused(tmp_path, rng):
     with pytest.warns(UserWarning, match="Duplicate"):
         archive_of(path, [*good(rng, tmp_path).items(), ("config.json", b"{}")])
     with pytest.raises(ValueError, match="one name"):
-        KerasNet(path)
+        KerasModel(path)
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
@@ -1085,7 +1085,7 @@ def test_files_cut_short_are_refused(tmp_path, rng, ending, share):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ValueError, match=rf"cut\.{ending}") as why:
-        KerasNet(path)
+        KerasModel(path)
     assert "\n" not in str(why.value)
 
 
@@ -1161,11 +1161,11 @@ HOSTILE = [
 def test_hostile_hdf5_is_refused(tmp_path, rng, harm):
     path = tmp_path / "bad.h5"
     write(path, linear(rng))
-    KerasNet(path)
+    KerasModel(path)
     with h5py.File(path, "a") as file:
         harm(file, tmp_path)
     with pytest.raises(ValueError, match=r"bad\.h5") as why:
-        KerasNet(path)
+        KerasModel(path)
     assert "\n" not in str(why.value)
 
 
@@ -1174,7 +1174,7 @@ def test_a_kernel_of_another_shape_is_left_out(tmp_path, rng):
     model["layers"][1]["weights"][0] = np.zeros((5, 4, 8), np.float32)  # four channels, not three
     model["layers"][4]["weights"][0] = np.full((5, 6, 8), np.nan, np.float32)
     write(tmp_path / "odd.h5", model)
-    net = KerasNet(tmp_path / "odd.h5")
+    net = KerasModel(tmp_path / "odd.h5")
     assert "channels" in net.left_out["a"]
     assert "NaN" in net.left_out["t"]
     assert [x.name for x in net.layers] == ["d", "b", "mix", "out"]
@@ -1185,21 +1185,21 @@ def test_layers_in_a_circle_are_refused(tmp_path, rng):
     model["layers"][1]["inbound"] = ([("dil", 0)],)
     write(tmp_path / "round.keras", model)
     with pytest.raises(ValueError, match=r"round\.keras.*circle"):
-        KerasNet(tmp_path / "round.keras")
+        KerasModel(tmp_path / "round.keras")
 
 
 def test_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"end in \.keras"):
-        KerasNet(tmp_path / "net.onnx")
+        KerasModel(tmp_path / "net.onnx")
     with pytest.raises(FileNotFoundError):
-        KerasNet(tmp_path / "net.keras")
+        KerasModel(tmp_path / "net.keras")
 
 
 @pytest.mark.parametrize("ending", ["keras", "h5"])
 def test_a_model_is_written_whole_or_not_at_all(tmp_path, rng, monkeypatch, ending):
     path, out = tmp_path / f"in.{ending}", tmp_path / "out" / f"out.{ending}"
     write(path, linear(rng))
-    new = KerasNet(path).replaced({})
+    new = KerasModel(path).replaced({})
     out.parent.mkdir()
     out.write_bytes(b"as it was")
 
@@ -1261,7 +1261,7 @@ def test_keras_agrees(keras, tmp_path, rng, ending):
     expected = model.predict(x, verbose=0)
     path, out = tmp_path / f"in.{ending}", tmp_path / f"out.{ending}"
     model.save(path)
-    net = KerasNet(path)
+    net = KerasModel(path)
     names = ["c1", "dw", "shared", "dil", "z", "up", "up2", "inner/g", "inner/h", "inner/k", "fc"]
     assert sorted(x.name for x in net.layers) == sorted(names)
     bn = model.get_layer("inner").layers[2]
@@ -1280,4 +1280,4 @@ def test_keras_agrees(keras, tmp_path, rng, ending):
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * abs(expected).max())
     # And what Keras makes of it goes in once more.
     again.save(path)
-    assert not [why for why in KerasNet(path).left_out.values() if "already" not in why]
+    assert not [why for why in KerasModel(path).left_out.values() if "already" not in why]

@@ -19,7 +19,7 @@ ort = pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-from lowrank.interop.onnx import OnnxNet, open_net, read_batches, save  # noqa: E402
+from lowrank.interop.onnx import OnnxModel, open_model, read_batches, save  # noqa: E402
 from lowrank.interop.onnx.chain import Writer, conv_chain  # noqa: E402
 from lowrank.interop.onnx.data import inputs_of  # noqa: E402
 from lowrank.interop.onnx.files import load  # noqa: E402
@@ -142,7 +142,7 @@ def conv_net(rng, case, batch="N", sizes=True, bias=True, **options):
     ]
     free = shape[2:] if sizes else [f"n{i}" for i in range(len(shape) - 2)]
     model = model_of(nodes, {"x": [batch, shape[1], *free]}, weights=weights, **options)
-    return OnnxNet(model, None if sizes else [x]), model, x
+    return OnnxModel(model, None if sizes else [x]), model, x
 
 
 @pytest.mark.parametrize("case", CONVS)
@@ -247,7 +247,7 @@ def gemm_net(rng, rows="N", **given):
     w, b, x = arrays(rng, (8, 6) if given.get("transB") else (6, 8), (8,), (4, 6))
     node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], **given)
     model = model_of([node], {"x": [rows, 6]}, weights={"w": w, "b": b})
-    return OnnxNet(model, [x]), x
+    return OnnxModel(model, [x]), x
 
 
 @pytest.mark.parametrize("rows", ["N", 4])
@@ -273,7 +273,7 @@ def test_matmul(rng, shape):
     w, x = arrays(rng, (6, 8), shape)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "fc")
     free = ["N", *"abc"[: len(shape) - 2], 6]
-    net = OnnxNet(model_of([node], {"x": free}, weights={"w": w}), [x])
+    net = OnnxModel(model_of([node], {"x": free}, weights={"w": w}), [x])
     (layer,) = net.layers
     assert layer.input_size == (np.prod(shape[1:-1], dtype=int),)
     (samples,) = net.inputs(["fc"], {})
@@ -298,7 +298,7 @@ def test_vectors_of_an_example_that_were_folded_into_the_batch(rng):
     ]
     weights = {"w": w, "s": np.array([-1, 6])}
     for batch in ("N", 3):
-        net = OnnxNet(model_of(nodes, {"x": [batch, 5, 6]}, weights=weights), [x])
+        net = OnnxModel(model_of(nodes, {"x": [batch, 5, 6]}, weights=weights), [x])
         assert net.layers[0].input_size == (5,)
         (samples,) = net.inputs(["fc"], {})
         np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
@@ -311,7 +311,7 @@ def test_vectors_ahead_of_the_batch(rng):
         helper.make_node("MatMul", ["t", "w"], ["y"], "fc"),
     ]
     for batch in ("N", 3):
-        net = OnnxNet(model_of(nodes, {"x": [batch, 5, 6]}, weights={"w": w}), [x])
+        net = OnnxModel(model_of(nodes, {"x": [batch, 5, 6]}, weights={"w": w}), [x])
         assert net.layers[0].input_size == (5,)
         (samples,) = net.inputs(["fc"], {})
         np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
@@ -322,7 +322,7 @@ def test_other_precisions_are_read_and_written_back(rng, dtype):
     w, b, x = arrays(rng, (8, 6, 3, 3), (8,), (2, 6, 5, 5), dtype=dtype)
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], "c")
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    net = OnnxNet(model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x])
+    net = OnnxModel(model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x])
     conv = net.layers[0].conv
     assert conv.dtype == (np.float32 if dtype == np.float16 else np.float64)
     f = lr.spatial_svd(conv, rank=18)
@@ -367,7 +367,7 @@ def small_net(rng, batches=None, folder=None, **options):
 
 def test_layers_of_a_network(rng):
     model, _ = small_net(rng)
-    net = OnnxNet(model)
+    net = OnnxModel(model)
     assert [(n.name, n.input_size) for n in net.layers] == [
         ("conv", (8, 8)), ("4", (8, 8)), ("y", (1,)),
     ]  # fmt: skip
@@ -384,7 +384,7 @@ def test_a_replaced_network_keeps_all_else(rng):
     model.producer_name, model.doc_string = "someone", "a net"
     model.metadata_props.add(key="k", value="v")
     before = model.SerializeToString()
-    net = OnnxNet(model)
+    net = OnnxModel(model)
     chains = {n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers}
     new = net.replaced(chains)
     assert model.SerializeToString() == before
@@ -411,13 +411,13 @@ def test_a_replaced_network_keeps_all_else(rng):
     first = np.maximum(chains["conv"](x) * 2 / np.sqrt(4 + 1e-5), 0)
     last = (first + chains["4"](first)).mean((2, 3))
     np.testing.assert_allclose(ran(new, x=x)[0], chains["y"](last[..., None])[..., 0], **CLOSE)
-    net = OnnxNet(model, [x])
+    net = OnnxModel(model, [x])
     np.testing.assert_allclose(next(net.outputs(chains))[0], ran(new, x=x)[0], **CLOSE)
 
 
 def test_inputs_are_those_behind_replaced_layers(rng):
     model, x = small_net(rng)
-    net = OnnxNet(model, [x[:3], {"x": x[3:]}])
+    net = OnnxModel(model, [x[:3], {"x": x[3:]}])
     chains = {
         "conv": lr.channel_svd(net.layers[0].conv, rank=2),
         "y": lr.channel_svd(net.layers[2].conv, 1),
@@ -436,7 +436,7 @@ def test_nothing_behind_the_layers_is_run(rng):
     model.graph.node.append(helper.make_node("Nonsense", ["5"], ["z"], domain="nowhere"))
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N"]))
     model.opset_import.add(domain="nowhere", version=1)
-    net = OnnxNet(model, [x])
+    net = OnnxModel(model, [x])
     assert next(net.inputs(["conv", "4"], {}))["4"][0].shape == (5, 6, 8, 8)
     with pytest.raises(ValueError, match="onnxruntime does not load"):
         next(net.outputs({}))
@@ -449,7 +449,7 @@ def test_names_are_unique(rng):
         helper.make_node("Conv", ["same_1", "w"], ["same.0"], "same"),
         helper.make_node("Conv", ["same.0", "w"], ["y"]),
     ]
-    net = OnnxNet(model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w}))
+    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w}))
     assert [n.name for n in net.layers] == ["same", "same_1", "y"]
     new = net.replaced({n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers})
     onnx.checker.check_model(new, full_check=True)
@@ -466,7 +466,7 @@ def test_weights_that_are_no_constants_are_no_layers(rng):
         helper.make_node("Conv", ["2", "c"], ["y"], "computed"),
     ]
     model = model_of(nodes, {"x": ["N", 3, 9], "w": [4, 4, 3]}, weights={"a": a, "b": b})
-    (layer,) = OnnxNet(model).layers
+    (layer,) = OnnxModel(model).layers
     assert layer.name == "fixed"
 
 
@@ -478,7 +478,7 @@ def test_shared_weights_stay_until_nobody_needs_them(rng):
     ]
     for ir in (3, 8):
         model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "b": b}, ir=ir)
-        net = OnnxNet(model)
+        net = OnnxModel(model)
         chains = {n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers}
         one = net.replaced({"first": chains["first"]})
         assert {"w", "b"} <= {t.name for t in one.graph.initializer}
@@ -500,7 +500,7 @@ def test_what_subgraphs_need_is_kept(rng):
         helper.make_node("Conv", ["2", "v"], ["y"], "last"),
     ]
     model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "v": w, "c": np.array(False)})
-    net = OnnxNet(model, [x])
+    net = OnnxModel(model, [x])
     assert [n.name for n in net.layers] == ["conv", "last"]
     f = lr.channel_svd(net.layers[0].conv, rank=2)
     new = net.replaced({"conv": f})
@@ -514,14 +514,14 @@ def test_free_sizes_come_from_data_or_are_asked_for(rng):
     w, x = arrays(rng, (4, 3, 3, 3), (2, 3, 9, 7))
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
     model = model_of([node], {"x": ["N", 3, "h", "w"]}, weights={"w": w})
-    assert OnnxNet(model, [x]).layers[0].input_size == (9, 7)
+    assert OnnxModel(model, [x]).layers[0].input_size == (9, 7)
     with pytest.raises(ValueError, match="'conv' has no fixed size: give calibration data, or fix"):
-        OnnxNet(model)
+        OnnxModel(model)
 
 
 def test_chains_that_do_not_fit_are_refused(rng):
     model, _ = small_net(rng)
-    net = OnnxNet(model)
+    net = OnnxModel(model)
     conv = net.layers[0].conv
     with pytest.raises(ValueError, match="no layer 'conv9' among conv, 4, y"):
         net.replaced({"conv9": conv})
@@ -536,16 +536,16 @@ def test_chains_that_do_not_fit_are_refused(rng):
 def test_old_opsets_and_networks_without_layers_are_refused(rng):
     relu = helper.make_node("Relu", ["x"], ["y"])
     with pytest.raises(ValueError, match="has no Conv, ConvTranspose, Gemm or MatMul"):
-        OnnxNet(model_of([relu], {"x": ["N", 3]}))
+        OnnxModel(model_of([relu], {"x": ["N", 3]}))
     with pytest.raises(ValueError, match="opset 6, older than 7"):
-        OnnxNet(model_of([relu], {"x": ["N", 3]}, opset=6))
+        OnnxModel(model_of([relu], {"x": ["N", 3]}, opset=6))
 
 
 def test_not_a_number_among_weights_is_named(rng):
     w = np.full((4, 3, 3), np.nan, np.float32)
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
     with pytest.raises(ValueError, match="layer 'conv': weight holds NaN"):
-        OnnxNet(model_of([node], {"x": ["N", 3, 9]}, weights={"w": w}))
+        OnnxModel(model_of([node], {"x": ["N", 3, 9]}, weights={"w": w}))
 
 
 # Files
@@ -576,7 +576,7 @@ def test_external_data(rng, tmp_path, monkeypatch, small):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     path = outside(model, tmp_path / "in")
-    net = open_net(path, [x])
+    net = open_model(path, [x])
     np.testing.assert_allclose(next(net.outputs({}))[0], want, **CLOSE)
     f = lr.channel_svd(net.layers[0].conv, rank=2)
     new = net.replaced({"conv": f})
@@ -584,17 +584,17 @@ def test_external_data(rng, tmp_path, monkeypatch, small):
     np.testing.assert_allclose(new_y, next(net.outputs({"conv": f}))[0], **CLOSE)
     save(new, tmp_path / "out" / "small.onnx")
     assert sorted(os.listdir(tmp_path / "out")) == ["small.onnx", "small.onnx.data"]
-    again = open_net(tmp_path / "out" / "small.onnx", [x])
+    again = open_model(tmp_path / "out" / "small.onnx", [x])
     np.testing.assert_array_equal(next(again.outputs({}))[0], new_y)
     onnx.checker.check_model(str(tmp_path / "out" / "small.onnx"), full_check=True)
     # over the original: what was read before does not matter any more
     save(new, path)
-    np.testing.assert_array_equal(next(open_net(path, [x]).outputs({}))[0], new_y)
+    np.testing.assert_array_equal(next(open_model(path, [x]).outputs({}))[0], new_y)
 
 
 def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
     model, x = small_net(rng)
-    net = OnnxNet(model)
+    net = OnnxModel(model)
     new = net.replaced({"conv": lr.channel_svd(net.layers[0].conv, rank=2)})
     save(new, tmp_path / "a.onnx")
     assert os.listdir(tmp_path) == ["a.onnx"]
@@ -602,7 +602,7 @@ def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
     save(new, tmp_path / "b.onnx")
     assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "b.onnx.data"]
     assert (tmp_path / "b.onnx").stat().st_size < (tmp_path / "a.onnx").stat().st_size
-    a, b = (next(open_net(tmp_path / n, [x]).outputs({}))[0] for n in ("a.onnx", "b.onnx"))
+    a, b = (next(open_model(tmp_path / n, [x]).outputs({}))[0] for n in ("a.onnx", "b.onnx"))
     np.testing.assert_array_equal(a, b)
 
 
@@ -635,7 +635,7 @@ def test_hostile_external_data(rng, tmp_path, case):
     (folder / "up").symlink_to(tmp_path)
     path = outside(small_net(rng)[0], folder, **entries)
     with pytest.raises(ValueError, match=message) as caught:
-        open_net(path)
+        open_model(path)
     assert "net.onnx: external data of tensor 'b'" in str(caught.value)
 
 
@@ -646,12 +646,12 @@ def test_a_shape_too_large_for_its_data_takes_no_memory(rng, tmp_path):
     del model.graph.initializer[1].external_data[1:]
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match=r"go beyond the end of 'w\.bin'"):
-        open_net(path)
+        open_model(path)
     model, _ = small_net(rng)
     model.graph.initializer[1].dims[0] = 2**50
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ValueError, match=r"net\.onnx: .*\bb\b"):
-        open_net(path)
+        open_model(path)
 
 
 def test_truncated_and_other_files(rng, tmp_path):
@@ -661,11 +661,11 @@ def test_truncated_and_other_files(rng, tmp_path):
                  rng.bytes(1000)):  # fmt: skip
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"net\.onnx: (not an ONNX model|not a valid)"):
-            open_net(path)
+            open_model(path)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
-        open_net(tmp_path / "other.onnx")
+        open_model(tmp_path / "other.onnx")
     with pytest.raises(IsADirectoryError):
-        open_net(tmp_path)
+        open_model(tmp_path)
 
 
 def test_a_damaged_file_is_one_clear_error(rng, tmp_path):
@@ -675,7 +675,7 @@ def test_a_damaged_file_is_one_clear_error(rng, tmp_path):
     for i in rng.integers(0, len(whole), 150):
         path.write_bytes(whole[:i] + rng.bytes(1) + whole[i + 1 :])
         try:
-            open_net(path)
+            open_model(path)
         except ValueError as why:
             errors.append(str(why))
     assert len(errors) > 5
@@ -717,16 +717,16 @@ def test_batches_out_of_a_file(rng, tmp_path):
     (x,) = arrays(rng, (130, 3, 8, 8), dtype=np.float64)
     path = tmp_path / "x.npz"
     np.savez(path, anything=x)
-    net = open_net_of(model, tmp_path, path)
+    net = open_model_of(model, tmp_path, path)
     assert net.batches == 3
     got = [b["conv"][0] for b in net.inputs(["conv"], {})]
     assert [len(g) for g in got] == [64, 64, 2]
     np.testing.assert_array_equal(np.concatenate(got), x.astype(np.float32))
 
 
-def open_net_of(model, folder, batches):
+def open_model_of(model, folder, batches):
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return open_net(folder / "model.onnx", batches)
+    return open_model(folder / "model.onnx", batches)
 
 
 def test_batches_of_several_inputs_and_of_a_fixed_number(rng, tmp_path):
@@ -766,10 +766,10 @@ def test_batches_that_do_not_fit(rng, tmp_path, case):
     model, _ = small_net(rng)
     np.savez(tmp_path / "x.npz", x=array)
     with pytest.raises(ValueError, match=message) as caught:
-        open_net_of(model, tmp_path, tmp_path / "x.npz")
+        open_model_of(model, tmp_path, tmp_path / "x.npz")
     assert "x.npz" in str(caught.value)
     with pytest.raises(ValueError, match=message):
-        OnnxNet(model, [array])
+        OnnxModel(model, [array])
 
 
 def test_batches_that_are_no_arrays(rng, tmp_path):
@@ -822,7 +822,7 @@ def test_conformance_cases_of_onnx(data):
             node = helper.make_node(case["op"], names, ["y"], "layer", **case["attrs"])
             weights = {k: values[k] for k in names[1:]}
             model = model_of([node], {"x": ["N", *x.shape[1:]]}, weights=weights)
-            net = OnnxNet(model, [x])
+            net = OnnxModel(model, [x])
             conv = net.layers[0].conv
             np.testing.assert_allclose(conv(x), y, **CLOSE, err_msg=case["name"])
             for f in itertools.islice(chains_of(conv), 6):

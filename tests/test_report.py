@@ -13,7 +13,7 @@ from lowrank import compress, demo, report
 from lowrank.compress import Layer
 from lowrank.compress.pipeline import Reconstructed
 from lowrank.compress.plan import Alternative
-from lowrank.interop.weights import WeightsNet
+from lowrank.interop.weights import WeightsModel
 from lowrank.report import charts, facts
 
 VOID = {"meta", "line", "circle", "polyline", "br", "wbr"}
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def net():
-    return WeightsNet(demo.WEIGHTS)
+    return WeightsModel(demo.WEIGHTS)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def net():
     from lowrank import demo
     from lowrank.interop import files
 
-    return files.open_net(demo.WEIGHTS)
+    return files.open_model(demo.WEIGHTS)
 
 
 @cache

@@ -26,7 +26,7 @@ from lowrank.core.cost import Cost
 from lowrank.core.geometry import PADDING_MODES
 from lowrank.factorization import Factorization, dense
 from lowrank.families import FAMILIES, applicable
-from lowrank.interop.weights import Layer, layers
+from lowrank.interop.weights import StoredLayer, layers
 from lowrank.report import figures
 
 
@@ -89,7 +89,7 @@ _SEPARABLE = {
 }
 
 
-def _inspected(layer: Layer, size: Ints | None) -> dict[str, Any]:
+def _inspected(layer: StoredLayer, size: Ints | None) -> dict[str, Any]:
     """One row of `inspect`."""
     conv = layer.conv
     cost: Cost | None = None
@@ -305,7 +305,7 @@ def _said(pick: selection.Candidate, whole: selection.Candidate) -> str:
     )
 
 
-def _layer(file: Path, name: str | None) -> Layer:
+def _layer(file: Path, name: str | None) -> StoredLayer:
     found = layers(file, only=name)
     names = [x.name for x in found]
     if not found and name is None:
@@ -320,7 +320,7 @@ def _layer(file: Path, name: str | None) -> Layer:
     return found[0]
 
 
-def _overridden(layer: Layer, given: dict[str, Any]) -> Factorization:
+def _overridden(layer: StoredLayer, given: dict[str, Any]) -> Factorization:
     """The layer with the geometry that options ask for."""
     conv = layer.conv
     if conv.family != "dense":

@@ -292,7 +292,7 @@ def _read_plan(path: Path) -> Plan:
 
 def _opened(model: Path, calibrate: Path | None) -> tuple[Net, list[str]]:
     """The network, and which of its layers cannot be touched."""
-    net = files.open_net(model, calibrate)
+    net = files.open_model(model, calibrate)
     left = getattr(net, "left_out", {})
     if not left:
         return net, []

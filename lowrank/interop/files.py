@@ -15,7 +15,7 @@ _FORMS = ((".onnx",), (".keras",), (".h5", ".hdf5"), (".safetensors", ".npz"))
 _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
-def open_net(
+def open_model(
     path: str | os.PathLike[str], calibration: str | os.PathLike[str] | None = None
 ) -> Net:
     """Open a network.
@@ -45,8 +45,8 @@ def open_net(
     Examples
     --------
     >>> from lowrank import demo
-    >>> from lowrank.interop.files import open_net
-    >>> [layer.name for layer in open_net(demo.WEIGHTS).layers]
+    >>> from lowrank.interop.files import open_model
+    >>> [layer.name for layer in open_model(demo.WEIGHTS).layers]
     ['conv1', 'conv2', 'conv3']
     """
     path = Path(path)
@@ -58,14 +58,14 @@ def open_net(
     if form == ".onnx":
         from lowrank.interop import onnx
 
-        return onnx.open_net(path, calibration)
+        return onnx.open_model(path, calibration)
     if form in (".keras", ".h5"):
-        from lowrank.interop.keras import KerasNet
+        from lowrank.interop.keras import KerasModel
 
-        return KerasNet(path, calibration=calibration)
-    from lowrank.interop.weights import WeightsNet
+        return KerasModel(path, calibration=calibration)
+    from lowrank.interop.weights import WeightsModel
 
-    return WeightsNet(path, calibration=calibration)
+    return WeightsModel(path, calibration=calibration)
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:
@@ -160,11 +160,11 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     --------
     >>> import pathlib, tempfile
     >>> from lowrank import demo, spatial_svd
-    >>> from lowrank.interop.files import open_net, save
-    >>> net = open_net(demo.WEIGHTS)
+    >>> from lowrank.interop.files import open_model, save
+    >>> net = open_model(demo.WEIGHTS)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
     >>> save(net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}), path)
-    >>> len(open_net(path).layers)
+    >>> len(open_model(path).layers)
     2
     """
     if hasattr(model, "save"):
@@ -191,9 +191,9 @@ def fingerprint(net: Net, *paths: str | os.PathLike[str] | None) -> str:
     Examples
     --------
     >>> from lowrank import demo
-    >>> from lowrank.interop.files import fingerprint, open_net
-    >>> net = open_net(demo.WEIGHTS)
-    >>> fingerprint(net) == fingerprint(open_net(demo.WEIGHTS))
+    >>> from lowrank.interop.files import fingerprint, open_model
+    >>> net = open_model(demo.WEIGHTS)
+    >>> fingerprint(net) == fingerprint(open_model(demo.WEIGHTS))
     True
     """
     found = hashlib.sha256()

@@ -243,8 +243,8 @@ def gather(
     Examples
     --------
     >>> from lowrank import demo, compress, report
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> net = WeightsNet(demo.WEIGHTS)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> net = WeightsModel(demo.WEIGHTS)
     >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> facts = report.gather(net, small, measured=False)
     >>> before, after = facts.total("macs")

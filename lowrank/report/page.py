@@ -33,8 +33,8 @@ def save(facts: Facts, path: str | os.PathLike[str]) -> None:
     --------
     >>> import pathlib, tempfile
     >>> from lowrank import demo, compress, report
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> net = WeightsNet(demo.WEIGHTS)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> net = WeightsModel(demo.WEIGHTS)
     >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> path = pathlib.Path(tempfile.mkdtemp(), "report.html")
     >>> report.save(report.gather(net, small, measured=False), path)
@@ -61,8 +61,8 @@ def page(facts: Facts) -> str:
     Examples
     --------
     >>> from lowrank import demo, compress, report
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> net = WeightsNet(demo.WEIGHTS)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> net = WeightsModel(demo.WEIGHTS)
     >>> small = compress.compress_model(net, macs=0.5, families=["spatial_svd"])
     >>> "conv2" in report.page(report.gather(net, small, measured=False))
     True

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from asv_benchmarks.benchmarks.measure import measured
 from lowrank import compress, demo
 from lowrank.compress import Layer
-from lowrank.interop.weights import WeightsNet, read_weights
+from lowrank.interop.weights import WeightsModel, read_weights
 
 SHARES = (0.67, 0.5, 0.33, 0.25, 0.17, 0.1)
 UNIFORM = ("spatial_svd", "tucker")
@@ -77,7 +77,7 @@ def rows():
     images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     fit, x, _, y = train_test_split(images, labels, test_size=0.25, random_state=0)
     weights = read_weights(demo.WEIGHTS)
-    net, blind = DigitNet(fit, weights), WeightsNet(demo.WEIGHTS)
+    net, blind = DigitNet(fit, weights), WeightsModel(demo.WEIGHTS)
     dense = net.with_chains({})
     whole = sum(layer.cost.macs for layer in net.layers)
     seen, unseen = compress.Measured(net), compress.Measured(blind)

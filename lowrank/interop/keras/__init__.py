@@ -1,3 +1,3 @@
 """Keras models in ``.keras`` and ``.h5`` files: compress them and write them back."""
 
-from lowrank.interop.keras.model import KerasNet as KerasNet
+from lowrank.interop.keras.model import KerasModel as KerasModel

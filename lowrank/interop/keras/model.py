@@ -28,7 +28,7 @@ from lowrank.interop.keras import weights as stores
 from lowrank.interop.weights.model import Calibration, check_chains
 
 
-class KerasNet:
+class KerasModel:
     """The convolutions of a model of Keras, as a :class:`lowrank.compress.Net`.
 
     Keras is not needed, ``h5py`` is.  The model is not run: every layer is fitted on inputs of
@@ -72,7 +72,7 @@ class KerasNet:
     >>> import h5py
     >>> import numpy as np
     >>> import lowrank
-    >>> from lowrank.interop.keras import KerasNet
+    >>> from lowrank.interop.keras import KerasModel
     >>> path = pathlib.Path(tempfile.mkdtemp(), "model.h5")  # as Keras 2 would write it
     >>> about = {"name": "a", "kernel_size": 5, "strides": 1, "filters": 8, "use_bias": False}
     >>> layer = {"class_name": "Conv1D", "config": about | {"batch_input_shape": [None, 20, 3]}}
@@ -82,11 +82,11 @@ class KerasNet:
     ...     file["model_weights/a/a/kernel:0"] = np.ones((5, 3, 8), np.float32)
     ...     file["model_weights/a"].attrs["weight_names"] = ["a/kernel:0"]
     ...     file["model_weights"].attrs["layer_names"] = ["a"]
-    >>> net = KerasNet(path)
+    >>> net = KerasModel(path)
     >>> net.layers[0].conv, net.layers[0].input_size
     (<Factorization dense: 8x3x5, 120 params>, (20,))
     >>> net.replaced({"a": lowrank.channel_svd(net.layers[0].conv, 1)}).save(path)
-    >>> [x.name for x in KerasNet(path).layers]
+    >>> [x.name for x in KerasModel(path).layers]
     ['a_0', 'a']
     """
 

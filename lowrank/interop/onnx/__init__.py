@@ -2,5 +2,5 @@
 
 from lowrank.interop.onnx.data import read_batches as read_batches
 from lowrank.interop.onnx.files import save as save
-from lowrank.interop.onnx.model import OnnxNet as OnnxNet
-from lowrank.interop.onnx.model import open_net as open_net
+from lowrank.interop.onnx.model import OnnxModel as OnnxModel
+from lowrank.interop.onnx.model import open_model as open_model

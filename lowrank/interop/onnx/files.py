@@ -252,7 +252,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     Parameters
     ----------
     model : onnx.ModelProto
-        With all its weights in memory, such as :meth:`OnnxNet.replaced` gives it.
+        With all its weights in memory, such as :meth:`OnnxModel.replaced` gives it.
     path : path
         Replaced if it is there.  Weights go to ``NAME.data`` beside it where the model would
         exceed 1.8 GB, or where they lay outside the model that it was made from.

@@ -27,7 +27,7 @@ _MODEST = 2**26  # elements
 _OLDEST = 7  # opset: the first that onnxruntime runs
 
 
-class OnnxNet:
+class OnnxModel:
     """A network in ONNX's format, as compression sees it; a :class:`lowrank.compress.Net`.
 
     Layers are the Conv, ConvTranspose, Gemm and MatMul nodes of the main graph whose weights are
@@ -55,11 +55,11 @@ class OnnxNet:
     >>> import pytest
     >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     >>> import lowrank
-    >>> from lowrank.interop.onnx import OnnxNet
+    >>> from lowrank.interop.onnx import OnnxModel
     >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
     ...     net (float[N, 1, 8, 8] x) => (float[N, 1, 6, 6] y)
     ...     <float[1, 1, 3, 3] w = {1, 2, 1, 2, 4, 2, 1, 2, 1}> {y = Conv(x, w)}''')
-    >>> net = OnnxNet(model)
+    >>> net = OnnxModel(model)
     >>> [(layer.name, layer.input_size) for layer in net.layers]
     [('y', (8, 8))]
     >>> new = net.replaced({"y": lowrank.spatial_svd(net.layers[0].conv, rank=1)})
@@ -131,11 +131,11 @@ class OnnxNet:
         >>> import pytest
         >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
         >>> import numpy as np
-        >>> from lowrank.interop.onnx import OnnxNet
+        >>> from lowrank.interop.onnx import OnnxModel
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ...     net (float[N, 1, 4] x) => (float[N, 1, 2] y)
         ...     <float[1, 1, 3] w = {1, 2, 1}> {r = Relu(x) y = Conv(r, w)}''')
-        >>> net = OnnxNet(model, [np.array([[[1, -1, 2, -2]]], np.float32)])
+        >>> net = OnnxModel(model, [np.array([[[1, -1, 2, -2]]], np.float32)])
         >>> next(net.inputs(["y"], {}))["y"][0].tolist()
         [[[1.0, 0.0, 2.0, 0.0]]]
         """
@@ -161,8 +161,8 @@ class OnnxNet:
 
         Examples
         --------
-        >>> from lowrank.interop.onnx import OnnxNet
-        >>> OnnxNet.gradients(None, [], 0) is None
+        >>> from lowrank.interop.onnx import OnnxModel
+        >>> OnnxModel.gradients(None, [], 0) is None
         True
         """
         return
@@ -190,11 +190,11 @@ class OnnxNet:
         >>> import pytest
         >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
         >>> import numpy as np
-        >>> from lowrank.interop.onnx import OnnxNet
+        >>> from lowrank.interop.onnx import OnnxModel
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ...     net (float[N, 1, 4] x) => (float[N, 1, 2] y)
         ...     <float[1, 1, 3] w = {1, 2, 1}> {y = Conv(x, w)}''')
-        >>> net = OnnxNet(model, [np.ones((1, 1, 4), np.float32)])
+        >>> net = OnnxModel(model, [np.ones((1, 1, 4), np.float32)])
         >>> next(net.outputs({}))[0].tolist()
         [[[4.0, 4.0]]]
         """
@@ -225,11 +225,11 @@ class OnnxNet:
         >>> import pytest
         >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
         >>> import lowrank
-        >>> from lowrank.interop.onnx import OnnxNet
+        >>> from lowrank.interop.onnx import OnnxModel
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ...     net (float[N, 2] x) => (float[N, 2] y)
         ...     <float[2, 2] w = {1, 2, 2, 4}> {y = MatMul(x, w)}''')
-        >>> net = OnnxNet(model)
+        >>> net = OnnxModel(model)
         >>> new = net.replaced({"y": lowrank.channel_svd(net.layers[0].conv, rank=1)})
         >>> [list(t.dims) for t in new.graph.initializer]
         [[2, 1], [1, 2]]
@@ -320,9 +320,9 @@ class OnnxNet:
         return self._batch(feed), {name: value.shape for name, value in run.items()}
 
 
-def open_net(
+def open_model(
     path: str | os.PathLike[str], batches: str | os.PathLike[str] | Sequence[Any] | None = None
-) -> OnnxNet:
+) -> OnnxModel:
     """Open a network in ONNX's format.
 
     Parameters
@@ -331,16 +331,16 @@ def open_net(
         An ``.onnx`` file, with external data, if any, in its folder.
     batches : path or sequence, optional
         Calibration data: an ``.npz`` file, see :func:`read_batches`, or batches as
-        :class:`OnnxNet` takes them.
+        :class:`OnnxModel` takes them.
 
     Returns
     -------
-    OnnxNet
+    OnnxModel
 
     Raises
     ------
     ValueError
-        If one of the files is damaged, or they do not fit each other; see :class:`OnnxNet`.
+        If one of the files is damaged, or they do not fit each other; see :class:`OnnxModel`.
     OSError
         If a file cannot be read.
     ImportError
@@ -351,13 +351,13 @@ def open_net(
     >>> import pathlib, tempfile
     >>> import pytest
     >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    >>> from lowrank.interop.onnx import open_net
+    >>> from lowrank.interop.onnx import open_model
     >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
     ...     net (float[N, 2] x) => (float[N, 2] y)
     ...     <float[2, 2] w = {1, 2, 2, 4}> {y = MatMul(x, w)}''')
     >>> path = pathlib.Path(tempfile.mkdtemp(), "net.onnx")
     >>> _ = path.write_bytes(model.SerializeToString())
-    >>> open_net(path).layers[0].conv
+    >>> open_model(path).layers[0].conv
     <Factorization dense: 2x2x1, 4 params>
     """
     path = Path(path)
@@ -365,7 +365,7 @@ def open_net(
     try:
         if isinstance(batches, (str, os.PathLike)):
             batches = read_batches(batches, data.inputs_of(model))
-        return OnnxNet(model, batches, path.parent)
+        return OnnxModel(model, batches, path.parent)
     except ValueError as why:
         raise ValueError(why if str(path) in str(why) else f"{path}: {why}") from None
 

@@ -22,7 +22,7 @@ from lowrank.interop import weights
 _BATCH = 64  # examples at a time
 
 
-class WeightsNet:
+class WeightsModel:
     """The convolutions of a ``.safetensors`` or ``.npz`` file, as a :class:`lowrank.compress.Net`.
 
     How the layers hang together is not in such a file.  So nothing can be run through them:
@@ -61,8 +61,8 @@ class WeightsNet:
     Examples
     --------
     >>> from lowrank import demo, spatial_svd
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> net = WeightsNet(demo.WEIGHTS)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> net = WeightsModel(demo.WEIGHTS)
     >>> [layer.name for layer in net.layers]
     ['conv1', 'conv2', 'conv3']
     >>> new = net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)})
@@ -229,8 +229,8 @@ class WeightsFile:
     Examples
     --------
     >>> from lowrank import demo
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> WeightsNet(demo.WEIGHTS).replaced({}).manifest["conv_layers"][0]["name"]
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> WeightsModel(demo.WEIGHTS).replaced({}).manifest["conv_layers"][0]["name"]
     'conv1'
     """
 
@@ -258,9 +258,9 @@ class WeightsFile:
         --------
         >>> import pathlib, tempfile
         >>> from lowrank import demo, spatial_svd
-        >>> from lowrank.interop.weights import WeightsNet
+        >>> from lowrank.interop.weights import WeightsModel
         >>> from lowrank.interop.weights import layers
-        >>> net = WeightsNet(demo.WEIGHTS)
+        >>> net = WeightsModel(demo.WEIGHTS)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
         >>> net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}).save(path)
         >>> layers(path)[1].conv

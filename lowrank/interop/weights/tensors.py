@@ -24,7 +24,7 @@ ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layer:
+class StoredLayer:
     """One convolution of a weights file.
 
     Attributes
@@ -120,7 +120,7 @@ def layers(
     path: str | os.PathLike[str],
     only: str | None = None,
     about: str | os.PathLike[str] | None = None,
-) -> list[Layer]:
+) -> list[StoredLayer]:
     """Find the convolutions of a weights file.
 
     Parameters
@@ -132,7 +132,7 @@ def layers(
         name may be missing; ``padding`` is one number or a [before, after] pair an axis, and
         the output of a transposed convolution is cut or grown at the end to ``out_size``.
         Entries with the same ``"of"`` are the stages of a chain of that name, in order, as
-        :class:`lowrank.interop.weights.WeightsNet` writes them.
+        :class:`lowrank.interop.weights.WeightsModel` writes them.
     only : str, optional
         The layer of this name alone, if there is one; the others are not looked at.
     about : path, optional
@@ -140,7 +140,7 @@ def layers(
 
     Returns
     -------
-    list of Layer
+    list of StoredLayer
         As described; without a description every floating-point tensor of 3 to 5 axes, with
         stride 1 and a padding that keeps the size, one group, and the bias that is named so.
         For a file that :func:`lowrank.save` wrote, its chains.
@@ -165,7 +165,7 @@ def layers(
         tensors, metadata = io.read_tensors(path)
         if io.holds_chains(metadata):
             chains = io.load(path).items()
-            return [Layer(n, f, None, f.bias) for n, f in chains if only in (None, n)]
+            return [StoredLayer(n, f, None, f.bias) for n, f in chains if only in (None, n)]
     else:
         tensors = read_weights(path)
     described = path.with_suffix(".json") if about is None else Path(about)
@@ -181,11 +181,11 @@ def layers(
             bias = tensors.get(stem + "bias") if stem != name else None
             fits = bias is not None and bias.shape == tensor.shape[:1]
             conv = _conv(f"{path}: {name}", tensor, bias if fits else None, {"padding": "same"})
-            found.append(Layer(short, conv, None, bias))
+            found.append(StoredLayer(short, conv, None, bias))
     return found
 
 
-def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> list[Layer]:
+def _described(about: Path, tensors: Mapping[str, Array], only: str | None) -> list[StoredLayer]:
     """Layers as the file `about` describes them."""
     described = manifest(about)
     found: list[tuple[str, list[Any]]] = []
@@ -260,7 +260,7 @@ def manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
 _GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "value", "output_padding")
 
 
-def _plain(about: Path, name: str, entry: Any, tensors: Mapping[str, Array]) -> Layer:
+def _plain(about: Path, name: str, entry: Any, tensors: Mapping[str, Array]) -> StoredLayer:
     """A layer of one dense kernel."""
     bias = None if entry.get("bias") is None else tensors[entry["bias"]]
     keys = (*_GEOMETRY, "groups", "transposed")
@@ -269,10 +269,10 @@ def _plain(about: Path, name: str, entry: Any, tensors: Mapping[str, Array]) -> 
     size, wanted = (_entry_size(about, name, entry, k, conv.ndim) for k in ("in_size", "out_size"))
     if size and wanted and conv.transposed:
         conv = _fitted(conv, size, wanted)
-    return Layer(name, conv, size, conv.bias)
+    return StoredLayer(name, conv, size, conv.bias)
 
 
-def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, Array]) -> Layer:
+def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, Array]) -> StoredLayer:
     """A layer as a chain of stages, the very ones that were written."""
     try:
         stages = tuple(_stage(tensors[entry["weight"]], entry) for entry in entries)
@@ -291,7 +291,7 @@ def _chain(about: Path, name: str, entries: Any, of: Any, tensors: Mapping[str, 
             )
     except (ValueError, TypeError, LookupError, AttributeError) as why:
         raise ValueError(f"{about}: chain {name!r} is damaged: {why}") from None
-    return Layer(name, f, _entry_size(about, name, entries[0], "in_size", f.ndim), f.bias)
+    return StoredLayer(name, f, _entry_size(about, name, entries[0], "in_size", f.ndim), f.bias)
 
 
 def _stage(weight: Array, entry: Any) -> Stage:
