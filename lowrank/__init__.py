@@ -9,10 +9,9 @@ from lowrank.certify import Rounding as Rounding
 from lowrank.certify import certificate as certificate
 from lowrank.certify import output_bound as output_bound
 from lowrank.certify import rounding as rounding
-from lowrank.certify import second_moment as second_moment
-from lowrank.certify.norms import Norm as Norm
-from lowrank.certify.norms import operator_norm as operator_norm
-from lowrank.certify.norms import resolution_free as resolution_free
+from lowrank.certify.operator_norm import Norm as Norm
+from lowrank.certify.operator_norm import operator_norm as operator_norm
+from lowrank.certify.operator_norm import resolution_free as resolution_free
 from lowrank.core.cost import Cost as Cost
 from lowrank.core.geometry import Geometry as Geometry
 from lowrank.core.stage import Stage as Stage

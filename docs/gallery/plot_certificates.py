@@ -17,6 +17,7 @@ import lowrank
 from lowrank import filters
 from lowrank.core import tables
 from lowrank.interop import weights
+from lowrank.metric import Moments
 from lowrank.report import figures
 
 plt.rcParams.update(figures.STYLE)
@@ -114,8 +115,8 @@ print(f"noise   {np.linalg.norm(e) / np.linalg.norm(y):.4f}, {e.std():.4f} a sam
 # %%
 # A network does not see white noise.  What its layers get is smooth and correlated, and there an
 # approximation may do much better than the weights say, or worse.  All that counts of the inputs,
-# for the average error, is the second moment of a patch.  :func:`lowrank.second_moment` takes it
-# from some inputs; with it the expected error is exact for those, and a forecast for others like
+# for the average error, is the second moment of a patch.  :class:`lowrank.metric.Moments` estimates
+# it from some inputs; with it the expected error is exact for those, and a forecast for others like
 # them.  Here the inputs are random smooth pictures that have gone through the first layer.
 
 
@@ -134,7 +135,9 @@ def activations(seed):
 
 
 seen, unseen = activations(seed=1), activations(seed=2)
-moment = lowrank.second_moment(conv, seen)
+moments = Moments(conv, positions=seen.size)  # no random subset of the patches
+moments.add(seen)
+moment = moments.metric(damping=0.0).input_moment
 expected = lowrank.output_bound(conv, f, size, second_moment=moment)
 print(f"forecast       {expected.rms_relative:.5f}")
 for name, x in (("same inputs", seen), ("other inputs", unseen)):
@@ -154,7 +157,7 @@ for _ in range(20):
     x /= np.linalg.norm(x)
 reached = np.linalg.norm(both(conv, f, x)[1]) / np.linalg.norm(x)
 print(f"power method  {reached:.4f} times the norm of the input")
-print(f"bound         {bound.l2.value:.4f}, {bound.l2.how}")
+print(f"bound         {bound.l2.value:.4f}, {bound.l2.method}")
 
 # %%
 # Such a norm depends on the size of the input, a little, and less the larger that is.

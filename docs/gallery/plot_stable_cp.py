@@ -74,12 +74,12 @@ sweeps = (3, 10, 30, 100, 300, 1000, 3000)
 als = [lowrank.certificate(conv, plain_als(chain, kernel, n)) for n in sweeps]
 print("sweeps   error   terms  sensitivity")
 for n, c in zip(sweeps, als):
-    print(f"{n:6}  {c.error:.4f}  {c.terms:6.2f}  {c.sensitivity:11.1f}")
+    print(f"{n:6}  {c.error:.4f}  {c.cancellation:6.2f}  {c.sensitivity:11.1f}")
 
 # %%
 # The certificate has two numbers about cancellation:
 #
-# ``terms``
+# ``cancellation``
 #     The root of the sum of the squared norms of the terms, over the norm of the kernel.  Terms
 #     that are orthogonal have 1.  It only says how large they are; at 100 two digits are lost.
 # ``sensitivity``
@@ -112,11 +112,11 @@ corrected = [
 third = lowrank.certificate(conv, lowrank.cp(conv, 3, max_error=0.01))
 print("rank  error   terms  sensitivity")
 for rank, c in [*((2, c) for c in corrected), (3, third)]:
-    print(f"{rank:4}  {c.error:.4f}  {c.terms:5.2f}  {c.sensitivity:11.1f}")
+    print(f"{rank:4}  {c.error:.4f}  {c.cancellation:5.2f}  {c.sensitivity:11.1f}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
 left.loglog(sweeps, [c.error for c in als], "o-", color="#0072b2", label="relative error")
-left.loglog(sweeps, [c.terms for c in als], "s-", color="#d55e00", label="terms")
+left.loglog(sweeps, [c.cancellation for c in als], "s-", color="#d55e00", label="terms")
 left.set(xlabel="sweeps of ALS, rank 2", title="less error, larger terms")
 left.legend(frameon=False)
 right.loglog(
@@ -167,7 +167,7 @@ for name, found in chains.items():
         c = lowrank.certificate(conv, f)
         half = lowrank.rounding(f, "float16").weights
         print(
-            f"{name:10}  {f.rank[0]:4}  {c.error:.4f}  {c.terms:5.2f}  {c.sensitivity:11.1f}"
+            f"{name:10}  {f.rank[0]:4}  {c.error:.4f}  {c.cancellation:5.2f}  {c.sensitivity:11.1f}"
             f"  {half:18.1e}  {rounded(f):9.1e}"
         )
 
@@ -218,7 +218,7 @@ print(lowrank.rounding(chains["corrected"][1], "bfloat16"))
 # What to do
 # ----------
 #
-# * Look at ``lowrank.certificate(conv, f)`` for every CP chain.  ``terms`` near 1: fine.
+# * Look at ``lowrank.certificate(conv, f)`` for every CP chain.  ``cancellation`` near 1: fine.
 # * If terms are large, allow a little more error with ``max_error``.
 # * If that does not help, the kernel is near one without a best approximation: raise the rank.
 # * Before storing in half precision, ask ``lowrank.rounding``.

@@ -1,10 +1,9 @@
-"""Certificates: the achieved error beside the least possible, and what it means at the output."""
+"""Certificates: error against its lower bound, error at the output, half-precision rounding."""
 
 from lowrank.certify.bounds import SUMS as SUMS
 from lowrank.certify.bounds import Certificate as Certificate
-from lowrank.certify.bounds import OutputBound as OutputBound
-from lowrank.certify.bounds import Rounding as Rounding
 from lowrank.certify.bounds import certificate as certificate
-from lowrank.certify.bounds import output_bound as output_bound
-from lowrank.certify.bounds import rounding as rounding
-from lowrank.certify.bounds import second_moment as second_moment
+from lowrank.certify.output import OutputBound as OutputBound
+from lowrank.certify.output import output_bound as output_bound
+from lowrank.certify.rounding import Rounding as Rounding
+from lowrank.certify.rounding import rounding as rounding

@@ -1,4 +1,4 @@
-"""Operator norms: above the norm of the operator written out, and equal to it where they say so."""
+"""Operator norms against singular values of the operator as an explicit matrix."""
 
 import itertools
 import math
@@ -9,13 +9,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank.certify import norms
-from lowrank.certify.norms import operator_norm, resolution_free
+from lowrank.certify import operator_norm as norms
+from lowrank.certify.operator_norm import operator_norm, resolution_free
 from lowrank.core import reference
 from lowrank.interop.weights import layers
 
-# Singular values from an SVD and from the eigenvalues of a Gram matrix in float64, of at most a
-# few thousand products: 1e-10 is room enough, and so it is for the bounds to be passed.
+# Relative tolerance for singular values in float64, from an SVD and from a Gram matrix, of sums of
+# at most a few thousand products.
 EXACT = 1e-10
 MODES = ["zeros", "constant", "reflect", "replicate", "symmetric", "circular"]
 
@@ -25,7 +25,7 @@ def run(conv, x):
 
 
 def matrix(conv, size):
-    """The linear map of a convolution on inputs of `size`, written out by unit vectors."""
+    """Return the matrix of a convolution on inputs of `size`, from unit vectors."""
     n = conv.in_channels * math.prod(size)
     x = np.eye(n).reshape(n, conv.in_channels, *size)
     return (run(conv, x) - run(conv, 0 * x[:1])).reshape(n, -1).T
@@ -41,7 +41,7 @@ def random(*shape, seed=0, **options):
 
 @st.composite
 def convolutions(draw):
-    """A small convolution of any kind, with an input size."""
+    """Draw a small convolution of any kind and an input size."""
     ndim = draw(st.integers(1, 3))
     groups = draw(st.integers(1, 2))
     transposed = draw(st.booleans()) and draw(st.booleans())
@@ -49,10 +49,10 @@ def convolutions(draw):
     shape = (groups * draw(st.integers(1, 3)), draw(st.integers(1, 3)), *kernel)
     weight = np.random.default_rng(draw(st.integers(0, 99))).standard_normal(shape)
     if draw(st.booleans()):
-        weight = np.abs(weight)  # the largest frequency is 0, for which many bounds are tight
+        weight = np.abs(weight)  # the maximum is at frequency 0, where many bounds are tight
     dilation = draw(st.tuples(*[st.integers(1, 3)] * ndim))
     padding = draw(st.tuples(*[st.tuples(*[st.integers(0, 3)] * 2)] * ndim))
-    if draw(st.booleans()):  # as much as keeps the size
+    if draw(st.booleans()):  # padding that keeps the size
         extents = (d * (k - 1) + 1 for d, k in zip(dilation, kernel))
         padding = [(min(p[0], e - 1), e - 1 - min(p[0], e - 1)) for p, e in zip(padding, extents)]
     conv = lr.dense(
@@ -75,7 +75,7 @@ def convolutions(draw):
 
 @settings(max_examples=300)
 @given(convolutions())
-def test_no_input_grows_beyond_the_bound(case):
+def test_norm_is_within_the_bounds(case):
     conv, size = case
     true, bound, free = norm_of(conv, size), operator_norm(conv, size), resolution_free(conv)
     assert true <= bound.value * (1 + EXACT)
@@ -85,13 +85,13 @@ def test_no_input_grows_beyond_the_bound(case):
         n >= sum(p) + 2 for n, p in zip(size, conv.geometry.padding)
     ):
         assert true <= free.value * (1 + EXACT)
-    # what a constant border adds is what is left for the input of zeros
+    # the response to zeros is the contribution of a constant border
     added = np.abs(run(conv, np.zeros((1, conv.in_channels, *size)))).max()
     assert added <= bound.offset * (1 + EXACT) == free.offset * (1 + EXACT)
 
 
 def wrapped(*shape, before=0, seed=0, **options):
-    """A circular convolution whose padding keeps the size."""
+    """Return a circular convolution whose padding keeps the size."""
     g = lr.Geometry.of(len(shape) - 2, dilation=options.get("dilation", 1))
     pads = [(min(before, e - 1), e - 1 - min(before, e - 1)) for e in g.extent(shape[2:])]
     return random(*shape, seed=seed, padding=pads, padding_mode="circular", **options)
@@ -107,19 +107,23 @@ def wrapped(*shape, before=0, seed=0, **options):
         pytest.param(wrapped(3, 2, 5, 4), (3, 3), id="a kernel larger than the circle"),
         pytest.param(wrapped(2, 2, 3, 3, dilation=(2, 3), before=2), (6, 7), id="dilated"),
         pytest.param(wrapped(2, 2, 3, dilation=4), (6,), id="dilated around the circle"),
-        pytest.param(wrapped(2, 2, 3, dilation=4, seed=2), (7,), id="dilated, out of step"),
+        pytest.param(
+            wrapped(2, 2, 3, dilation=4, seed=2), (7,), id="dilated, coprime to the circle"
+        ),
         pytest.param(wrapped(6, 2, 3, 3, groups=3), (5, 5), id="grouped"),
         pytest.param(wrapped(6, 1, 3, 3, groups=6), (5, 5), id="depthwise"),
         pytest.param(wrapped(3, 4, 3, 3, stride=2), (6, 8), id="strided"),
         pytest.param(wrapped(5, 1, 3, 4, stride=(3, 2)), (6, 8), id="strided, more outputs"),
         pytest.param(wrapped(3, 2, 3, 3, stride=2, dilation=3), (8, 6), id="strided and dilated"),
         pytest.param(random(6, 4, 1, 1), (3, 4), id="pointwise"),
-        pytest.param(random(6, 4, 1, 1, stride=2, padding_mode="reflect"), (5, 4), id="thinned"),
+        pytest.param(random(6, 4, 1, 1, stride=2, padding_mode="reflect"), (5, 4), id="subsampled"),
         pytest.param(random(6, 3, 2, 3, stride=(2, 3)), (7, 9), id="patches"),
-        pytest.param(random(4, 6, 2, 2, stride=2, transposed=True), (3, 4), id="woven patches"),
+        pytest.param(
+            random(4, 6, 2, 2, stride=2, transposed=True), (3, 4), id="transposed patches"
+        ),
     ],
 )
-def test_what_is_called_exact_is_the_largest_singular_value(conv, size):
+def test_exact_norm_is_the_largest_singular_value(conv, size):
     bound = operator_norm(conv, size)
     assert bound.exact
     assert bound.value == pytest.approx(norm_of(conv, size), rel=EXACT)
@@ -127,7 +131,7 @@ def test_what_is_called_exact_is_the_largest_singular_value(conv, size):
 
 @pytest.mark.parametrize("size", [9, 10, 11])
 @pytest.mark.parametrize("padding", [0, 1, (2, 2)])
-def test_a_circle_that_is_cropped_or_out_of_step_is_only_bounded(size, padding):
+def test_cropped_or_misaligned_circle_gives_a_bound(size, padding):
     for seed in range(10):
         conv = random(2, 3, 5, seed=seed, stride=2, padding=(padding,), padding_mode="circular")
         true, bound = norm_of(conv, (size,)), operator_norm(conv, (size,))
@@ -136,8 +140,8 @@ def test_a_circle_that_is_cropped_or_out_of_step_is_only_bounded(size, padding):
         assert true <= bound.value * (1 + EXACT)
 
 
-def test_the_largest_eigenvalue_is_found_wherever_it_is():
-    # close to many others, so that a few steps of the power method do not tell them apart
+def test_peak_is_the_largest_eigenvalue():
+    # eigenvalues so close that a few steps of the power method do not separate them
     rng = np.random.default_rng(0)
     for n in (1, 3, 8):
         for _ in range(30):
@@ -148,8 +152,8 @@ def test_the_largest_eigenvalue_is_found_wherever_it_is():
             assert norms._peak(grams, 2.0) == 2.0
 
 
-def test_singular_values_are_those_of_the_transformed_kernel():
-    # the formula of Sedghi, Gupta and Long, by a Fourier transform of the whole kernel
+def test_norm_matches_the_fourier_transform_of_the_kernel():
+    # Sedghi, Gupta, Long (2019)
     conv = wrapped(16, 12, 3, 3, before=1)
     spectrum = np.fft.fft2(conv.to_dense(), (14, 14))
     values = np.linalg.svd(spectrum.transpose(2, 3, 0, 1), compute_uv=False)
@@ -158,8 +162,8 @@ def test_singular_values_are_those_of_the_transformed_kernel():
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "symmetric", "circular"])
 @pytest.mark.parametrize("size", [4, 7])
-def test_the_norm_of_a_border_is_the_root_of_its_copies(mode, size):
-    # a kernel of one tap leaves the border alone: the operator is the padding itself
+def test_norm_of_a_border_is_the_root_of_its_copies(mode, size):
+    # with a single tap the operator is the padding
     border = lr.dense(np.ones((1, 1, 1, 1)), padding=(2, (3, 1)), padding_mode=mode)
     value = operator_norm(border, (size, size)).value
     assert value == pytest.approx(norm_of(border, (size, size)), rel=EXACT)
@@ -167,22 +171,22 @@ def test_the_norm_of_a_border_is_the_root_of_its_copies(mode, size):
 
 
 def peak(weight, points):
-    """Largest singular value of a 2-D kernel among `points` frequencies an axis."""
+    """Return the largest singular value of a 2-D kernel over `points` frequencies per axis."""
     spectrum = np.fft.fft2(weight, (points, points)).transpose(2, 3, 0, 1)
     return np.linalg.svd(spectrum, compute_uv=False).max()
 
 
 @pytest.mark.parametrize("taps", [2, 3, 5])
-def test_between_frequencies_the_bound_holds_and_is_tight(taps):
+def test_bound_for_any_size_is_tight_between_frequencies(taps):
     weight = np.random.default_rng(taps).standard_normal((4, 3, taps, taps))
     free = resolution_free(lr.dense(weight, padding=1)).value
-    # 512 frequencies an axis miss at most 1 - cos(pi (taps - 1) / 512) < 3e-4 of the square;
-    # the bound's own 32 (taps - 1) make it 1 / cos(pi / 32) = 1.0048 times as large, at most
+    # 512 frequencies per axis miss at most 1 - cos(pi (taps - 1) / 512) < 3e-4 of the square; the
+    # bound with 32 (taps - 1) frequencies is at most 1 / cos(pi / 32) = 1.0048 times the maximum
     assert peak(weight, 512) <= free <= 1.0055 * peak(weight, 512)
 
 
-def test_the_factor_for_what_lies_between_frequencies_is_needed(monkeypatch):
-    monkeypatch.setattr(norms, "POINTS", 8)
+def test_coarse_grid_needs_the_interpolation_factor(monkeypatch):
+    monkeypatch.setattr(norms, "MAX_POINTS", 8)
     passed = 0
     for seed in range(20):
         weight = np.random.default_rng(seed).standard_normal((1, 1, 3))
@@ -190,7 +194,7 @@ def test_the_factor_for_what_lies_between_frequencies_is_needed(monkeypatch):
         on_grid = np.abs(np.fft.fft(weight[0, 0], 8)).max()
         free = resolution_free(lr.dense(weight))
         assert sup * (1 - EXACT) <= free.value
-        # at most: the matricised kernel may be better still
+        # at most, since the matricised bound may be smaller
         assert free.value <= on_grid / math.sqrt(math.cos(2 * math.pi / 8)) * (1 + EXACT)
         passed += sup > on_grid * (1 + 1e-3)
     assert passed > 5
@@ -198,27 +202,27 @@ def test_the_factor_for_what_lies_between_frequencies_is_needed(monkeypatch):
 
 @settings(max_examples=60)
 @given(convolutions(), st.integers(1, 40))
-def test_a_grid_too_fine_to_pay_for_is_bounded_from_a_coarser_one(case, points):
+def test_large_grid_is_bounded_from_a_coarser_one(case, points):
     conv, size = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "POINTS", points)
+        patch.setattr(norms, "MAX_POINTS", points)
         coarse = operator_norm(conv, size)
     fine = operator_norm(conv, size)
     assert norm_of(conv, size) <= coarse.value * (1 + EXACT)
-    if "between" not in coarse.how:
+    if "interpolated" not in coarse.method:
         assert coarse == fine
 
 
-def test_chunks_of_frequencies_change_nothing(monkeypatch):
+def test_norm_does_not_depend_on_chunks(monkeypatch):
     conv = wrapped(4, 5, 3, 3)
     whole = operator_norm(conv, (9, 8))
     monkeypatch.setattr(norms, "CHUNK", 300)
-    monkeypatch.setattr(norms, "TOGETHER", 1)
+    monkeypatch.setattr(norms, "CHOLESKY_BATCH", 1)
     assert operator_norm(conv, (9, 8)).value == pytest.approx(whole.value, rel=EXACT)
 
 
-def test_the_matricised_kernel_is_the_smallest_of_four():
-    # one matrix for all taps: at frequency 0 both bounds meet, and grids miss nothing there
+def test_matricised_bound_is_the_smallest_of_four():
+    # one matrix for all taps: both bounds coincide at frequency 0, which is on every grid
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((4, 6))[:, :, None, None] * np.ones((3, 3))
     free = resolution_free(lr.dense(weight))
@@ -228,26 +232,26 @@ def test_the_matricised_kernel_is_the_smallest_of_four():
         m = weight.transpose(rows + columns).reshape(math.prod(weight.shape[a] for a in rows), -1)
         four.append(3 * np.linalg.norm(m, 2))
     assert free.value == pytest.approx(min(four), rel=EXACT)
-    assert "matricised" in free.how
+    assert "matricised" in free.method
     assert free.value == pytest.approx(9 * np.linalg.norm(weight[:, :, 0, 0], 2), rel=EXACT)
 
 
-def test_large_inputs_come_near_the_bound_for_every_size():
+def test_norm_of_large_inputs_approaches_the_bound_for_any_size():
     conv = random(3, 2, 3, padding=1)
     true = [norm_of(conv, (n,)) for n in (4, 16, 64)]
     free = resolution_free(conv).value
     assert true == sorted(true)
-    # at a smooth peak an input of n samples misses a share of order 1 / n^2, here below 0.5
-    # percent, and so does the bound
+    # at a smooth peak an input of n samples misses a relative O(1 / n^2), here below 0.5 %, and
+    # the grid of the bound a similar share
     assert true[-1] <= free <= 1.01 * true[-1]
 
 
-def test_a_large_dilation_costs_no_more_frequencies(monkeypatch):
-    # phases that taps never mix: those of 16 by 16 samples have 4 by 4 frequencies
+def test_dilation_adds_no_frequencies(monkeypatch):
+    # the taps never mix the 16 x 16 phases, each of which has 4 x 4 frequencies
     conv = random(3, 3, 3, 3, dilation=16, padding=16)
     seen = []
-    half = norms._half
-    monkeypatch.setattr(norms, "_half", lambda grid: seen.append(grid) or half(grid))
+    half = norms._half_spectrum
+    monkeypatch.setattr(norms, "_half_spectrum", lambda grid: seen.append(grid) or half(grid))
     bound = operator_norm(conv, (48, 48))
     assert seen == [(4, 4)]
     small = random(3, 3, 3, 3, padding=1)
@@ -255,19 +259,19 @@ def test_a_large_dilation_costs_no_more_frequencies(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
-def test_norms_scale_with_the_kernel(scale):
+def test_norm_scales_with_the_kernel(scale):
     conv = random(3, 4, 3, 3, padding=1)
     scaled = lr.dense(conv.to_dense() * scale, padding=1)
     assert operator_norm(scaled, (6, 6)).value == scale * operator_norm(conv, (6, 6)).value
     assert resolution_free(scaled).value == scale * resolution_free(conv).value
 
 
-def test_a_kernel_of_zeros_has_norm_zero():
+def test_zero_kernel_has_norm_zero():
     conv = lr.dense(np.zeros((3, 4, 3, 3)), padding=1)
     assert operator_norm(conv, (6, 6)).value == resolution_free(conv).value == 0
 
 
-def test_a_chain_has_the_norm_of_its_kernel():
+def test_chain_has_the_norm_of_its_kernel():
     conv = wrapped(6, 5, 3, 3, before=1)
     for f in (lr.spatial_svd(conv, 4), lr.kronecker(conv, 2), lr.filter_basis(conv, 2)):
         same = lr.dense(f.to_dense(), padding=1, padding_mode="circular")
@@ -276,16 +280,16 @@ def test_a_chain_has_the_norm_of_its_kernel():
         )
 
 
-def test_what_has_no_norm_is_refused():
+def test_invalid_arguments_are_rejected():
     conv = random(3, 4, 3, 3)
-    with pytest.raises(ValueError, match="more than the padded input"):
+    with pytest.raises(ValueError, match="larger than the padded input"):
         operator_norm(conv, (2, 5))
     mixed = lr.chain([conv.stages[0], random(3, 2, 3, 3, transposed=True).stages[0]])
     with pytest.raises(ValueError, match="mixes"):
         resolution_free(mixed)
 
 
-def test_a_norm_says_what_it_is():
+def test_norm_prints_value_and_method():
     texts = {
         (1, "circular"): "3.5 (DFT on the circle of 8)",
         (1, "zeros"): "at most 3.5 (DFT on a circle of 9 for input and border)",
@@ -301,7 +305,7 @@ def test_a_norm_says_what_it_is():
 
 
 def longest(conv, adjoint, size, steps=30):
-    """A lower bound on an operator's norm, by the power method."""
+    """Return a lower bound on an operator norm, by the power method."""
     x = np.random.default_rng(0).standard_normal((1, conv.in_channels, *size))
     for _ in range(steps):
         x /= np.linalg.norm(x)
@@ -310,17 +314,17 @@ def longest(conv, adjoint, size, steps=30):
     return np.linalg.norm(y)
 
 
-def test_bounds_hold_and_are_near_on_trained_layers(data):
+def test_bounds_are_tight_on_trained_layers(data):
     count = 0
     for net in ("resnet20_cifar10", "espcn_x3", "vww_mobilenet_025_96"):
         for layer in itertools.islice(layers(data / "weights" / f"{net}.safetensors"), 0, None, 4):
             conv, size = layer.conv.astype(np.float64), layer.input_size
-            if max(size) > 64 or max(conv.geometry.stride) > 1:  # the adjoint has another size
+            if max(size) > 64 or max(conv.geometry.stride) > 1:  # size of the adjoint differs
                 continue
             conv = lr.Factorization(conv.stages, conv.geometry, conv.groups)
             low = longest(conv, conv.adjoint(), size)
             bound, free = operator_norm(conv, size), resolution_free(conv)
-            # the power method has not ended, and zero borders are a little shorter than circles
+            # the power method has not converged, and zero padding is slightly below the circle
             assert low * (1 - EXACT) <= bound.value <= 1.25 * low, layer.name
             assert bound.value <= free.value * (1 + EXACT)
             count += 1
