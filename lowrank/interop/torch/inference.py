@@ -1,0 +1,116 @@
+"""Conversion of PyTorch models for inference on lowrank's engine."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from torch import nn
+
+from lowrank.interop.torch.batches import tensors_in
+from lowrank.interop.torch.engine import EngineModule
+from lowrank.interop.torch.modules import from_layer, is_conv
+from lowrank.interop.torch.tracing import swap_modules, trace_onto_engine
+
+TOLERANCE = 1e-3  # relative to the largest output; float32 rounding stays far below
+
+
+def on_engine(
+    model: nn.Module, example: torch.Tensor | None = None, threads: int | None = None
+) -> nn.Module:
+    """Return a copy of a model for inference, with its convolutions on lowrank's engine.
+
+    Batch norms are folded into the convolutions before them, ReLU and ReLU6 become part of the
+    engine's plans, and consecutive convolutions with nothing in between run as one chain.  PyTorch
+    runs everything else.  Tensors are passed without a copy, except that an input that is not
+    contiguous, for example in ``channels_last``, is copied once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Model, traced by :mod:`torch.fx`; convolutions in parts that cannot be traced are replaced
+        one by one.  It is not changed.
+    example : torch.Tensor, optional
+        Batch of inputs.  Plans are made for its shape at once, and the outputs of the copy are
+        compared with those of `model`: if the traced copy differs, convolutions are replaced one
+        by one.
+    threads : int, optional
+        Number of threads of the engine; PyTorch's number if not given.
+
+    Returns
+    -------
+    nn.Module
+        Model in evaluation mode, for float32 and float64 tensors that need no gradient.  It plans
+        each input shape at its first call.  Keep the original for training and saving.  Tensors
+        on a GPU run there through CuPy, in half precision as well; this is untested on hardware.
+
+    Raises
+    ------
+    TypeError
+        If `model` is not a module.
+    ValueError
+        If the outputs of the copy on `example` differ from those of `model`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lowrank.interop.torch import on_engine
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    ... ).eval()
+    >>> fast = on_engine(model)
+    >>> x = torch.rand(2, 3, 16, 16)
+    >>> with torch.inference_mode():
+    ...     torch.allclose(fast(x), model(x), atol=1e-5)
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+
+    def copy_for_inference() -> nn.Module:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+
+    plain = copy_for_inference()
+    if is_conv(plain):
+        converted: nn.Module = EngineModule([(from_layer(plain), "none")], threads)
+    else:
+        try:
+            convert = trace_onto_engine if _has_fixed_arguments(plain) else swap_modules
+            converted = convert(plain, threads)
+        except Exception:  # control flow that depends on tensors, or anything else in a model
+            converted = swap_modules(copy_for_inference(), threads)
+    if example is None or _outputs_match(model, converted, example):
+        return converted
+    converted = swap_modules(copy_for_inference(), threads)
+    if not _outputs_match(model, converted, example):
+        raise ValueError(
+            "the outputs of model on lowrank's engine differ from those in PyTorch: does it use "
+            "weights or attributes of its convolutions, or random numbers?"
+        )
+    return converted
+
+
+def _has_fixed_arguments(model: nn.Module) -> bool:
+    """Return whether every call passes all arguments: a trace is valid for one set of them."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
+def _outputs_match(model: nn.Module, converted: nn.Module, example: torch.Tensor) -> bool:
+    with torch.no_grad():
+        expected = tensors_in(copy.deepcopy(model).eval()(example))
+        try:
+            outputs = tensors_in(converted(example))
+        except Exception:
+            return False
+    return len(expected) == len(outputs) and all(map(_is_close, expected, outputs))
+
+
+def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or not a.numel():
+        return True  # for example an argmax, which rounding may change
+    atol = TOLERANCE * float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return bool(torch.allclose(a, b, rtol=0.0, atol=atol, equal_nan=True))
