@@ -20,11 +20,11 @@ BATCHES = (1, 64)
 
 def rows(case):
     from asv_benchmarks.benchmarks import whole
-    from lowrank.interop.torch import TorchNet
-    from lowrank.interop.weights import WeightsNet
+    from lowrank.interop.torch import TorchModel
+    from lowrank.interop.weights import WeightsModel
 
-    net = TorchNet(case.model, case.calibration(0))
-    blind = WeightsNet(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
+    net = TorchModel(case.model, case.calibration(0))
+    blind = WeightsModel(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
     seen, unseen = compress.Measured(net), compress.Measured(blind)
     ways = {
         f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)

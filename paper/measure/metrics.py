@@ -43,12 +43,12 @@ def resnet():
         return
     try:
         from asv_benchmarks.benchmarks import nets
-        from lowrank.interop.torch import TorchNet
+        from lowrank.interop.torch import TorchModel
     except ImportError:
         print("metrics: PyTorch is missing (pip install --group bench); ResNet-20 is left out")
         return
     (case,) = nets.cases("resnet20")
-    batches = [TorchNet(case.model, case.calibration(seed)) for seed in (0, 1)]
+    batches = [TorchModel(case.model, case.calibration(seed)) for seed in (0, 1)]
     for layer in batches[0].layers[2:-1:2]:
         if layer.conv.ndim == 2:
             seen = [

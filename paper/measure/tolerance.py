@@ -17,9 +17,9 @@ import lowrank
 def rows(case):
     import torch
 
-    from lowrank.interop.torch import TorchNet
+    from lowrank.interop.torch import TorchModel
 
-    net = TorchNet(case.model, case.calibration(0))
+    net = TorchModel(case.model, case.calibration(0))
     images, labels = case.test()
     labels = np.asarray(labels)
 
