@@ -1,4 +1,4 @@
-"""The few types that every module speaks of."""
+"""Types that all packages share."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular", "symmetric", 
 
 
 def trailing(*axes: Any) -> Any:
-    """Index that means the last axes of an array, whatever stands before them."""
+    """Return the index of the last axes of an array, for any number of axes before them."""
     return (..., *axes)

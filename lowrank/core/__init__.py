@@ -1,0 +1,1 @@
+"""Chains of stages: geometry, algebra, cost and a reference implementation."""

@@ -1,4 +1,4 @@
-"""What chains are, as linear algebra: composition, norms, spectra of matricisations."""
+"""Linear algebra of chains: composition, norms, spectra of matricisations."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from lowrank.core.stage import Stage
 
 
 def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
-    r"""Multiply a chain of stages out into the one dense kernel that it stands for.
+    r"""Compute the dense kernel of a chain.
 
-    Tap ``q`` of the second of two stages sits at ``stride_1 * dilation_2 * q``, so the
-    kernel of a chain is a sum over its stages' taps and never needs a block-diagonal matrix.
+    Tap ``q`` of the second of two stages lies at ``stride_1 * dilation_2 * q``: the kernel of a
+    chain is a sum over the taps of its stages, and no block-diagonal matrix is formed.
 
     Parameters
     ----------
     stages : sequence of Stage
-        All of them plain or all of them transposed.
+        Chain of plain stages, or of transposed ones.
     groups : int
-        Groups of the whole chain; only the blocks on its diagonal are returned.
+        Groups of the whole chain; only its diagonal blocks are returned.
 
     Returns
     -------
     ndarray, shape (out, in // groups, \*taps)
-        Taps one input sample apart.  For transposed stages (in, out // groups, \*taps).
+        Kernel with a distance of one input sample between taps; (in, out // groups, \*taps) for
+        transposed stages.
 
     Raises
     ------
     ValueError
-        If plain and transposed stages are mixed: no single kernel does that.
+        If plain and transposed stages are mixed: such a chain has no single kernel.
 
     Examples
     --------
@@ -63,62 +64,64 @@ def compose(stages: Sequence[Stage], groups: int = 1) -> Array:
 
 
 def as_plain_chain(stages: Sequence[Stage]) -> Sequence[Stage]:
-    """The plain chain with this kernel: that of a transposed one is its adjoint's."""
+    """Return the chain itself if it is plain, or its adjoint, whose kernel is the same."""
     if len({s.transposed for s in stages}) > 1:
-        raise ValueError("a chain that mixes plain and transposed stages has no single kernel")
+        raise ValueError("stages must be all plain or all transposed: a mix has no single kernel")
     return [s.adjoint() for s in reversed(stages)] if stages[0].transposed else stages
 
 
 def _identity(channels: int, groups: int, ndim: int, dtype: np.dtype[Any]) -> Array:
-    """The kernel that changes nothing, one block a group."""
+    """Return the kernel of the identity, one block per group."""
     block = np.eye(channels // groups, dtype=dtype)
     return np.tile(block, (groups, 1)).reshape(channels, -1, *(1,) * ndim)
 
 
 def _apply(stage: Stage, kernel: Array, stride: Ints) -> Array:
-    """Apply `stage` to the output channels of `kernel`, which has been strided so far."""
+    """Apply `stage` to the output channels of the kernel of a chain of this stride."""
     g, (o, c) = stage.groups, stage.weight.shape[:2]
-    inner, taps = kernel.shape[1], kernel.shape[2:]
+    columns, taps = kernel.shape[1], kernel.shape[2:]
     step = tuple(s * d for s, d in zip(stride, stage.geometry.dilation))
-    grown = tuple(t + s * (k - 1) for t, s, k in zip(taps, step, stage.kernel))
-    # One matrix product a tap: (o, c) times (c, everything else).
-    x = kernel[stage.channel_permutation()].reshape(stage.outer, g, c, stage.inner, inner * math.prod(taps))
+    new_taps = tuple(t + s * (k - 1) for t, s, k in zip(taps, step, stage.kernel))
+    # One matrix product per tap: (o, c) times (c, all other axes).
+    x = kernel[stage.channel_permutation()]
+    x = x.reshape(stage.outer, g, c, stage.inner, columns * math.prod(taps))
     x = x.transpose(1, 2, 0, 3, 4).reshape(g, c, -1)
     w = stage.weight.reshape(g, o // g, c, *stage.kernel)
     if all(k == 1 or (t == 1 and s == 1) for k, t, s in zip(stage.kernel, taps, step)):
-        # Along axes of its own, as in every family but some Kronecker products: one product.
+        # No axis has taps of both, as in all families but some Kronecker products: one product.
         y = w.reshape(g, o // g, c, -1).swapaxes(2, 3).reshape(g, -1, c) @ x
-        y = y.reshape(g, o // g, *stage.kernel, stage.outer, stage.inner, inner, *taps)
+        y = y.reshape(g, o // g, *stage.kernel, stage.outer, stage.inner, columns, *taps)
         n = len(taps)
         pairs = [axis for a in range(n) for axis in (2 + a, 5 + n + a)]
         y = y.transpose(2 + n, 0, 1, 3 + n, 4 + n, *pairs)
-        return y.reshape(stage.out_channels, inner, *grown)
-    out = np.zeros((g, o // g, stage.outer, stage.inner, inner, *grown), kernel.dtype)
+        return y.reshape(stage.out_channels, columns, *new_taps)
+    out = np.zeros((g, o // g, stage.outer, stage.inner, columns, *new_taps), kernel.dtype)
     for tap in itertools.product(*map(range, stage.kernel)):
-        at = [slice(i * s, i * s + t) for i, s, t in zip(tap, step, taps)]
+        window = [slice(i * s, i * s + t) for i, s, t in zip(tap, step, taps)]
         y = w[trailing(*tap)] @ x
-        out[trailing(*at)] += y.reshape(g, o // g, stage.outer, stage.inner, inner, *taps)
+        out[trailing(*window)] += y.reshape(g, o // g, stage.outer, stage.inner, columns, *taps)
     out = np.moveaxis(out, 2, 0)
-    return out.reshape(stage.out_channels, inner, *grown)
+    return out.reshape(stage.out_channels, columns, *new_taps)
 
 
 def partial_kernels(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Array], list[Array]]:
-    r"""Split a chain at every joint: its kernels up to there, and from there on.
+    r"""Compute the kernels before and after each joint of a chain.
+
+    A joint lies between two stages, before the first or after the last.
 
     Parameters
     ----------
     stages : sequence of Stage
-        All of them plain or all of them transposed.  Of a transposed chain the kernel is
-        that of its adjoint, and so is the order of the joints.
+        Chain of plain stages, or of transposed ones, which is replaced by its adjoint.
     groups : int
         Groups of the whole chain.
 
     Returns
     -------
     before, after : list of ndarray of float64
-        One a joint, the chain's input the first and its output the last:
-        (channels, in // groups, \*taps) and (channels, out // groups, \*taps), taps one
-        input sample apart.  The channels are those of the joint.
+        One kernel per joint, from the input of the chain to its output:
+        (channels, in // groups, \*taps) and (channels, out // groups, \*taps), with the channels
+        of the joint and a distance of one input sample between taps.
 
     Raises
     ------
@@ -131,7 +134,8 @@ def partial_kernels(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Arra
     >>> from lowrank import Geometry, Stage
     >>> from lowrank.core.chain_algebra import partial_kernels
     >>> g = Geometry.of(1)
-    >>> before, after = partial_kernels([Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)])
+    >>> stages = [Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)]
+    >>> before, after = partial_kernels(stages)
     >>> [k.shape for k in before], [k.shape for k in after]
     ([(2, 2, 1), (4, 2, 3), (5, 2, 3)], [(2, 5, 3), (4, 5, 1), (5, 5, 1)])
     """
@@ -150,124 +154,123 @@ def partial_kernels(stages: Sequence[Stage], groups: int = 1) -> tuple[list[Arra
 
 
 def _apply_back(stage: Stage, kernel: Array, stride: Ints) -> Array:
-    """What :func:`_apply` does, from the outputs of `stage` to its inputs."""
+    """Apply `stage` backwards, from its output channels to its input channels."""
     g, (o, c) = stage.groups, stage.weight.shape[:2]
     w = stage.weight.reshape(g, o // g, c, *stage.kernel).swapaxes(1, 2)
-    turned = replace(stage, weight=w.reshape(g * c, o // g, *stage.kernel), shuffle=(1, 1))
-    return np.asarray(_apply(turned, kernel, stride)[np.argsort(stage.channel_permutation())])
+    backward = replace(stage, weight=w.reshape(g * c, o // g, *stage.kernel), shuffle=(1, 1))
+    return np.asarray(_apply(backward, kernel, stride)[np.argsort(stage.channel_permutation())])
 
 
 def jacobian_norms(
     stages: Sequence[Stage], before: Sequence[Array], after: Sequence[Array], groups: int = 1
 ) -> list[Array]:
-    r"""Squared norm of the kernel's derivative with respect to each weight of a chain.
+    r"""Compute the squared norm of the kernel's derivative with respect to each weight.
 
     Parameters
     ----------
     stages : sequence of Stage
-        A chain that is all plain or all transposed.
+        Chain of plain stages, or of transposed ones.
     before, after : sequence of ndarray
-        Its :func:`partial_kernels`.
+        :func:`partial_kernels` of the chain.
     groups : int
         Groups of the whole chain.
 
     Returns
     -------
     list of ndarray, shape (groups \* out, in)
-        One a stage, in the order of `stages`; the same for all taps of a kernel, which only
-        move the derivative.
+        One array per stage.  All taps of a kernel have the same norm, since they only shift the
+        derivative.
 
     Notes
     -----
-    A chain is linear in the weights of each stage.  With respect to the weight from channel
-    c to channel o the derivative is the kernel up to c times the kernel from o on, summed
-    over the tied copies i of the stage, so that its squared norm is
+    A chain is linear in the weights of each stage.  The derivative with respect to the weight
+    from channel c to channel o is the product of the kernel B before c and the kernel A after o,
+    summed over the replicas i of the stage.  Its squared norm is
 
     .. math:: \sum_{i j} \sum_q \langle A_{io}(\cdot + q), A_{jo} \rangle
        \langle B_{ic}, B_{jc}(\cdot + q) \rangle .
 
-    Where the taps before and after lie along different axes, as in every family, q = 0 is
-    the only shift; in a stack of spatial stages there are others.
+    The only shift is q = 0 if no axis has taps both before and after, as in every family.
 
     Examples
     --------
     >>> import numpy as np
     >>> from lowrank import Geometry, Stage
-    >>> from lowrank.core.chain_algebra import partial_kernels, jacobian_norms
+    >>> from lowrank.core.chain_algebra import jacobian_norms, partial_kernels
     >>> g = Geometry.of(1)
     >>> stages = [Stage(np.ones((4, 2, 3)), g), Stage(np.ones((5, 4, 1)), g)]
     >>> [j[0, 0] for j in jacobian_norms(stages, *partial_kernels(stages))]
     [np.float64(5.0), np.float64(6.0)]
     """
-    found = []
+    norms = []
     block: Array = np.repeat(np.arange(groups), len(before[0]) // groups)
     for stage, b, a in zip(as_plain_chain(stages), before, after[1:]):
         g, (o, c) = stage.groups, stage.weight.shape[:2]
-        kept = _copies(stage, block[stage.channel_permutation()], c)[:, :1]
-        # Copies in different groups of the chain have blocks of their own: they never meet.
-        meet = (kept[..., None] == kept[..., None, :]).reshape(g, 1, -1)
-        block = _spread(stage, block)
-        b, a = _copies(stage, b[stage.channel_permutation()], c), _copies(stage, a, o // g)
-        shared = tuple(map(min, zip(b.shape[4:], a.shape[4:])))
+        block_of = _replicas(stage, block[stage.channel_permutation()], c)[:, :1]
+        # Replicas in different groups of the chain belong to different blocks of the kernel.
+        same_block = (block_of[..., None] == block_of[..., None, :]).reshape(g, 1, -1)
+        block = _output_blocks(stage, block)
+        b, a = _replicas(stage, b[stage.channel_permutation()], c), _replicas(stage, a, o // g)
+        overlap = tuple(map(min, zip(b.shape[4:], a.shape[4:])))
         square = np.zeros((g, o // g, c))
-        for shift in itertools.product(*(range(1 - n, n) for n in shared)):
-            ahead, back = _gram(a, shift), _gram(b, tuple(-q for q in shift))
-            square += (ahead * meet) @ back.swapaxes(1, 2)
-        found.append(square.reshape(o, c))
-    return found[::-1] if stages[0].transposed else found
+        for shift in itertools.product(*(range(1 - n, n) for n in overlap)):
+            gram_a, gram_b = _gram(a, shift), _gram(b, tuple(-q for q in shift))
+            square += (gram_a * same_block) @ gram_b.swapaxes(1, 2)
+        norms.append(square.reshape(o, c))
+    return norms[::-1] if stages[0].transposed else norms
 
 
-def _copies(stage: Stage, kernel: Array, each: int) -> Array:
-    """`kernel` with its channels as (groups, `each` a group, tied copies), for its stage."""
-    x = kernel.reshape(stage.outer, stage.groups, each, stage.inner, *kernel.shape[1:])
+def _replicas(stage: Stage, kernel: Array, per_group: int) -> Array:
+    """Split the channels of `kernel` into (groups, `per_group`, replicas)."""
+    x = kernel.reshape(stage.outer, stage.groups, per_group, stage.inner, *kernel.shape[1:])
     x = np.moveaxis(x, 0, 2)
-    return x.reshape(stage.groups, each, stage.outer * stage.inner, *kernel.shape[1:])
+    return x.reshape(stage.groups, per_group, stage.outer * stage.inner, *kernel.shape[1:])
 
 
 def _gram(x: Array, shift: Ints) -> Array:
-    """Products of each pair of copies, the first of them moved: (groups, each, copies**2)."""
-    at = [slice(max(q, 0), n + min(q, 0)) for q, n in zip(shift, x.shape[4:])]
-    to = [slice(max(-q, 0), n + min(-q, 0)) for q, n in zip(shift, x.shape[4:])]
-    moved = x[trailing(*at)].reshape(*x.shape[:3], -1)
-    fixed = x[trailing(*to)].reshape(*x.shape[:3], -1)
-    return np.asarray(moved @ fixed.swapaxes(2, 3)).reshape(*x.shape[:2], -1)
+    """Multiply each pair of replicas, the first one shifted: (groups, per group, replicas**2)."""
+    first = [slice(max(q, 0), n + min(q, 0)) for q, n in zip(shift, x.shape[4:])]
+    second = [slice(max(-q, 0), n + min(-q, 0)) for q, n in zip(shift, x.shape[4:])]
+    shifted = x[trailing(*first)].reshape(*x.shape[:3], -1)
+    fixed = x[trailing(*second)].reshape(*x.shape[:3], -1)
+    return np.asarray(shifted @ fixed.swapaxes(2, 3)).reshape(*x.shape[:2], -1)
 
 
 def is_block_diagonal(stages: Sequence[Stage], groups: int) -> bool:
-    """Whether a chain keeps `groups` equal blocks of channels apart, in order."""
-    if stages[0].transposed:
-        stages = [s.adjoint() for s in reversed(stages)]
+    """Return whether a chain maps each of `groups` blocks of channels to the same block."""
+    if len({s.transposed for s in stages}) > 1:
+        return False
+    stages = as_plain_chain(stages)
     block: Array = np.repeat(np.arange(groups), stages[0].matrix_shape[1] // groups)
     for s in stages:
-        if s.transposed:
-            return False  # a chain that goes both ways is no one kernel
-        each = block[s.channel_permutation()].reshape(s.outer, s.groups, -1, s.inner)
-        if (each != each[:, :, :1]).any():
+        inputs = block[s.channel_permutation()].reshape(s.outer, s.groups, -1, s.inner)
+        if (inputs != inputs[:, :, :1]).any():
             return False
-        block = _spread(s, block)
+        block = _output_blocks(s, block)
     return bool((block == np.repeat(np.arange(groups), len(block) // groups)).all())
 
 
-def _spread(stage: Stage, block: Array) -> Array:
-    """The group of each output channel of a stage that keeps them apart, from the inputs'."""
-    each = block[stage.channel_permutation()].reshape(stage.outer, stage.groups, -1, stage.inner)[:, :, :1]
-    return np.asarray(np.repeat(each, stage.weight.shape[0] // stage.groups, 2).reshape(-1))
+def _output_blocks(stage: Stage, block: Array) -> Array:
+    """Return the block of each output channel, given those of the input channels."""
+    inputs = block[stage.channel_permutation()]
+    inputs = inputs.reshape(stage.outer, stage.groups, -1, stage.inner)[:, :, :1]
+    return np.asarray(np.repeat(inputs, stage.weight.shape[0] // stage.groups, 2).reshape(-1))
 
 
 def chain_geometry(stages: Sequence[Stage]) -> Geometry:
-    """Geometry of the one convolution that a plain chain stands for.
+    """Return the geometry of the convolution that a plain chain represents.
 
-    Strides multiply, paddings add in samples of the chain's input.  A dilation survives on
-    an axis where exactly one stage has taps; elsewhere the composed taps are one sample apart.
+    Strides multiply, and paddings add up in samples of the chain's input.  An axis along which
+    exactly one stage has taps keeps its dilation; the others get dilation 1.
     """
     geometries = [s.geometry for s in stages]
     ndim = geometries[0].ndim
     modes = {g.padding_mode for g in geometries if any(map(any, g.padding))}
     stride, dilation, pads = [1] * ndim, [1] * ndim, [(0, 0)] * ndim
     for axis in range(ndim):
-        alone = sum(s.kernel[axis] > 1 for s in stages) == 1
+        has_one_owner = sum(s.kernel[axis] > 1 for s in stages) == 1
         for stage, g in zip(stages, geometries):
-            if alone and stage.kernel[axis] > 1:
+            if has_one_owner and stage.kernel[axis] > 1:
                 dilation[axis] = stride[axis] * g.dilation[axis]
             (a, b), (before, after) = pads[axis], g.padding[axis]
             pads[axis] = (a + stride[axis] * before, b + stride[axis] * after)
@@ -283,13 +286,13 @@ def chain_geometry(stages: Sequence[Stage]) -> Geometry:
 
 
 def relative_error(actual: Array, expected: Array) -> float:
-    r"""Relative Frobenius distance ``||actual - expected|| / ||expected||``.
+    r"""Return the relative Frobenius distance ``||actual - expected|| / ||expected||``.
 
-    Both are divided by ``max|expected|`` before anything is squared, so kernels of size
-    1e-30 and 1e30 are ordinary.  A zero kernel is approximated exactly (0.0) or not (inf).
+    Both are divided by ``max|expected|`` first, so that no square of a weight from 1e-30 to 1e30
+    under- or overflows.  The error of a zero kernel is 0 or infinity.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"weights of shape {actual.shape} and {expected.shape} do not compare")
+        raise ValueError(f"weight must have shape {actual.shape}, got {expected.shape}")
     scale = max_abs(expected)
     if scale == 0:
         return math.inf if np.any(actual) else 0.0
@@ -298,28 +301,27 @@ def relative_error(actual: Array, expected: Array) -> float:
 
 
 def max_abs(weight: Array) -> float:
-    """``max|weight|``: the scale that everything is divided by before it is squared."""
+    """Return ``max|weight|``, by which weights are divided before they are squared."""
     return float(np.abs(weight).max()) if weight.size else 0.0
 
 
 def truncation_errors(weight: Array, rows: Sequence[int], batch: Sequence[int] = ()) -> Array:
-    r"""Distance of `weight` from the tensors whose matricisation has each rank.
+    r"""Compute the distance of a tensor from the tensors whose matricisation has each rank.
 
     Parameters
     ----------
     weight : ndarray
         Any tensor.
     rows : sequence of int
-        Axes that make the rows of the matricisation; the others make its columns.
+        Axes of the rows of the matricisation; all others are columns.
     batch : sequence of int
-        Axes that enumerate separate matrices, all cut at the same rank.
+        Axes that enumerate separate matrices, truncated at the same rank.
 
     Returns
     -------
     ndarray, shape (min(rows, columns) + 1,)
-        ``result[R]`` is ``sqrt(sum_{i > R} sigma_i^2)``, relative to ``||weight||``: by
-        Eckart and Young no tensor whose matricisation has rank R is nearer.  Zeros for a
-        zero tensor.
+        ``sqrt(sum_{i > R} sigma_i^2)`` relative to ``||weight||`` for each rank R: the smallest
+        error of rank R by the Eckart-Young theorem.  Zeros for a zero tensor.
     """
     columns = [a for a in range(weight.ndim) if a not in rows and a not in batch]
     b, m, n = (math.prod(weight.shape[a] for a in axes) for axes in (batch, rows, columns))
@@ -329,27 +331,27 @@ def truncation_errors(weight: Array, rows: Sequence[int], batch: Sequence[int] =
 
 
 def eigh(matrices: Array) -> tuple[Array, Array]:
-    """Eigenvalues, ascending, and vectors of symmetric matrices (batch, n, n)."""
+    """Return the ascending eigenvalues and the eigenvectors of symmetric matrices (batch, n, n)."""
     if isinstance(matrices, np.ndarray) or matrices.shape[-1] <= 32:
         values, vectors = np.linalg.eigh(matrices)
         return values, vectors
-    # A GPU's batched decomposition is Jacobi's, for small matrices: large ones go one by one.
-    found = [np.linalg.eigh(m) for m in matrices]
-    return np.stack([v for v, _ in found]), np.stack([q for _, q in found])
+    # The batched decomposition on a GPU is Jacobi's, for small matrices: loop over large ones.
+    pairs = [np.linalg.eigh(m) for m in matrices]
+    return np.stack([v for v, _ in pairs]), np.stack([q for _, q in pairs])
 
 
 def leading_eigenpairs(matrix: Array, count: int) -> tuple[Array, Array]:
-    """The largest eigenvalues of a symmetric matrix, in ascending order, and their vectors."""
+    """Return the largest eigenvalues, ascending, and the eigenvectors of a symmetric matrix."""
     if isinstance(matrix, np.ndarray):
         n = len(matrix)
         values, vectors = linalg.eigh(matrix, subset_by_index=[n - count, n - 1])
-    else:  # a GPU's libraries have no part of a decomposition
+    else:  # GPU libraries have no partial decomposition
         values, vectors = (a[..., -count:] for a in np.linalg.eigh(matrix))
     return values, vectors
 
 
 def tail_norms(singular_values: Array) -> Array:
-    """Relative tail norms of singular values, (..., n), cut at one rank in every batch."""
+    """Return the truncation error at each rank from singular values, (..., n), of all batches."""
     energy = np.square(singular_values).reshape(-1, singular_values.shape[-1]).sum(axis=0)
     tail: Array = np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0))
     return tail / (tail[0] or 1.0)

@@ -1,4 +1,4 @@
-"""What a chain costs: multiply-adds, parameters, memory traffic and peak memory."""
+"""Cost of a chain: MACs, parameters, memory traffic and peak memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Cost:
     Attributes
     ----------
     macs : int
-        Multiply-adds.  Taps that fall on the padding are counted, as is usual.
+        Multiply-accumulate operations, including those on padding, as usual.
     params : int
-        Numbers that are stored; tied copies count once.
+        Stored weights and biases; replicated weights count once.
     traffic : int
-        Array elements read and written when every stage runs on its own.
+        Array elements read and written if the stages run one after another.
     fused : int
-        The same when the chain runs band by band: input, weights and output, once each.
+        Array elements read and written if the stages are fused: input, weights and output, once.
     peak : int
-        Largest input plus output of any one stage, in elements.
+        Largest sum of the input and output elements of one stage.
 
     Examples
     --------
@@ -43,12 +43,12 @@ class Cost:
     peak: int
 
     def share_of(self, dense: Cost) -> float:
-        """Multiply-adds as a share of those of another cost.
+        """Return the MACs as a share of another cost's.
 
         Parameters
         ----------
         dense : Cost
-            Such as that of the dense kernel.
+            Cost to compare with, such as that of the dense kernel.
 
         Returns
         -------
@@ -66,12 +66,12 @@ class Cost:
         return self.macs / dense.macs
 
 
-#: Axes that a choice can be made along: fields of :class:`Cost`.
+#: Fields of :class:`Cost`, along which candidates can be compared.
 AXES = ("macs", "params", "traffic", "fused", "peak")
 
 
 def chain_shapes(stages: Sequence[Stage], shape: Ints) -> tuple[Ints, ...]:
-    """(channels, *spatial) of the input and of what each stage gives, in order."""
+    """Return (channels, *spatial) of the input and of the output of each stage."""
     shapes = [shape]
     for stage in stages:
         shapes.append(stage.output_shape(shapes[-1]))
@@ -79,28 +79,28 @@ def chain_shapes(stages: Sequence[Stage], shape: Ints) -> tuple[Ints, ...]:
 
 
 def chain_cost(stages: Sequence[Stage], shape: Ints, bias: bool = False) -> Cost:
-    """Cost of running `stages` one after another on an input of `shape` = (channels, *spatial)."""
-    each = stage_costs(stages, shape)
+    """Return the cost of a chain on one example of `shape` = (channels, *spatial)."""
+    costs = stage_costs(stages, shape)
     sizes = [math.prod(s) for s in chain_shapes(stages, shape)]
     biases = stages[-1].out_channels if bias else 0
-    params = sum(c.params for c in each) + biases
+    params = sum(c.params for c in costs) + biases
     return Cost(
-        macs=sum(c.macs for c in each),
+        macs=sum(c.macs for c in costs),
         params=params,
-        traffic=sum(c.traffic for c in each) + biases,
+        traffic=sum(c.traffic for c in costs) + biases,
         fused=sizes[0] + params + sizes[-1],
-        peak=max(c.peak for c in each),
+        peak=max(c.peak for c in costs),
     )
 
 
 def stage_costs(stages: Sequence[Stage], shape: Ints) -> tuple[Cost, ...]:
-    """Cost of each stage alone, in order; `shape` is the (channels, *spatial) of the input."""
+    """Return the cost of each stage for a chain input of `shape` = (channels, *spatial)."""
     sizes = [math.prod(s) for s in chain_shapes(stages, shape)]
-    found = []
+    costs = []
     for stage, size_in, size_out in zip(stages, sizes, sizes[1:]):
-        # A transposed stage does the work of its adjoint: every tap of each input sample.
-        worked = size_in if stage.transposed else size_out
-        macs = worked * math.prod(stage.weight.shape[1:])
+        # A transposed stage has the MACs of its adjoint: every tap at each input sample.
+        samples = size_in if stage.transposed else size_out
+        macs = samples * math.prod(stage.weight.shape[1:])
         traffic = size_in + stage.weight.size + size_out
-        found.append(Cost(macs, stage.weight.size, traffic, traffic, size_in + size_out))
-    return tuple(found)
+        costs.append(Cost(macs, stage.weight.size, traffic, traffic, size_in + size_out))
+    return tuple(costs)

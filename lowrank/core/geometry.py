@@ -1,4 +1,4 @@
-"""Geometry: where a convolution looks, and how large its output is."""
+"""Geometry: stride, padding and dilation of a convolution, and the size of its output."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Stride, padding and dilation of a convolution, one entry a spatial axis.
+    """Stride, padding and dilation of a convolution, one entry per spatial axis.
 
-    Make one with :meth:`Geometry.of`, which accepts a single number for all axes.
+    :meth:`Geometry.of` also accepts a single number for all axes.
 
     Attributes
     ----------
     stride : tuple of int
-        Output sample ``p`` looks at input samples from ``p * stride - before`` on.
+        Step between output samples, in input samples: output ``p`` reads from input
+        ``p * stride - before`` on.
     padding : tuple of (int, int)
-        Samples added (before, after) each axis.
+        Samples added (before, after) the input along each axis.
     dilation : tuple of int
-        Distance, in input samples, between neighbouring taps.
+        Distance between neighbouring taps, in input samples.
     padding_mode : str
-        What stands outside the input: ``"zeros"``, ``"constant"`` (`value`),
+        Values of the added samples: ``"zeros"``, ``"constant"`` (`value`),
         ``"replicate"`` (``a a | a b c | c c``), ``"reflect"`` (``c b | a b c | b a``),
         ``"symmetric"`` (``b a | a b c | c b``) or ``"circular"`` (``b c | a b c | a b``).
-        In the words of ``scipy.ndimage``: constant, nearest, mirror, reflect, wrap.
+        ``scipy.ndimage`` calls the last five constant, nearest, mirror, reflect and wrap.
     value : float
-        What stands outside the input in mode ``"constant"``.
+        Border value of mode ``"constant"``.
     output_padding : tuple of int
         Samples that a transposed convolution adds at the end of its output.
 
@@ -55,7 +56,7 @@ class Geometry:
     def __post_init__(self) -> None:
         n = len(self.stride)
         if not 1 <= n <= 3:
-            raise ValueError(f"a convolution has 1 to 3 spatial axes, got {n}")
+            raise ValueError(f"a convolution must have 1 to 3 spatial axes, got {n}")
         if not self.output_padding:
             object.__setattr__(self, "output_padding", (0,) * n)
         for name in ("stride", "dilation", "output_padding"):
@@ -65,16 +66,16 @@ class Geometry:
         object.__setattr__(self, "padding", pairs)
         if not n == len(self.padding) == len(self.dilation) == len(self.output_padding):
             raise ValueError(
-                f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} "
-                "must have one entry a spatial axis"
+                "stride, padding, dilation and output_padding must have one entry per axis, "
+                f"got {self.stride}, {self.padding}, {self.dilation} and {self.output_padding}"
             )
         for name in ("stride", "dilation"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(map(min, self.padding)) < 0 or min(self.output_padding) < 0:
             raise ValueError(
-                f"padding must not be negative, got {self.padding} and "
-                f"output_padding {self.output_padding}"
+                "padding and output_padding must not be negative, got "
+                f"{self.padding} and {self.output_padding}"
             )
         if self.padding_mode not in PADDING_MODES:
             raise ValueError(
@@ -94,25 +95,24 @@ class Geometry:
         value: float = 0.0,
         output_padding: int | Sequence[int] = 0,
     ) -> Geometry:
-        """Geometry over `ndim` axes; one number stands for every axis.
+        """Make a geometry over `ndim` axes.
 
         Parameters
         ----------
         ndim : int
             Number of spatial axes.
         stride, dilation, output_padding : int or sequence of int
-            One for all axes, or one an axis.
+            One number for all axes, or one per axis.
         padding : int or sequence
-            One for all axes, or one an axis: an int for both ends or a (before, after) pair.
+            One entry for all axes, or one per axis: an int for both ends or a (before, after) pair.
         padding_mode : str
             See :class:`Geometry`.
         value : float
-            The constant of mode ``"constant"``.
+            Border value of mode ``"constant"``.
 
         Returns
         -------
         Geometry
-            The same, spelled out an axis at a time.
 
         Raises
         ------
@@ -141,17 +141,17 @@ class Geometry:
         return len(self.stride)
 
     def only(self, axes: Iterable[int]) -> Geometry:
-        """Keep what concerns some axes; a chain gives each axis to the stage that runs along it.
+        """Return the geometry of a stage that runs along some axes only.
 
         Parameters
         ----------
         axes : iterable of int
-            Axes to keep.
+            Axes of the stage.
 
         Returns
         -------
         Geometry
-            Elsewhere stride and dilation 1, and no padding.
+            Stride 1, dilation 1 and no padding along all other axes.
 
         Examples
         --------
@@ -161,29 +161,29 @@ class Geometry:
         """
         keep = set(axes)
 
-        def kept(values: Ints, neutral: int) -> Ints:
+        def select(values: Ints, neutral: int) -> Ints:
             return tuple(v if a in keep else neutral for a, v in enumerate(values))
 
         return replace(
             self,
-            stride=kept(self.stride, 1),
+            stride=select(self.stride, 1),
             padding=tuple(p if a in keep else (0, 0) for a, p in enumerate(self.padding)),
-            dilation=kept(self.dilation, 1),
-            output_padding=kept(self.output_padding, 0),
+            dilation=select(self.dilation, 1),
+            output_padding=select(self.output_padding, 0),
         )
 
     def extent(self, kernel: Ints) -> Ints:
-        """Input samples that a kernel spans.
+        """Return the number of input samples that a kernel spans.
 
         Parameters
         ----------
         kernel : tuple of int
-            Taps an axis.
+            Taps per axis.
 
         Returns
         -------
         tuple of int
-            ``dilation * (taps - 1) + 1``, an axis.
+            ``dilation * (taps - 1) + 1`` per axis.
 
         Examples
         --------
@@ -194,19 +194,19 @@ class Geometry:
         return tuple(d * (k - 1) + 1 for d, k in zip(self.dilation, kernel))
 
     def output_size(self, size: Ints, kernel: Ints) -> Ints:
-        """Spatial size of a convolution's output.
+        """Return the spatial size of a convolution's output.
 
         Parameters
         ----------
         size : tuple of int
             Spatial size of the input, in samples.
         kernel : tuple of int
-            Taps an axis.
+            Taps per axis.
 
         Returns
         -------
         tuple of int
-            ``(size + before + after - extent) // stride + 1``, an axis.
+            ``(size + before + after - extent) // stride + 1`` per axis.
 
         Raises
         ------
@@ -223,35 +223,34 @@ class Geometry:
             raise ValueError(f"expected {self.ndim} spatial axes, got size {size}")
         out = []
         for n, (before, after), e, s in zip(size, self.padding, self.extent(kernel), self.stride):
-            room = n + before + after - e
-            if room < 0:
+            slack = n + before + after - e
+            if slack < 0:
                 raise ValueError(
-                    f"kernel {kernel} with dilation {self.dilation} spans "
-                    f"{self.extent(kernel)} samples, more than the padded input: "
-                    f"{size} with padding {self.padding}"
+                    f"kernel must not be larger than the padded input, got kernel {kernel} with "
+                    f"dilation {self.dilation} on size {size} with padding {self.padding}"
                 )
-            out.append(room // s + 1)
+            out.append(slack // s + 1)
         return tuple(out)
 
     def transposed_size(self, size: Ints, kernel: Ints) -> Ints:
-        """Spatial size of the output of a transposed convolution, by PyTorch's rule.
+        """Return the spatial size of a transposed convolution's output, by PyTorch's rule.
 
         Parameters
         ----------
         size : tuple of int
             Spatial size of the input, in samples.
         kernel : tuple of int
-            Taps an axis.
+            Taps per axis.
 
         Returns
         -------
         tuple of int
-            ``(size - 1) * stride - before - after + extent + output_padding``, an axis.
+            ``(size - 1) * stride - before - after + extent + output_padding`` per axis.
 
         Raises
         ------
         ValueError
-            If nothing is left of the output.
+            If the output is empty.
 
         Examples
         --------
@@ -269,18 +268,18 @@ class Geometry:
         )
         if min(out) < 1:
             raise ValueError(
-                f"padding {self.padding} leaves nothing of the output of a transposed "
-                f"convolution of size {size} with kernel {kernel}"
+                "padding must leave at least one output sample of a transposed convolution, got "
+                f"{self.padding} for size {size} with kernel {kernel}"
             )
         return out
 
 
 def _entries(name: str, value: Any, n: int) -> list[Any]:
-    """`value` as `n` entries; one integer stands for all."""
+    """Return `value` as a list of `n` entries; a single integer is repeated."""
     if hasattr(value, "__index__") and not getattr(value, "shape", ()):
         return [value] * n
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be an integer or {n} of them, got {value!r}")
+        raise TypeError(f"{name} must be an integer or a sequence of {n}, got {value!r}")
     entries = list(value)
     if len(entries) != n:
         raise ValueError(f"{name} must have {n} entries, got {value!r}")
@@ -288,8 +287,8 @@ def _entries(name: str, value: Any, n: int) -> list[Any]:
 
 
 def as_integers(name: str, value: Any, n: int) -> Ints:
-    """`value` as `n` integers; one integer stands for all."""
+    """Return `value` as `n` integers; a single integer is repeated."""
     try:
         return tuple(operator.index(v) for v in _entries(name, value, n))
     except TypeError:
-        raise TypeError(f"{name} must be an integer or {n} of them, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer or a sequence of {n}, got {value!r}") from None

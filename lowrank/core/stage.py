@@ -1,4 +1,4 @@
-"""The one primitive that everything else is made of: a grouped, tied convolution."""
+"""The primitive of all chains: a grouped convolution with replicated weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Activation = Literal["none", "relu", "relu6"]
 
 
 class Epilogue(NamedTuple):
-    """What a stage ends with: a bias, then an activation.  Only plans have them, chains are linear.
+    """Bias and activation after a stage.  Plans have epilogues; chains are linear.
 
     Attributes
     ----------
     bias : ndarray or None, shape (out,)
-        Added to each output channel.
+        Bias of each output channel.
     activation : str
         ``"none"``, ``"relu"`` or ``"relu6"``.
 
@@ -40,31 +40,30 @@ class Epilogue(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    r"""A convolution whose channel action is ``I_left (x) blockdiag(W_1..W_g) (x) I_right``.
+    r"""A convolution with the channel matrix ``I_outer (x) blockdiag(W_1..W_g) (x) I_inner``.
 
     Attributes
     ----------
     weight : ndarray, shape (groups * out, in, \*kernel)
-        One cross-correlation kernel a group; floating-point, copied, read-only.
+        Cross-correlation kernels, one block of rows per group; floating-point, read-only.
     geometry : Geometry
-        Stride, padding and dilation along the axes that this stage runs along.
+        Stride, padding and dilation.
     groups : int
-        Blocks ``W_g``, each with weights of its own.
-    left, right : int
-        Tied copies: the same weights are applied `left` * `right` times, to the channels
-        (l, g, c, r) in C order.  They count once as parameters and every time as work.
+        Number of blocks ``W_g``.
+    outer, inner : int
+        Replication: the weights are applied `outer` * `inner` times, to the channels
+        (outer, group, channel, inner) in C order.  Parameters count once, MACs every time.
     shuffle : (int, int)
-        Input channels, seen as (a, b, rest), are taken in the order (b, a, rest).
-        ShuffleNet's channel shuffle is ``(groups, channels // groups)``.
+        Permutation of the input channels, from (a, b, rest) to (b, a, rest).  ShuffleNet's
+        channel shuffle is ``(groups, channels // groups)``.
     transposed : bool
-        The adjoint of the above instead: input channels are the rows of `weight`, a stride
-        spreads the samples out, padding crops the output, and the shuffle undoes itself
-        on the output.
+        True for the adjoint: input channels are the rows of `weight`, the stride upsamples,
+        padding crops the output, and the inverse permutation acts on the output channels.
 
     Raises
     ------
     ValueError, TypeError
-        If the weight is no floating-point array, or groups, left, right or shuffle do not fit it.
+        If the weight is no floating-point array, or groups, outer, inner or shuffle do not fit it.
 
     Examples
     --------
@@ -91,28 +90,28 @@ class Stage:
         object.__setattr__(self, "shuffle", as_integers("shuffle", self.shuffle, 2))
         if self.weight.ndim != 2 + self.geometry.ndim:
             raise ValueError(
-                f"weight of shape {self.weight.shape} must have two channel axes and "
-                f"{self.geometry.ndim} spatial axes"
+                f"weight must have two channel axes and {self.geometry.ndim} spatial axes, got "
+                f"shape {self.weight.shape}"
             )
         if min(self.weight.shape) < 1:
-            raise ValueError(f"weight of shape {self.weight.shape} is empty")
+            raise ValueError(f"weight must not be empty, got shape {self.weight.shape}")
         if min(self.groups, self.outer, self.inner, *self.shuffle) < 1:
             raise ValueError(
-                f"groups {self.groups}, outer {self.outer}, inner {self.inner} and "
-                f"shuffle {self.shuffle} must be at least 1"
+                "groups, outer, inner and shuffle must be at least 1, got "
+                f"{self.groups}, {self.outer}, {self.inner} and {self.shuffle}"
             )
         if self.weight.shape[0] % self.groups:
             raise ValueError(
-                f"{self.weight.shape[0]} outputs do not split into {self.groups} groups"
+                f"groups must divide the {self.weight.shape[0]} output channels, got {self.groups}"
             )
         if self.matrix_shape[1] % math.prod(self.shuffle):
             raise ValueError(
-                f"{self.matrix_shape[1]} channels do not split into a shuffle of {self.shuffle}"
+                f"shuffle must divide the {self.matrix_shape[1]} input channels, got {self.shuffle}"
             )
         if self.transposed and self.geometry.padding_mode != "zeros":
             raise ValueError(
-                "a transposed convolution crops its output, so its padding_mode must be "
-                f"zeros, got {self.geometry.padding_mode}"
+                f"padding_mode must be zeros for a transposed convolution, whose padding crops the "
+                f"output, got {self.geometry.padding_mode}"
             )
         object.__setattr__(self, "weight", as_read_only(self.weight))
 
@@ -121,28 +120,28 @@ class Stage:
 
     @property
     def kernel(self) -> Ints:
-        """Taps an axis."""
+        """Number of taps per axis."""
         return tuple(self.weight.shape[2:])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the channel matrix, whichever way it is applied."""
-        tied = self.outer * self.inner
-        return tied * int(self.weight.shape[0]), tied * self.groups * int(self.weight.shape[1])
+        """(rows, columns) of the channel matrix before any transposition."""
+        copies = self.outer * self.inner
+        return copies * int(self.weight.shape[0]), copies * self.groups * int(self.weight.shape[1])
 
     @property
     def in_channels(self) -> int:
-        """Channels that the stage takes."""
+        """Number of input channels."""
         return self.matrix_shape[0 if self.transposed else 1]
 
     @property
     def out_channels(self) -> int:
-        """Channels that the stage gives."""
+        """Number of output channels."""
         return self.matrix_shape[1 if self.transposed else 0]
 
     @property
     def kind(self) -> Kind:
-        """What the field calls this stage."""
+        """Type of convolution."""
         if math.prod(self.kernel) == 1 and self.groups == 1:
             return "pointwise"
         if self.weight.shape[1] == 1 and self.in_channels > 1:
@@ -150,7 +149,7 @@ class Stage:
         return "grouped" if self.groups * self.outer * self.inner > 1 else "dense"
 
     def output_shape(self, shape: Ints) -> Ints:
-        r"""Shape of the output.
+        r"""Return the shape of the output.
 
         Parameters
         ----------
@@ -176,14 +175,14 @@ class Stage:
         """
         if len(shape) != 1 + self.geometry.ndim or shape[0] != self.in_channels:
             raise ValueError(
-                f"stage takes ({self.in_channels}, {'spatial, ' * self.geometry.ndim}) "
-                f"inputs, got {shape}".replace(", )", ")")
+                f"shape must have {self.in_channels} channels and {self.geometry.ndim} spatial "
+                f"axes, got {shape}"
             )
         size = self.geometry.transposed_size if self.transposed else self.geometry.output_size
         return (self.out_channels, *size(shape[1:], self.kernel))
 
     def channel_permutation(self) -> Array:
-        """Index of the input channel that stands at each place after the shuffle.
+        """Return the input channel at each position after the shuffle.
 
         Returns
         -------
@@ -193,24 +192,24 @@ class Stage:
         --------
         >>> import numpy as np
         >>> from lowrank import Geometry, Stage
-        >>> Stage(np.ones((6, 1, 1)), Geometry.of(1), groups=6, shuffle=(2, 3)).channel_permutation()
+        >>> stage = Stage(np.ones((6, 1, 1)), Geometry.of(1), groups=6, shuffle=(2, 3))
+        >>> stage.channel_permutation()
         array([0, 3, 1, 4, 2, 5])
         """
         a, b = self.shuffle
         return np.arange(self.matrix_shape[1]).reshape(a, b, -1).swapaxes(0, 1).reshape(-1)
 
     def adjoint(self) -> Stage:
-        """The transposed stage: rows and columns of its matrix change places.
+        """Return the adjoint stage, with the same weight.
 
         Returns
         -------
         Stage
-            With the same weight.
 
         Raises
         ------
         ValueError
-            If its border is not zeros.
+            If the padding mode is not zeros.
 
         Examples
         --------
@@ -223,10 +222,10 @@ class Stage:
 
 
 def abstract_weight(shape: Ints) -> Array:
-    """A weight of this shape that takes no memory, for stages that are priced but not run."""
+    """Return a weight that has a shape but no data, for the cost of chains that do not run."""
     return np.broadcast_to(np.float32(np.nan), shape)
 
 
 def is_abstract(weight: Array) -> bool:
-    """Whether a weight came from :func:`blank`."""
+    """Return whether a weight came from :func:`abstract_weight`."""
     return not any(weight.strides)

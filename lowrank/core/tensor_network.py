@@ -1,7 +1,7 @@
-"""A chain as a tensor network: which modes of the kernel each stage's weight holds.
+"""Chains as tensor networks: the modes of each weight, and of the kernel, as einsum letters.
 
-The dense kernel of a chain is linear in every one of its weights.  Written with one letter a mode,
-it is an ``einsum`` of them, from which fits take gradients and by which they scale modes.
+The dense kernel of a chain is multilinear in its weights.  With one letter per mode it is an
+``einsum`` of them, from which fits derive gradients and the scaling of modes.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from lowrank.core.stage import Stage
 
 
 class TensorNetwork(NamedTuple):
-    """Letters of every weight's modes, and of the kernel's.
+    """Letters of the modes of all weights, and of the kernel.
 
     Attributes
     ----------
     stages : tuple of str
-        Modes of each weight in the order of its axes, of the plain chain: a transposed one is
-        read backwards.
+        Modes of each weight, in the order of its axes; of the adjoint for a transposed chain.
     rows, columns, space : str, str, tuple of str
-        Modes of the kernel: of its output channels, of its input channels, of each spatial axis.
-        Letters that are in both of the first two are groups.
+        Modes of the kernel's output channels, of its input channels, and of each spatial axis.
+        Letters in both `rows` and `columns` are groups.
     sizes : dict of str to int
-        By letter.
+        Size of each mode.
 
     Examples
     --------
@@ -52,7 +51,7 @@ class TensorNetwork(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """All modes of the kernel: groups, other rows, other columns, space."""
+        """Modes of the kernel: groups, other rows, other columns, space."""
         batch = "".join(m for m in self.rows if m in self.columns)
         columns = "".join(m for m in self.columns if m not in batch)
         return batch + "".join(m for m in self.rows if m not in batch) + columns + self.taps
@@ -63,25 +62,26 @@ class TensorNetwork(NamedTuple):
         return "".join(self.space)
 
     def shape(self, modes: str) -> Ints:
-        """Sizes of these modes."""
+        """Return the sizes of `modes`."""
         return tuple(self.sizes[m] for m in modes)
 
     def size(self, modes: str) -> int:
-        """Number of entries of a tensor with these modes."""
+        """Return the number of entries of a tensor with these modes."""
         return math.prod(self.shape(modes))
 
     def tensors(self, stages: Sequence[Stage]) -> list[Array]:
-        """Weights of the chain, an axis a mode."""
-        return [s.weight.reshape(self.shape(m)) for s, m in zip(as_plain_chain(stages), self.stages)]
+        """Return the weights of a chain, one axis per mode."""
+        plain = as_plain_chain(stages)
+        return [s.weight.reshape(self.shape(m)) for s, m in zip(plain, self.stages)]
 
 
 def tensor_network(stages: Sequence[Stage]) -> TensorNetwork:
-    """Modes of a chain's weights, found from the shapes of its stages alone.
+    """Find the modes of a chain from the shapes of its stages.
 
     Parameters
     ----------
     stages : sequence of Stage
-        Plain, or all transposed; blank ones do.
+        Plain stages, or transposed ones; weights may be abstract.
 
     Returns
     -------
@@ -90,13 +90,12 @@ def tensor_network(stages: Sequence[Stage]) -> TensorNetwork:
     Raises
     ------
     ValueError
-        If channels or taps of neighbours do not split into common modes, as where two stages
-        overlap along an axis.
+        If channels or taps of neighbours do not split into common modes, such as overlapping taps
+        along an axis.
 
     Notes
     -----
-    Tied copies, groups and everything that a stage leaves alone are modes that go through it;
-    every joint of the chain is cut wherever any stage needs it to be.
+    Replicas and groups are modes that pass through a stage unchanged.
 
     Examples
     --------
@@ -108,63 +107,65 @@ def tensor_network(stages: Sequence[Stage]) -> TensorNetwork:
     ('bc', 'dab')
     """
     chain = as_plain_chain(stages)
-    cuts = _cuts(chain)
+    joints = _channel_modes(chain)
     letters = iter(string.ascii_letters)
     sizes: dict[str, int] = {}
 
-    def fresh(n: int) -> str:
+    def new_mode(n: int) -> str:
         letter = next(letters, None)
         if letter is None:
-            raise ValueError("the chain has more modes than there are letters")
+            raise ValueError(f"a chain must have at most {len(string.ascii_letters)} modes")
         sizes[letter] = n
         return letter
 
-    joint = {c: fresh(n) for c, n in cuts[0].items()}
-    first, modes = joint, []
-    last_of_axes: list[list[tuple[int, str]]] = [[] for _ in chain[0].kernel]
+    inputs = {c: new_mode(n) for c, n in joints[0].items()}
+    first, modes = inputs, []
+    taps: list[list[tuple[int, str]]] = [[] for _ in chain[0].kernel]
     stride = [1] * len(chain[0].kernel)
-    for stage, given in zip(chain, cuts[1:]):
-        shuffled = {_shuffled(stage, c): m for c, m in joint.items()}
-        right, rows, columns, groups = _parts(stage)
-        after, row, column, batch = {}, "", "", ""
+    for stage, output_sizes in zip(chain, joints[1:]):
+        shuffled = {_after_shuffle(stage, c): m for c, m in inputs.items()}
+        inner, rows, columns, groups = _matrix_parts(stage)
+        outputs, row, column, batch = {}, "", "", ""
         for c in sorted(shuffled, reverse=True):
-            if right <= c < right * columns:
+            if inner <= c < inner * columns:
                 column += shuffled[c]
             else:
-                moved = _moved(c, right, columns, rows)
-                after[moved] = shuffled[c]
-                if right * columns <= c < right * columns * groups:
+                outputs[_through(c, inner, columns, rows)] = shuffled[c]
+                if inner * columns <= c < inner * columns * groups:
                     batch += shuffled[c]
-        for c in sorted((c for c in given if right <= c < right * rows), reverse=True):
-            after[c] = fresh(given[c])
-            row += after[c]
+        for c in sorted((c for c in output_sizes if inner <= c < inner * rows), reverse=True):
+            outputs[c] = new_mode(output_sizes[c])
+            row += outputs[c]
         space = ""
         for axis, (k, d) in enumerate(zip(stage.kernel, stage.geometry.dilation)):
             if k > 1:
-                mode = fresh(k)
-                last_of_axes[axis].append((d * stride[axis], mode))
+                mode = new_mode(k)
+                taps[axis].append((d * stride[axis], mode))
                 space += mode
         stride = [a * b for a, b in zip(stride, stage.geometry.stride)]
         modes.append(batch + row + column + space)
-        joint = after
-    order = "".join(first[c] for c in sorted(first, reverse=True))
-    last = "".join(joint[c] for c in sorted(joint, reverse=True))
-    axes = tuple(_nested(found, sizes) for found in last_of_axes)
-    return TensorNetwork(tuple(modes), last, order, axes, sizes)
+        inputs = outputs
+    columns_of_kernel = "".join(first[c] for c in sorted(first, reverse=True))
+    rows_of_kernel = "".join(inputs[c] for c in sorted(inputs, reverse=True))
+    axes = tuple(_order_taps(axis, sizes) for axis in taps)
+    return TensorNetwork(tuple(modes), rows_of_kernel, columns_of_kernel, axes, sizes)
 
 
-def _parts(s: Stage) -> tuple[int, int, int, int]:
-    """(right, rows, columns, groups) of a stage's channel matrix."""
+# Below, a mode of a channel axis is named by its stride: the number of channels between two
+# neighbouring values of its index, as in a mixed-radix number.
+
+
+def _matrix_parts(s: Stage) -> tuple[int, int, int, int]:
+    """Return (inner, rows, columns, groups) of the channel matrix."""
     return s.inner, len(s.weight) // s.groups, s.weight.shape[1], s.groups
 
 
-def _moved(c: int, right: int, before: int, after: int) -> int:
-    """Where a mode that goes through a stage begins on the other side: samples inside of it."""
-    return c if c < right else c // before * after
+def _through(c: int, inner: int, before: int, after: int) -> int:
+    """Return the stride on the other side of a matrix from `before` to `after` channels."""
+    return c if c < inner else c // before * after
 
 
-def _shuffled(s: Stage, c: int) -> int:
-    """Where the mode that begins at `c` begins after the stage's shuffle."""
+def _after_shuffle(s: Stage, c: int) -> int:
     a, b = s.shuffle
     rest = s.matrix_shape[1] // (a * b)
     if c < rest:
@@ -172,7 +173,7 @@ def _shuffled(s: Stage, c: int) -> int:
     return c * a if c < rest * b else c // b
 
 
-def _unshuffled(s: Stage, c: int) -> int:
+def _before_shuffle(s: Stage, c: int) -> int:
     a, b = s.shuffle
     rest = s.matrix_shape[1] // (a * b)
     if c < rest:
@@ -180,60 +181,64 @@ def _unshuffled(s: Stage, c: int) -> int:
     return c * b if c < rest * a else c // a
 
 
-def _cuts(chain: Sequence[Stage]) -> list[dict[int, int]]:
-    """For each joint of a chain: where its modes begin, in entries, and their sizes."""
+def _channel_modes(chain: Sequence[Stage]) -> list[dict[int, int]]:
+    """Return the sizes of the modes of each joint, by their strides.
+
+    A stage splits its inputs and outputs where its matrix begins and ends.  Splits pass through
+    stages to the joints beyond, until nothing changes.
+    """
     joints: list[set[int]] = [{1} for _ in range(len(chain) + 1)]
     totals = [chain[0].matrix_shape[1], *(s.matrix_shape[0] for s in chain)]
-    changed = True
-    while changed:
-        changed = False
+    has_changed = True
+    while has_changed:
+        has_changed = False
         for k, s in enumerate(chain):
-            right, rows, columns, groups = _parts(s)
+            inner, rows, columns, groups = _matrix_parts(s)
             a, b = s.shuffle
             rest = s.matrix_shape[1] // (a * b)
-            seen = {right, right * columns, right * columns * groups, rest, rest * a}
-            seen |= {_shuffled(s, c) for c in joints[k]}
-            given = {right, right * rows, right * rows * groups} | joints[k + 1]
-            seen |= {
-                _moved(c, right, rows, columns)
-                for c in given
-                if c < right or (c % (right * rows) == 0)
+            ins = {inner, inner * columns, inner * columns * groups, rest, rest * a}
+            ins |= {_after_shuffle(s, c) for c in joints[k]}
+            outs = {inner, inner * rows, inner * rows * groups} | joints[k + 1]
+            ins |= {
+                _through(c, inner, rows, columns)
+                for c in outs
+                if c < inner or (c % (inner * rows) == 0)
             }
-            given |= {
-                _moved(c, right, columns, rows)
-                for c in seen
-                if c < right or (c % (right * columns) == 0)
+            outs |= {
+                _through(c, inner, columns, rows)
+                for c in ins
+                if c < inner or (c % (inner * columns) == 0)
             }
-            before = {_unshuffled(s, c) for c in seen} | {rest, rest * b}
-            for joint, found in ((joints[k], before), (joints[k + 1], given)):
-                if not found <= joint:
-                    joint |= found
-                    changed = True
+            ins = {_before_shuffle(s, c) for c in ins} | {rest, rest * b}
+            for joint, strides in ((joints[k], ins), (joints[k + 1], outs)):
+                if not strides <= joint:
+                    joint |= strides
+                    has_changed = True
             if max(map(len, joints)) > 64:
                 raise ValueError("the channels of the stages do not split into common modes")
-    return [_sizes(j, n) for j, n in zip(joints, totals)]
+    return [_mode_sizes(j, n) for j, n in zip(joints, totals)]
 
 
-def _sizes(joint: set[int], total: int) -> dict[int, int]:
-    begins = [*sorted(c for c in joint if c < total), total]
-    if any(b % a for a, b in pairwise(begins)):
+def _mode_sizes(strides: set[int], total: int) -> dict[int, int]:
+    ends = [*sorted(c for c in strides if c < total), total]
+    if any(b % a for a, b in pairwise(ends)):
         raise ValueError(
-            f"channels split at {begins} of {total}, which are no modes: each must divide the next"
+            f"{total} channels do not split into modes at {ends}: each must divide the next"
         )
-    return {a: b // a for a, b in pairwise(begins)}
+    return {a: b // a for a, b in pairwise(ends)}
 
 
-def _nested(found: list[tuple[int, str]], sizes: dict[str, int]) -> str:
-    """Modes of one axis from the outermost in, if the taps of its stages do not overlap."""
-    found = sorted(found)
-    for (step, mode), (outer, _) in pairwise(found):
-        if outer != step * sizes[mode]:
+def _order_taps(modes: list[tuple[int, str]], sizes: dict[str, int]) -> str:
+    """Order (step, mode) pairs of an axis, the largest step first; raise if taps overlap."""
+    modes = sorted(modes)
+    for (step, mode), (next_step, _) in pairwise(modes):
+        if next_step != step * sizes[mode]:
             raise ValueError("taps of several stages along an axis overlap")
-    return "".join(mode for _, mode in reversed(found))
+    return "".join(mode for _, mode in reversed(modes))
 
 
 def contract(n: TensorNetwork, tensors: Sequence[Array]) -> Array:
-    """The dense kernel, an axis a mode: what the network's weights make together."""
+    """Contract the weights of a chain to its dense kernel, one axis per mode."""
     return np.asarray(
         np.einsum(",".join(n.stages) + "->" + n.kernel, *tensors, optimize=len(tensors) > 1)
     )
