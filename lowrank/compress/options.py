@@ -15,7 +15,7 @@ from lowrank.compress.model import Layer
 from lowrank.core.cost import chain_cost
 from lowrank.core.stage import Stage
 from lowrank.families import FAMILIES, NotApplicable, SweepPoint
-from lowrank.families.weighted import Prepared, Weighted
+from lowrank.families.weighted import MetricFit, Prepared
 from lowrank.metric import Metric
 
 #: Families that are tried unless others are named: those that sweeps make quickly.
@@ -136,7 +136,8 @@ def options(
         }
 
     dense = Option("dense", "", (), 0.0, 0.0, costs(conv.stages), conv.stages)
-    found: list[tuple[Weighted, SweepPoint, dict[str, float]]] = []
+    found: list[Found] = []
+    fit = MetricFit(conv, metric)
     first = next((a for a in axes if a != "seconds"), "macs")
     for name in families:
         try:
@@ -144,8 +145,8 @@ def options(
         except NotApplicable:
             continue
         for variant in variants:
-            weighted = Weighted(conv, metric, name, variant)
-            points = [(weighted, p, costs(p.stages)) for p in weighted.points()]
+            sweep = FAMILIES[name].sweep(conv, variant, metric)
+            points = [((name, variant), p, costs(p.stages)) for p in sweep]
             points = [p for p in points if p[2][first] < dense.costs[first]]
             found += _thinned(_front(points, [first]), first, POINTS)
     if timed is not None:
@@ -153,25 +154,26 @@ def options(
         for _, point, price in found:
             price["seconds"] = timed(point.stages) * layer.times
     found = [f for f in found if any(f[2][a] < dense.costs[a] for a in axes)]
-    n = metric.channels.shape[1] * math.prod(len(t) for t in metric.taps)
+    n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
     heavy = conv.stages[0].weight.size * n > HEAVY
     found = _thinned(_front(found, axes, SLACK), axes[0], KEPT // 2 if heavy else KEPT)
-    whole = Weighted(conv, metric, "dense", "").energy
+    whole = fit.energy
     scale = whole / 2 * layer.times * metric.unit if absolute else 1.0
     fitted = [dense]
     shared: dict[str, Prepared] = {}
-    for weighted, point, price in found:
-        start = point.build()
-        variant = f"{weighted.family} {weighted.variant}"
-        if variant not in shared:
-            shared = {variant: weighted.prepared(start)}  # of one form at a time: they are large
-        stages, error = weighted.refined(
-            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[variant]
+    for (name, variant), point, price in found:
+        assert point.start is not None
+        start = point.start()
+        key = f"{name} {variant}"
+        if key not in shared:
+            shared = {key: fit.prepare(start)}  # of one form at a time: they are large
+        stages, error = fit.refine(
+            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[key]
         )
         fitted.append(
             Option(
-                weighted.family,
-                weighted.variant,
+                name,
+                variant,
                 point.rank,
                 scale * error**2,
                 error,
@@ -182,7 +184,7 @@ def options(
     return fitted
 
 
-Found = tuple[Weighted, SweepPoint, dict[str, float]]
+Found = tuple[tuple[str, str], SweepPoint, dict[str, float]]
 
 
 def _front(found: Sequence[Found], axes: Sequence[str], slack: float = 1.0) -> list[Found]:

@@ -25,7 +25,6 @@ from lowrank.compress.plan import Alternative, Entry, Plan
 from lowrank.compress.statistics import Measured, Progress, white_metric
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
-from lowrank.families.weighted import Weighted
 from lowrank.metric import Metric
 
 MEMORY = 1 << 29  # bytes of the original's inputs that are held, in place of further passes
@@ -128,8 +127,8 @@ def make_plan(
     Examples
     --------
     >>> from lowrank import demo, compress
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> plan = compress.make_plan(WeightsNet(demo.WEIGHTS), macs=0.5)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> plan = compress.make_plan(WeightsModel(demo.WEIGHTS), macs=0.5)
     >>> now, before = plan.total("macs")
     >>> now <= 0.5 * before
     True
@@ -260,8 +259,8 @@ def compress_model(
     Examples
     --------
     >>> from lowrank import demo, compress
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> small = compress.compress_model(WeightsNet(demo.WEIGHTS), macs=0.5)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> small = compress.compress_model(WeightsModel(demo.WEIGHTS), macs=0.5)
     >>> sorted(small.chains) == sorted(small.plan.changed)
     True
     """
@@ -311,11 +310,11 @@ def compress_model(
         if net.batches:
             others = {k: v for k, v in chains.items() if k != name}
             if others or metric is None:
-                outputs = None if metric is None else metric.outputs
+                outputs = None if metric is None else metric.gradient_moment
                 seen = reconstruct.moments(
                     net, [name], others, originals=originals, seed=measured.seed
                 )
-                metric = seen[name].metric().with_outputs(outputs)
+                metric = seen[name].metric().with_gradient_moment(outputs)
         f = reconstruct.fitted(layer, option, metric or white_metric(layer), sweeps=sweeps)
         error = reconstruct.output_error(layer, f, metric or white_metric(layer))
         chains[name] = f
@@ -353,8 +352,8 @@ def _option(layer: Layer, entry: Entry, metric: Metric | None) -> Option:
     else:
         if entry.family not in FAMILIES:
             raise ValueError(f"the plan asks for the unknown family {entry.family!r}")
-        weighted = Weighted(conv, metric or white_metric(layer), entry.family, entry.variant)
-        stages = weighted.at(entry.rank)
+        family = FAMILIES[entry.family]
+        stages = family.fit(conv, entry.rank, entry.variant, metric or white_metric(layer)).stages
     return Option(
         entry.family, entry.variant, entry.rank, entry.loss, entry.error, entry.costs, stages
     )
@@ -423,7 +422,7 @@ class _Store:
             key.update(layer.conv.to_dense().tobytes())
             metric = metrics.get(layer.name)
             if metric is not None:
-                seen = metric.channels if metric.inputs is None else metric.inputs
+                seen = metric.channel_factor if metric.input_moment is None else metric.input_moment
                 key.update(seen.tobytes())
         self.folder = folder / key.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from lowrank._typing import Array
 from lowrank.compress.model import Layer, Net, Samples
 from lowrank.compress.options import Option
 from lowrank.factorization import Factorization
-from lowrank.families.weighted import Weighted
-from lowrank.metric import Metric, Moments, unrolled
+from lowrank.families.weighted import MetricFit
+from lowrank.metric import Metric, Moments, unroll
 
 COARSE = 0.01  # relative error above which single precision tells fits apart
 POLISH = 2  # sweeps in double precision behind it
@@ -183,12 +183,12 @@ def fitted(
             weight = np.ascontiguousarray(weight).reshape(conv.stages[0].weight.shape)
             stages = (replace(conv.stages[0], weight=weight.astype(conv.dtype)),)
     else:
-        weighted = Weighted(conv, metric, option.family, option.variant)
+        fit = MetricFit(conv, metric)
         # Single precision takes half the time, and is not what limits a fit of such an error.
-        stages, error = weighted.refined(option.stages, sweeps, dtype=np.float32)
-        stages, _ = weighted.refined(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
+        stages, error = fit.refine(option.stages, sweeps, dtype=np.float32)
+        stages, _ = fit.refine(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
     f = replace(conv, stages=stages, family=option.family, variant=option.variant, rank=option.rank)
-    if bias and metric.shift is not None and metric.reference is not None:
+    if bias and metric.mean is not None and metric.original_mean is not None:
         f = replace(f, bias=corrected_bias(conv, f, metric))
     return f
 
@@ -208,13 +208,13 @@ def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
     -------
     float
     """
-    v, w = unrolled(layer.conv, f.to_dense()), unrolled(layer.conv)
-    if metric.target is None or metric.made is None:
+    v, w = unroll(layer.conv, f.to_dense()), unroll(layer.conv)
+    if metric.target is None or metric.output_power is None:
         missed, whole = metric.energy(v - w), metric.energy(w)
     else:
         # What no kernel can make of these inputs comes on top.
-        g = np.eye(v.shape[1])[None] if metric.outputs is None else metric.outputs
-        whole = float((g * metric.made).sum())
+        g = np.eye(v.shape[1])[None] if metric.gradient_moment is None else metric.gradient_moment
+        whole = float((g * metric.output_power).sum())
         least = max(whole - metric.energy(metric.target), 0.0)
         missed = metric.energy(v - metric.target) + least
     return math.sqrt(missed / whole) if whole > 0 else 0.0
@@ -222,10 +222,10 @@ def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
 
 def corrected_bias(conv: Factorization, f: Factorization, metric: Metric) -> Array:
     """The bias with which mean outputs are those of the original."""
-    w, v = unrolled(conv), unrolled(conv, f.to_dense())
-    assert metric.shift is not None
-    assert metric.reference is not None
-    wanted = np.einsum("gon,gn->go", w.reshape(*w.shape[:2], -1), metric.reference)
-    given = np.einsum("gon,gn->go", v.reshape(*v.shape[:2], -1), metric.shift)
+    w, v = unroll(conv), unroll(conv, f.to_dense())
+    assert metric.mean is not None
+    assert metric.original_mean is not None
+    wanted = np.einsum("gon,gn->go", w.reshape(*w.shape[:2], -1), metric.original_mean)
+    given = np.einsum("gon,gn->go", v.reshape(*v.shape[:2], -1), metric.mean)
     own = 0.0 if conv.bias is None else conv.bias.astype(np.float64)
     return np.asarray(own + (wanted - given).ravel()).astype(conv.dtype)

@@ -32,8 +32,8 @@ class Measured:
     Examples
     --------
     >>> from lowrank import demo, compress
-    >>> from lowrank.interop.weights import WeightsNet
-    >>> net = WeightsNet(demo.WEIGHTS)
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> net = WeightsModel(demo.WEIGHTS)
     >>> measured = compress.Measured(net)
     >>> half, third = (compress.make_plan(net, macs=m, measured=measured) for m in (1 / 2, 1 / 3))
     >>> half.loss <= third.loss
@@ -91,9 +91,9 @@ class Measured:
             done += len(part)
         found = {x.name: self._found[x.name] for x in layers}
         # Where a layer has no gradient, losses would not be in one unit: then nobody's count.
-        absolute = all(m.outputs is not None for m in self._found.values())
+        absolute = all(m.gradient_moment is not None for m in self._found.values())
         if not absolute:
-            found = {x.name: found[x.name].with_outputs(reconstruct.gains(x)) for x in layers}
+            found = {x.name: found[x.name].with_gradient_moment(reconstruct.gains(x)) for x in layers}
         return found, absolute
 
 
@@ -120,7 +120,7 @@ def white_metric(layer: Layer) -> Metric:
     weight, conv = layer.conv.stages[0].weight, layer.conv
     ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
     metric = white(conv.groups, (ins, *weight.shape[2:]))
-    return metric.with_outputs(reconstruct.gains(layer))
+    return metric.with_gradient_moment(reconstruct.gains(layer))
 
 
 def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:

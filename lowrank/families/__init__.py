@@ -7,9 +7,11 @@ from lowrank.families import cp as _cp
 from lowrank.families import svd as _svd
 from lowrank.families import tensor_train as _tt
 from lowrank.families import tucker as _tucker
-from lowrank.families.family import Family, NotApplicable, SweepPoint
+from lowrank.families.family import Family, Spectrum
+from lowrank.families.kernel import NotApplicable
+from lowrank.families.sweep_point import SweepPoint
 
-__all__ = ["FAMILIES", "Family", "NotApplicable", "SweepPoint", "applicable"]
+__all__ = ["FAMILIES", "Family", "NotApplicable", "Spectrum", "SweepPoint", "applicable"]
 
 #: Every family by name, in the order in which tables show them.
 FAMILIES: dict[str, Family] = {

@@ -76,7 +76,7 @@ def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
         else:
             some = np.linalg.svd(unfolded, full_matrices=False)[0][:, :rank]
         fill = rng.standard_normal((size, rank - some.shape[1])) / math.sqrt(size)
-        factors.append(np.hstack([some, engine.like(fill, tensor)]))
+        factors.append(np.hstack([some, engine.as_array_like(fill, tensor)]))
     return factors
 
 
@@ -86,7 +86,7 @@ def grown(factors: Sequence[Array], rank: int, seed: int = 0) -> list[Array]:
     fills = [(*f.shape[:-1], rank - f.shape[-1]) for f in factors]
     return [
         np.concatenate(
-            [f, engine.like(rng.standard_normal(fill) / math.sqrt(fill[-2]), f)], axis=-1
+            [f, engine.as_array_like(rng.standard_normal(fill) / math.sqrt(fill[-2]), f)], axis=-1
         )
         for f, fill in zip(factors, fills)
     ]

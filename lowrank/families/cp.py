@@ -24,18 +24,18 @@ from lowrank._typing import Array, Ints
 from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import als
-from lowrank.families.family import (
-    Family,
+from lowrank.families.family import Family
+from lowrank.families.kernel import (
     Kernel,
     NotApplicable,
-    SweepPoint,
     as_kernel,
+    axis_indices,
     checked_rank,
     checked_variant,
-    index,
     on_weight_device,
-    oriented,
+    orient,
 )
+from lowrank.families.sweep_point import SweepPoint
 
 SWEEPS = 30  # of ALS for a point of a sweep, from the point before
 REFINE = 300  # of ALS for a chain that is returned
@@ -72,7 +72,7 @@ class Modes(NamedTuple):
 def _cp_modes(kernel: Kernel) -> Modes:
     if kernel.outs == 1 and kernel.ins > 1 and len(kernel.axes) > 1:
         return Modes(_merged(kernel, kernel.axes)[:, 0], "s", kernel.axes, joined=True)
-    if kernel.pointwise or min(kernel.outs, kernel.ins) < 2:
+    if kernel.is_pointwise or min(kernel.outs, kernel.ins) < 2:
         raise NotApplicable(
             "cp needs a spatial kernel and two channels in a group, and two out or two axes with "
             "more than one tap"
@@ -101,8 +101,8 @@ def _jaderberg_modes(kernel: Kernel) -> Modes:
 def _separable_sum_modes(kernel: Kernel) -> Modes:
     if len(kernel.axes) < 3 or kernel.ins > 1:
         raise NotApplicable(
-            "filter needs one input channel a group and three axes with more than one tap "
-            "(with two, spatial is optimal)"
+            "separable_sum needs one input channel per group and three axes with more than one tap "
+            "(with two, spatial_svd is optimal)"
         )
     merged = _merged(kernel, kernel.axes)[:, :, 0]
     if kernel.outs == 1:
@@ -153,7 +153,7 @@ def _stages(
         w = weight((b * rank, 1, *taps(axes)), lambda: factor[axes].swapaxes(1, 2))  # noqa: B023
         # Without a pointwise stage ahead, the first depthwise one spreads each channel out.
         groups = b * rank if stages else b
-        stages.append(Stage(w, conv.geometry.only(index(axes, ndim)), groups))
+        stages.append(Stage(w, conv.geometry.only(axis_indices(axes, ndim)), groups))
     if modes.joined:
         axes = modes.axes[-1]
         out = factor.get("t", np.ones((b, 1, rank)))
@@ -161,7 +161,7 @@ def _stages(
             (g * kernel.outs, rank, *taps(axes)),
             lambda: np.einsum("btr,bnr->btrn", out, factor[axes]),
         )
-        stages.append(Stage(w, conv.geometry.only(index(axes, ndim)), g))
+        stages.append(Stage(w, conv.geometry.only(axis_indices(axes, ndim)), g))
     else:
         # jaderberg has a batch of s as well, which the last stage adds up.
         w = weight(
@@ -169,7 +169,7 @@ def _stages(
             lambda: factor["t"].reshape(g, -1, kernel.outs, rank).swapaxes(1, 2),
         )
         stages.append(Stage(w, still, g))
-    return oriented(conv, stages)
+    return orient(conv, stages)
 
 
 def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
@@ -333,15 +333,29 @@ def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
     return float(bounds[rank[0]]) if rank[0] < len(bounds) else 0.0
 
 
-FAMILIES = {
-    name: Family(
+def _family(name: str, label: str, marker: str) -> Family:
+    return Family(
+        name,
         partial(_variants, name),
         partial(_sweep, name),
         partial(_fit, name),
         partial(_bound, name),
         exact=False,
+        label=label,
+        color="#cc79a7",
+        marker=marker,
+        is_outer_product_sum=True,
     )
-    for name in MODES
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        _family("cp", "CP", "o"),
+        _family("cp3", "CP-3", "s"),
+        _family("jaderberg", "Jaderberg", "^"),
+        _family("separable_sum", "separable sum", "D"),
+    )
 }
 
 

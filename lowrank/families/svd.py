@@ -25,18 +25,18 @@ from lowrank.core import chain_algebra
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
-from lowrank.families.family import (
-    Family,
+from lowrank.families.family import Family, Spectrum
+from lowrank.families.kernel import (
     Kernel,
     NotApplicable,
-    SweepPoint,
     as_kernel,
+    axis_indices,
     checked_rank,
     checked_variant,
-    index,
     on_weight_device,
-    oriented,
+    orient,
 )
+from lowrank.families.sweep_point import SweepPoint
 
 # Modes by letter: g group, t out, s in, d h w space, r rank.  A Kronecker sum A (x) B splits
 # t into (p, q), s into (u, v), and each spatial axis into (D H W, d h w): A has p, u, D H W.
@@ -106,7 +106,7 @@ def _kronecker(space: str, variant: str) -> Split:
 
 def _channel_svd_variants(kernel: Kernel) -> tuple[str, ...]:
     has_output = kernel.outs > 1 and int(kernel.tensor[0, 0].size) > 1
-    has_input = kernel.ins > 1 and not kernel.pointwise
+    has_input = kernel.ins > 1 and not kernel.is_pointwise
     variants = ("output",) * has_output + ("input",) * has_input
     if not variants:
         raise NotApplicable(
@@ -127,7 +127,7 @@ def _spatial_svd_variants(kernel: Kernel) -> tuple[str, ...]:
 
 
 def _filter_basis_variants(kernel: Kernel) -> tuple[str, ...]:
-    if kernel.pointwise or kernel.outs * kernel.ins < 2:
+    if kernel.is_pointwise or kernel.outs * kernel.ins < 2:
         raise NotApplicable("filter_basis needs a spatial kernel and two filters a group")
     return tuple(
         _joined(some)
@@ -138,7 +138,7 @@ def _filter_basis_variants(kernel: Kernel) -> tuple[str, ...]:
 
 def _network_decoupling_variants(kernel: Kernel) -> tuple[str, ...]:
     variants = (["dw-pw"] if kernel.outs > 1 else []) + (["pw-dw"] if kernel.ins > 1 else [])
-    if kernel.pointwise or not variants:
+    if kernel.is_pointwise or not variants:
         raise NotApplicable(
             "network_decoupling needs a spatial kernel and more than one channel in or out of a group"
         )
@@ -247,7 +247,7 @@ class _Parts(NamedTuple):
                     (a, b) if min(a, b) > 1 else (1, 1),
                 )
             )
-        return oriented(self.conv, stages)
+        return orient(self.conv, stages)
 
     def _space(self, layout: Layout, sizes: dict[str, int]) -> Ints:
         have = {m.lower(): sizes[m] for m in layout.space}
@@ -280,12 +280,12 @@ def _geometries(
     """Each axis to the stage that runs along it; along a shared one see the notes of kronecker."""
     ndim = conv.geometry.ndim
     early, late = (
-        {i for m in layout.space if sizes[m] > 1 for i in index(m.lower(), ndim)}
+        {i for m in layout.space if sizes[m] > 1 for i in axis_indices(m.lower(), ndim)}
         for layout in split.stages
     )
     both = early & late
     # Axes with one tap belong to whichever stage the table gives them, the first if both.
-    named = [{*index(layout.space.lower(), ndim)} for layout in split.stages]
+    named = [{*axis_indices(layout.space.lower(), ndim)} for layout in split.stages]
     early |= named[0] - late
     late |= named[1] - early
     g = conv.geometry
@@ -322,7 +322,7 @@ def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
 def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """Every rank of `variant`, from one decomposition."""
     parts = decompose(conv, family, variant)
-    tail = chain_algebra.tails_of(parts.s)
+    tail = chain_algebra.tail_norms(parts.s)
     for rank in range(1, parts.s.shape[-1] + 1):
         error = float(tail[rank])
         yield SweepPoint(
@@ -346,7 +346,7 @@ def _fit(
 
 def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
     """The error of the best chain: Eckart and Young's."""
-    return float(chain_algebra.tails_of(decompose(conv, family, variant).s)[rank[0]])
+    return float(chain_algebra.tail_norms(decompose(conv, family, variant).s)[rank[0]])
 
 
 def _check_split(kernel: Kernel, variant: str) -> None:
@@ -365,15 +365,36 @@ def _check_split(kernel: Kernel, variant: str) -> None:
         raise ValueError("with groups, B runs first: form must end with 'first'")
 
 
-FAMILIES = {
-    name: Family(
+def _spectra(family: str, conv: Factorization, variant: str) -> list[Spectrum]:
+    svd = decompose(conv, family, variant)
+    return [Spectrum(family, svd.u.shape[1], svd.vt.shape[2], svd.s)]
+
+
+def _family(name: str, label: str, color: str, marker: str, is_fast: bool = True) -> Family:
+    return Family(
+        name,
         partial(_variants, name),
         partial(_sweep, name),
         partial(_fit, name),
         partial(_bound, name),
         exact=True,
+        label=label,
+        color=color,
+        marker=marker,
+        has_fast_sweep=is_fast,
+        spectra=partial(_spectra, name),
     )
-    for name in ROWS
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        _family("channel_svd", "channel SVD", "#0072b2", "o"),
+        _family("spatial_svd", "spatial SVD", "#d55e00", "o"),
+        _family("filter_basis", "filter basis", "#d55e00", "s"),
+        _family("network_decoupling", "network decoupling", "#009e73", "o"),
+        _family("kronecker", "Kronecker sum", "#e69f00", "o", is_fast=False),
+    )
 }
 
 
@@ -635,7 +656,7 @@ def kronecker(conv: Factorization, rank: int, variant: str | None = None) -> Fac
     >>> import lowrank
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
     >>> f = lowrank.kronecker(conv, rank=2, variant="4x2x1x1 first")
-    >>> [(s.weight.shape, s.left, s.right) for s in f.stages]
+    >>> [(s.weight.shape, s.outer, s.inner) for s in f.stages]
     [((8, 2, 1, 1), 2, 1), ((2, 4, 3, 3), 1, 4)]
     """
     return _fit("kronecker", conv, rank, variant)

@@ -15,19 +15,19 @@ from lowrank.core import chain_algebra
 from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import _tensorly
-from lowrank.families.family import (
-    Family,
+from lowrank.families.family import Family, Spectrum
+from lowrank.families.kernel import (
     Kernel,
     NotApplicable,
-    SweepPoint,
     as_kernel,
+    axis_indices,
+    balance_norms,
     checked_rank,
     checked_variant,
-    index,
-    norm_balance,
     on_weight_device,
-    oriented,
+    orient,
 )
+from lowrank.families.sweep_point import SweepPoint
 
 LEVELS = 12  # of truncation in a sweep
 
@@ -72,7 +72,7 @@ def _variants(conv: Factorization) -> tuple[str, ...]:
     kernel = as_kernel(conv)
     long = ["".join(a for a in axes if _taps(kernel, a) > 1) for axes in kernel.axes]
     channels = min(kernel.outs, kernel.ins) > 1
-    if kernel.pointwise or not (channels or len(long) > 2):
+    if kernel.is_pointwise or not (channels or len(long) > 2):
         raise NotApplicable(
             "tensor_train needs a spatial kernel, and two channels in and out of a group "
             "or three axes"
@@ -105,8 +105,8 @@ def _chain(parts: Train, rank: Ints, cores: Sequence[Array] | None) -> tuple[Sta
             # (g, before, s, space, t, after) to (g, after or t, before or s, space)
             core = cores[i].reshape(g, before, kernel.ins if "s" in car else 1, math.prod(taps), -1)
             w = core.transpose(0, 4, 1, 2, 3).reshape(shape) * each
-        stages.append(Stage(w, conv.geometry.only(index(axes, conv.geometry.ndim)), g))
-    return oriented(conv, stages if cores is None else norm_balance(stages))
+        stages.append(Stage(w, conv.geometry.only(axis_indices(axes, conv.geometry.ndim)), g))
+    return orient(conv, stages if cores is None else balance_norms(stages))
 
 
 def _build(parts: Train, rank: Ints) -> tuple[Stage, ...]:
@@ -154,7 +154,7 @@ def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
 def _tails(parts: Train) -> list[Array]:
     """For each joint, how far off any train with a rank there is: that unfolding's tail."""
     joints = range(1, parts.tensor.ndim - 1)
-    return [chain_algebra.tails(parts.tensor, range(1, k + 1), (0,)) for k in joints]
+    return [chain_algebra.truncation_errors(parts.tensor, range(1, k + 1), (0,)) for k in joints]
 
 
 def _bound(conv: Factorization, rank: Ints, variant: str) -> float:
@@ -207,7 +207,33 @@ def _fit(conv: Factorization, rank: Sequence[int], variant: str | None = None) -
     )
 
 
-FAMILIES = {"tensor_train": Family(_variants, _sweep, _fit, _bound, exact=False)}
+def _spectra(conv: Factorization, variant: str) -> list[Spectrum]:
+    """Return the spectrum of the unfolding at every joint of the train."""
+    cars = train(conv, variant).tensor
+    spectra = []
+    for joint in range(2, cars.ndim):
+        rows = math.prod(cars.shape[1:joint])
+        matrices = cars.reshape(len(cars), rows, -1)
+        values = np.linalg.svd(matrices, compute_uv=False)
+        spectra.append(Spectrum(f"joint {joint - 1}", rows, matrices.shape[2], values))
+    return spectra
+
+
+FAMILIES = {
+    "tensor_train": Family(
+        "tensor_train",
+        _variants,
+        _sweep,
+        _fit,
+        _bound,
+        exact=False,
+        label="tensor train",
+        color="#000000",
+        marker="o",
+        has_fast_sweep=True,
+        spectra=_spectra,
+    )
+}
 
 
 def tensor_train(

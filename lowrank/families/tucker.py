@@ -20,19 +20,19 @@ from lowrank.core import chain_algebra
 from lowrank.core.stage import Stage, abstract_weight
 from lowrank.factorization import Factorization
 from lowrank.families import als
-from lowrank.families.family import (
-    Family,
+from lowrank.families.family import Family, Spectrum
+from lowrank.families.kernel import (
     Kernel,
     NotApplicable,
-    SweepPoint,
     as_kernel,
+    axis_indices,
+    balance_norms,
     checked_rank,
     checked_variant,
-    index,
-    norm_balance,
     on_weight_device,
-    oriented,
+    orient,
 )
+from lowrank.families.sweep_point import SweepPoint
 
 POINTS = 2500  # of a sweep over all combinations of ranks, at the most
 ITERATIONS = 100  # of HOOI, TensorLy's own limit,
@@ -84,14 +84,14 @@ def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Par
     for mode in range(1, 3 + len(axes)):
         values, vectors = chain_algebra.eigh(_grams(tensor, mode))
         values, vectors = values[:, ::-1].clip(min=0), vectors[:, :, ::-1]
-        tails.append(chain_algebra.tails_of(np.sqrt(values)))
+        tails.append(chain_algebra.tail_norms(np.sqrt(values)))
         factors.append(vectors)
         core = _projected(core, vectors, mode)
     energy = np.square(core).sum((0, -1))
     for mode in range(energy.ndim):
         energy = energy.cumsum(mode)
     energy = np.pad(energy, [(1, 0)] * energy.ndim)
-    tails.append(chain_algebra.tails(tensor, (tensor.ndim - 1,), (0,)))
+    tails.append(chain_algebra.truncation_errors(tensor, (tensor.ndim - 1,), (0,)))
     return Parts(conv, kernel, axes, tensor, tuple(factors), core, energy, tuple(tails))
 
 
@@ -100,7 +100,7 @@ def truncated(kernel: Kernel, conv: Factorization, axes: tuple[str, ...], rank: 
     tensor = _unfoldable(kernel, axes)
     factors = []
     for mode, r in enumerate(rank, start=1):
-        leading = [chain_algebra.leading(g, r)[1] for g in _grams(tensor, mode)]
+        leading = [chain_algebra.leading_eigenpairs(g, r)[1] for g in _grams(tensor, mode)]
         factors.append(np.stack(leading)[:, :, ::-1])
     none = np.empty(0)
     return Parts(conv, kernel, axes, tensor, tuple(factors), none, none, ())
@@ -166,7 +166,7 @@ def hooi(
                 part = _projected(part, factors[m][None], m + 1)
             size, rank = factor.shape
             unfolded = np.moveaxis(part[0], mode, 0).reshape(size, -1)
-            values, factors[mode] = chain_algebra.leading(unfolded @ unfolded.T, rank)
+            values, factors[mode] = chain_algebra.leading_eigenpairs(unfolded @ unfolded.T, rank)
         error = math.sqrt(max(0.0, 1 - float(values.sum()) / whole))
         if before - error < tolerance:
             break
@@ -231,11 +231,11 @@ def _chain(
         stages.append(Stage(w, still, g))
     spread = ins
     for i, (axes, q) in enumerate(zip(parts.axes, within)):
-        geometry = conv.geometry.only(index(axes, ndim))
+        geometry = conv.geometry.only(axis_indices(axes, ndim))
         shape = (q, 1, *taps(axes))
         if g == 1:  # the same filters for every channel: tied
             w = weight(shape, lambda: factors[2 + i].swapaxes(1, 2))  # type: ignore[index]  # noqa: B023
-            stages.append(Stage(w, geometry, left=spread))
+            stages.append(Stage(w, geometry, outer=spread))
         else:
             w = weight(
                 (g * spread * q, *shape[1:]),
@@ -245,23 +245,23 @@ def _chain(
         spread *= q
     left = "".join(a for a in kernel.letters if a not in "".join(parts.axes))
     w = weight((g * outs, spread, *taps(left)), lambda: core)  # type: ignore[arg-type,return-value]
-    stages.append(Stage(w, conv.geometry.only(index(left, ndim)), g))
+    stages.append(Stage(w, conv.geometry.only(axis_indices(left, ndim)), g))
     if kernel.outs > 1:
         w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
         stages.append(Stage(w, still, g))
-    return oriented(conv, stages if factors is None else norm_balance(stages))
+    return orient(conv, stages if factors is None else balance_norms(stages))
 
 
 def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
     channels = sorted((kernel.outs, kernel.ins))
     if family == "tucker_full":
-        if kernel.pointwise or channels[1] < 2 or (channels[0] < 2 and len(kernel.axes) < 2):
+        if kernel.is_pointwise or channels[1] < 2 or (channels[0] < 2 and len(kernel.axes) < 2):
             raise NotApplicable(
                 "tucker_full needs a spatial kernel and two channels in and out of a group, or "
                 "in one direction and two axes with more than one tap"
             )
         return kernel.axes
-    if kernel.pointwise or channels[0] < 2:
+    if kernel.is_pointwise or channels[0] < 2:
         raise NotApplicable(
             f"{family} needs a spatial kernel and two channels in and out of a group"
         )
@@ -349,7 +349,7 @@ def _cp_chain(
             lambda: (factors[0], terms[0] * each),  # type: ignore[index]
         ),
     ]
-    return oriented(conv, stages if factors is None else norm_balance(stages))
+    return orient(conv, stages if factors is None else balance_norms(stages))
 
 
 def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
@@ -444,19 +444,59 @@ def _cp_bound(family: str, conv: Factorization, rank: Ints, variant: str) -> flo
     return max(parts.bound(rank[:2]), float(bounds[rank[2]]) if rank[2] < len(bounds) else 0.0)
 
 
+def _spectra(family: str, conv: Factorization, variant: str) -> list[Spectrum]:
+    """Return the spectrum of every unfolding: out, in, and each axis of `tucker_full`."""
+    kernel = as_kernel(conv)
+    modes = {"out": [1], "in": [2]}
+    modes |= {axes: [3 + kernel.letters.index(a) for a in axes] for axes in _axes(family, kernel)}
+    spectra = []
+    for name, axes in modes.items():
+        rows = math.prod(kernel.tensor.shape[a] for a in axes)
+        unfolded = np.moveaxis(kernel.tensor, axes, range(1, 1 + len(axes)))
+        matrices = unfolded.reshape(kernel.groups, rows, -1)
+        values = np.linalg.svd(matrices, compute_uv=False)
+        spectra.append(Spectrum(name, rows, matrices.shape[2], values))
+    return spectra
+
+
 FAMILIES = {
-    name: Family(
-        partial(_variants, name),
-        partial(sweep, name),
-        partial(fit, name),
-        partial(bound, name),
+    "tucker": Family(
+        "tucker",
+        partial(_variants, "tucker"),
+        partial(_sweep, "tucker"),
+        partial(_fit, "tucker"),
+        partial(_bound, "tucker"),
         exact=False,
-    )
-    for name, sweep, fit, bound in (
-        ("tucker", _sweep, _fit, _bound),
-        ("tucker_full", _sweep, _fit, _bound),
-        ("tucker_cp", _cp_sweep, _cp_fit, _cp_bound),
-    )
+        label="Tucker-2",
+        color="#56b4e9",
+        marker="o",
+        has_fast_sweep=True,
+        spectra=partial(_spectra, "tucker"),
+    ),
+    "tucker_full": Family(
+        "tucker_full",
+        partial(_variants, "tucker_full"),
+        partial(_sweep, "tucker_full"),
+        partial(_fit, "tucker_full"),
+        partial(_bound, "tucker_full"),
+        exact=False,
+        label="Tucker",
+        color="#56b4e9",
+        marker="s",
+        spectra=partial(_spectra, "tucker_full"),
+    ),
+    "tucker_cp": Family(
+        "tucker_cp",
+        partial(_variants, "tucker_cp"),
+        partial(_cp_sweep, "tucker_cp"),
+        partial(_cp_fit, "tucker_cp"),
+        partial(_cp_bound, "tucker_cp"),
+        exact=False,
+        label="Tucker-CP",
+        color="#56b4e9",
+        marker="^",
+        is_outer_product_sum=True,
+    ),
 }
 
 

@@ -1,7 +1,7 @@
-"""Second moments of what a layer gets and of its output gradients, and the metric they make."""
+"""Second moments of a layer's inputs and output gradients, and the metric that they make."""
 
-from lowrank.metric.moments import Metric as Metric
+from lowrank.metric.metric import Metric as Metric
+from lowrank.metric.metric import nearest_kronecker as nearest_kronecker
+from lowrank.metric.metric import unroll as unroll
+from lowrank.metric.metric import white as white
 from lowrank.metric.moments import Moments as Moments
-from lowrank.metric.moments import factored as factored
-from lowrank.metric.moments import unrolled as unrolled
-from lowrank.metric.moments import white as white
