@@ -27,7 +27,7 @@ class FusedNodes:
     nodes : list of fx.Node
         First convolution, and the padding before it if there is any.
     f : Factorization
-        The same as a chain.
+        Those nodes as a chain.
     """
 
     def __init__(self, nodes: list[fx.Node], f: Factorization) -> None:
