@@ -1,9 +1,10 @@
-"""One look for all figures: the journal's column width, the families' colours of the library."""
+"""Style of all figures: column widths of the journal, colours and markers of the families."""
 
 from pathlib import Path
 
 import matplotlib
 
+from lowrank import FAMILIES
 from lowrank.report import figures
 
 matplotlib.use("agg")
@@ -18,8 +19,8 @@ matplotlib.rcParams.update(
     }
 )
 COLUMN, PAGE = 3.4, 7.0  # inches
-#: A colour and a mark a contestant.
-WHO = {
+#: Colour and marker per library.
+LIBRARIES = {
     "lowrank": ("#0072b2", "o"),
     "PyTorch": ("#d55e00", "s"),
     "PyTorch, channels last": ("#e69f00", "^"),
@@ -27,14 +28,27 @@ WHO = {
     "OpenCV": ("#cc79a7", "v"),
     "onnxruntime": ("#56b4e9", "D"),
 }
+#: Colour and marker per curve.  The variants of channel_svd reduce different channels.
+LOOK = {
+    "dense": ("#555555", "*"),
+    "channel_svd output": ("#0072b2", "o"),
+    "channel_svd input": ("#0072b2", "s"),
+    **{name: (f.color, f.marker) for name, f in FAMILIES.items() if name != "channel_svd"},
+}
+
+
+def curve(row):
+    """Return the key of LOOK for a table row with the columns family and variant."""
+    family = row["family"]
+    return f"{family} {row['variant']}" if family == "channel_svd" else family
 
 
 def within(limits, value):
-    """Whether a tick is in sight."""
+    """Return whether a tick lies within the limits of its axis."""
     low, high = limits
     return low <= value <= high
 
 
 def save(figure, target):
-    """The same table gives the same file, byte for byte."""
+    """Write a figure; the same table gives the same bytes."""
     figure.savefig(target, dpi=200, metadata=figures.STEADY[Path(target).suffix])

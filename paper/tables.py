@@ -1,22 +1,24 @@
-"""What the measuring scripts share: how a table is written, whose layers, and how calls are timed.
+"""Shared code of the measurement scripts: tables, layers of trained networks, fits.
 
-Weights of others lie in the folder that the environment variable LOWRANK_DATA names. A script
-that cannot measure here says why and leaves the committed table as it is.
+Third-party weights are read from the folder that the environment variable LOWRANK_DATA names.  A
+script that cannot measure on this machine prints the reason and keeps the committed table.
 """
 
 import csv
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take each other's cores
+# Spinning threads would take the cores of the library that is timed next.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import lowrank
-from lowrank import demo
+from lowrank import NotApplicable, demo
 from lowrank.interop.weights import layers
 
-#: Nets of others by the name that figures give them, in the order in which they stand there.
+#: File names of third-party networks by label, in the order of the figures.
 NETS = {
     "ResNet-20": "resnet20_cifar10",
     "cifar10_full": "caffe_cifar10_full",
@@ -30,7 +32,7 @@ NETS = {
 
 
 def write(target, header, rows):
-    """A table, row by row: what is there already is seen while the rest is measured."""
+    """Write a table row by row, so that finished rows are visible during the measurement."""
     with open(target, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(header)
@@ -39,30 +41,31 @@ def write(target, header, rows):
             file.flush()
 
 
-def skip(why):
-    """Leave the table as it was committed."""
+def skip(reason):
+    """Print the reason and exit; the committed table stays."""
     name = Path(sys.argv[0]).stem
-    print(f"{name}: not measured, {why}; the table data/{name}.csv stays as it is")
+    print(f"{name}: not measured, {reason}; the table data/{name}.csv stays as it is")
     sys.exit()
 
 
 def folder():
-    """Where weights and data of others are, or None."""
-    found = os.environ.get("LOWRANK_DATA")
-    return Path(found) if found else None
+    """Return the folder with third-party weights and data, or None."""
+    path = os.environ.get("LOWRANK_DATA")
+    return Path(path) if path else None
 
 
-def needed_folder():
+def required_folder():
+    """Return the folder with third-party data; skip the script without it."""
     return folder() or skip("LOWRANK_DATA names no folder with the trained networks")
 
 
 def digits():
-    """Layers of the network that comes with the library."""
+    """Return the layers of the shipped digit network."""
     return layers(demo.WEIGHTS)
 
 
 def trained(name, only=None):
-    """Layers of a net of NETS, or of the digit network; none, and a word, without data."""
+    """Return the layers of a network of NETS or of the digit network; none without data."""
     if name == "digits":
         return [x for x in digits() if only in (None, x.name)]
     path = folder() / "weights" / f"{NETS[name]}.safetensors" if folder() else None
@@ -74,15 +77,19 @@ def trained(name, only=None):
 
 
 def calibrated():
-    """The machine, if its rates were measured."""
-    here = lowrank.perfmodel.current()
-    return here if here.calibrated else skip("this machine is not calibrated (lowrank calibrate)")
+    """Return this machine's performance model; skip the script if it is not calibrated."""
+    machine = lowrank.perfmodel.current()
+    return (
+        machine
+        if machine.calibrated
+        else skip("this machine is not calibrated (lowrank calibrate)")
+    )
 
 
 def uniform(layers, family, share):
-    """What is commonly done: one share of rank for every layer but the first, by kernels alone.
+    """Return chains at one share of MACs (at stride 1) for every layer but the first.
 
-    The share of a layer's multiply-adds that it takes, were the stride 1.
+    This is common practice: one rank share for all layers, weights only.
     """
     return {x.name: _cut(x.conv, family, share) for x in layers[1:] if x.conv.ndim == 2}
 
@@ -92,16 +99,38 @@ def _cut(conv, family, share):
     dense = share * t * s * math.prod(taps)
     if family == "spatial_svd":
         return lowrank.spatial_svd(conv, max(1, round(dense / (s * taps[0] + t * taps[1]))), "h-w")
-    # Tucker's ranks at one share of both channels: a quadratic equation
+    # Equal shares of both channel ranks solve a quadratic equation.
     a, b = t * s * math.prod(taps), s * s + t * t
-    part = (math.sqrt(b * b + 4 * a * dense) - b) / (2 * a)
-    return lowrank.tucker(conv, (max(1, round(part * t)), max(1, round(part * s))))
+    rank_share = (math.sqrt(b * b + 4 * a * dense) - b) / (2 * a)
+    return lowrank.tucker(conv, (max(1, round(rank_share * t)), max(1, round(rank_share * s))))
 
 
-def peers():
-    """PyTorch, or the word that it is missing."""
+def require_torch():
+    """Return PyTorch; skip the script if it is missing."""
     try:
         import torch
     except ImportError:
         skip("PyTorch is missing (pip install --group bench)")
     return torch
+
+
+def fits_within(conv, size, curve, shares):
+    """Return the chains with the smallest errors within shares of the MACs, without repeats.
+
+    `curve` is a family, or a family and a variant: ``"channel_svd output"``.
+    """
+    name, _, variant = curve.partition(" ")
+    limits = [share * conv.cost(size).macs for share in shares]
+    try:
+        if not variant:
+            front = lowrank.frontier(conv, size, [name], axis="macs")
+            picks = dict.fromkeys(front.affordable(x) for x in limits if front[0].cost.macs <= x)
+            return [c.build() for c in picks if c.family == name]
+        family = lowrank.FAMILIES[name]
+        points = list(family.sweep(conv, variant)) if variant in family.variants(conv) else []
+    except NotApplicable:
+        return []
+    macs = {p.rank: replace(conv, stages=p.stages).cost(size).macs for p in points}
+    within = [[p for p in points if macs[p.rank] <= x] for x in limits]
+    ranks = dict.fromkeys(min(some, key=lambda p: p.error).rank for some in within if some)
+    return [family.fit(conv, rank, variant) for rank in ranks]

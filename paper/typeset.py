@@ -1,4 +1,4 @@
-"""The paper as PDF, the same bytes for the same data: ``python typeset.py build/paper.pdf``."""
+"""Typeset the paper, reproducibly: ``python typeset.py build/paper.pdf``."""
 
 import sys
 from pathlib import Path
@@ -14,5 +14,5 @@ if __name__ == "__main__":
     compiler = typst.Compiler(HERE / "paper.typ", root=HERE, font_paths=typst.Fonts(False))
     try:
         compiler.compile(output=Path(sys.argv[1]), timestamp=0)
-    except typst.TypstError as why:
-        sys.exit(f"{why.message}\n{why.diagnostic}")
+    except typst.TypstError as error:
+        sys.exit(f"{error.message}\n{error.diagnostic}")

@@ -1,4 +1,4 @@
-"""Layers grow with the positions, attention with their square: counted, and timed."""
+"""MACs and time of layers (linear in the positions) and of attention (quadratic)."""
 
 import csv
 import sys
@@ -12,8 +12,8 @@ LOOK = {
     "separable": ("#0072b2", "o"), "dense": ("#555555", "s"), "attention": ("#d55e00", "^"),
 }  # fmt: skip
 SHADES = {32: "#56b4e9", 64: "#0072b2", 128: "#009e73", 256: "#cc79a7"}
-SHOWN = 64  # channels, of the two panels over N
-LARGE = 1000  # positions, beyond which exponents are fitted
+SHOWN = 64  # channels in the two panels over N
+LARGE = 1000  # exponents are fitted to more positions than this
 
 
 def main(source, target):
@@ -30,7 +30,7 @@ def main(source, target):
             far = n > LARGE
             power = np.polyfit(np.log(n[far]), np.log(values[far]), 1)[0]
             axes.plot(n, values, color=colour, marker=mark, label=f"{layer}, $N^{{{power:.2f}}}$")
-    for axes, what in ((left, "multiply-adds in 1e6"), (middle, "ms, one thread")):
+    for axes, what in ((left, "MACs, millions"), (middle, "ms, one thread")):
         axes.set(xscale="log", yscale="log", xlabel=f"positions N, {SHOWN} channels", ylabel=what)
         axes.set_xticks([16, 64, 256, 1024, 4096])
         axes.legend(frameon=False, loc="upper left", handlelength=1.5)
@@ -43,7 +43,7 @@ def main(source, target):
     x = np.geomspace(0.06, 130, 50)
     right.plot(x, (4 + 2 * x) / 9, color="black", label="counted")
     right.axhline(1, color="0.6", linewidth=0.6)
-    right.set(xscale="log", yscale="log", xlabel="positions a channel, N / C")
+    right.set(xscale="log", yscale="log", xlabel="positions per channel, N / C")
     right.set_ylabel("attention over dense 3 x 3")
     right.set_xticks([0.1, 1, 10, 100])
     right.legend(frameon=False, loc="upper left", handlelength=1.5)

@@ -1,4 +1,4 @@
-"""Errors at a third of the multiply-adds by depth, and over the least that is possible."""
+"""Errors at a third of the MACs by depth, and their ratio to the lower bounds."""
 
 import csv
 import sys
@@ -6,8 +6,6 @@ from collections import defaultdict
 
 import style
 from matplotlib import pyplot as plt
-
-from lowrank.report import figures
 
 
 def main(source, target):
@@ -25,19 +23,19 @@ def main(source, target):
     figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.6))
     for (net, family), points in curves.items():
         if net == deep:
-            colour, mark = figures.LOOK[family]
+            colour, mark = style.LOOK[family]
             left.plot(*zip(*points), color=colour, marker=mark, label=family)
     left.set(xlabel=f"layer of {deep}", ylabel="relative error of the weights", ylim=(0, 1))
     left.set_xticks(range(1, 1 + max(n for (net, _), p in curves.items() if net == deep
                                      for n, _ in p), 3))  # fmt: skip
     left.grid(alpha=0.25, linewidth=0.4)
     left.legend(ncols=2, frameon=False)
-    names = [f for f in figures.LOOK if f in gaps]
+    names = [f for f in style.LOOK if f in gaps]
     right.boxplot(
         [gaps[f] for f in names], whis=(0, 100), widths=0.5, medianprops={"color": "#d55e00"}
     )
     right.set_xticks(range(1, len(names) + 1), names, rotation=30, ha="right")
-    right.set(yscale="log", ylabel="error over its lower bound")
+    right.set(yscale="log", ylabel="error / lower bound")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.grid(axis="y", alpha=0.25, linewidth=0.4)
     style.save(figure, target)

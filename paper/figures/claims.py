@@ -1,4 +1,4 @@
-"""What articles state over what is counted: 1 where they are right."""
+"""Ratio of stated to counted values of each claim: 1 where the claim is correct."""
 
 import csv
 import sys
@@ -13,10 +13,10 @@ def main(source, target):
     figure, axes = plt.subplots(figsize=(style.PAGE, 3.6))
     for i, r in enumerate(reversed(rows)):
         ratio = float(r["stated"]) / float(r["counted"])
-        right = abs(ratio - 1) < 5e-3
-        colour = "#0072b2" if right else "#d55e00"
+        is_correct = abs(ratio - 1) < 5e-3
+        colour = "#0072b2" if is_correct else "#d55e00"
         axes.plot([1, ratio], [i, i], color=colour, linewidth=1.2)
-        axes.plot(ratio, i, "o" if right else "s", color=colour, markersize=3.5)
+        axes.plot(ratio, i, "o" if is_correct else "s", color=colour, markersize=3.5)
     axes.axvline(1, color="0.4", linewidth=0.6)
     axes.set(xscale="log", xlabel="stated / counted")
     axes.set_yticks(range(len(rows)), [f"{r['article']}: {r['claim']}" for r in reversed(rows)])

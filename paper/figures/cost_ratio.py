@@ -1,4 +1,4 @@
-"""Near the border separation saves less: the exact ratio of costs, and the limit 2/m."""
+"""Exact cost ratio of a separated filter by image size, and its limit 2/m."""
 
 import csv
 import sys
@@ -26,7 +26,7 @@ def main(source, target):
         )  # fmt: skip
     axes.axhline(1, color="0.4", linewidth=0.6)
     axes.set(xscale="log", xlabel="size N of an N x N image", ylim=(0, 1.2))
-    axes.set_ylabel("separated / dense multiply-adds")
+    axes.set_ylabel("separated / dense MACs")
     axes.set_xticks([4, 8, 16, 32, 64, 128, 256, 512])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.minorticks_off()

@@ -1,4 +1,4 @@
-"""The cross of two channels, and the best that one separable term makes of it."""
+"""The two-channel cross and its best rank-1 separable approximation."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""Where direct sums, separable passes and transforms overtake one another."""
+"""Time of direct sums, separable passes and FFTs by kernel size."""
 
 import csv
 import sys
@@ -17,20 +17,24 @@ LOOK = {
 }
 
 
+def label(method):
+    return f"separable, {method}" if method.startswith("rank") else method
+
+
 def main(source, target):
     curves = defaultdict(list)
     with open(source, newline="") as file:
         for row in csv.DictReader(file):
             times = float(row["predicted"]) * 1e3, float(row["measured"]) * 1e3
-            curves[row["way"]].append((int(row["taps"]), *times))
+            curves[row["method"]].append((int(row["taps"]), *times))
     figure, axes = plt.subplots(figsize=(style.COLUMN, 2.8))
-    for way, points in curves.items():
-        colour, mark = LOOK[way]
+    for method, points in curves.items():
+        colour, mark = LOOK[method]
         taps, predicted, measured = zip(*points)
         axes.plot(taps, predicted, color=colour)
         axes.plot(taps, measured, mark, color=colour, markersize=3, fillstyle="none")
         axes.annotate(
-            way if way in ("direct", "fft") else f"separable, {way}", (taps[-1], predicted[-1]),
+            label(method), (taps[-1], predicted[-1]),
             (4, 0), textcoords="offset points", va="center", fontsize=6.5, color=colour,
             annotation_clip=False,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Error of the weights against multiply-adds and against measured seconds, by family."""
+"""Weight error against MACs and against measured time, by family."""
 
 import csv
 import sys
@@ -7,23 +7,21 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
-from lowrank.report import figures
-
 
 def main(source, target):
     points = defaultdict(lambda: defaultdict(list))
     with open(source, newline="") as file:
         for r in csv.DictReader(file):
             row = float(r["macs"]), float(r["seconds"]), float(r["error"])
-            points[r["layer"]][r["family"]].append(row)
-    figure, every = plt.subplots(
+            points[r["layer"]][style.curve(r)].append(row)
+    figure, grid = plt.subplots(
         2, len(points), figsize=(style.PAGE, 4.2), sharey=True, squeeze=False
     )
     seen = {}
-    for column, (layer, families) in zip(every.T, points.items()):
+    for column, (layer, families) in zip(grid.T, points.items()):
         for k, axes in enumerate(column):
             for family, rows in families.items():
-                colour, mark = figures.LOOK[family]
+                colour, mark = style.LOOK[family]
                 rows = sorted(rows)
                 (line,) = axes.plot([r[k] for r in rows], [r[2] for r in rows], color=colour,
                                     marker=mark, linewidth=0.6)  # fmt: skip
@@ -34,11 +32,11 @@ def main(source, target):
             axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
             axes.minorticks_off()
             axes.grid(alpha=0.25, linewidth=0.4)
-            axes.set_xlabel(("multiply-adds / dense", "measured seconds / dense")[k])
+            axes.set_xlabel(("MACs / dense", "measured time / dense")[k])
         column[0].set_title(layer.replace(" ", "\n", 1), fontsize=7.5)
-    for axes in every[:, 0]:
+    for axes in grid[:, 0]:
         axes.set_ylabel("relative error")
-    figure.legend(seen.values(), seen, loc="outside lower center", ncols=7, frameon=False,
+    figure.legend(seen.values(), seen, loc="outside lower center", ncols=5, frameon=False,
                   fontsize=6.5)  # fmt: skip
     style.save(figure, target)
 

@@ -1,4 +1,4 @@
-"""Three quotients of costs, stated and counted, and what contestants make of them in time."""
+"""Three cost ratios: stated, counted, and as measured time per library."""
 
 import csv
 import sys
@@ -19,18 +19,18 @@ def main(source, target):
     with open(source, newline="") as file:
         for r in csv.DictReader(file):
             size, time = int(r["size"]), float(r["separated"]) / float(r["dense"])
-            curves[r["claim"]][r["who"]].append((size, time))
+            curves[r["claim"]][r["library"]].append((size, time))
             counted[r["claim"]][size] = float(r["limit"]), float(r["counted"])
-    figure, every = plt.subplots(1, 3, figsize=(style.PAGE, 2.5))
-    for axes, (claim, (what, formula)) in zip(every, PANELS.items()):
+    figure, panels = plt.subplots(1, 3, figsize=(style.PAGE, 2.5))
+    for axes, (claim, (what, formula)) in zip(panels, PANELS.items()):
         sizes = sorted(counted[claim])
         axes.plot(sizes, [counted[claim][n][0] for n in sizes], color="0.45", linestyle=":",
                   label=formula)  # fmt: skip
         axes.plot(sizes, [counted[claim][n][1] for n in sizes], "x", color="0.3", markersize=4,
                   label="counted")  # fmt: skip
-        for who, points in curves[claim].items():
-            colour, mark = style.WHO[who]
-            axes.plot(*zip(*points), color=colour, marker=mark, label=who)
+        for library, points in curves[claim].items():
+            colour, mark = style.LIBRARIES[library]
+            axes.plot(*zip(*points), color=colour, marker=mark, label=library)
         axes.set(xscale="log", yscale="log", xlabel=what)
         axes.set_xticks(sizes, [str(n) for n in sizes])
         axes.minorticks_off()
@@ -40,7 +40,7 @@ def main(source, target):
         axes.set_yticks([v for v in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if style.within((low, high), v)])
         axes.grid(alpha=0.25, linewidth=0.4)
         axes.legend(frameon=False, fontsize=6)
-    every[0].set_ylabel("separated / dense")
+    panels[0].set_ylabel("separated / dense")
     style.save(figure, target)
 
 

@@ -1,4 +1,4 @@
-"""Errors of layers' outputs by the metric that a fit is made in, over those of a fit in none."""
+"""Output errors of data-aware fits relative to those of weight-only fits."""
 
 import csv
 import sys
@@ -7,7 +7,7 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
-WAYS = {"factored": ("#e69f00", "^"), "whole": ("#0072b2", "o")}
+METRICS = {"factored": ("#e69f00", "^"), "full": ("#0072b2", "o")}
 
 
 def main(source, target):
@@ -16,20 +16,20 @@ def main(source, target):
         for r in csv.DictReader(file):
             found[r["family"], r["layer"]][r["metric"]] = float(r["output_error"])
     families = list(dict.fromkeys(family for family, _ in found))
-    figure, every = plt.subplots(1, len(families), figsize=(style.PAGE, 2.4), sharey=True)
-    for axes, family in zip(every, families):
+    figure, panels = plt.subplots(1, len(families), figsize=(style.PAGE, 2.4), sharey=True)
+    for axes, family in zip(panels, families):
         layers = [layer for f, layer in found if f == family]
         axes.axhline(1, color="0.4", linewidth=0.7)
-        for way, (colour, mark) in WAYS.items():
-            gain = [found[family, x][way] / found[family, x]["none"] for x in layers]
-            axes.plot(range(len(layers)), gain, color=colour, marker=mark, label=way)
+        for metric, (colour, mark) in METRICS.items():
+            gain = [found[family, x][metric] / found[family, x]["none"] for x in layers]
+            axes.plot(range(len(layers)), gain, color=colour, marker=mark, label=metric)
         names = [x.replace("ResNet-20 layer", "") for x in layers]
         axes.set_xticks(range(len(layers)), names, rotation=60, ha="right", fontsize=6)
         axes.set_title(family, fontsize=8)
         axes.set_ylim(0, 1.25)
         axes.grid(alpha=0.25, linewidth=0.4)
-    every[0].set_ylabel("output error / that of a plain fit")
-    every[0].legend(frameon=False, title="second moments", title_fontsize=7, loc="lower right")
+    panels[0].set_ylabel("output error / weight-only fit")
+    panels[0].legend(frameon=False, title="second moments", title_fontsize=7, loc="lower right")
     style.save(figure, target)
 
 

@@ -1,4 +1,4 @@
-"""Rates of all kinds of work under the machine's two roofs."""
+"""Roofline: measured rates against arithmetic intensity."""
 
 import csv
 import sys
@@ -15,7 +15,7 @@ LOOK = {
     "depthwise": ("#e69f00", "v", "depthwise layers"),
     "series": ("#cc79a7", "D", "series"),
     "image": ("#d55e00", "P", "image filters"),
-    "rank": ("#000000", "X", "filters of 2, 3 terms"),
+    "rank": ("#000000", "X", "filters of rank 2, 3"),
     "volume": ("#999999", "*", "volume filters"),
 }
 
@@ -40,7 +40,7 @@ def main(source, target):
         colour, mark, name = LOOK[kind]
         axes.plot(*zip(*some), mark, color=colour, label=name, markersize=3.5, markeredgewidth=0)
     axes.set(xscale="log", yscale="log", ylim=(min(y for s in points.values() for _, y in s) / 3,
-             peak * 1.8), xlabel="operations a byte of compulsory traffic",
+             peak * 1.8), xlabel="operations per byte of compulsory traffic",
              ylabel="GFLOP/s, one thread")  # fmt: skip
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -1,4 +1,4 @@
-"""How much of its rank a trained layer needs, by depth, over what noise of its shape needs."""
+"""Rank that trained layers need by depth, beside random kernels of the same shapes."""
 
 import csv
 import sys
@@ -13,33 +13,33 @@ LOOK = {
     "CNN-L": ("#56b4e9", "P"), "CREPE (1-D)": ("#999999", "X"), "MeshNet (3-D)": ("#000000", "*"),
 }  # fmt: skip
 PANELS = {
-    "spatial": "passes along the axes:\nshare of full rank for 20 % error",
-    "channels": "fewer input maps:\nshare of full rank for 20 % error",
-    "depthwise": "one depthwise filter a channel:\nrelative error",
+    "spatial": "spatial SVD:\nshare of full rank for 20 % error",
+    "channels": "channel SVD:\nshare of full rank for 20 % error",
+    "depthwise": "one depthwise filter per channel:\nrelative error",
 }
 
 
 def main(source, target):
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, every = plt.subplots(1, 3, figsize=(style.PAGE, 2.9), sharex=True, sharey=True)
-    for axes, (key, what) in zip(every, PANELS.items()):
+    figure, panels = plt.subplots(1, 3, figsize=(style.PAGE, 2.9), sharex=True, sharey=True)
+    for axes, (key, title) in zip(panels, PANELS.items()):
         curves, noise = defaultdict(list), []
         for r in rows:
-            if r[key] and float(r[f"{key}_noise"]) < 1:  # a rank of one has nothing to cut
+            if r[key] and float(r[f"{key}_noise"]) < 1:  # full rank 1 cannot be reduced
                 curves[r["net"]].append((float(r["depth"]), float(r[key])))
                 noise.append(float(r[f"{key}_noise"]))
         axes.axhspan(min(noise), max(noise), color="0.88", linewidth=0)
-        axes.annotate("noise of the same shapes", (0.02, max(noise)), (0, -2), va="top", fontsize=6,
+        axes.annotate("random, same shapes", (0.02, max(noise)), (0, -2), va="top", fontsize=6,
                       textcoords="offset points", color="0.35")  # fmt: skip
         for net, points in curves.items():
             colour, mark = LOOK[net]
             axes.plot(*zip(*sorted(points)), color=colour, marker=mark, linewidth=0.7, label=net)
         axes.set(xlabel="depth of the layer, first to last", ylim=(0, 1.03))
-        axes.set_title(what, fontsize=8)
+        axes.set_title(title, fontsize=8)
         axes.grid(alpha=0.25, linewidth=0.4)
     handles = {}
-    for axes in every:
+    for axes in panels:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     names = [n for n in LOOK if n in handles]
     figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=len(names),

@@ -1,4 +1,4 @@
-"""What correction buys: sensitivity with it over without, at the errors of the two."""
+"""Sensitivity and float16 error of CP chains with and without error-preserving correction."""
 
 import csv
 import sys
@@ -14,13 +14,13 @@ def main(source, target):
     pairs = defaultdict(lambda: defaultdict(dict))
     with open(source, newline="") as file:
         for r in csv.DictReader(file):
-            pairs[r["layer"]][int(r["rank"])][r["way"]] = r
+            pairs[r["layer"]][int(r["rank"])][r["fit"]] = r
     figure, panels = plt.subplots(1, 2, figsize=(style.PAGE, 2.4))
     for colour, (layer, ranks) in zip(COLOURS, pairs.items()):
         for axes, key in zip(panels, ("sensitivity", "float16")):
-            for way, line in (("without", "o:"), ("with", "s-")):
-                values = [float(both[way][key]) for both in ranks.values()]
-                label = f"{layer}, {way} correction" if key == "sensitivity" else None
+            for fit, line in (("without", "o:"), ("with", "s-")):
+                values = [float(pair[fit][key]) for pair in ranks.values()]
+                label = f"{layer}, {fit} correction" if key == "sensitivity" else None
                 axes.plot(list(ranks), values, line, color=colour, label=label)
     panels[0].set(yscale="log", xlabel="rank", ylabel="sensitivity")
     panels[1].set(yscale="log", xlabel="rank", ylabel="float16 error of the output")

@@ -1,4 +1,4 @@
-"""What separating one layer of ResNet-20 does, layer by layer."""
+"""Loss in top-1 and errors after separating one layer of ResNet-20 at a time."""
 
 import csv
 import sys
@@ -7,8 +7,8 @@ import style
 from matplotlib import pyplot as plt
 
 LINES = {
-    "kernel_error": ("#999999", "s", "error of the kernel"),
-    "output_error": ("#0072b2", "o", "error of the network's outputs"),
+    "kernel_error": ("#999999", "s", "weight error"),
+    "output_error": ("#0072b2", "o", "error of the network output"),
 }
 
 
@@ -19,10 +19,10 @@ def main(source, target):
     at = [int(r["number"]) + 1 for r in rows]
     other = axes.twinx()
     other.bar(at, [float(r["lost"]) for r in rows], color="#d55e00", alpha=0.4, width=0.7)
-    other.set_ylabel("points of top-1 lost (bars)", color="#a34700")
+    other.set_ylabel("top-1 loss, percentage points (bars)", color="#a34700")
     for key, (colour, mark, label) in LINES.items():
         axes.plot(at, [float(r[key]) for r in rows], color=colour, marker=mark, label=label)
-    axes.set(xlabel="layer that is separated, alone", ylabel="relative error", ylim=(0, 1))
+    axes.set(xlabel="layer that is separated", ylabel="relative error", ylim=(0, 1))
     low, high = other.get_ylim()
     other.set_ylim(0 if low > -1 else low, high * 1.15)
     axes.set_zorder(other.get_zorder() + 1)

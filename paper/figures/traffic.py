@@ -1,4 +1,4 @@
-"""Traffic of chains over that of the dense layer, and what fusing gains in time."""
+"""Memory traffic of chains relative to the dense layer, and the speed-up from fusion."""
 
 import csv
 import sys
@@ -6,9 +6,7 @@ import sys
 import style
 from matplotlib import pyplot as plt
 
-from lowrank.report import figures
-
-LOOK = {"depthwise + pointwise": figures.LOOK["network_decoupling"]} | figures.LOOK
+LOOK = {"depthwise + pointwise": style.LOOK["network_decoupling"]} | style.LOOK
 
 
 def main(source, target):
@@ -34,7 +32,7 @@ def main(source, target):
     left.legend(
         frameon=False,
         loc="upper right",
-        title="pale: stage by stage, full: fused",
+        title="light: stage by stage, solid: fused",
         title_fontsize=7,
     )
     right.axhline(1, color="0.3", linewidth=0.6)

@@ -1,4 +1,4 @@
-"""Separable filters of a volume: terms against grey levels, seconds, and the ratio K^2 / 3."""
+"""Separable filters of a volume: error by rank, time by taps, and the ratio K^2 / 3."""
 
 import csv
 import sys
@@ -7,14 +7,14 @@ import style
 from matplotlib import pyplot as plt
 
 KERNELS = {
-    "turned": ("#0072b2", "o"), "ball": ("#d55e00", "s"), "Laplacian": ("#009e73", "^"),
+    "rotated": ("#0072b2", "o"), "ball": ("#d55e00", "s"), "Laplacian": ("#009e73", "^"),
     "wave": ("#cc79a7", "D"), "Gaussian": ("#000000", "*"),
 }  # fmt: skip
-WAYS = {
-    "SciPy direct": ("#999999", "v"), "SciPy passes": ("#009e73", "D"),
+METHODS = {
+    "SciPy direct": ("#999999", "v"), "SciPy separable": ("#009e73", "D"),
     "direct": ("#d55e00", "s"), "fft": ("#e69f00", "^"), "separable": ("#0072b2", "o"),
 }  # fmt: skip
-SHOWN = "13"  # taps, of the panel of errors
+SHOWN = "13"  # taps in the error panel
 
 
 def main(source, target):
@@ -25,14 +25,14 @@ def main(source, target):
         some = [r for r in rows if r["kernel"] == kernel and r["taps"] == SHOWN and r["terms"]]
         terms = [int(r["terms"]) for r in some]
         for key, line, fill in (("levelled", "-", "full"), ("rms", ":", "none")):
-            if key == "rms" and kernel not in ("turned", "ball"):
-                continue  # the same: these sum to zero, or have no error
+            if key == "rms" and kernel not in ("rotated", "ball"):
+                continue  # equal: these sum to zero or have no error
             errors = [max(float(r[key]), 2e-4) for r in some]
             left.plot(terms, errors, line, color=colour, marker=mark, fillstyle=fill,
                       markersize=5 if mark == "*" else 3,
                       label=kernel if key == "levelled" else None)  # fmt: skip
     left.axhline(0.5, color="0.7", linewidth=0.6)
-    left.set(yscale="log", xlabel="separable terms", ylim=(1e-4, 3e3))
+    left.set(yscale="log", xlabel="rank", ylim=(1e-4, 3e3))
     left.set_ylabel(f"RMS error in grey levels, {SHOWN} taps")
     left.set_xticks([1, 2, 3, 4, 6, 8])
     left.set_yticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["0.001", "0.01", "0.1", "1", "10", "100"])
@@ -40,27 +40,27 @@ def main(source, target):
 
     gauss = [r for r in rows if r["kernel"] == "Gaussian"]
     curves = {}
-    for way, (colour, mark) in WAYS.items():
-        some = [r for r in gauss if r["way"] == way]
+    for method, (colour, mark) in METHODS.items():
+        some = [r for r in gauss if r["method"] == method]
         taps, seconds = ([float(r[k]) for r in some] for k in ("taps", "seconds"))
         predicted = [float(r["predicted"]) for r in some if r["predicted"]]
-        curves[way] = taps, predicted, seconds
+        curves[method] = taps, predicted, seconds
         middle.plot(taps, [s * 1e3 for s in seconds], mark, color=colour, fillstyle="none",
-                    markersize=3, label=way)  # fmt: skip
+                    markersize=3, label=method)  # fmt: skip
         if predicted:
             middle.plot(taps, [s * 1e3 for s in predicted], color=colour)
-    middle.set(yscale="log", xlabel="taps K an axis, Gaussian", ylabel="ms for $128^3$, one thread",
-               ylim=(0.8, 1e6))  # fmt: skip
+    middle.set(yscale="log", xlabel="taps K per axis, Gaussian",
+               ylabel="ms for $128^3$, one thread", ylim=(0.8, 1e6))  # fmt: skip
     middle.set_yticks([1, 10, 100, 1e3, 1e4], ["1", "10", "100", "1000", "10 000"])
     middle.legend(frameon=False, ncols=2, loc="upper center", columnspacing=0.8, handletextpad=0.2)
 
     taps = curves["direct"][0]
     right.plot(taps, [k * k / 3 for k in taps], color="black", label="counted, $K^2 / 3$")
-    for i, line, said in ((1, "--", "predicted"), (2, "", "measured")):
+    for i, line, label in ((1, "--", "predicted"), (2, "", "measured")):
         ratio = [a / b for a, b in zip(curves["direct"][i], curves["separable"][i])]
         right.plot(taps, ratio, line, marker="o" if i == 2 else None, color="#0072b2",
-                   label=said, markersize=3)  # fmt: skip
-    right.set(xlabel="taps K an axis, Gaussian", ylabel="direct over three passes")
+                   label=label, markersize=3)  # fmt: skip
+    right.set(xlabel="taps K per axis, Gaussian", ylabel="direct / three passes")
     right.legend(frameon=False, loc="upper left")
     for axes in (middle, right):
         axes.set_xticks([3, 5, 7, 9, 11, 13, 15])

@@ -1,10 +1,9 @@
-"""Right answers of the digit network against its multiply-adds and its measured seconds.
+"""Top-1 accuracy of the digit network against its MACs and its measured time.
 
-Ways to spend the same budget, nothing trained after: one share of rank for every layer, of the
-passes along the axes or of Tucker's form, fitted to the kernels alone; layers and families chosen
-together, on the kernels alone; and chosen and fitted on the images that the network was trained
-on, layer after layer. Seconds are those of the whole network on 64 images, one thread, in turns
-with the dense one.
+Methods with the same budgets, without fine-tuning: a uniform rank share per layer (spatial SVD or
+Tucker-2, weights only); families and ranks optimised over all layers, weights only; and optimised
+and fitted layer by layer on the training images.  Times are of the whole network on 64 images,
+one thread, interleaved with the dense network.
 """
 
 import sys
@@ -25,7 +24,7 @@ SECONDS, BATCH = 0.4, 64
 
 
 class DigitNet:
-    """The network with its training images: what `lowrank.compress` asks of a net."""
+    """The digit network with its training images, as a model for :mod:`lowrank.compress`."""
 
     def __init__(self, images, weights):
         self.images, self.weights, self.batches = images, weights, 1
@@ -55,7 +54,7 @@ class DigitNet:
 
 
 def runner(chains, x, weights):
-    """A call of the whole network, its convolutions planned with the ReLUs behind them."""
+    """Return a call of the whole network with ReLUs fused into the convolutions."""
     size = {"conv1": (8, 8), "conv2": (8, 8), "conv3": (4, 4)}
     first, second, third = (
         chains[name].compile((chains[name].in_channels, *n), np.float32, threads=1,
@@ -79,34 +78,34 @@ def rows():
     weights = read_weights(demo.WEIGHTS)
     net, blind = DigitNet(fit, weights), WeightsModel(demo.WEIGHTS)
     dense = net.with_chains({})
-    whole = sum(layer.cost.macs for layer in net.layers)
-    seen, unseen = compress.Measured(net), compress.Measured(blind)
-    ways = {
+    total = sum(layer.cost.macs for layer in net.layers)
+    statistics, weights_only = compress.Measured(net), compress.Measured(blind)
+    methods = {
         f"uniform {f}": lambda share, f=f: tables.uniform(net.layers, f, share) for f in UNIFORM
     }
-    ways["chosen, kernels alone"] = lambda share: (
-        compress.compress_model(blind, macs=share, measured=unseen).chains
+    methods["optimised, weights only"] = lambda share: (
+        compress.compress_model(blind, macs=share, measured=weights_only).chains
     )
-    ways["chosen, on data"] = lambda share: (
-        compress.compress_model(net, macs=share, measured=seen).chains
+    methods["optimised, on data"] = lambda share: (
+        compress.compress_model(net, macs=share, measured=statistics).chains
     )
     few = x[:BATCH]
-    before = runner(dense, few, weights)
+    dense_call = runner(dense, few, weights)
     yield "dense", "1.0000", f"{demo.accuracy(dense, weights, x, y):.4f}", "1.000"
-    for way, made in ways.items():
+    for method, compressed in methods.items():
         for share in SHARES:
             try:
-                chains = net.with_chains(made(share))
-            except ValueError:  # nothing is so cheap
+                chains = net.with_chains(compressed(share))
+            except ValueError:  # budget infeasible
                 continue
             macs = sum(chains[k.name].cost(k.input_size).macs for k in net.layers)
-            right = demo.accuracy(chains, weights, x, y)
-            now, then = measured([runner(chains, few, weights), before], SECONDS)
-            yield way, f"{macs / whole:.4f}", f"{right:.4f}", f"{now / then:.3f}"
+            accuracy = demo.accuracy(chains, weights, x, y)
+            seconds, dense_seconds = measured([runner(chains, few, weights), dense_call], SECONDS)
+            yield method, f"{macs / total:.4f}", f"{accuracy:.4f}", f"{seconds / dense_seconds:.3f}"
 
 
 def main(target):
-    tables.write(target, ["way", "macs", "accuracy", "seconds"], rows())
+    tables.write(target, ["method", "macs", "accuracy", "seconds"], rows())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Top-1 of ResNet-20 against its multiply-adds and measured seconds, nothing trained after.
+"""Top-1 accuracy of ResNet-20 against its MACs and measured time, without fine-tuning.
 
-The same ways to spend a budget as for the digit network; 256 calibration images, 500 others for
-the score, from the folder that LOWRANK_DATA names. Seconds are those of 1 and of 64 images
-through the whole network on one thread, over those of PyTorch's dense network in its better
-layout: on our engine, and as the same chains in PyTorch. The first convolution and the last layer
-stay as they are in the uniform ways.
+Methods as for the digit network; 256 calibration images and 500 test images from the folder
+LOWRANK_DATA.  Times are of 1 and of 64 images through the whole network on one thread, on lowrank
+and as the same chains in PyTorch, relative to PyTorch's dense network in its better layout.  The
+uniform methods leave the first convolution and the last layer dense.
 """
 
 import sys
@@ -25,37 +24,37 @@ def rows(case):
 
     net = TorchModel(case.model, case.calibration(0))
     blind = WeightsModel(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
-    seen, unseen = compress.Measured(net), compress.Measured(blind)
-    ways = {
+    statistics, weights_only = compress.Measured(net), compress.Measured(blind)
+    methods = {
         f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)
         for family in UNIFORM
     }
     inner = [x.name for x in net.layers[1:] if x.conv.ndim == 2]
-    fixed = [x.name for x in net.layers if x.name not in inner]
+    dense = [x.name for x in net.layers if x.name not in inner]
 
     def capped(share):
-        """Two passes within one share of every layer, fitted front to back on data."""
+        """Spatial SVD within one share of MACs per layer, fitted front to back on data."""
         plan = compress.make_plan(
-            net, macs=1.0, families=["spatial_svd"], pinned=fixed, measured=seen,
+            net, macs=1.0, families=["spatial_svd"], pinned=dense, measured=statistics,
             capped=dict.fromkeys(inner, share),
         )  # fmt: skip
         return compress.compress_model(net, plan).chains
 
-    ways["uniform spatial, on data"] = capped
-    ways["chosen, kernels alone"] = lambda share: (
-        compress.compress_model(blind, macs=share, measured=unseen).chains
+    methods["uniform spatial_svd, on data"] = capped
+    methods["optimised, weights only"] = lambda share: (
+        compress.compress_model(blind, macs=share, measured=weights_only).chains
     )
-    ways["chosen, on data"] = lambda share: (
-        compress.compress_model(net, macs=share, measured=seen).chains
+    methods["optimised, on data"] = lambda share: (
+        compress.compress_model(net, macs=share, measured=statistics).chains
     )
     total = sum(x.cost.macs for x in net.layers)
     yield "dense", "1.0000", f"{case.score(case.model):.2f}", *times(whole, case, case.model)
-    for way, made in ways.items():
+    for method, compressed in methods.items():
         for share in SHARES:
-            chains = made(share)
+            chains = compressed(share)
             small = net.replaced(chains)
             macs = sum((chains.get(x.name) or x.conv).cost(x.input_size).macs for x in net.layers)
-            yield (way, f"{macs / total:.4f}", f"{case.score(small):.2f}",
+            yield (method, f"{macs / total:.4f}", f"{case.score(small):.2f}",
                    *times(whole, case, small))  # fmt: skip
 
 
@@ -71,12 +70,12 @@ def times(whole, case, small):
 
 
 def main(target):
-    tables.needed_folder()
-    tables.peers().set_num_threads(1)
+    tables.required_folder()
+    tables.require_torch().set_num_threads(1)
     from asv_benchmarks.benchmarks import nets
 
     (case,) = nets.cases("resnet20")
-    header = ["way", "macs", "accuracy"]
+    header = ["method", "macs", "accuracy"]
     header += [f"{who}_{n}" for n in BATCHES for who in ("lowrank", "torch")]
     tables.write(target, header, rows(case))
 

@@ -1,12 +1,12 @@
-"""Growth with the positions N and the channels C: separable and dense layers, and self-attention.
+"""MACs and time of separable layers, dense layers and self-attention by positions N, channels C.
 
-Articles give depthwise-separable layers as O(N C k^2 + N C^2), self-attention as O(N^2 C + N
-C^2). Here the layers' multiply-adds are counted by `Factorization.cost`; those of attention are
-its products of matrices: queries, keys, values and output, 4 N C^2 in all, the scores N^2 C and
-the weighted values N^2 C. The exponentials of its softmax are no multiply-adds, but take time.
+Articles state O(N C k^2 + N C^2) for depthwise-separable layers and O(N^2 C + N C^2) for
+self-attention.  The layers' MACs are counted by `Factorization.cost`; attention's are those of its
+matrix products: 4 N C^2 for queries, keys, values and output, N^2 C for the scores and N^2 C for
+the weighted values.  The softmax exponentials are not MACs but take time.
 
-Seconds are medians of runs that take turns, one thread, float32: the layers by lowrank's engine
-on an image of N positions, attention (one head) by NumPy's products.
+Times are medians of interleaved runs, one thread, float32: layers on lowrank on an image of N
+positions, attention (one head) with NumPy's matrix products.
 """
 
 import csv
@@ -28,7 +28,7 @@ REPEATS = 5
 
 
 def separable(c, rng):
-    """A filter a channel, then a mixture of the channels."""
+    """Return a depthwise-separable layer."""
     depthwise = rng.standard_normal((c, 1, TAPS, TAPS), np.float32)
     pointwise = rng.standard_normal((c, c, 1, 1), np.float32)
     first = Stage(depthwise, Geometry.of(2, padding=TAPS // 2), groups=c)
@@ -40,28 +40,28 @@ def dense(c, rng):
 
 
 def attention(c, rng):
-    """What attends N vectors of C numbers to one another."""
-    inwards = rng.standard_normal((c, 3 * c), np.float32) / math.sqrt(c)
-    outwards = rng.standard_normal((c, c), np.float32) / math.sqrt(c)
+    """Return a call of self-attention over N vectors of C numbers."""
+    project_in = rng.standard_normal((c, 3 * c), np.float32) / math.sqrt(c)
+    project_out = rng.standard_normal((c, c), np.float32) / math.sqrt(c)
 
     def run(x):
-        queries, keys, values = np.split(x @ inwards, 3, axis=1)
+        queries, keys, values = np.split(x @ project_in, 3, axis=1)
         scores = queries @ keys.T
         scores *= 1 / math.sqrt(c)
         scores -= scores.max(1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(1, keepdims=True)
-        return scores @ values @ outwards
+        return scores @ values @ project_out
 
     return run
 
 
-def products(n, c):
+def attention_macs(n, c):
     return 4 * n * c * c + 2 * n * n * c
 
 
 def calls(c, side, rng):
-    """What runs each layer once, and its multiply-adds."""
+    """Return a call and the MACs of each layer."""
     image = rng.standard_normal((1, c, side, side), np.float32)
     x = np.ascontiguousarray(image.reshape(c, -1).T)
     attend, found = attention(c, rng), {}
@@ -69,7 +69,7 @@ def calls(c, side, rng):
         run = f.compile(image.shape[1:], np.float32, threads=1)
         out = np.empty_like(image)
         found[name] = lambda run=run, out=out: run(image, out), f.cost(image.shape[1:]).macs
-    found["attention"] = lambda: attend(x), products(len(x), c)
+    found["attention"] = lambda: attend(x), attention_macs(len(x), c)
     return found
 
 
@@ -82,7 +82,7 @@ def main(target):
             for side in SIDES:
                 found = calls(c, side, rng)
                 times = {name: [] for name in found}
-                many = 1 if side > 40 else 5  # the clock is coarse beside the smallest
+                many = 1 if side > 40 else 5  # the smallest are near the clock resolution
                 for _ in range(REPEATS + 1):
                     for name, (call, _) in found.items():
                         start = time.perf_counter()
@@ -90,7 +90,7 @@ def main(target):
                             call()
                         times[name].append((time.perf_counter() - start) / many)
                 for name, (_, macs) in found.items():
-                    took = statistics.median(times[name][1:])  # the first ones fetch pages
+                    took = statistics.median(times[name][1:])  # the first run faults pages in
                     rows.writerow([name, side * side, c, macs, f"{took:.4g}"])
 
 

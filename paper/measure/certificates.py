@@ -1,7 +1,6 @@
-"""Achieved errors beside the least possible, for chains at a third of a layer's multiply-adds.
+"""Achieved errors and their lower bounds, for chains at a third of a layer's MACs.
 
-The layers of the digit network, and where LOWRANK_DATA has it every 3 x 3 layer of ResNet-20: how
-separable trained layers are, from the first to the last.
+Layers of the digit network and, with LOWRANK_DATA, every 3 x 3 layer of ResNet-20.
 """
 
 import sys
@@ -10,11 +9,18 @@ import tables
 
 import lowrank
 
-FAMILIES = ("channel_svd", "spatial_svd", "network_decoupling", "tucker", "tensor_train", "cp3")
+CURVES = (
+    "channel_svd output",
+    "spatial_svd",
+    "network_decoupling",
+    "tucker",
+    "tensor_train",
+    "cp3",
+)
 
 
 def convolutions():
-    """(net, number, name, convolution, input size)"""
+    """Yield (net, number, name, convolution, input size)."""
     for net in ("digits", "ResNet-20"):
         some = [x for x in tables.trained(net) if x.conv.stages[0].kernel == (3, 3)]
         for i, layer in enumerate(some):
@@ -23,15 +29,12 @@ def convolutions():
 
 def rows():
     for net, number, name, conv, size in convolutions():
-        whole = conv.cost(size).macs
-        for family in FAMILIES:
-            try:
-                f = lowrank.approximate(conv, size, macs=1 / 3, families=[family])
-            except ValueError:  # no form of so few, or none at all
-                continue
-            sure = lowrank.certificate(conv, f)
-            share = f"{f.cost(size).macs / whole:.4f}"
-            yield net, number, name, family, share, f"{sure.error:.5f}", f"{sure.bound:.5f}"
+        dense = conv.cost(size).macs
+        for curve in CURVES:
+            for f in tables.fits_within(conv, size, curve, [1 / 3]):
+                certificate = lowrank.certificate(conv, f)
+                yield (net, number, name, curve, f"{f.cost(size).macs / dense:.4f}",
+                       f"{certificate.error:.5f}", f"{certificate.bound:.5f}")  # fmt: skip
 
 
 def main(target):

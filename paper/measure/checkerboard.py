@@ -1,17 +1,16 @@
-"""Checkerboards of transposed convolutions: what a constant input gives, phase by phase.
+"""Checkerboards of transposed convolutions: the response to a constant input, by phase.
 
-A constant input makes sample (a, b) of every stride x stride tile of the output the sum of the
-taps of that phase, S(a, b). So the pattern is S less its mean over the phases, and its strength
-the norm of that over the norm of the mean, channels included: the constants of the inputs are
-taken to be independent and of one size.
+For a constant input, sample (a, b) of every stride x stride tile of the output is the sum of the
+taps of that phase, S(a, b).  The pattern is S minus its mean over the phases; its strength is the
+ratio of the norms of pattern and mean over all channels (input constants are taken as independent
+and of equal size).
 
-Kernels of ones, and normal ones with and without a mean, of 2 to 6 taps; then the transposed
-layers of a trained network for styles, where LOWRANK_DATA has it, dense and as chains at several
-shares of the multiply-adds. What counts is the chain multiplied out; that the engine's run on
-constant inputs gives the same is checked. `mean` and `pattern` are shares of the dense layer's
-mean, so that one sees which of the two a truncation lets go. `even` is the nearest dense layer
-without a pattern, `even by axis` one whose taps had it taken out axis by axis, by a map of the
-taps of an axis, which would leave the rank of any chain as it is.
+Rows: kernels of ones and of normal numbers with and without a mean, 2 to 6 taps; with LOWRANK_DATA
+the transposed layers of a trained style network, dense and as chains at several shares of the
+MACs.  Values are computed from the composed kernel and checked against a run of the chain.  `mean`
+and `pattern` are relative to the mean of the dense layer.  `equal phases` is the nearest dense
+layer without a pattern; `equal phases by axis` removes the pattern by a linear map of the taps of
+each axis, which does not change the rank of any chain.
 """
 
 import csv
@@ -21,34 +20,33 @@ from pathlib import Path
 import numpy as np
 import tables
 
-import lowrank
 from lowrank.interop.weights import layers
 
-FAMILIES = ("channel_svd", "channel_svd", "spatial_svd", "tucker", "cp")
+CURVES = ("channel_svd output", "channel_svd input", "spatial_svd", "tucker", "cp")
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 CHANNELS = 64
 
 
 def phases(taps, stride):
-    """The matrix that adds up the taps of each phase."""
+    """Return the matrix that sums the taps of each phase."""
     return (np.arange(taps) % stride == np.arange(stride)[:, None]).astype(float)
 
 
 def sums(weight, stride):
-    """What each phase gets, (in, out, stride, stride)."""
+    """Return the sum of the taps per phase, (in, out, stride, stride)."""
     p, q = (phases(n, stride) for n in weight.shape[2:])
     return np.einsum("ak,bl,stkl->stab", p, q, weight.astype(float))
 
 
 def parts(weight, stride):
-    """Norms of the mean over the phases, spread over them all, and of what is left."""
+    """Return the norms of the mean over the phases (repeated per phase) and of the pattern."""
     s = sums(weight, stride)
     mean = s.mean((2, 3), keepdims=True)
     return stride * np.linalg.norm(mean), np.linalg.norm(s - mean)
 
 
-def ran_parts(conv, stride):
-    """Parts of what the engine makes of constant inputs, one channel at a time."""
+def parts_of_run(conv, stride):
+    """Return the same norms from a run on constant inputs, one channel at a time."""
     ins = conv.in_channels
     x = np.zeros((ins, ins, 12, 12), np.float32)
     x[np.arange(ins), np.arange(ins)] = 1
@@ -57,11 +55,11 @@ def ran_parts(conv, stride):
     return stride * np.linalg.norm(mean), np.linalg.norm(y - mean)
 
 
-def norm_balance(weight, stride, apart):
-    """The nearest taps with phase sums all alike: of both axes together, or of each axis."""
+def remove_pattern(weight, stride, by_axis):
+    """Return taps with equal phase sums: the nearest ones, or by a linear map per axis."""
     p, q = (phases(n, stride) for n in weight.shape[2:])
     off = np.eye(stride) - 1 / stride
-    if apart:  # a map of the taps of each axis alone
+    if by_axis:
         a, b = (np.eye(m.shape[1]) - np.linalg.pinv(m) @ off @ m for m in (p, q))
         return np.einsum("ik,jl,stkl->stij", a, b, weight)
     s = sums(weight, stride)
@@ -70,7 +68,7 @@ def norm_balance(weight, stride, apart):
 
 
 def trained():
-    """(name, convolution, input size)"""
+    """Yield (name, convolution, input size)."""
     folder = tables.folder()
     if not folder:
         print("LOWRANK_DATA is not set: no trained layers, only generated kernels", file=sys.stderr)
@@ -109,17 +107,15 @@ def main(target):
             stride, w = conv.geometry.stride[0], conv.to_dense().astype(float)
             taps, whole, macs = w.shape[2], parts(w, stride)[0], conv.cost(size).macs
             row(name, taps, stride, "dense", "", 1, 0, w, whole)
-            for apart, said in ((False, "even"), (True, "even by axis")):
-                new = norm_balance(w, stride, apart)
+            for by_axis, label in ((False, "equal phases"), (True, "equal phases by axis")):
+                new = remove_pattern(w, stride, by_axis)
                 error = np.linalg.norm(new - w) / np.linalg.norm(w)
-                row(name, taps, stride, said, "", 1, error, new, whole)
-            for family in FAMILIES:
-                front = lowrank.frontier(conv, size, [family], axis="macs")
-                picks = dict.fromkeys(front.affordable(share * macs) for share in SHARES)
-                for f in (pick.build() for pick in picks if pick.family == family):
-                    found, ran = parts(f.to_dense(), stride), ran_parts(f, stride)
-                    assert np.allclose(found, ran, rtol=1e-3), (name, family, found, ran)
-                    row(name, taps, stride, family, " ".join(map(str, f.rank)),
+                row(name, taps, stride, label, "", 1, error, new, whole)
+            for curve in CURVES:
+                for f in tables.fits_within(conv, size, curve, SHARES):
+                    found, ran = parts(f.to_dense(), stride), parts_of_run(f, stride)
+                    assert np.allclose(found, ran, rtol=1e-3), (name, curve, found, ran)
+                    row(name, taps, stride, curve, " ".join(map(str, f.rank)),
                         f.cost(size).macs / macs, f.error(w), f.to_dense(), whole)  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Numbers that popular articles on separable convolutions state, beside what is counted.
+"""Numbers stated by popular articles on separable convolutions, and their counted values.
 
-A row: who says it, what of, what they say, and the multiply-adds that a chain really does,
-counted by `Factorization.cost`. A formula is evaluated where it is said to hold, at two sizes.
+A row has the article, the claim, the stated value and the value counted by `Factorization.cost`.
+A formula is evaluated at two sizes for which it is stated.
 """
 
 import sys
@@ -28,7 +28,7 @@ def macs(f, size):
 
 
 def passes(taps):
-    """A filter of one channel, and the same in two passes."""
+    """Return a dense one-channel filter and its two 1-D passes."""
     whole = dense(1, 1, taps)
     return whole, lowrank.spatial_svd(whole, 1)
 
@@ -37,12 +37,12 @@ ROWS = []
 
 
 def row(article, what, stated, counted, holds=""):
-    """`holds` says when the statement is right, or what is, where it is not."""
+    """Add a row; `holds` gives the condition or the correction of a claim."""
     ROWS.append((article, what, f"{stated:.10g}", f"{counted:.10g}", holds))
 
 
-def turned(angle, wide=4.0, narrow=1.3, half=12):
-    """The share of the energy of a turned Gaussian that its best separable term has."""
+def rotated_gaussian(angle, wide=4.0, narrow=1.3, half=12):
+    """Return the share of a rotated Gaussian's energy in its best separable term."""
     y, x = np.mgrid[-half : half + 1, -half : half + 1]
     c, s = np.cos(angle), np.sin(angle)
     along, across = c * x + s * y, c * y - s * x
@@ -56,12 +56,12 @@ def main(target):
     for n, m in ((5, 3), (7, 5)):
         whole, two = passes(m)
         where = f"N = {n}, m = {m}"
-        right = "" if m == 3 else "for m = 3 only: "
+        prefix = "" if m == 3 else "for m = 3 only: "
         row("A", f"dense filter, (N-2)(N-2)m², {where}", (n - 2) ** 2 * m * m, macs(whole, n),
-            right and right + "(N-m+1)²m²")  # fmt: skip
+            prefix and prefix + "(N-m+1)²m²")  # fmt: skip
         stated = (2 * n - 2) * (n - 2) * m
         row("A", f"two passes, (2N-2)(N-2)m, {where}", stated, macs(two, n),
-            right and right + "m(N-m+1)(2N-m+1)")  # fmt: skip
+            prefix and prefix + "m(N-m+1)(2N-m+1)")  # fmt: skip
     whole, two = passes(5)
     row("A", "ratio 2/m, N = 7, m = 5", 2 / 5, macs(two, 7) / macs(whole, 7),
         "in the limit: (2N-m+1)/(m(N-m+1))")  # fmt: skip
@@ -83,7 +83,7 @@ def main(target):
         "with padding, which the text has not")  # fmt: skip
     row("C", "weights of its depthwise stage, 5×5×1×1", 25,
         separable(256, 3, 5).stages[0].weight.size, "a filter a channel: 5×5×1×3")  # fmt: skip
-    row("D", "multiply-adds a sample, 3×3, 64 to 128", 73_728, macs(dense(128, 64, 3), 3))
+    row("D", "MACs per sample, 3×3, 64 to 128", 73_728, macs(dense(128, 64, 3), 3))
     row("D", "trillions for that layer on an image of 512²", 1e12, macs(dense(128, 64, 3), 514),
         "from 13.6 megapixels on")  # fmt: skip
     for out in (64, 128):
@@ -97,8 +97,8 @@ def main(target):
     side = (512, 512, 512)
     row("D", "K²/3 times fewer for 10×10×10 taps on a volume of 512³", 100 / 3,
         cube.cost(side).macs / three.cost(side).macs, "")  # fmt: skip
-    row("D", "a turned Gaussian is separable: energy of its first term", 1,
-        turned(np.pi / 4), "if round, or along the axes")  # fmt: skip
+    row("D", "a rotated Gaussian is separable: energy of its first term", 1,
+        rotated_gaussian(np.pi / 4), "if round, or along the axes")  # fmt: skip
     a, b = (f.cost((128, 58, 58)).traffic for f in (dense(128, 128, 3), separable(128, 128, 3)))
     row("D", "no more memory traffic than dense, 128 channels at 56², unfused", 1, b / a,
         "if weights dominate, or fused")  # fmt: skip

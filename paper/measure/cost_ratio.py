@@ -1,7 +1,7 @@
-"""Multiply-adds of a separated filter over those of the filter, at the size of real images.
+"""MACs of a separated filter relative to the dense filter, by image size.
 
-The quotient tends to 2/m for m x m taps on large images; articles quote the limit, and some a
-formula that holds for m = 3 only.  Here it is counted.
+The ratio tends to 2/m for m x m taps on large images.  Articles quote this limit, some a formula
+that holds for m = 3 only; here it is counted.
 """
 
 import csv

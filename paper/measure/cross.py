@@ -1,8 +1,8 @@
-"""A kernel that no separable stage makes: a line across in one channel, one down in the other.
+"""A kernel that is not separable: a horizontal line in one channel, a vertical one in the other.
 
-One output, two inputs, 5 x 5 taps. For every bipartition of the modes (t, s, i, j) the rank of
-the kernel and the least relative error at rank one; then the entries of the kernel itself and of
-its best chain of two passes of rank one.
+One output, two inputs, 5 x 5 taps.  Rows: for every bipartition of the modes (t, s, i, j) the rank
+of the kernel and the smallest relative error at rank 1; then the entries of the kernel and of its
+best spatial SVD of rank 1.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def rows():
     for size in (1, 2):
         for left in itertools.combinations(range(4), size):
             if size == 2 and 0 not in left:
-                continue  # each pair of halves once
+                continue  # each bipartition once
             right = [m for m in range(4) if m not in left]
             shape = np.prod([w.shape[m] for m in left])
             s = np.linalg.svd(w.transpose(*left, *right).reshape(int(shape), -1), compute_uv=False)

@@ -1,7 +1,7 @@
-"""How long a filter takes each way, by the size of its kernel: predicted, and by the clock.
+"""Predicted and measured time of a filter by method and kernel size.
 
-One image of 1024 x 1024 float32 numbers, one thread.  Random kernels of rank R, of which the
-separable form is one of R terms; direct sums and transforms do not care for rank.
+One float32 image of 1024 x 1024, one thread.  Random kernels, run as R separable terms, by direct
+sums and by FFT; the last two do not depend on the rank.
 """
 
 import sys
@@ -15,12 +15,12 @@ from lowrank.filters import choose
 
 SIZE = (1024, 1024)
 RANKS = (1, 2, 4, 8)
-SECONDS = 0.5  # a size of kernel, all its ways in turns
+SECONDS = 0.5  # per kernel size, all methods interleaved
 
 
 def call(option):
     image = np.random.default_rng(0).random((1, 1, *SIZE), dtype=np.float32)
-    run, out = choose.runner(option, SIZE, np.float32, 1), np.empty_like(image)
+    run, out = choose.compile_method(option, SIZE, np.float32, 1), np.empty_like(image)
     return lambda: run(image, out)
 
 
@@ -29,7 +29,7 @@ def rows():
         rng = np.random.default_rng(taps)
         kernel = rng.standard_normal((taps, taps))
         options = {}
-        for o in filters.plan_filter(kernel, SIZE, threads=1).options:
+        for o in filters.plan_filter(kernel, SIZE, threads=1).methods:
             if o.method != "separable":
                 options[o.method] = o
         for rank in RANKS:
@@ -37,13 +37,13 @@ def rows():
                 plan = filters.plan_filter(kernel, SIZE, rank=rank, threads=1)
                 options[f"rank {rank}"] = plan.choice
         times = measured([call(o) for o in options.values()], SECONDS)
-        for (way, option), seconds in zip(options.items(), times):
-            yield taps, way, f"{option.seconds:.4g}", f"{seconds:.4g}"
+        for (method, option), seconds in zip(options.items(), times):
+            yield taps, method, f"{option.seconds:.4g}", f"{seconds:.4g}"
 
 
 def main(target):
     tables.calibrated()
-    tables.write(target, ["taps", "way", "predicted", "measured"], rows())
+    tables.write(target, ["taps", "method", "predicted", "measured"], rows())
 
 
 if __name__ == "__main__":

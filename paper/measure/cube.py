@@ -1,16 +1,15 @@
-"""A denoising filter of a hyperspectral cube: the terms it needs, in decibels and in seconds.
+"""A denoising filter of a hyperspectral cube: PSNR and time by rank.
 
-The cube is the left half of AVIRIS Jasper Ridge where LOWRANK_DATA has it, else one by formula;
-each band less its mean, and white noise of half the cube's deviation on top. The filter, 5 x 5
-samples by 15 bands, is Wiener's: least squares from the second moments of patches of the noisy
-cube itself and the size of the noise, so that it is the better known the more patches were looked
-at.
+The cube is the left half of AVIRIS Jasper Ridge, or a synthetic one without LOWRANK_DATA; each
+band is centred, and white noise of half the cube's standard deviation is added.  The filter, 5 x 5
+samples by 15 bands, is a Wiener filter: least squares from the second moments of patches of the
+noisy cube and the noise variance, so its accuracy grows with the number of patches.
 
-Its forms: sums of products of three lines (`filter`), a spatial before a spectral stage (`dh-w`,
-of the bipartition {i j | b}) and others, the nearest in the weights, or (`fit`) the nearest in
-the output, for which the cube is the calibration data of a network of one layer. `psnr` is that
-of the result against the clean cube, whose largest value is 1, `off` that against the whole
-filter's; seconds are medians of runs that take turns.
+Variants: sums of outer products of three lines (`separable_sum`), a spatial followed by a spectral
+stage (`dh-w`, the bipartition {i j | b}) and others.  `fit` is "weights" (smallest weight error) or
+"output" (smallest output error, with the cube as calibration data of a one-layer network).  `psnr`
+is against the clean cube, whose largest value is 1, `off` against the output of the full filter.
+Times are medians of interleaved runs.
 """
 
 import csv
@@ -30,43 +29,43 @@ from lowrank.filters import choose
 TAPS = (5, 5, 15)
 NOISE = 0.5
 PATCHES = (2500, 5000, 10000, 40000, 160000)
-MAIN = 40000  # that all forms are looked at for
-SECONDS = 2.0  # all ways in turns
+MAIN = 40000  # patches for which all variants are measured
+SECONDS = 2.0  # all calls interleaved
 
 
 def scene():
-    """The cube, with values of at most 1, and its name."""
+    """Return the name of the cube and its values, scaled to a largest value of 1."""
     folder = tables.folder()
     if folder:
         path = Path(folder, "hyperspectral", "jasper_ridge_left.npz")
         cube = np.load(path)["cube"].astype(np.float32)
         return "Jasper Ridge", cube / cube.max()
-    print("LOWRANK_DATA is not set: a cube by formula in place of Jasper Ridge", file=sys.stderr)
+    print("LOWRANK_DATA is not set: a synthetic cube replaces Jasper Ridge", file=sys.stderr)
     rng = np.random.default_rng(0)
     shares = scipy.ndimage.gaussian_filter(rng.standard_normal((4, 100, 50)), (0, 3, 3))
     shares = np.exp(20 * shares) / np.exp(20 * shares).sum(0)
     bands = np.linspace(0, 1, 198)
     bumps = np.exp(-(((bands - rng.random((4, 6, 1))) / 0.08) ** 2)) * rng.random((4, 6, 1))
     cube = np.einsum("mij,mb->ijb", shares, bumps.sum(1)).astype(np.float32)
-    return "by formula", cube / cube.max()
+    return "synthetic", cube / cube.max()
 
 
 def wiener(noisy, sigma, patches):
-    """The filter that gives the centre of so many patches back with least squared error."""
+    """Return the filter that restores the centre of patches with the least squared error."""
     windows = np.lib.stride_tricks.sliding_window_view(noisy, TAPS)
     rng = np.random.default_rng(1)
     at = tuple(rng.integers(0, n, patches) for n in windows.shape[:3])
     x = windows[at].reshape(patches, -1)
     moments = (x.T @ x).astype(np.float64) / patches
     centre = len(moments) // 2
-    wanted = moments[centre].copy()
-    wanted[centre] -= sigma**2
-    kernel = np.linalg.solve(moments, wanted).reshape(TAPS)
-    return (kernel + kernel[::-1, ::-1, ::-1]) / 2  # as second moments of pairs are
+    target = moments[centre].copy()
+    target[centre] -= sigma**2
+    kernel = np.linalg.solve(moments, target).reshape(TAPS)
+    return (kernel + kernel[::-1, ::-1, ::-1]) / 2  # second moments of pairs are symmetric
 
 
 class Single:
-    """A network of one layer, the filter, and the noisy cube to calibrate it on."""
+    """A one-layer network with the noisy cube as calibration data."""
 
     batches = 1
 
@@ -87,12 +86,8 @@ class Single:
         return chains
 
 
-def decibels(found, wanted):
-    return f"{-10 * np.log10(np.mean((found - wanted.astype(float)) ** 2)):.3f}"
-
-
-def clocked(calls):
-    return dict(zip(calls, measured(list(calls.values()), SECONDS)))
+def psnr(result, reference):
+    return f"{-10 * np.log10(np.mean((result - reference.astype(float)) ** 2)):.3f}"
 
 
 def main(target):
@@ -105,23 +100,23 @@ def main(target):
     with open(target, "w", newline="") as file, threadpool_limits(1):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
-            ["cube", "patches", "variant", "fit", "rank", "macs", "error", "psnr", "off", "predicted",
-             "seconds"]
+            ["cube", "patches", "variant", "fit", "rank", "macs", "error", "psnr", "off",
+             "predicted", "seconds"]
         )  # fmt: skip
-        rows.writerow([name, "", "noisy", "", "", "", "", decibels(noisy, clean), *[""] * 3])
+        rows.writerow([name, "", "noisy", "", "", "", "", psnr(noisy, clean), *[""] * 3])
         for patches in PATCHES:
             kernel = wiener(noisy, sigma, patches).astype(np.float32)
             plan = filters.plan_filter(kernel, size, threads=1)
-            options = {o.method: o for o in plan.options if o.method != "separable"}
+            options = {o.method: o for o in plan.methods if o.method != "separable"}
             conv = options["direct"].chain
             whole = conv(images)[0, 0]
             chains = {("dense", "", ""): conv}
             net = Single(conv, noisy)
-            measured = compress.Measured(net, gradients=False)
+            statistics = compress.Measured(net, gradients=False)
             ranks = (1, 2, 3, 4, 6, 8) if patches == MAIN else (2,)
             for rank in ranks:
                 chains["dh-w", "weights", rank] = lowrank.spatial_svd(conv, rank, variant="dh-w")
-                chains["filter", "weights", rank] = lowrank.separable_sum(conv, rank)
+                chains["separable_sum", "weights", rank] = lowrank.separable_sum(conv, rank)
                 if patches == MAIN and rank < 5:
                     chains["d-hw", "weights", rank] = lowrank.spatial_svd(
                         conv, rank, variant="d-hw"
@@ -129,33 +124,37 @@ def main(target):
                     train = lowrank.tensor_train(conv, (rank, rank), variant="sd-h-wt")
                     chains["train", "weights", rank] = train
                 if rank < 5:
-                    for family, each in (("filter", sum(TAPS)), ("spatial_svd", TAPS[0] * 5 + 15)):
+                    for family, each in (
+                        ("separable_sum", sum(TAPS)),
+                        ("spatial_svd", TAPS[0] * 5 + 15),
+                    ):
                         share = (rank * each + 0.5) / kernel.size
                         small = compress.compress_model(
-                            net, macs=share, families=[family], measured=measured
+                            net, macs=share, families=[family], measured=statistics
                         )
                         f = small.chains["filter"]
-                        chains[f.variant or "filter", "output", rank] = f
+                        chains[f.variant or f.family, "output", rank] = f
             took, predicted = {}, {}
             if patches == MAIN:
                 for key, f in chains.items():
-                    if key[1] != "output":  # as long as those that are fitted to the weights
+                    if key[1] != "output":  # same time as those fitted to the weights
                         out, run = np.empty_like(images), f.compile(size, np.float32, threads=1)
                         took[key] = lambda run=run, out=out: run(images, out)
                         predicted[key] = lowrank.perfmodel.predict(f, size, threads=1).seconds
-                run, out = choose.runner(options["fft"], size, np.float32, 1), np.empty_like(images)
+                run = choose.compile_method(options["fft"], size, np.float32, 1)
+                out = np.empty_like(images)
                 took["fft", "", ""] = lambda run=run, out=out: run(images, out)
                 predicted["fft", "", ""] = options["fft"].seconds
                 took["SciPy", "", ""] = lambda k=kernel: scipy.ndimage.correlate(noisy, k)
-                took = clocked(took)
+                took = dict(zip(took, measured(list(took.values()), SECONDS)))
             for key in dict.fromkeys([*chains, *took]):
                 f = chains.get(key)
                 about = [""] * 4
                 if f is not None:
                     out = f(images)[0, 0]
                     counts = f.cost(size).macs / noisy.size, f.error(conv.to_dense())
-                    off = "" if f is conv else decibels(out, whole)
-                    about = [f"{counts[0]:g}", f"{counts[1]:.4f}", decibels(out, clean), off]
+                    off = "" if f is conv else psnr(out, whole)
+                    about = [f"{counts[0]:g}", f"{counts[1]:.4f}", psnr(out, clean), off]
                 times = [f"{t[key]:.4g}" if key in t else "" for t in (predicted, took)]
                 rows.writerow([name, patches, *key, *about, *times])
 

@@ -1,7 +1,6 @@
-"""Error and cost of every candidate of every family, on layers of trained networks.
+"""Error and cost of every Pareto-optimal candidate per family on layers of trained networks.
 
-The layers of the digit network come with the library; that of ResNet-20 is added where the
-folder LOWRANK_DATA has it.
+Layers of the digit network and, with LOWRANK_DATA, one of ResNet-20.
 """
 
 import sys
@@ -16,12 +15,12 @@ def rows():
     layers += [("ResNet-20", x) for x in tables.trained("ResNet-20", "layer2.2.conv2")]
     for net, layer in layers:
         conv, size = layer.conv, layer.input_size
-        whole = conv.cost(size).macs
+        dense = conv.cost(size).macs
         for family in lowrank.FAMILIES:
             for c in lowrank.frontier(conv, size, [family], axis="macs"):
                 if c.family != "dense":
                     rank = " ".join(map(str, c.rank))
-                    share = f"{c.cost.macs / whole:.6g}"
+                    share = f"{c.cost.macs / dense:.6g}"
                     yield (f"{net} {layer.name}", c.family, c.variant, rank, share,
                            f"{c.error:.5f}", f"{c.bound:.5f}")  # fmt: skip
 

@@ -1,8 +1,7 @@
-"""Error of the weights against measured seconds: every family on layers of trained networks.
+"""Weight error against measured time: every family on layers of trained networks.
 
-Of every family the best candidates within a few shares of the multiply-adds, built, run and timed
-in turns with the dense layer; one image, one thread. Candidates that are predicted to be slower
-than the dense layer are there, too: that is the point.
+The best candidates per family within a few shares of the MACs, timed interleaved with the dense
+layer; one image, one thread.  Candidates slower than the dense layer are included.
 """
 
 import sys
@@ -23,25 +22,25 @@ def rows():
     for net, names in LAYERS.items():
         for name in names:
             for layer in tables.trained(net, name):
-                yield from of(f"{net} {name}", layer.conv, layer.input_size)
+                yield from measure(f"{net} {name}", layer.conv, layer.input_size)
 
 
-def of(name, conv, size):
+def measure(name, conv, size):
     shape = (conv.in_channels, *size)
     x = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
     dense = conv.compile(shape, np.float32, threads=1)
     out = dense(x)
-    whole = conv.cost(size).macs
+    dense_macs = conv.cost(size).macs
     for family in lowrank.FAMILIES:
         if family in ("cp", "tucker_cp") and conv.in_channels > 64:
-            continue  # minutes of sweeps
+            continue  # the sweep takes minutes
         try:
             front = lowrank.frontier(conv, size, [family], axis="macs")
         except ValueError:
             continue
         seen = set()
         for share in SHARES:
-            some = [c for c in front if c.cost.macs <= share * whole and c.family != "dense"]
+            some = [c for c in front if c.cost.macs <= share * dense_macs and c.family != "dense"]
             if not some or some[-1].rank in seen:
                 continue
             c = some[-1]
@@ -49,25 +48,19 @@ def of(name, conv, size):
             f = c.build()
             run = f.compile(shape, np.float32, threads=1)
             y = run(x)
-            now, before = measured([lambda r=run, y=y: r(x, y), lambda: dense(x, out)], SECONDS)
+            seconds, dense_s = measured(
+                [lambda r=run, y=y: r(x, y), lambda: dense(x, out)], SECONDS
+            )
             rank = " ".join(map(str, c.rank))
             error = f.error(conv.to_dense())
-            yield (name, c.family, c.variant, rank, f"{c.cost.macs / whole:.4f}", f"{error:.5f}",
-                   f"{c.bound:.5f}", f"{now / before:.4f}", f"{before:.4g}")  # fmt: skip
+            yield (name, c.family, c.variant, rank, f"{c.cost.macs / dense_macs:.4f}",
+                   f"{error:.5f}", f"{c.bound:.5f}",
+                   f"{seconds / dense_s:.4f}", f"{dense_s:.4g}")  # fmt: skip
 
 
 def main(target):
-    header = [
-        "layer",
-        "family",
-        "variant",
-        "rank",
-        "macs",
-        "error",
-        "bound",
-        "seconds",
-        "dense_seconds",
-    ]
+    header = ["layer", "family", "variant", "rank", "macs", "error", "bound", "seconds",
+              "dense_seconds"]  # fmt: skip
     tables.write(target, header, rows())
 
 

@@ -1,8 +1,8 @@
-"""The quotients of costs that articles give, counted, and what the clock makes of them.
+"""Cost ratios stated by articles, counted and measured.
 
-2/m: an m x m filter of one image in two passes.  3/K^2: a K x K x K filter of a volume in three.
-1/N + 1/h^2: a layer of N channels and h x h taps, depthwise then pointwise.  Every contestant
-runs its own dense form and its own separated form, on one thread.
+2/m: an m x m filter of an image as two passes.  3/K^2: a K x K x K filter of a volume as three
+passes.  1/N + 1/h^2: a layer of N channels and h x h taps, depthwise then pointwise.  Each library
+runs its own dense and its own separated implementation, on one thread.
 """
 
 import sys
@@ -21,18 +21,18 @@ try:
 except ImportError:
     torch = None
     print("measured_ratio: PyTorch is missing (pip install --group bench); its rows are left out")
-SECONDS = 0.25  # a pair of calls
+SECONDS = 0.25  # per pair of calls
 
 
 def filters(ndim, side, sizes):
-    """One image or volume, whose kernel is an outer product."""
+    """Yield cases of an image or volume with a rank-1 kernel."""
     x = np.random.default_rng(0).random((1, 1, *(side,) * ndim), dtype=np.float32)
     for taps in sizes:
         line = np.hanning(taps + 2)[1:-1].astype(np.float32)
         kernel = line
         for _ in range(ndim - 1):
             kernel = np.multiply.outer(kernel, line)
-        whole = lowrank.dense(kernel[None, None], padding=taps // 2, padding_mode="symmetric")
+        full = lowrank.dense(kernel[None, None], padding=taps // 2, padding_mode="symmetric")
         separated = lowrank.filters.separate(kernel, rank=1)
 
         def direct(kernel=kernel):
@@ -44,7 +44,7 @@ def filters(ndim, side, sizes):
                 y = ndimage.correlate1d(y, line, axis)
             return y
 
-        calls = {"lowrank": tuple(planned(f, x) for f in (whole, separated))}
+        calls = {"lowrank": tuple(planned(f, x) for f in (full, separated))}
         calls["SciPy"] = direct, passes
         if cv2 is not None and ndim == 2:
             plane, (a, b) = x[0, 0], (np.empty_like(x[0, 0]) for _ in range(2))
@@ -53,14 +53,14 @@ def filters(ndim, side, sizes):
                 partial(cv2.filter2D, plane, -1, kernel, a, **border),
                 partial(cv2.sepFilter2D, plane, -1, line, line, b, **border),
             )
-        yield taps, whole, separated, x, calls
+        yield taps, full, separated, x, calls
 
 
 def layers(h, size, widths):
     for n in widths:
         rng = np.random.default_rng(0)
         x = rng.standard_normal((1, n, size, size), dtype=np.float32)
-        whole = lowrank.dense(rng.standard_normal((n, n, h, h), dtype=np.float32), padding=h // 2)
+        full = lowrank.dense(rng.standard_normal((n, n, h, h), dtype=np.float32), padding=h // 2)
         stages = [
             lowrank.Stage(
                 rng.standard_normal((n, 1, h, h), dtype=np.float32),
@@ -72,13 +72,13 @@ def layers(h, size, widths):
             ),
         ]
         separated = lowrank.chain(stages)
-        calls = {"lowrank": tuple(planned(f, x) for f in (whole, separated))}
+        calls = {"lowrank": tuple(planned(f, x) for f in (full, separated))}
         for layout, pair in zip(
             ("PyTorch", "PyTorch, channels last"),
-            zip(torch_peers(whole.stages, x).values(), torch_peers(stages, x).values()),
+            zip(torch_peers(full.stages, x).values(), torch_peers(stages, x).values()),
         ):
             calls[layout] = pair
-        yield n, whole, separated, x, calls
+        yield n, full, separated, x, calls
 
 
 def planned(f, x):
@@ -93,11 +93,11 @@ def rows():
         ("3/K²", filters(3, 96, (3, 5, 7, 9, 11)), lambda k: 3 / k**2),
         ("1/N + 1/h²", layers(3, 28, (16, 32, 64, 128, 256, 512)), lambda n: 1 / n + 1 / 9),
     ):
-        for size, whole, separated, x, calls in cases:
-            counted = separated.cost(x.shape[1:]).macs / whole.cost(x.shape[1:]).macs
-            for who, pair in calls.items():
+        for size, full, separated, x, calls in cases:
+            counted = separated.cost(x.shape[1:]).macs / full.cost(x.shape[1:]).macs
+            for library, pair in calls.items():
                 dense, chain = measured(list(pair), SECONDS)
-                yield (claim, size, f"{limit(size):.6f}", f"{counted:.6f}", who,
+                yield (claim, size, f"{limit(size):.6f}", f"{counted:.6f}", library,
                        f"{dense:.4g}", f"{chain:.4g}")  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def main(target):
         torch.set_num_threads(1)
     if cv2 is not None:
         cv2.setNumThreads(1)
-    header = ["claim", "size", "limit", "counted", "who", "dense", "separated"]
+    header = ["claim", "size", "limit", "counted", "library", "dense", "separated"]
     tables.write(target, header, rows())
 
 

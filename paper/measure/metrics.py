@@ -1,8 +1,8 @@
-"""What a fit gains from the second moments of its inputs: none, factored by modes, and whole.
+"""Output errors of fits in metrics: none (weights only), factored by modes, and full.
 
-Layers of the digit network on the images that it was trained on, and of ResNet-20 on calibration
-images where LOWRANK_DATA and PyTorch are there.  Chains at a third of the multiply-adds; the
-error is that of the layer's outputs on other images, relative and in the root mean square.
+Layers of the digit network on its training images and, with LOWRANK_DATA and PyTorch, of ResNet-20
+on calibration images.  Chains at a third of the MACs; the error is the relative RMS error of the
+layer's output on other images.
 """
 
 import sys
@@ -13,17 +13,16 @@ import tables
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-import lowrank
 from lowrank.families import FAMILIES
-from lowrank.families.weighted import Weighted
+from lowrank.families.weighted import MetricFit
 from lowrank.metric import Moments
 
-CHAINS = ("channel_svd", "spatial_svd", "tucker")
+CURVES = ("channel_svd output", "spatial_svd", "tucker")
 SHARE = 1 / 3
 
 
 def digits():
-    """(name, convolution, size, inputs to fit to, others)"""
+    """Yield (name, convolution, size, calibration inputs, test inputs)."""
     images = (load_digits().data / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     found = {x.name: x for x in tables.digits()}
     seen = []
@@ -38,7 +37,7 @@ def digits():
 
 
 def resnet():
-    """The same, of every second 3 x 3 layer."""
+    """Yield the same for every second 3 x 3 layer of ResNet-20."""
     if tables.folder() is None:
         return
     try:
@@ -60,35 +59,29 @@ def resnet():
             yield f"ResNet-20 {layer.name}", layer.conv, layer.input_size, *seen
 
 
-def moments(conv, x, **options):
-    found = Moments(conv, centred=False)
-    found.add(x)
-    return found.metric(**options)
+def metric_of(conv, x, **options):
+    moments = Moments(conv, centred=False)
+    moments.add(x)
+    return moments.metric(**options)
 
 
 def rows():
     for cases in (digits(), resnet()):
         for name, conv, size, fit, test in cases:
             conv = replace(conv, bias=None)
-            seen, judge = moments(conv, fit), moments(conv, test, ridge=0.0)
-            for family in CHAINS:
-                plain = lowrank.approximate(conv, size, macs=SHARE, families=[family])
-                there = Weighted(conv, seen, family, plain.variant)
-                apart = Weighted(conv, replace(seen, inputs=None), family, plain.variant)
-                ways = {
-                    "none": plain.stages,
-                    "factored": apart.at(plain.rank),
-                    "whole": there.refined(there.at(plain.rank))[0],
-                }
-                for way, stages in ways.items():
-                    f = replace(plain, stages=stages)
-                    error = Weighted(conv, judge, family, plain.variant).error(stages)
-                    yield (name, family, way, f"{seen.distance:.4f}",
-                           f"{f.error(conv.to_dense()):.4f}", f"{error:.4f}")  # fmt: skip
+            metric = metric_of(conv, fit)
+            judge = MetricFit(conv, metric_of(conv, test, damping=0.0))
+            metrics = {"none": None, "factored": replace(metric, input_moment=None), "full": metric}
+            for curve in CURVES:
+                (f,) = tables.fits_within(conv, size, curve, [SHARE])
+                for label, m in metrics.items():
+                    g = FAMILIES[f.family].fit(conv, f.rank, f.variant, metric=m) if m else f
+                    yield (name, curve, label, f"{metric.distance:.4f}",
+                           f"{g.error(conv.to_dense()):.4f}",
+                           f"{judge.error(g.stages):.4f}")  # fmt: skip
 
 
 def main(target):
-    assert set(CHAINS) <= set(FAMILIES)
     header = ["layer", "family", "metric", "distance", "kernel_error", "output_error"]
     tables.write(target, header, rows())
 

@@ -1,6 +1,6 @@
-"""The time model beside the clock, on chains that no calibration measured; one thread.
+"""Predicted and measured time of chains outside the calibration workloads; one thread.
 
-Uses the rates that `lowrank calibrate` keeps for this machine, for our engine and for PyTorch.
+Uses this machine's coefficients from `lowrank calibrate`, for lowrank and for PyTorch.
 """
 
 import itertools
@@ -16,10 +16,10 @@ RUNTIMES = ("lowrank", "torch")
 
 def rows(here):
     for runtime in RUNTIMES:
-        if runtime not in here.rates:
+        if runtime not in here.coefficients:
             continue
-        left = predicted.items(True, runtime)
-        while some := list(itertools.islice(left, predicted.GROUP)):
+        remaining = predicted.items(True, runtime)
+        while some := list(itertools.islice(remaining, predicted.GROUP)):
             calls = [predicted.call(f, size, n, runtime, 1) for _, f, size, n in some]
             for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
                 p = here.predict(f, size, batch=n, threads=1, runtime=runtime)
@@ -27,7 +27,7 @@ def rows(here):
 
 
 def main(target):
-    torch = tables.peers()
+    torch = tables.require_torch()
     torch.set_num_threads(1)
     here = tables.calibrated()
     header = ["runtime", "kind", "chain", "predicted", "measured"]

@@ -1,8 +1,8 @@
-"""Operations, bytes and seconds of every kind of work, beside the machine's peak and copy rate.
+"""Operations, bytes and time of every kind of workload, with the machine's peak and copy rate.
 
-Bytes are those that must be moved: input, weights and output once.  The peak is that of
-multiply-adds in registers, the copy rate that of arrays beyond the caches; one thread.  The peer
-is the fastest of PyTorch in its two layouts, onnxruntime, OpenCV and SciPy, those that there are.
+Bytes are the compulsory traffic: input, weights and output once.  The peak is that of FMAs in
+registers, the copy rate that of arrays beyond the caches; one thread.  The peer is the fastest
+installed library of PyTorch (two layouts), onnxruntime, OpenCV and SciPy.
 """
 
 import contextlib
@@ -18,15 +18,16 @@ from asv_benchmarks.benchmarks.cases import KINDS
 from asv_benchmarks.benchmarks.measure import measured
 
 WORK = ("dense", "depthwise", "series", "mobilenet", "chain", "image", "rank", "volume")
-SECONDS = 0.2  # a row
+SECONDS = 0.2  # per row
 
 
 def versions():
-    """Of what takes part in the paper's comparisons."""
-    named = {"NumPy": "numpy", "SciPy": "scipy", "PyTorch": "torch", "onnxruntime": "onnxruntime",
-             "OpenCV": "opencv-python-headless", "TensorLy": "tensorly"}  # fmt: skip
+    """Return the versions of the compared libraries."""
+    packages = {"NumPy": "numpy", "SciPy": "scipy", "PyTorch": "torch",
+                "onnxruntime": "onnxruntime", "OpenCV": "opencv-python-headless",
+                "TensorLy": "tensorly"}  # fmt: skip
     found = {}
-    for name, package in named.items():
+    for name, package in packages.items():
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(package).partition("+")[0]
     return ", ".join(f"{name} {number}" for name, number in found.items())

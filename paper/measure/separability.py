@@ -1,9 +1,9 @@
-"""How separable trained layers are, from the first to the last, in nets that others trained.
+"""Separability of trained layers by depth, in trained networks of other authors.
 
-For every layer with taps along an axis: the share of the full rank that a truncated SVD needs for
-a relative error of 20 %, of {si|tj} (passes along the axes; 2-D and 3-D layers) and of {s|tij}
-(channels), and the error of one depthwise filter a channel (decouple at rank 1). Beside them the
-same of a kernel of independent normal numbers of that shape, which has nothing to find.
+For every layer with taps along an axis: the share of the full rank that a relative error of 20 %
+takes, for {si|tj} (spatial SVD; 2-D and 3-D layers) and {s|tij} (channel SVD), and the error of
+one depthwise filter per channel (network decoupling at rank 1).  The `_noise` columns have the
+values of an i.i.d. normal kernel of the same shape.
 """
 
 import sys
@@ -18,13 +18,13 @@ from lowrank.families import FAMILIES, NotApplicable
 ERROR = 0.2
 
 
-def needed(conv, family):
-    """Share of the full rank that this error takes; "" where the family has no form."""
+def needed(conv, family, variant=None):
+    """Return the share of the full rank that ERROR takes; "" if the family does not apply."""
     try:
-        variant = FAMILIES[family].variants(conv)[0]
+        variants = FAMILIES[family].variants(conv)
     except NotApplicable:
         return ""
-    points = list(FAMILIES[family].sweep(conv, variant))
+    points = list(FAMILIES[family].sweep(conv, variant or variants[0]))
     full = max(p.rank[0] for p in points)
     return f"{min(p.rank[0] for p in points if p.error <= ERROR or p.rank[0] == full) / full:.4f}"
 
@@ -37,7 +37,7 @@ def depthwise(conv):
 
 
 def noise(conv):
-    """The same layer with normal numbers for weights."""
+    """Return the layer with i.i.d. normal weights."""
     rng = np.random.default_rng(0)
     stage = conv.stages[0]
     weight = rng.standard_normal(stage.weight.shape).astype(np.float32)
@@ -57,8 +57,9 @@ def rows():
             depth = i / max(len(some) - 1, 1)
             taps = "x".join(map(str, conv.stages[0].kernel))
             yield (net, i, f"{depth:.4f}", layer.name, conv.out_channels, conv.in_channels, taps,
-                   needed(conv, "spatial"), needed(random, "spatial"),
-                   needed(conv, "decode"), needed(random, "decode"),
+                   needed(conv, "spatial_svd"), needed(random, "spatial_svd"),
+                   needed(conv, "channel_svd", "input"),
+                   needed(random, "channel_svd", "input"),
                    depthwise(conv), depthwise(random))  # fmt: skip
 
 

@@ -1,16 +1,15 @@
-"""A network that classifies series, trained here, and what compression leaves of it.
+"""Accuracy and time of a series classifier, trained here and compressed.
 
-Eight kinds of series by formula (waves slow and fast, chirps up and down, squares, saws, steps
-and bursts) of 128 samples, of random phases and frequencies, in as much noise; four convolutions
-along the one axis and a linear layer, trained in NumPy. Then ways to spend a share of the
-multiply-adds of its convolutions, nothing trained again: `uniform`, a truncated SVD of every
-layer (`encode`) at one share of the full rank; `weights`, the plan of `lowrank.compress` over
-families and ranks for the kernels alone; `inputs`, the same with calibration series; `gradients`,
-and with what outputs do to the network's. And `thinner`: networks of fewer channels, trained from
-the start.
+Eight kinds of synthetic series (slow and fast waves, rising and falling chirps, square waves,
+sawtooths, steps and bursts) of 128 samples with random phases and frequencies, at a
+signal-to-noise ratio of 1; four 1-D convolutions and a linear layer, trained in NumPy.  Methods
+without fine-tuning: `uniform`, a channel SVD of every layer at one share of the full rank;
+`weights`, families and ranks optimised by `lowrank.compress` for the weights only; `inputs`, with
+calibration series; `gradients`, with gradients as well.  `thinner` networks have fewer channels
+and are trained from scratch.
 
-`right` is the share of unseen series told right; seconds are those of the whole network on a
-batch, medians of runs that take turns, one thread, float32.
+`accuracy` is top-1 on unseen series; times are of the whole network on a batch, medians of
+interleaved runs, one thread, float32.
 """
 
 import csv
@@ -35,13 +34,13 @@ REPEATS = 15
 
 
 def series(number, rng):
-    """So many series, (number, 1, LENGTH), and of which kind each is."""
+    """Return series of shape (number, 1, LENGTH) and their classes."""
     kinds = rng.integers(0, KINDS, number)
     t = np.linspace(0, 1, LENGTH)
     found = np.empty((number, 1, LENGTH), np.float32)
     for x, kind in zip(found, kinds):
         turns, phase = rng.uniform(3, 6), rng.random()
-        at = turns * t + phase  # in periods
+        at = turns * t + phase  # phase in periods
         x[0] = np.sqrt(2) * (
             np.sin(2 * np.pi * at) if kind == 0
             else np.sin(2 * np.pi * (2 * turns * t + phase)) if kind == 1
@@ -57,10 +56,7 @@ def series(number, rng):
 
 
 class Net:
-    """The network: kernels as lowrank has them, and a forward and a backward pass in NumPy.
-
-    It is a :class:`lowrank.compress.Net`, with or without data.
-    """
+    """The network, with forward and backward passes in NumPy, as a model for `lowrank.compress`."""
 
     def __init__(self, rng, width=1.0):
         self.shape = [(round(width * out), taps, stride) for out, taps, stride in LAYERS]
@@ -74,7 +70,7 @@ class Net:
         self.biases = [np.zeros(len(w), np.float32) for w in self.weights]
 
     def forward(self, x):
-        """Numbers for each kind, and what the backward pass needs."""
+        """Return the logits and the values that the backward pass needs."""
         kept = []
         for w, b, (_, taps, stride) in zip(self.weights, self.biases, self.shape):
             padded = np.pad(x, ((0, 0), (0, 0), (taps // 2, taps // 2)))
@@ -86,8 +82,8 @@ class Net:
         mean = x.mean(2)
         return mean @ self.weights[-1].T + self.biases[-1], (kept, mean)
 
-    def backward(self, given, kept, known=False):
-        """Gradients of weights and biases, or (`known`) of the outputs of the convolutions."""
+    def backward(self, given, kept, of_outputs=False):
+        """Return gradients of weights and biases, or of the convolution outputs (`of_outputs`)."""
         layers, mean = kept
         weights, biases = [given.T @ mean], [given.sum(0)]
         length = layers[-1][2].shape[2]
@@ -98,7 +94,7 @@ class Net:
             g = g * (y > 0)
             outputs.insert(0, g)
             flat = g.transpose(0, 2, 1).reshape(-1, len(w))
-            if not known:
+            if not of_outputs:
                 weights.insert(0, (flat.T @ rows).reshape(w.shape))
                 biases.insert(0, flat.sum(0))
             if i:
@@ -109,9 +105,9 @@ class Net:
                         0, 2, 1
                     )
                 g = x[:, :, taps // 2 : taps // 2 + shape[2]]
-        return outputs if known else (weights, biases)
+        return outputs if of_outputs else (weights, biases)
 
-    # What lowrank.compress asks for.
+    # Interface for lowrank.compress.
 
     @property
     def convs(self):
@@ -150,7 +146,7 @@ class Net:
         rng = np.random.default_rng(seed)
         for x in self.data:
             y, kept = self.forward(x)
-            found = self.backward(rng.standard_normal(y.shape, np.float32), kept, known=True)
+            found = self.backward(rng.standard_normal(y.shape, np.float32), kept, of_outputs=True)
             yield {name: (g,) for name, g in zip(self.convs, found) if name in names}
 
     def outputs(self, chains):
@@ -162,7 +158,7 @@ class Net:
 
 
 def train(net, x, kinds, rng):
-    """Adam on the cross entropy, with a rate that falls to nothing."""
+    """Train with Adam on the cross entropy; the learning rate decays to 0."""
     numbers = [*net.weights, *net.biases]
     first, second = ([np.zeros_like(a) for a in numbers] for _ in range(2))
     steps = EPOCHS * (len(x) // BATCH)
@@ -188,14 +184,14 @@ def macs(net, chains):
 
 
 def uniform(net, limit):
-    """Every layer at one share of its full rank, the largest that is within the limit."""
+    """Return channel SVDs at the largest common share of the full rank within `limit` MACs."""
     best = None
     for share in np.linspace(0.01, 1, 400):
         chains = {}
-        for x in net.layers[1:]:  # the first has one input and nothing to thin out
+        for x in net.layers[1:]:  # the first has a single input channel
             w = x.conv.stages[0].weight
             rank = max(1, round(share * min(len(w), w[0].size)))
-            f = lowrank.channel_svd(x.conv, rank)
+            f = lowrank.channel_svd(x.conv, rank, "output")
             if f.cost(x.input_size).macs < x.cost.macs:
                 chains[x.name] = f
         if macs(net, chains) > limit:
@@ -205,7 +201,7 @@ def uniform(net, limit):
 
 
 def compiled(net, chains, x):
-    """The whole network as one call, planned."""
+    """Return a call of the whole compiled network."""
     runs, shape = [], x.shape[1:]
     for f in (net.convs | dict(chains)).values():
         runs.append(f.compile(shape, np.float32, threads=1, activation="relu"))
@@ -220,19 +216,19 @@ def compiled(net, chains, x):
     return call
 
 
-def smaller(net, x):
-    """(way, share, chains) of what compression makes of a network."""
-    whole = macs(net, {})
-    for way in ("uniform", "weights", "inputs", "gradients"):
-        net.data = np.split(x, 6) if way in ("inputs", "gradients") else None
-        measured = compress.Measured(net, gradients=way == "gradients")
+def compressed(net, x):
+    """Yield (method, share, chains)."""
+    total = macs(net, {})
+    for method in ("uniform", "weights", "inputs", "gradients"):
+        net.data = np.split(x, 6) if method in ("inputs", "gradients") else None
+        statistics = compress.Measured(net, gradients=method == "gradients")
         for share in SHARES:
-            if way == "uniform":
-                chains = uniform(net, share * whole)
+            if method == "uniform":
+                chains = uniform(net, share * total)
             else:
-                plan = compress.make_plan(net, macs=share, measured=measured)
+                plan = compress.make_plan(net, macs=share, measured=statistics)
                 chains = compress.compress_model(net, plan).chains
-            yield way, share, chains
+            yield method, share, chains
 
 
 def main(target):
@@ -245,7 +241,10 @@ def main(target):
         train(net, x, kinds, rng)
         print(f"trained in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         found = [("dense", 1.0, net, {})]
-        found += [(way, share, net, chains) for way, share, chains in smaller(net, x[:CALIBRATION])]
+        found += [
+            (method, share, net, chains)
+            for method, share, chains in compressed(net, x[:CALIBRATION])
+        ]
         for share in THINNER:
             thin = Net(rng, np.sqrt(share))
             train(thin, x, kinds, rng)
@@ -258,14 +257,17 @@ def main(target):
                 call()
                 took.append(time.perf_counter() - start)
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["way", "share", "macs", "params", "right", "variants", "seconds"])
-        for (way, share, n, chains), took in zip(found, times):
-            right = (n.run(unseen, chains).argmax(1) == answers).mean()
+        rows.writerow(["method", "share", "macs", "params", "accuracy", "variants", "seconds"])
+        for (method, share, n, chains), took in zip(found, times):
+            accuracy = (n.run(unseen, chains).argmax(1) == answers).mean()
             every = n.convs | dict(chains)
-            variants = "; ".join(" ".join(map(str, (f.family, *f.rank))) for f in every.values())
+            variants = "; ".join(
+                " ".join(filter(None, (f.family, f.variant, *map(str, f.rank))))
+                for f in every.values()
+            )
             rows.writerow(
-                [way, share, f"{macs(n, chains) / macs(net, {}):.4f}",
-                 sum(f.params for f in every.values()), f"{right:.4f}", variants,
+                [method, share, f"{macs(n, chains) / macs(net, {}):.4f}",
+                 sum(f.params for f in every.values()), f"{accuracy:.4f}", variants,
                  f"{statistics.median(took[1:]):.4g}"]
             )  # fmt: skip
 

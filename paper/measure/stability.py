@@ -1,7 +1,7 @@
-"""CP layers with and without error-preserving correction: error, sensitivity, and in float16.
+"""Error, sensitivity and float16 error of CP layers with and without error-preserving correction.
 
-The layers of the digit network, and one of ResNet-20 where LOWRANK_DATA has it; CP of three
-stages at half, once and one and a half times as many terms as channels.
+Layers of the digit network and, with LOWRANK_DATA, one of ResNet-20; CP of three stages with rank
+0.5, 1 and 1.5 times the number of channels.
 """
 
 import sys
@@ -12,14 +12,14 @@ import lowrank
 from lowrank.families import als
 
 
-def plain(conv, rank):
-    """The same fit, and nothing of its error spent on correction."""
-    kept = als.SLACK
+def fit_uncorrected(conv, rank):
+    """Return the fit without correction."""
+    slack = als.SLACK
     als.SLACK = 0.0
     try:
         return lowrank.cp3(conv, rank)
     finally:
-        als.SLACK = kept
+        als.SLACK = slack
 
 
 def rows():
@@ -30,16 +30,16 @@ def rows():
         largest = min(conv.out_channels, conv.in_channels)
         for share in (0.5, 1.0, 1.5):
             rank = round(share * largest)
-            for way, fit in (("without", plain), ("with", lowrank.cp3)):
+            for label, fit in (("without", fit_uncorrected), ("with", lowrank.cp3)):
                 f = fit(conv, rank)
-                sure = lowrank.certificate(conv, f)
+                certificate = lowrank.certificate(conv, f)
                 half = lowrank.certify.rounding(f, "float16").output
-                yield (f"{net} {layer.name}", rank, way, f"{sure.error:.5f}",
-                       f"{sure.sensitivity:.4g}", f"{half:.3g}")  # fmt: skip
+                yield (f"{net} {layer.name}", rank, label, f"{certificate.error:.5f}",
+                       f"{certificate.sensitivity:.4g}", f"{half:.3g}")  # fmt: skip
 
 
 def main(target):
-    header = ["layer", "rank", "way", "error", "sensitivity", "float16"]
+    header = ["layer", "rank", "fit", "error", "sensitivity", "float16"]
     tables.write(target, header, rows())
 
 

@@ -1,7 +1,7 @@
-"""Elements moved by chains, stage by stage and fused, and the time of both on one thread.
+"""Memory traffic and time of chains, stage by stage and fused, on one thread.
 
-Counted: what each stage, or the fused chain as a whole, must read and write. Run stage by stage,
-a chain of ours is its stages, each compiled alone, with whole intermediates between them.
+Traffic is counted in elements that each stage, or the fused chain, must read and write.  Stage by
+stage, every stage is compiled alone and its whole output is stored.
 """
 
 import functools
@@ -14,7 +14,7 @@ import lowrank
 from asv_benchmarks.benchmarks.measure import measured
 
 SECONDS = 0.3
-#: out and in channels, sizes: those of MobileNet's, where an article says that traffic falls.
+#: Output channels, input channels, size: layers of MobileNet.
 SHAPES = [(64, 32, 112), (128, 64, 112), (128, 128, 56), (256, 256, 28), (512, 512, 14),
           (512, 512, 7)]  # fmt: skip
 
@@ -35,8 +35,8 @@ def chains(out, ins):
     yield "spatial_svd", [stage((ins // 2, ins, 3, 1)), stage((out, ins // 2, 1, 3))]
 
 
-def apart(stages, size):
-    """The stages one by one, each on the whole of what the one before it gave."""
+def stage_by_stage(stages, size):
+    """Return a call that runs each stage on the whole output of the previous one."""
     x = np.random.default_rng(1).standard_normal((1, stages[0].in_channels, *size), np.float32)
     runs, outs = [], [x]
     for s in stages:
@@ -54,15 +54,15 @@ def apart(stages, size):
 def rows():
     for out, ins, side in SHAPES:
         size = (side, side)
-        whole = lowrank.chain([stage((out, ins, 3, 3))])
+        dense_layer = lowrank.chain([stage((out, ins, 3, 3))])
         for name, stages in chains(out, ins):
             f = lowrank.chain(stages)
-            cost, dense = f.cost((ins, *size)), whole.cost((ins, *size))
+            cost, dense = f.cost((ins, *size)), dense_layer.cost((ins, *size))
             run = f.compile((ins, *size), np.float32, threads=1)
             x = np.random.default_rng(1).standard_normal((1, ins, *size), np.float32)
             y = run(x)
-            whole_chain = functools.partial(run, x, y)
-            fused, single = measured([whole_chain, apart(stages, size)], SECONDS)
+            fused_call = functools.partial(run, x, y)
+            fused, single = measured([fused_call, stage_by_stage(stages, size)], SECONDS)
             yield (name, f"{ins} to {out} at {side}²", cost.macs, dense.traffic, cost.traffic,
                    cost.fused, f"{single:.4g}", f"{fused:.4g}")  # fmt: skip
 
