@@ -180,8 +180,9 @@ class Factorization:
         >>> f.error(2 * np.ones((1, 1, 3)))
         0.5
         """
-        expected = engine.moved(weight, "cpu") if engine.on_gpu(weight) else np.asarray(weight)
-        return chain_algebra.relative_error(self.to_dense(), expected)
+        if engine.is_on_gpu(weight):
+            weight = engine.to_device(weight, "cpu")
+        return chain_algebra.relative_error(self.to_dense(), np.asarray(weight))
 
     def cost(self, input_shape: Sequence[int]) -> Cost:
         """Return MACs, parameters and memory for one example.
@@ -329,7 +330,7 @@ class Factorization:
         """
         if chunked.is_dask_array(x):
             if out is not None:
-                raise TypeError("out must not be given for a Dask array: the result is one")
+                raise TypeError("out must be None for a Dask array: the result is computed later")
             return chunked.run(self, x)  # type: ignore[no-any-return]
         x = as_input(self, x)
         return self.compile(x.shape[1:], x.dtype)(x, out)
@@ -448,10 +449,10 @@ class Factorization:
         >>> f.to("cpu") is f, f.device
         (True, 'cpu')
         """
-        if engine.is_there(self.stages[0].weight, device):
+        if engine.is_on_device(self.stages[0].weight, device):
             return self
-        bias = None if self.bias is None else engine.moved(self.bias, device)
-        moved = (replace(s, weight=engine.moved(s.weight, device)) for s in self.stages)
+        bias = None if self.bias is None else engine.to_device(self.bias, device)
+        moved = (replace(s, weight=engine.to_device(s.weight, device)) for s in self.stages)
         return replace(self, stages=tuple(moved), bias=bias)
 
     def adjoint(self) -> Factorization:
@@ -636,7 +637,7 @@ def compile_chains(
     """Plan (chain, activation) pairs to run in one call; see :meth:`Factorization.compile`."""
     first = parts[0][0]
     dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
-    dtype = engine.precision(dtype, first.stages[0].weight)
+    dtype = engine.as_precision(dtype, first.stages[0].weight)
     if threads is not None:
         (threads,) = as_integers("threads", threads, 1)
     stages: list[Stage] = []
@@ -653,7 +654,7 @@ def compile_chains(
 
 def as_input(f: Factorization, x: Array) -> Array:
     """Return `x` as an input of the chain: floating-point, on its device, with a batch axis."""
-    engine.check("x", x, f.stages)
+    engine.check_array("x", x, f.stages)
     if isinstance(x, np.ndarray):  # plans on a GPU check the precision themselves
         x = as_floating("x", x)
     if x.ndim != f.ndim + 2:

@@ -1,4 +1,4 @@
-"""Chains in ``.safetensors`` files: saved under honest names, loaded exactly as they were."""
+"""Chains in ``.safetensors`` files, and tensors in general."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 
-#: Number of the record's form; a reader refuses those that it does not know.
+#: Version of the metadata record; the reader refuses all others.
 FORMAT = 1
 _RECORD = "lowrank"
 
@@ -27,11 +27,12 @@ _DTYPES = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-#: bfloat16 as it stands in a file, for tensors that are only passed on.
+#: bfloat16 as stored, for tensors that are copied unread.
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items() if k != "BF16"} | {BFLOAT16: "BF16"}
-_LONGEST_HEADER = 100_000_000  # bytes: the limit of the format's own reader
-#: Weights do not shrink much in an archive: what claims to grow by more is not unpacked.
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of the reference reader
+#: Weights compress little: archives that claim to expand by a larger factor (beyond 64 MiB) are
+#: refused.
 _EXPANSION, _SPARE = 100, 1 << 26
 
 
@@ -39,14 +40,14 @@ def save(path: str | os.PathLike[str], chains: Mapping[str, Factorization]) -> N
     """Write chains to a ``.safetensors`` file.
 
     Any reader of that format sees the tensors ``NAME.0.weight``, ``NAME.1.weight``, ...,
-    ``NAME.bias``; what makes chains of them stands in the file's metadata, under ``"lowrank"``.
+    ``NAME.bias``.  Geometries and groups are in the metadata, under ``"lowrank"``.
 
     Parameters
     ----------
     path : path
-        Replaced as a whole or not at all, if it is there.
+        Output file; an existing one is replaced atomically.
     chains : mapping of str to Factorization
-        By name, such as a layer's.
+        Chains by name, such as that of a layer.
 
     Raises
     ------
@@ -114,14 +115,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Factorization]:
     Returns
     -------
     dict of str to Factorization
-        By name, in the order in which they were saved; weights bit for bit as they were.
+        Chains by name, in the order of :func:`save`, with the same bits.
 
     Raises
     ------
     ValueError
         If the file is damaged, or was not written by :func:`save`, or by a newer version.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
 
     Examples
     --------
@@ -136,37 +137,36 @@ def load(path: str | os.PathLike[str]) -> dict[str, Factorization]:
     tensors, metadata = read_tensors(path)
     if _RECORD not in metadata:
         raise ValueError(
-            f"{path}: holds tensors, but no chains saved by lowrank; "
-            "make a convolution of one with lowrank.dense(weight)"
+            f"{path}: has tensors, but no chains saved by lowrank; "
+            "lowrank.dense(weight) makes a convolution of a tensor"
         )
     try:
         record = json.loads(metadata[_RECORD])
         version, layers = record["format"], record["layers"].items()
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path}: the record of its chains is damaged") from None
+        raise ValueError(f"{path}: the metadata of the chains is damaged") from None
     if version != FORMAT:
         raise ValueError(
-            f"{path}: chains of format {version!r}; this version of lowrank reads {FORMAT}"
+            f"{path}: format must be {FORMAT} for this version of lowrank, got format {version!r}"
         )
-    return {name: _chain(path, name, entry, tensors) for name, entry in layers}
+    return {name: _parse_chain(path, name, entry, tensors) for name, entry in layers}
 
 
 def holds_chains(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with this metadata was written by :func:`save`."""
+    """Return whether a file with this metadata was written by :func:`save`."""
     return _RECORD in metadata
 
 
-def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Factorization:
-    """One chain from its record."""
+def _parse_chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Factorization:
     try:
         stages = tuple(
             Stage(
                 tensors[f"{name}.{i}.weight"],
-                _geometry(s["geometry"]),
+                _parse_geometry(s["geometry"]),
                 operator.index(s["groups"]),
                 operator.index(s["left"]),
                 operator.index(s["right"]),
-                _pair(s["shuffle"]),
+                _as_pair(s["shuffle"]),
                 bool(s["transposed"]),
             )
             for i, s in enumerate(entry["stages"])
@@ -174,7 +174,7 @@ def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Fa
         bias = tensors.get(f"{name}.bias")
         f = Factorization(
             stages,
-            _geometry(entry["geometry"]),
+            _parse_geometry(entry["geometry"]),
             operator.index(entry["groups"]),
             bias,
             str(entry["family"]),
@@ -187,12 +187,12 @@ def _chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array]) -> Fa
         raise ValueError(f"{path}: chain {name!r} is damaged: {why}") from None
     for weight in (*(s.weight for s in stages), *(() if bias is None else (bias,))):
         if weight.dtype.kind != "f" or not np.isfinite(weight).all():
-            raise ValueError(f"{path}: chain {name!r} has weights that are not finite numbers")
+            raise ValueError(f"{path}: chain {name!r} has weights that are not finite")
     return f
 
 
 def geometry_record(g: Geometry) -> dict[str, Any]:
-    """A geometry as JSON has it."""
+    """Return a geometry as a JSON object."""
     return {
         "stride": list(g.stride),
         "padding": [list(p) for p in g.padding],
@@ -203,7 +203,7 @@ def geometry_record(g: Geometry) -> dict[str, Any]:
     }
 
 
-def _geometry(record: Any) -> Geometry:
+def _parse_geometry(record: Any) -> Geometry:
     return Geometry.of(
         len(record["stride"]),
         record["stride"],
@@ -215,7 +215,7 @@ def _geometry(record: Any) -> Geometry:
     )
 
 
-def _pair(values: Any) -> tuple[int, int]:
+def _as_pair(values: Any) -> tuple[int, int]:
     a, b = (operator.index(v) for v in values)
     return a, b
 
@@ -223,9 +223,10 @@ def _pair(values: Any) -> tuple[int, int]:
 def read_tensors(
     path: str | os.PathLike[str], raw: bool = False
 ) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors and metadata of a ``.safetensors`` file; bfloat16 becomes float32, or if `raw` not.
+    """Read the tensors and the metadata of a ``.safetensors`` file.
 
-    Nothing in the file is trusted: sizes, names and offsets are checked before they are used.
+    bfloat16 becomes float32 unless `raw`.  Sizes, names and offsets are checked before use: the
+    file is not trusted.
     """
     data = Path(path).read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -237,24 +238,24 @@ def read_tensors(
         raise ValueError(f"{path}: not a safetensors file: its header is not JSON") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: not a safetensors file: its header is no table of tensors")
+        raise ValueError(f"{path}: not a safetensors file: its header is not a JSON object")
     body = memoryview(data)[8 + length :]
     tensors = {}
     end = 0
-    for name, entry in sorted(header.items(), key=_start):
-        dtype, shape, (first, last) = _entry(path, name, entry)
+    for name, entry in sorted(header.items(), key=_data_offsets):
+        dtype, shape, (first, last) = _parse_entry(path, name, entry)
         if first != end or last > len(body):
-            raise ValueError(f"{path}: tensor {name!r} lies outside the data, or over another")
+            raise ValueError(f"{path}: tensor {name!r} is outside the data, or overlaps another")
         end = last
-        tensors[name] = _tensor(body[first:last], dtype, shape, raw)
+        tensors[name] = _decode(body[first:last], dtype, shape, raw)
     if end != len(body):
         raise ValueError(f"{path}: {len(body) - end} bytes belong to no tensor")
-    # as the header names them: the order of the data is a matter of alignment
+    # In the order of the header: that of the data follows from alignment.
     return {name: tensors[name] for name in header}, {str(k): str(v) for k, v in metadata.items()}
 
 
-def _start(item: tuple[str, Any]) -> tuple[int, int]:
-    """Where a tensor's data begin and end; 0 for an entry that will be refused."""
+def _data_offsets(item: tuple[str, Any]) -> tuple[int, int]:
+    """Return the data offsets of a header entry; (0, 0) if it is damaged, to be refused later."""
     try:
         first, last = item[1]["data_offsets"]
         return operator.index(first), operator.index(last)
@@ -262,24 +263,24 @@ def _start(item: tuple[str, Any]) -> tuple[int, int]:
         return 0, 0
 
 
-def _entry(path: Any, name: str, entry: Any) -> tuple[str, Ints, tuple[int, int]]:
-    """dtype, shape and offsets of a tensor, checked against each other."""
+def _parse_entry(path: Any, name: str, entry: Any) -> tuple[str, Ints, tuple[int, int]]:
+    """Return dtype, shape and offsets of a tensor, checked against each other."""
     try:
         dtype, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
         first, last = (operator.index(n) for n in entry["data_offsets"])
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{path}: the header's entry of tensor {name!r} is damaged") from None
     if dtype not in _DTYPES:
-        raise ValueError(f"{path}: tensor {name!r} is of type {dtype}, which cannot be read")
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype}, which cannot be read")
     size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if min(shape, default=0) < 0 or not 0 <= first <= last or last - first != size:
         raise ValueError(
-            f"{path}: tensor {name!r} of shape {shape} has {last - first} bytes, not {size}"
+            f"{path}: tensor {name!r} of shape {shape} must have {size} bytes, got {last - first}"
         )
     return dtype, shape, (first, last)
 
 
-def _tensor(data: memoryview, dtype: str, shape: Ints, raw: bool) -> Array:
+def _decode(data: memoryview, dtype: str, shape: Ints, raw: bool) -> Array:
     flat = np.frombuffer(data, _DTYPES[dtype])
     if dtype == "BF16":  # the upper half of a float32
         flat = flat.view(BFLOAT16) if raw else (flat.astype("<u4") << 16).view("<f4")
@@ -289,8 +290,8 @@ def _tensor(data: memoryview, dtype: str, shape: Ints, raw: bool) -> Array:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Array], metadata: Mapping[str, str]
 ) -> None:
-    """Write a ``.safetensors`` file, whole or not at all."""
-    # The longest elements first, as the format asks: then every tensor lies aligned.
+    """Write a ``.safetensors`` file atomically."""
+    # Largest elements first, as the format recommends: every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -298,7 +299,7 @@ def write_tensors(
         tensor = tensors[name]
         dtype = _NAMES.get(tensor.dtype.newbyteorder("<"))
         if dtype is None:
-            raise TypeError(f"tensor {name!r} of type {tensor.dtype} cannot be written")
+            raise TypeError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be written")
         header[name] = {
             "dtype": dtype,
             "shape": list(tensor.shape),
@@ -315,15 +316,15 @@ def write_tensors(
 
 
 def check_expansion(path: Path, size: int) -> None:
-    """Refuse an archive that claims to unpack to so many bytes, if those can be no weights."""
+    """Raise if an archive claims to expand to more bytes than weights can."""
     limit = _EXPANSION * path.stat().st_size + _SPARE
     if size > limit:
-        raise ValueError(f"it would unpack to {size} bytes, more than {limit}")
+        raise ValueError(f"the archive must expand to at most {limit} bytes, got {size}")
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write a file so that it comes to stand at `path` whole, or not at all."""
+    """Give a temporary path to write to, which replaces `path` if the block succeeds."""
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}")

@@ -1,4 +1,4 @@
-"""Costs against numbers that were counted by hand, many of them printed in articles."""
+"""Costs compared with counts by hand, many of them from articles."""
 
 from fractions import Fraction
 
@@ -17,15 +17,15 @@ def macs(f, *size):
     return f.cost(size).macs
 
 
-def test_a_3x3_filter_on_a_5x5_image_takes_81_and_separated_72():
+def test_3x3_filter_on_a_5x5_image_has_81_macs_and_72_separated():
     dense = lr.dense(ones(1, 1, 3, 3))
     assert macs(dense, 5, 5) == 81
     assert macs(lr.spatial_svd(dense, 1, "w-h"), 5, 5) == 5 * 3 * 3 + 3 * 3 * 3 == 72
 
 
 @pytest.mark.parametrize(("size", "taps"), [(5, 3), (7, 5), (50, 3), (64, 9), (9, 9)])
-def test_exact_ratio_of_a_separated_filter(size, taps):
-    # two passes over N x N with m taps: m (N-m+1) (2N-m+1) of m^2 (N-m+1)^2
+def test_mac_ratio_of_a_separable_filter(size, taps):
+    # N x N samples, m taps: m (N-m+1) (2N-m+1) MACs for two 1-D passes, m^2 (N-m+1)^2 for dense
     dense = lr.dense(ones(1, 1, taps, taps))
     share = Fraction(macs(lr.spatial_svd(dense, 1), size, size), macs(dense, size, size))
     assert share == Fraction(2 * size - taps + 1, taps * (size - taps + 1))
@@ -47,28 +47,28 @@ def test_256_filters_of_5x5x3_on_12x12():
     assert macs(f, 12, 12) == 53_952
 
 
-def test_64_to_128_channels_take_73728_a_pixel():
+def test_64_to_128_channels_have_73728_macs_per_pixel():
     assert macs(lr.dense(ones(128, 64, 3, 3)), 3, 3) == 73_728
 
 
-def test_7x7x7_taps_take_343_and_three_passes_21():
+def test_7x7x7_taps_have_343_macs_per_voxel_and_three_passes_21():
     dense = lr.dense(ones(1, 1, 7, 7, 7))
     assert macs(dense, 7, 7, 7) == dense.params == 343
     f = lr.separable_sum(dense, 1)
     assert [s.weight.size for s in f.stages] == [7, 7, 7]
-    # on a large volume the border no longer counts: 21 a voxel
+    # on a large volume the border is negligible: 21 per voxel
     assert macs(f, 1006, 1006, 1006) / 1000**3 == pytest.approx(21, rel=0.02)
 
 
 @pytest.mark.parametrize("outs", [8, 64, 72, 128])
 @pytest.mark.parametrize("taps", [3, 5])
-def test_exact_ratio_of_depthwise_separable(outs, taps):
+def test_mac_ratio_of_depthwise_separable(outs, taps):
     dense = lr.dense(ones(outs, 16, taps, taps))
     share = Fraction(macs(lr.network_decoupling(dense, 1), 20, 20), macs(dense, 20, 20))
     assert share == Fraction(1, outs) + Fraction(1, taps**2)
 
 
-def test_parameters_of_the_code_example():
+def test_parameters_of_the_keras_example():
     bias = ones(128)
     dense = lr.dense(ones(128, 3, 3, 3), bias)
     plain = lr.dense(ones(128, 3, 3, 3))
@@ -76,11 +76,11 @@ def test_parameters_of_the_code_example():
     g = lr.Geometry.of(2)
     depthwise, pointwise = lr.Stage(ones(3, 1, 3, 3), g, 3), lr.Stage(ones(128, 3, 1, 1), g)
     assert lr.chain([depthwise, pointwise]).params == 411
-    # the example's depthwise layer has a bias of its own, which a chain folds into the last
+    # the depthwise layer of the example has a bias, which a chain folds into the last one
     assert lr.chain([depthwise, pointwise], bias).params + 3 == 542
 
 
-def test_article_traffic_of_depthwise_separable_layers():
+def test_traffic_of_depthwise_separable_layers():
     # 64 -> 128 channels at 112 x 112, in MB of float32: dense, stage by stage, fused
     dense = lr.dense(ones(128, 64, 3, 3), padding=1)
     f = lr.network_decoupling(dense, 1, "dw-pw")
@@ -106,11 +106,14 @@ AT = {"whole": 9 * 12, "half": 9 * 6}
     ("make", "stages"),
     [
         (lambda c: lr.channel_svd(c, 4), [(4 * 8 * 15, "half"), (12 * 4, "half")]),
-        (lambda c: lr.channel_svd(c, 4), [(4 * 8, "whole"), (12 * 4 * 15, "half")]),
+        (lambda c: lr.channel_svd(c, 4, "input"), [(4 * 8, "whole"), (12 * 4 * 15, "half")]),
         (lambda c: lr.spatial_svd(c, 4, "h-w"), [(4 * 8 * 3, "whole"), (12 * 4 * 5, "half")]),
         (lambda c: lr.spatial_svd(c, 4, "w-h"), [(4 * 8 * 5, "half"), (12 * 4 * 3, "half")]),
         (lambda c: lr.network_decoupling(c, 2, "dw-pw"), [(8 * 2 * 15, "half"), (12 * 16, "half")]),
-        (lambda c: lr.network_decoupling(c, 2, "pw-dw"), [(24 * 8, "whole"), (12 * 2 * 15, "half")]),
+        (
+            lambda c: lr.network_decoupling(c, 2, "pw-dw"),
+            [(24 * 8, "whole"), (12 * 2 * 15, "half")],
+        ),
         (
             lambda c: lr.cp(c, 7),
             [(7 * 8, "whole"), (7 * 3, "whole"), (7 * 5, "half"), (12 * 7, "half")],
@@ -124,25 +127,25 @@ AT = {"whole": 9 * 12, "half": 9 * 6}
             lambda c: lr.tensor_train(c, (3, 4, 5)),
             [(3 * 8, "whole"), (4 * 3 * 3, "whole"), (5 * 4 * 5, "half"), (12 * 5, "half")],
         ),
-        # four copies of B, 3 terms of 2 x 2; then two of A, 6 x 4 channels a term
+        # four replicas of B with 3 terms of 2 x 2; then two of A with 6 x 4 channels per term
         (
             lambda c: lr.kronecker(c, 3, "2x2x1x1 first"),
             [(4 * 6 * 2, "whole"), (2 * 6 * 12 * 15, "half")],
         ),
     ],
 )  # fmt: skip
-def test_multiply_adds_of_every_stage_by_hand(conv, make, stages):
+def test_macs_of_every_stage(conv, make, stages):
     f = make(conv)
     assert [c.macs for c in f.stage_costs(SIZE)] == [n * AT[at] for n, at in stages]
     assert f.cost(SIZE).macs == sum(n * AT[at] for n, at in stages)
 
 
-def test_tied_copies_count_once_as_parameters(conv):
+def test_replicated_weights_count_once_as_parameters(conv):
     f = lr.kronecker(conv, 3, "2x2x1x1 first")
     assert [s.weight.size for s in f.stages] == [6 * 2, 6 * 12 * 15]
 
 
-def test_memory_of_a_chain_by_hand():
+def test_memory_of_a_chain():
     f = lr.spatial_svd(lr.dense(ones(12, 8, 3, 5), ones(12)), 4, "h-w")
     read, between, written = 8 * 9 * 12, 4 * 7 * 12, 12 * 7 * 8
     weights = 4 * 8 * 3 + 12 * 4 * 5 + 12
@@ -153,22 +156,22 @@ def test_memory_of_a_chain_by_hand():
     assert cost.peak == max(read + between, between + written)
 
 
-def test_a_transposed_stage_works_on_every_input_sample():
+def test_transposed_stage_has_macs_per_input_sample():
     conv = lr.dense(ones(8, 12, 3, 3), stride=2, padding=1, output_padding=1, transposed=True)
     assert conv.output_shape((5, 5)) == (12, 10, 10)
     assert conv.cost((5, 5)).macs == 8 * 12 * 9 * 25
 
 
-def test_grouped_and_dilated():
+def test_macs_of_a_grouped_and_dilated_convolution():
     conv = lr.dense(ones(8, 2, 3, 3), groups=4, dilation=2)
     assert conv.cost((10, 10)).macs == 8 * 2 * 9 * 6 * 6
     assert conv.params == 8 * 2 * 9
 
 
-def test_costs_add_up(conv):
+def test_chain_cost_sums_stage_costs(conv):
     f = lr.cp(conv, 3)
-    each = stage_costs(f.stages, (8, *SIZE))
+    stages = stage_costs(f.stages, (8, *SIZE))
     whole = f.cost(SIZE)
-    assert whole.macs == sum(c.macs for c in each)
-    assert whole.traffic == sum(c.traffic for c in each)
-    assert whole.peak == max(c.peak for c in each)
+    assert whole.macs == sum(c.macs for c in stages)
+    assert whole.traffic == sum(c.traffic for c in stages)
+    assert whole.peak == max(c.peak for c in stages)

@@ -1,4 +1,4 @@
-"""Chains and weights in files: exact round trips, and what hostile or foreign files get."""
+"""Chains and weights in files: exact round trips, hostile files, files of other libraries."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def chains(rng):
     }
 
 
-def test_what_is_loaded_is_what_was_saved(tmp_path, chains):
+def test_save_and_load_round_trip_exactly(tmp_path, chains):
     path = tmp_path / "chains.safetensors"
     lr.save(path, chains)
     loaded = lr.load(path)
@@ -53,7 +53,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, chains):
     assert [p.name for p in tmp_path.iterdir()] == ["chains.safetensors"]
 
 
-def test_loaded_chains_run(tmp_path, chains, rng):
+def test_loaded_chains_have_the_same_output(tmp_path, chains, rng):
     path = tmp_path / "chains.safetensors"
     lr.save(path, chains)
     x = rng.standard_normal((1, 6, 12, 12)).astype(np.float32)
@@ -62,11 +62,11 @@ def test_loaded_chains_run(tmp_path, chains, rng):
 
 
 @pytest.mark.full
-def test_other_readers_see_the_tensors(tmp_path, chains):
-    theirs = pytest.importorskip("safetensors.numpy")
+def test_safetensors_library_reads_the_tensors(tmp_path, chains):
+    safetensors = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "chains.safetensors"
     lr.save(path, chains)
-    seen = theirs.load_file(path)
+    seen = safetensors.load_file(path)
     ours, _ = io.read_tensors(path)
     assert seen.keys() == ours.keys()
     assert {"tucker.0.weight", "tucker.2.weight", "tucker.bias"} < seen.keys()
@@ -135,8 +135,8 @@ def test_bfloat16_and_float16_are_read(tmp_path):
     np.testing.assert_array_equal(found["b"], halves)
 
 
-def record(path, change):
-    """The file's record of its chains, changed."""
+def rewrite_record(path, change):
+    """Rewrite a file with a changed metadata record."""
     tensors, metadata = io.read_tensors(path)
     known = json.loads(metadata["lowrank"])
     changed = change(known)
@@ -170,12 +170,12 @@ def test_damaged_records_are_refused(tmp_path, rng, what):
     f = lr.spatial_svd(lr.dense(rng.standard_normal((4, 4, 3, 3))), 2)
     lr.save(path, {"f": f})
     change, message = DAMAGE[what]
-    record(path, change)
+    rewrite_record(path, change)
     with pytest.raises(ValueError, match=message):
         lr.load(path)
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path):
+def test_weights_that_are_not_finite_are_refused(tmp_path):
     path = tmp_path / "f.safetensors"
     lr.save(path, {"f": lr.dense(np.ones((1, 1, 3)))})
     tensors, metadata = io.read_tensors(path)
@@ -184,14 +184,14 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
         lr.load(path)
 
 
-def test_tensors_without_chains_say_what_to_do(tmp_path):
+def test_file_without_chains_names_dense(tmp_path):
     path = tmp_path / "w.safetensors"
     io.write_tensors(path, {"w": np.ones((2, 2, 3))}, {})
     with pytest.raises(ValueError, match=r"lowrank\.dense"):
         lr.load(path)
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path):
+def test_failed_save_keeps_the_previous_file(tmp_path):
     path = tmp_path / "f.safetensors"
     lr.save(path, {"f": lr.dense(np.ones((1, 1, 3)))})
     before = path.read_bytes()
@@ -204,7 +204,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
         lr.save(path, lr.dense(np.ones((1, 1, 3))))
 
 
-def test_layers_without_a_description(tmp_path, rng):
+def test_layers_are_found_without_a_description(tmp_path, rng):
     tensors = {
         "a.weight": rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
         "a.bias": np.ones(8, np.float32),
@@ -222,14 +222,14 @@ def test_layers_without_a_description(tmp_path, rng):
     assert [x.name for x in layers(tmp_path / "one.npy")] == ["one"]
 
 
-def test_one_bad_tensor_does_not_hide_the_others(tmp_path):
+def test_other_layers_are_read_beside_an_invalid_one(tmp_path):
     np.savez(tmp_path / "net.npz", a=np.ones((2, 2, 3)), b=np.full((2, 2, 3), np.nan))
     assert [x.name for x in layers(tmp_path / "net.npz", only="a")] == ["a"]
     with pytest.raises(ValueError, match=r"net\.npz: b.*NaN"):
         layers(tmp_path / "net.npz")
 
 
-def test_a_bias_that_fits_only_transposed_is_kept(tmp_path):
+def test_bias_of_a_transposed_convolution_is_kept(tmp_path):
     weights = {"up.weight": np.ones((8, 4, 2, 2)), "up.bias": np.arange(4.0)}
     np.savez(tmp_path / "net.npz", **weights)
     (up,) = layers(tmp_path / "net.npz")
@@ -237,7 +237,7 @@ def test_a_bias_that_fits_only_transposed_is_kept(tmp_path):
     np.testing.assert_array_equal(up.bias, np.arange(4.0))
 
 
-def test_layers_as_described(tmp_path):
+def test_layers_follow_the_description(tmp_path):
     np.savez(tmp_path / "net.npz", w=np.ones((4, 2, 3, 3)), v=np.ones((4, 2, 3, 3)), b=np.ones(2))
     about = {
         "conv_layers": [
@@ -272,14 +272,14 @@ def test_layers_as_described(tmp_path):
         ('{"conv_layers": [{"weight": "w", "in_size": [8]}]}', "in_size.*2 entries"),
     ],
 )
-def test_wrong_descriptions_are_refused(tmp_path, text, message):
+def test_invalid_descriptions_are_refused(tmp_path, text, message):
     np.savez(tmp_path / "net.npz", w=np.ones((4, 2, 3, 3)))
     (tmp_path / "net.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         layers(tmp_path / "net.npz")
 
 
-def test_files_that_are_not_what_their_ending_says(tmp_path):
+def test_files_whose_content_does_not_match_their_suffix_are_refused(tmp_path):
     for name in ("a.npy", "a.npz"):
         (tmp_path / name).write_text("hello")
         with pytest.raises(ValueError, match=name):
@@ -300,7 +300,7 @@ def test_files_that_are_not_what_their_ending_says(tmp_path):
 
 
 @pytest.mark.full
-def test_state_dicts_of_pytorch(tmp_path):
+def test_pytorch_state_dicts_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     conv = torch.nn.Conv2d(3, 8, 3)
     plain, wrapped, whole = (tmp_path / n for n in ("a.pt", "b.pth", "c.pt"))
@@ -318,14 +318,14 @@ def test_state_dicts_of_pytorch(tmp_path):
         read_weights(tmp_path / "d.pt")
 
 
-def test_without_pytorch_its_files_say_what_is_needed(tmp_path, monkeypatch):
+def test_pytorch_files_need_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     (tmp_path / "a.pt").write_bytes(b"x")
     with pytest.raises(ImportError, match=r"lowrank\[torch\]"):
         read_weights(tmp_path / "a.pt")
 
 
-def test_every_net_reads_as_described(data):
+def test_every_network_of_the_data_reads_as_described(data):
     count = 0
     for path in sorted((data / "weights").glob("*.safetensors")):
         about = json.loads(path.with_suffix(".json").read_text())["conv_layers"]

@@ -1,4 +1,4 @@
-"""The dense convolution, and the chains, against implementations of others."""
+"""Dense convolutions and chains compared with ONNX, SciPy and PyTorch."""
 
 import itertools
 import json
@@ -10,16 +10,16 @@ import scipy.ndimage
 import lowrank as lr
 from lowrank.core import reference
 
-# PyTorch's and ONNX's sums of n products in float32 differ from ours by rounding: about
-# sqrt(n) * eps of the sum of magnitudes, here below 200 terms of order 1.
+# Sums of n products in float32 differ by rounding: about sqrt(n) * eps of the sum of magnitudes,
+# here below 200 terms of order 1.
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
 MODES = {"reflect": "mirror", "replicate": "nearest", "circular": "wrap", "symmetric": "reflect"}
 
 
-def runs(f, x):
-    """The engine and the slow reference, which must agree with each other and with others."""
+def outputs(f, x):
+    """Return the outputs of the engine and of the reference."""
     return f(x), reference.run_chain(f.stages, x, f.bias)
 
 
@@ -46,7 +46,7 @@ def test_onnx_conformance_cases(data):
             transposed=case["op"] == "ConvTranspose",
             output_padding=attrs.get("output_padding", 0),
         )
-        for y in runs(conv, x):
+        for y in outputs(conv, x):
             np.testing.assert_allclose(y, expected, **FLOAT32, err_msg=case["name"])
         count += 1
     assert count == 14
@@ -54,7 +54,7 @@ def test_onnx_conformance_cases(data):
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_borders_are_those_of_scipy(rng, ndim, mode):
+def test_padding_modes_equal_scipy(rng, ndim, mode):
     kernel = rng.standard_normal((3, 4, 5)[-ndim:])
     x = rng.standard_normal((7, 8, 9)[-ndim:])
     before = [n // 2 for n in kernel.shape]
@@ -64,13 +64,13 @@ def test_borders_are_those_of_scipy(rng, ndim, mode):
         padding_mode=mode,
     )
     expected = scipy.ndimage.correlate(x, kernel, mode=MODES[mode])
-    for y in runs(conv, x[None, None]):
+    for y in outputs(conv, x[None, None]):
         np.testing.assert_allclose(y[0, 0], expected, **FLOAT64)
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-def test_a_constant_border_passes_through_a_chain(rng, ndim):
-    # a later pass must pad the constant times the sum of the earlier taps
+def test_border_value_passes_through_a_chain(rng, ndim):
+    # The border value of a later stage is the constant times the sum of the earlier taps.
     kernel = rng.standard_normal((3, 5, 3)[-ndim:])
     x = rng.standard_normal((7, 8, 9)[-ndim:])
     conv = lr.dense(kernel[None, None], padding="same", padding_mode="constant", value=2.5)
@@ -81,12 +81,12 @@ def test_a_constant_border_passes_through_a_chain(rng, ndim):
     if ndim == 3:
         chains += [lr.spatial_svd(conv, 3), lr.tensor_train(conv, (3, 3))]
     for f in chains:
-        for y in runs(f, x[None, None]):
+        for y in outputs(f, x[None, None]):
             np.testing.assert_allclose(y[0, 0], expected, **FLOAT64)
 
 
 def geometries(ndim):
-    """Strides, paddings, dilations and groups, equal ones and one an axis."""
+    """Yield strides, paddings, dilations and groups, equal or different per axis."""
     odd = [(1, 2, 3)[-ndim:], (2, 1, 2)[-ndim:]]
     for stride, padding, dilation, groups in itertools.product(
         [1, 2, odd[0]], [0, 2, odd[1]], [1, 2, odd[1]], [1, 2, 4]
@@ -96,7 +96,7 @@ def geometries(ndim):
 
 @pytest.mark.full
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-def test_convolution_is_that_of_pytorch(rng, ndim):
+def test_convolution_equals_pytorch(rng, ndim):
     torch = pytest.importorskip("torch")
     conv = getattr(torch.nn.functional, f"conv{ndim}d")
     x = rng.standard_normal((2, 8, *(11, 12, 13)[-ndim:]))
@@ -104,13 +104,13 @@ def test_convolution_is_that_of_pytorch(rng, ndim):
         w = rng.standard_normal((12, 8 // options["groups"], *(3, 2, 4)[-ndim:]))
         b = rng.standard_normal(12)
         expected = conv(*map(torch.tensor, (x, w, b)), **options).numpy()
-        for y in runs(lr.dense(w, b, **options), x):
+        for y in outputs(lr.dense(w, b, **options), x):
             np.testing.assert_allclose(y, expected, **FLOAT64, err_msg=str(options))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-def test_transposed_convolution_is_that_of_pytorch(rng, ndim):
+def test_transposed_convolution_equals_pytorch(rng, ndim):
     torch = pytest.importorskip("torch")
     conv = getattr(torch.nn.functional, f"conv_transpose{ndim}d")
     x = rng.standard_normal((2, 8, *(5, 6, 7)[-ndim:]))
@@ -121,14 +121,14 @@ def test_transposed_convolution_is_that_of_pytorch(rng, ndim):
         w = rng.standard_normal((8, 12 // options["groups"], *(3, 2, 4)[-ndim:]))
         b = rng.standard_normal(12)
         expected = conv(*map(torch.tensor, (x, w, b)), **options).numpy()
-        for y in runs(lr.dense(w, b, transposed=True, **options), x):
+        for y in outputs(lr.dense(w, b, transposed=True, **options), x):
             np.testing.assert_allclose(y, expected, **FLOAT64, err_msg=str(options))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-def test_padding_modes_are_those_of_pytorch(rng, ndim, mode):
+def test_padding_modes_equal_pytorch(rng, ndim, mode):
     torch = pytest.importorskip("torch")
     layer = getattr(torch.nn, f"Conv{ndim}d")(
         4, 6, 3, stride=2, padding=2, padding_mode=mode, dtype=torch.float64
@@ -142,5 +142,5 @@ def test_padding_modes_are_those_of_pytorch(rng, ndim, mode):
         padding_mode=mode,
     )
     expected = layer(torch.tensor(x)).detach().numpy()
-    for y in runs(conv, x):
+    for y in outputs(conv, x):
         np.testing.assert_allclose(y, expected, **FLOAT64)
