@@ -34,8 +34,8 @@ def html(front: Frontier) -> str:
     return html_table(rows, [title(front, len(shown)), *notes(front)])
 
 
-def html_table(rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
-    """Rows of text, the first of them a head, below what is to be said."""
+def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Return an HTML table of text, its first row as header, below lines of notes."""
     lines = []
     for i, line in enumerate(rows):
         tag = "td" if i else "th"
@@ -44,7 +44,7 @@ def html_table(rows: Sequence[Sequence[str]], said: Sequence[str]) -> str:
             for j, cell in enumerate(line)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<div><p>{'<br>'.join(map(escape, said))}</p><table>{''.join(lines)}</table></div>"
+    return f"<div><p>{'<br>'.join(map(escape, notes))}</p><table>{''.join(lines)}</table></div>"
 
 
 def notes(front: Frontier) -> list[str]:
@@ -90,7 +90,7 @@ def row(c: Candidate, dense: Candidate) -> tuple[str, ...]:
 
 
 def thinned(items: Sequence[T], most: int = ROWS) -> list[T]:
-    """At most `most` of `items`, evenly spaced, first and last included."""
+    """Return at most `most` evenly spaced items, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     step = (len(items) - 1) / (most - 1)
@@ -98,7 +98,7 @@ def thinned(items: Sequence[T], most: int = ROWS) -> list[T]:
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text, first column to the left, the others to the right."""
+    """Return lines of a text table, the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [
         "  ".join(
@@ -110,7 +110,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time with three digits and a unit."""
+    """Return a time with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -125,7 +125,7 @@ def model(error: float) -> str:
 
 
 def format_count(n: float) -> str:
-    """A count with three digits and a unit."""
+    """Return a count with three digits and an SI prefix."""
     for unit in ("", "k", "M", "G", "T"):
         if n < 999.5 or unit == "T":
             return f"{n:.3g}{unit}" if unit or n % 1 else f"{int(n)}"
