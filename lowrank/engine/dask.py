@@ -126,7 +126,7 @@ def run(f: Chain, x: Any, *, threads: int | None = None) -> Any:
 
 
 def _load(block: Array, f: Chain) -> Array:
-    engine.check("x", block, f.stages)
+    engine.check_array("x", block, f.stages)
     return as_floating("x", block)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.engine import dask as chunked
-from lowrank.filters.run import Request, readable, written
+from lowrank.filters import conversion
+from lowrank.filters.request import FilterRequest
 
 
-def correlate(image: Any, along: Ints, request: Request) -> Any:
+def correlate(image: Any, along: Ints, request: FilterRequest) -> Any:
     """Filter a Dask array; :func:`lowrank.filters.correlate` calls this.
 
     Parameters
@@ -26,7 +27,7 @@ def correlate(image: Any, along: Ints, request: Request) -> Any:
         Real, in any chunks.
     along : tuple of int
         Axes that the filter runs along.
-    request : Request
+    request : FilterRequest
         Other arguments of :func:`lowrank.filters.correlate`, checked.  ``threads`` is the number
         of threads per chunk, as in :func:`lowrank.engine.dask.run`.
 
@@ -57,13 +58,13 @@ def correlate(image: Any, along: Ints, request: Request) -> Any:
     chunked.check_array("image", image)
     if 0 in image.shape:
         return image
-    option = request.lasting(request.plan())
-    if option.block is not None:
+    method = request.method_without_fft(request.plan())
+    if method.block is not None:
         raise ValueError(
             "method must be auto, direct or separable for a Dask array, got 'fft': the rounding of "
             "a transform depends on where blocks are cut"
         )
-    f = option.chain
+    f = method.chain
     axes = chunked.cut_axes(f.stages, (1, *request.spatial), [image.chunks[a] for a in along])
     work = functools.partial(
         _filter_chunk,
@@ -88,10 +89,11 @@ def _filter_chunk(
     location = [block_info[0]["chunk-location"][a] for a in along]
     n = len(along)
     last = range(-n, 0)
-    x = readable(np.moveaxis(block, along, last)[chunked.window(axes, location)], dtype)
+    window = np.moveaxis(block, along, last)[chunked.window(axes, location)]
+    x = conversion.as_engine_input(window, dtype)
     lead, size = x.shape[:-n], [axis.output_chunks[k] for axis, k in zip(axes, location)]
     x = x.reshape(-1, 1, *x.shape[-n:])
     y = np.empty((len(x), 1, *size), x.dtype)
     chunked.plan_chunk(f, axes, location, x.shape[1:], dtype, threads)(x, y)
-    y = written(y.reshape(*lead, *size), block.dtype)
+    y = conversion.as_image(y.reshape(*lead, *size), block.dtype)
     return np.ascontiguousarray(np.moveaxis(y, last, along))
