@@ -787,20 +787,23 @@ def _kind(dtype):
 @contextlib.contextmanager
 def installed(devices=2):
     """Take CuPy's place; what imported CuPy is imported anew, then and afterwards."""
-    import lowrank.engine
+    import lowrank.engine.cuda
 
-    def ours(name):
-        return (
-            name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends")
-            or name == "lowrank.engine.cuda.plan"
+    package = lowrank.engine.cuda
+
+    def imports_cupy(name):
+        return name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends") or (
+            name.startswith(f"{package.__name__}.") and name != f"{package.__name__}.steps"
         )
 
-    def without():
-        gone = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
-        vars(lowrank.engine).pop("cuda", None)
-        return gone
+    def remove():
+        removed = {name: sys.modules.pop(name) for name in list(sys.modules) if imports_cupy(name)}
+        for name in removed:
+            if name.startswith(package.__name__):
+                vars(package).pop(name.rpartition(".")[2], None)
+        return removed
 
-    before = without()
+    before = remove()
     me = sys.modules[__name__]
     sys.modules["cupy"] = me
     for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
@@ -813,9 +816,10 @@ def installed(devices=2):
     try:
         yield me
     finally:
-        without()
+        remove()
         sys.modules.update(before)
-        if "lowrank.engine.cuda.plan" in before:
-            lowrank.engine.cuda.plan = before["lowrank.engine.cuda.plan"]
+        for name, module in before.items():
+            if name.startswith(package.__name__):
+                setattr(package, name.rpartition(".")[2], module)
         hooks.reset()
         vars(_thread).clear()

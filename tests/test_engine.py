@@ -1,4 +1,4 @@
-"""The engine behind chains: batches, threads, layouts and plans change nothing in the numbers."""
+"""The engine: results do not depend on batch, threads, memory layout or plan."""
 
 import threading
 
@@ -11,7 +11,7 @@ from lowrank.core import reference
 
 
 def chains(rng):
-    """Chains of every kind, with an input size."""
+    """Yield a chain of every kind, with an input size."""
     w = rng.standard_normal((8, 6, 3, 3))
     conv = lr.dense(w, rng.standard_normal(8), stride=(1, 2), padding=1)
     yield "dense", conv, (9, 21)
@@ -41,7 +41,7 @@ def case(request, rng):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch", [2, 5])
-def test_a_batch_is_its_examples(case, rng, batch, dtype):
+def test_batch_equals_its_examples(case, rng, batch, dtype):
     f, size = case
     x = rng.standard_normal((batch, f.in_channels, *size)).astype(dtype)
     alone = np.concatenate([f(one[None]) for one in x])
@@ -55,7 +55,7 @@ def test_a_batch_is_its_examples(case, rng, batch, dtype):
     np.testing.assert_array_equal(f(repeated), np.repeat(alone[:1], batch, 0))
 
 
-def test_threads_change_nothing(case, rng):
+def test_results_do_not_depend_on_threads(case, rng):
     f, size = case
     for batch in (1, 3):
         x = rng.standard_normal((batch, f.in_channels, *size))
@@ -64,7 +64,7 @@ def test_threads_change_nothing(case, rng):
             np.testing.assert_array_equal(y, results[0])
 
 
-def test_out_is_used_and_may_be_of_any_layout(case, rng):
+def test_out_may_have_any_strides(case, rng):
     f, size = case
     x = rng.standard_normal((2, f.in_channels, *size))
     expected = f(x)
@@ -75,7 +75,7 @@ def test_out_is_used_and_may_be_of_any_layout(case, rng):
     assert (wide[..., 1::2] == 7).all()
 
 
-def test_a_plan_serves_many_threads_and_batches_at_once(case, rng):
+def test_one_plan_runs_in_many_threads_and_batches_at_once(case, rng):
     f, size = case
     run = f.compile(size)
     inputs = [rng.standard_normal((n, f.in_channels, *size)) for n in (1, 2, 3, 4)] * 3
@@ -100,7 +100,7 @@ def test_a_plan_serves_many_threads_and_batches_at_once(case, rng):
 )
 @pytest.mark.parametrize("stride", [(2, 1), (1, 2), (3, 1), (2, 3)])
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (10, 13), (11, 7)])
-def test_borders_of_a_later_stage_with_uneven_strides(rng, mode, stride, size):
+def test_padding_of_a_later_stage_with_unequal_strides(rng, mode, stride, size):
     w = rng.standard_normal((6, 5, 3, 3))
     conv = lr.dense(w, stride=stride, padding=((2, 1), (1, 2)), padding_mode=mode, value=3.0)
     x = rng.standard_normal((2, 5, *size))
@@ -114,7 +114,7 @@ def test_borders_of_a_later_stage_with_uneven_strides(rng, mode, stride, size):
 
 
 def misaligned(x):
-    """The same numbers one byte further."""
+    """Return a copy of `x` at an address that is not a multiple of its item size."""
     room = np.empty(x.nbytes + 1, np.uint8)
     moved = room[1:].view(x.dtype).reshape(x.shape)
     moved[...] = x
@@ -122,7 +122,7 @@ def misaligned(x):
     return moved
 
 
-def test_misaligned_arrays_are_right(case, rng):
+def test_misaligned_arrays_give_correct_results(case, rng):
     f, size = case
     x = rng.standard_normal((2, f.in_channels, *size))
     expected = f(x)
@@ -133,7 +133,7 @@ def test_misaligned_arrays_are_right(case, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
-def test_plans_take_and_give_small_integers(case, rng, dtype):
+def test_plans_read_and_write_small_integers(case, rng, dtype):
     f, size = case
     x = rng.integers(0, 100, (3, f.in_channels, *size)).astype(dtype)
     run = f.compile(size, np.float64)
@@ -146,7 +146,7 @@ def test_plans_take_and_give_small_integers(case, rng, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_breakdown_counts_every_multiply_add(case, rng, threads):
+def test_breakdown_counts_all_macs(case, rng, threads):
     f, size = case
     run = f.compile(size, threads=threads)
     x = rng.standard_normal((2, f.in_channels, *size))
@@ -154,16 +154,16 @@ def test_a_breakdown_counts_every_multiply_add(case, rng, threads):
     plain = not f.transposed and max(f.geometry.stride) == 1
     done = sum(s.macs for s in steps)
     assert done >= 2 * f.cost(size).macs or not plain
-    if len(f.stages) == 1 and plain:  # nothing is done twice
+    if len(f.stages) == 1 and plain:  # no halo is computed twice
         assert done == 2 * f.cost(size).macs
     assert all(s.seconds >= 0 for s in steps if s.step != "rest")
     out = np.empty_like(run(x), np.uint8)
-    assert "deliver" in {s.step for s in run.breakdown(x, out)} or f.transposed
+    assert "store" in {s.step for s in run.breakdown(x, out)} or f.transposed
     with pytest.raises(ValueError, match="repeat must be at least 1"):
         run.breakdown(x, repeat=0)
 
 
-def test_a_plan_keeps_a_few_batches(case, rng):
+def test_plan_caches_at_most_8_batch_sizes(case, rng):
     f, size = case
     run = f.compile(size)
     for n in range(1, 13):
@@ -175,17 +175,17 @@ def test_a_plan_keeps_a_few_batches(case, rng):
 @pytest.mark.parametrize(
     ("channels", "size", "rank"), [(64, 56, 32), (128, 112, 64), (512, 7, 256), (1, 512, 1)]
 )
-def test_there_is_work_for_64_threads(channels, size, rank):
+def test_plans_have_tasks_for_64_threads(channels, size, rank):
     taps = 3 if channels > 1 else 5
     weight = np.ones((channels, channels, taps, taps), np.float32)
     conv = lr.dense(weight, padding=taps // 2)
     for f in (conv, lr.spatial_svd(conv, rank)):
         run = f.compile((size, size), np.float32, threads=64)
-        assert min(s.core.jobs for s in run.segments) >= 64
+        assert min(s.core.tasks for s in run.segments) >= 64
 
 
 @pytest.mark.full
-def test_what_is_too_large_for_32_bits_is_right():
+def test_sizes_beyond_32_bits_give_correct_results():
     # 2^31 samples and more: 17 GB in float32 with the output, so only where there is room
     with open("/proc/meminfo") as about:
         free = int(next(line for line in about if line.startswith("MemAvailable")).split()[1])

@@ -1,25 +1,27 @@
-"""The compiled engine, on every instruction set, against plain NumPy written here."""
+"""The compiled engine on every instruction set, against plain NumPy."""
 
 import itertools
 import multiprocessing
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank._kernels import _core
+from lowrank._kernels import _core, layout, limits, profiling, spec
 from lowrank._kernels.spec import StageSpec
 
 # A sum of n products in precision eps is off by at most about n * eps times the sum of their
 # magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.5); a chain
 # adds its stages' bounds up, and 4 leaves room for that and for the reference's own rounding.
-SLACK = 4
+BOUND_FACTOR = 4
 
 
 def plain(stages, x, border=None, fill=0.0):
-    """The chain by slices and einsum; also the same of all magnitudes, and products a sum."""
+    """Run the chain by slices and einsum; also return magnitudes and products per sum."""
     big, terms = np.abs(x), 0
     for k, s in enumerate(stages):
         if border is not None and k == 0:
@@ -28,8 +30,8 @@ def plain(stages, x, border=None, fill=0.0):
         else:
             pads = list(zip(s.before, s.after))
         x, big = (padded(a, pads) for a in (x, big))
-        if s.source is not None:
-            x, big = x[:, s.source], big[:, s.source]
+        if s.permutation is not None:
+            x, big = x[:, s.permutation], big[:, s.permutation]
         x, big = correlated(s, s.weight, x), correlated(s, np.abs(s.weight), big)
         terms += np.prod(s.weight.shape[1:]) + 1
         if s.bias is not None:
@@ -59,9 +61,9 @@ def correlated(s, weight, x):
         (n - d * (k - 1) - 1) // st + 1
         for n, d, k, st in zip(x.shape[2:], s.dilation, kernel, s.stride)
     ]
-    x = x.reshape(len(x), s.left, s.groups, c, s.right, *x.shape[2:])
+    x = x.reshape(len(x), s.outer, s.groups, c, s.inner, *x.shape[2:])
     w = weight.reshape(s.groups, rows // s.groups, c, *kernel)
-    y = np.zeros((len(x), s.left, s.groups, rows // s.groups, s.right, *out), x.dtype)
+    y = np.zeros((len(x), s.outer, s.groups, rows // s.groups, s.inner, *out), x.dtype)
     for tap in itertools.product(*map(range, kernel)):
         at = [
             slice(t * d, t * d + st * (n - 1) + 1, st)
@@ -73,7 +75,7 @@ def correlated(s, weight, x):
 
 @st.composite
 def problems(draw):
-    """A chain, an input and everything that a plan takes."""
+    """Draw a chain, its input, border, fill value and tile."""
     small = st.integers(1, 3)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
@@ -141,7 +143,7 @@ def problems(draw):
 
 
 def run(isa, stages, x, border=None, fill=0.0, tile=None, threads=1):
-    plan = _core.Plan(
+    plan = _core.KernelPlan(
         stages, x.shape[1:], dtype=x.dtype.name, border=border, fill=fill, tile=tile, isa=isa
     )  # fmt: skip
     shape = (len(x), *plan.out_shape)
@@ -158,25 +160,25 @@ def run(isa, stages, x, border=None, fill=0.0, tile=None, threads=1):
 @pytest.mark.parametrize("isa", _core.ISAS)
 @given(problem=problems())
 @settings(max_examples=150, deadline=None)
-def test_every_chain_agrees_with_numpy(isa, problem):
+def test_chains_match_numpy(isa, problem):
     stages, x, border, fill, _ = problem
     expected, magnitude, terms = plain(stages, x, border, fill)
     actual = run(isa, *problem)
     assert actual.shape == expected.shape
-    bound = SLACK * terms * np.finfo(x.dtype).eps * magnitude
+    bound = BOUND_FACTOR * terms * np.finfo(x.dtype).eps * magnitude
     assert (np.abs(actual - expected) <= bound).all()
 
 
 @pytest.mark.parametrize("isa", _core.ISAS)
 @given(problem=problems(), threads=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
-def test_the_answer_depends_neither_on_tiles_nor_on_threads_nor_on_strides(isa, problem, threads):
+def test_results_do_not_depend_on_tiles_threads_or_strides(isa, problem, threads):
     stages, x, border, fill, tile = problem
     alone = run(isa, stages, x, border, fill)
     np.testing.assert_array_equal(run(isa, *problem, threads), alone)
     last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)  # channels last
     np.testing.assert_array_equal(run(isa, stages, last, border, fill, tile), alone)
-    plan = _core.Plan(
+    plan = _core.KernelPlan(
         stages, x.shape[1:], dtype=x.dtype.name, border=border, fill=fill, tile=tile, isa=isa
     )  # fmt: skip
     wide = np.full((*alone.shape[:-1], 2 * alone.shape[-1]), 7, x.dtype)
@@ -201,7 +203,7 @@ def stage(weight, padding=0, groups=1, stride=1):
     channels=st.integers(16, 40),
 )
 @settings(max_examples=100, deadline=None)
-def test_many_channels_of_short_rows_are_those_of_a_few(
+def test_channels_last_kernels_match_single_channels(
     isa, data, dtype, size, kernel, stride, dilation, channels
 ):
     need = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
@@ -226,7 +228,7 @@ def test_many_channels_of_short_rows_are_those_of_a_few(
     for c in range(channels):  # too few for a vector of channels
         of = slice(c, c + 1)
         np.testing.assert_array_equal(run(isa, [some(of)], x[:, of]), whole[:, of])
-    plan = _core.Plan([some(slice(None))], x.shape[1:], dtype=x.dtype.name, isa=isa)
+    plan = _core.KernelPlan([some(slice(None))], x.shape[1:], dtype=x.dtype.name, isa=isa)
     wide = np.zeros((*whole.shape[:-1], 2 * whole.shape[-1]), dtype)
     plan(x, wide[..., ::2])
     np.testing.assert_array_equal(wide[..., ::2], whole)
@@ -241,9 +243,7 @@ def test_many_channels_of_short_rows_are_those_of_a_few(
     along=st.tuples(st.integers(1, 2), st.integers(1, 2)),  # stride and dilation of rows
 )
 @settings(max_examples=100, deadline=None)
-def test_rows_that_are_computed_four_at_a_time_are_those_computed_one_by_one(
-    isa, data, dtype, kernel, out, along
-):
+def test_depthwise_rows_do_not_depend_on_the_tile(isa, data, dtype, kernel, out, along):
     stride, dilation = along
     need = [n + k - 1 for n, k in zip(out, kernel)]
     need[2] = (out[2] - 1) * stride + dilation * (kernel[2] - 1) + 1
@@ -262,7 +262,7 @@ def test_rows_that_are_computed_four_at_a_time_are_those_computed_one_by_one(
     ]  # fmt: skip
     expected, magnitude, terms = plain(stages, x)
     actual = run(isa, stages, x)
-    bound = SLACK * terms * np.finfo(dtype).eps * magnitude
+    bound = BOUND_FACTOR * terms * np.finfo(dtype).eps * magnitude
     assert (np.abs(actual - expected) <= bound).all()
     for rows in (1, 3, 6):
         tile = (out[0], rows, actual.shape[-1])
@@ -276,7 +276,7 @@ def pair(rng):
     return [stage(a, 1) for a in w], rng.standard_normal((3, 4, 1, 20, 21)).astype("f4")
 
 
-def test_read_only_input_is_fine_and_stays_as_it_is(pair):
+def test_read_only_input_is_accepted_and_unchanged(pair):
     stages, x = pair
     kept = x.copy()
     x.flags.writeable = False
@@ -284,13 +284,13 @@ def test_read_only_input_is_fine_and_stays_as_it_is(pair):
     np.testing.assert_array_equal(x, kept)
 
 
-def test_an_empty_batch_gives_an_empty_result(pair):
+def test_empty_batch_gives_an_empty_result(pair):
     stages, x = pair
     assert run(None, stages, x[:0]).shape == (0, 5, 1, 20, 21)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
-def test_activations_keep_nan(pair, activation):
+def test_activations_propagate_nan(pair, activation):
     stages, x = pair
     x[0, 0, 0, 5, 5] = np.nan
     out = run(None, [s._replace(activation=activation) for s in stages], x)
@@ -303,7 +303,7 @@ def test_activations_keep_nan(pair, activation):
 @pytest.mark.parametrize("isa", _core.ISAS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16])
 @pytest.mark.parametrize("work", [np.float32, np.float64])
-def test_integers_come_in_exactly_and_go_out_rounded_and_saturated(rng, isa, dtype, work):
+def test_integers_are_read_exactly_and_written_rounded_and_saturated(rng, isa, dtype, work):
     limits = np.iinfo(dtype)
     x = rng.integers(limits.min, limits.max, (2, 3, 1, 9, 70), endpoint=True).astype(dtype)
     for weight, groups in (
@@ -314,16 +314,18 @@ def test_integers_come_in_exactly_and_go_out_rounded_and_saturated(rng, isa, dty
         stages = stages[:1] if groups == 1 else stages
         exact = run(isa, stages, x.astype(work))
         assert exact.min() < limits.min or groups == 3  # there is something to saturate
-        plan = _core.Plan(stages, x.shape[1:], dtype=np.dtype(work).name, isa=isa, tile=(1, 4, 33))
+        plan = _core.KernelPlan(
+            stages, x.shape[1:], dtype=np.dtype(work).name, isa=isa, tile=(1, 4, 33)
+        )
         wide = np.zeros((*exact.shape[:-1], 2 * exact.shape[-1]), dtype)
         for out in (wide[..., : exact.shape[-1]], wide[..., ::2]):
             plan(x, out, 2)
             np.testing.assert_array_equal(out, np.clip(np.rint(exact), limits.min, limits.max))
 
 
-def test_many_python_threads_share_a_plan(pair):
+def test_python_threads_share_a_plan(pair):
     stages, x = pair
-    plan = _core.Plan(stages, x.shape[1:], dtype="float32")
+    plan = _core.KernelPlan(stages, x.shape[1:], dtype="float32")
     outs = [np.empty((3, *plan.out_shape), "f4") for _ in range(8)]
     workers = [
         threading.Thread(target=lambda o=o: [plan(x, o, 2) for _ in range(20)]) for o in outs
@@ -341,7 +343,7 @@ def _in_child(queue, stages, x):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
+def test_forked_child_runs_after_its_parent_used_openmp(pair):
     stages, x = pair
     expected = run(None, stages, x, tile=(1, 5, 21), threads=2)
     fork = multiprocessing.get_context("fork")
@@ -353,14 +355,14 @@ def test_a_forked_child_answers_after_its_parent_had_a_team(pair):
     np.testing.assert_array_equal(actual, expected)
 
 
-def test_a_workspace_that_does_not_fit_is_a_memory_error(rng):
+def test_too_large_workspace_is_a_memory_error(rng):
     weight = rng.standard_normal((1, 1, 1, 1, 3)).astype("f4")
     wide = StageSpec(weight, 1, 1, 1, (1, 1, 1), (1, 1, 1), (0, 0, 1), (0, 0, 1))
     n = 1 << 55  # samples that nobody has, of an array that repeats one
-    plan = _core.Plan([wide], (1, 1, 1, n), dtype="float32")
+    plan = _core.KernelPlan([wide], (1, 1, 1, n), dtype="float32")
     x = np.broadcast_to(np.float32(0), (1, 1, 1, 1, n))
     out = np.lib.stride_tricks.as_strided(np.zeros(1, "f4"), (1, 1, 1, 1, n), (0,) * 5)
-    with pytest.raises(MemoryError, match="no memory for a workspace of"):
+    with pytest.raises(MemoryError, match="not enough memory for a workspace"):
         plan(x, out)
 
 
@@ -372,13 +374,13 @@ def test_a_workspace_that_does_not_fit_is_a_memory_error(rng):
         ({"out": np.zeros((2, 5, 1, 20, 21), "f4")}, ValueError, "out must have shape"),
         ({"isa": "mmx"}, ValueError, "isa must be one of"),
         ({"dtype": "int32"}, TypeError, "dtype must be float32 or float64, got int32"),
-        ({"shape": (3, 1, 20, 21)}, ValueError, "stage 0 takes 4 channels, got 3"),
+        ({"shape": (3, 1, 20, 21)}, ValueError, "stage 0.*4 channels, got 3"),
         ({"shape": (4, 1, 0, 21)}, ValueError, "does not fit an input"),
         ({"bias": np.zeros(3, "f4")}, ValueError, r"bias must have shape \(5,\)"),
         ({"out": np.zeros((1, 5, 1, 20, 21), "i4")}, TypeError, "or of 8- or 16-bit integers"),
     ],
 )
-def test_says_what_is_wrong(pair, change, error, message):
+def test_errors_name_the_argument(pair, change, error, message):
     stages, _ = pair
     if "bias" in change:
         stages[-1] = stages[-1]._replace(bias=change.pop("bias"))
@@ -386,19 +388,71 @@ def test_says_what_is_wrong(pair, change, error, message):
     x = change.pop("x", np.zeros((1, 4, 1, 20, 21), "f4"))
     out = change.pop("out", np.zeros((1, 5, 1, 20, 21), "f4"))
     with pytest.raises(error, match=message):
-        _core.Plan(stages, shape, **{"dtype": "float32", **change})(x, out)
+        _core.KernelPlan(stages, shape, **{"dtype": "float32", **change})(x, out)
 
 
-def test_refuses_an_output_that_overlaps_the_input(rng):
+def test_rejects_an_output_that_overlaps_the_input(rng):
     same = stage(rng.standard_normal((4, 4, 1, 3, 3)).astype("f4"), 1)
     x = rng.standard_normal((1, 4, 1, 9, 9)).astype("f4")
     with pytest.raises(ValueError, match="out must not overlap x"):
-        _core.Plan([same], x.shape[1:], dtype="float32")(x, x)
+        _core.KernelPlan([same], x.shape[1:], dtype="float32")(x, x)
 
 
-def test_the_environment_chooses_the_instruction_set(monkeypatch):
+def test_environment_chooses_the_instruction_set(monkeypatch):
     monkeypatch.setenv("LOWRANK_ISA", _core.ISAS[-1])
     assert _core.default_isa() == _core.ISAS[-1]
     monkeypatch.setenv("LOWRANK_ISA", "mmx")
     with pytest.raises(ValueError, match="LOWRANK_ISA must be one of"):
         _core.default_isa()
+
+
+SOURCES = Path(_core.__file__).parent
+
+
+def c_constant(name, source="isa.c"):
+    """Return the integers that a C source defines a macro as, one per branch."""
+    text = (SOURCES / source).read_text()
+    return {int(v) for v in re.findall(rf"^#define {name} (\d+)\b", text, re.MULTILINE)}
+
+
+def c_enum(prefix, first):
+    """Return the names of the enum of lr.h that begins with a name, in order, lower-case."""
+    text = (SOURCES / "lr.h").read_text()
+    (names,) = re.findall(rf"enum {{ ({prefix}{first}\b[^}}=]*) }}", text)
+    return [n.strip().removeprefix(prefix).lower() for n in names.split(",")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LR_STAGES", limits.MAX_STAGES),
+        ("LR_ROWS", limits.BLOCK_ROWS),
+        ("LR_FEW", limits.MAX_REMAINDER),
+        ("LR_PUTS", limits.SCATTER_TAPS),
+        ("LR_TAPS", limits.MAX_DEPTHWISE_TAPS),
+        ("LR_SHORT", limits.MAX_CHANNELS_LAST_SAMPLES),
+        ("LR_NEAR", limits.DEPTHWISE_L1_BYTES),
+    ],
+)
+def test_python_limits_equal_the_c_constants(name, value):
+    assert max(c_constant(name)) == value  # the widest instruction set has the largest
+
+
+def test_vector_bytes_are_those_of_the_widest_instruction_set():
+    text = (SOURCES / "isa.c").read_text()
+    branches = {int(v) for v in re.findall(r"LR_BYTES == (\d+)", text)}
+    assert max(branches) == limits.VECTOR_BYTES
+
+
+def test_buffers_have_room_for_the_longest_run():
+    # A run reads up to 8 vectors (lr_kernels.width) past its last sample.
+    (vectors,) = {
+        int(n)
+        for n in re.findall(r"LR_ROWS, (\d) \* LR_BYTES / 4", (SOURCES / "isa.c").read_text())
+    }
+    assert vectors * limits.VECTOR_BYTES // 4 <= layout.OVERREAD
+
+
+def test_activations_and_steps_are_numbered_as_in_c():
+    assert ["none", *c_enum("LR_", "LINEAR")[1:]] == [*spec.ACTIVATIONS]
+    assert len(c_enum("LR_", "BRING")) - 1 == len(profiling.STEPS)

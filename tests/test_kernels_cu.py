@@ -28,7 +28,7 @@ KERNELS = [
     *(f"depthwise<{t}, 0, 0, 0, {rows}>" for t, rows in GENERAL),
     *(f"dense<{t}, {o}, {p}>" for t, o, p in DENSE),
     *(f"separable<{t}, {o}, {p}>" for t, o, p in SEPARABLE),
-    *(f"{name}<{t}>" for name in ("unrolled", "finished", "filter") for t in TYPES),
+    *(f"{name}<{t}>" for name in ("unroll", "epilogue", "filter") for t in TYPES),
 ]
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
@@ -130,7 +130,7 @@ def assert_numbers(found, expected, numbers):
 def test_all_numbers_of_16_bits_are_read_and_written_back_unchanged(kind):
     given = of_16_bits(np.arange(1 << 16), kind)
     y = cp.asarray(given)
-    launch(f"finished<{kind}>", 7, y, None, 1, len(given), 1, 0)
+    launch(f"epilogue<{kind}>", 7, y, None, 1, len(given), 1, 0)
     assert_numbers(y.get(), given, ~np.isnan(widened(given, kind)))
 
 
@@ -145,7 +145,7 @@ def test_sums_are_rounded_to_the_nearest_number_of_16_bits_and_halves_to_even(ki
     values = np.concatenate([values, *beside])
     values = np.concatenate([values, -values])
     y = cp.asarray(narrowed(np.full(len(values), -0.0), kind))  # which changes no sum
-    launch(f"finished<{kind}>", 7, y, sums(values, kind), 1, len(values), 1, 0)
+    launch(f"epilogue<{kind}>", 7, y, sums(values, kind), 1, len(values), 1, 0)
     assert_numbers(y.get(), narrowed(values, kind), ~np.isnan(values))
 
 
@@ -155,7 +155,7 @@ def test_products_are_finished_with_a_bias_a_channel_and_an_activation(kind, act
     shape = 3, 5, 77
     y, values = stored(rng, shape, kind)
     bias = rng.standard_normal(5).astype(np.float32) * 5
-    launch(f"finished<{kind}>", 2, y, sums(bias, kind), *shape, ACTIVATIONS[activation])
+    launch(f"epilogue<{kind}>", 2, y, sums(bias, kind), *shape, ACTIVATIONS[activation])
     exact = reference.apply_epilogue(values, Epilogue(bias.astype(np.float64), activation))
     assert_close(y, exact, np.abs(values) + np.abs(bias)[:, None], 0, kind)
 
@@ -193,7 +193,7 @@ def weighted(stage, rng, kind):
         weight, stage.geometry, stage.groups, stage.outer, stage.inner, stage.shuffle,
         stage.transposed,
     )  # fmt: skip
-    packed = np.ascontiguousarray(array_api.matrices(stage))
+    packed = np.ascontiguousarray(array_api.weight_matrices(stage))
     return stage, cp.asarray(narrowed(packed, kind))
 
 
@@ -206,7 +206,9 @@ def tables(stage, size, out=None):
     found = [np.zeros((1, 1) if out else 1, np.int32)] * (3 - len(size))
     for axis, n in enumerate(size):
         more = (n, out[axis]) if out else (n,)
-        found.append((array_api.seen if out else array_api.places)(stage, axis, *more))
+        found.append(
+            (array_api.tap_indices if out else array_api.padded_indices)(stage, axis, *more)
+        )
     return [integers(t) for t in found]
 
 
@@ -347,7 +349,7 @@ def test_what_is_unrolled_times_the_weights_is_the_stage(kind, rng):
             (len(x), stage.outer, groups, len(terms), stage.inner * math.prod(out[1:])), kind
         )
         launch(
-            f"unrolled<{kind}>", 3,
+            f"unroll<{kind}>", 3,
             x, y, sources(stage), sums(outside, kind), integers(terms),
             *tables(stage, size, out[1:]), len(x), stage.outer * groups, ins, stage.inner,
             len(terms), *three(size), *three(out[1:]), threads=64,

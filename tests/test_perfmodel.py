@@ -1,4 +1,4 @@
-"""The time model: what is counted, how rates are fitted, where they are kept, how they choose."""
+"""Performance model: features, fitting of coefficients, calibration files, use in choices."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from lowrank.engine import fourier
 from lowrank.families import FAMILIES, applicable
 from lowrank.perfmodel import calibration, features, store
 from lowrank.perfmodel.features import Work
-from lowrank.perfmodel.workloads import Filtering, workloads
+from lowrank.perfmodel.workloads import FFTWorkload, workloads
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +33,21 @@ def front(conv):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and a measurement that takes no time."""
+    """Provide an empty cache folder, and a measurement that takes no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = perfmodel.Machine(
+    measured = perfmodel.PerformanceModel(
         calibration.cpu(),
         store._core.default_isa(),
         2,
         {
-            "lowrank": perfmodel.Rates({"multiply": 1e-9, "call": 1e-6}, 0.1, 0.2),
-            "fft": perfmodel.Rates({"operation": 1e-9}, 0.1, 0.2),
+            "lowrank": perfmodel.Coefficients({"multiply": 1e-9, "call": 1e-6}, 0.1, 0.2),
+            "fft": perfmodel.Coefficients({"operation": 1e-9}, 0.1, 0.2),
         },
     )
     calls = []
 
-    def measure(progress, engines):
-        calls.append(engines)
+    def measure(progress, runtimes):
+        calls.append(runtimes)
         return measured
 
     monkeypatch.setattr(calibration, "measure", measure)
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def chains(conv):
-    """A short chain of every family and variant."""
+    """Yield a short chain of every family and variant."""
     for name, variants in applicable(conv).items():
         for variant in variants:
             yield next(iter(FAMILIES[name].sweep(conv, variant))).stages
@@ -73,27 +73,29 @@ def test_predictions_add_up_and_grow_with_the_work(conv):
         assert min(large.parts.values()) > 0
 
 
-def test_blank_stages_count_what_real_ones_do(conv):
+def test_abstract_weights_have_the_features_of_real_ones(conv):
     for f in (conv, lr.tucker(conv, (6, 5)), lr.kronecker(conv, 2), lr.cp3(conv, 4)):
         empty = [lr.Stage(abstract_weight(s.weight.shape), s.geometry, s.groups, s.outer, s.inner)
                  for s in f.stages]  # fmt: skip
         for threads in (1, 2):
-            real = features.runtime(Work(f.stages, (16, 30, 31), 3, threads), 2)
-            assert features.runtime(Work(empty, (16, 30, 31), 3, threads), 2) == real
+            real = features.lowrank(Work(f.stages, (16, 30, 31), 3, threads), 2)
+            assert features.lowrank(Work(empty, (16, 30, 31), 3, threads), 2) == real
 
 
-def test_multiply_adds_are_counted_with_the_lanes_that_idle(conv):
+def test_features_count_macs_including_idle_lanes(conv):
     lanes = 16
     for load in workloads():
-        counted = features.runtime(Work(load.stages, load.shape, load.batch), 2)
+        counts = features.lowrank(Work(load.stages, load.shape, load.batch), 2)
         macs = load.batch * lr.chain(load.stages).cost(load.shape).macs
-        vectors = sum(counted.get(k, 0) for k in ("multiply", "row multiply", "lane"))
+        vectors = sum(
+            counts.get(k, 0) for k in ("multiply", "row multiply", "channels-last multiply")
+        )
         # At most: runs of four samples at the end of a row get no vector.
         assert vectors * lanes >= 0.8 * macs, load
         assert vectors * lanes <= 16 * macs, load
 
 
-def test_borders_and_transposed_stages_are_counted_too():
+def test_padded_and_transposed_stages_have_predictions():
     weight = np.ones((8, 8, 3, 3), np.float32)
     for options in (
         {"padding_mode": "reflect", "padding": 1},
@@ -108,49 +110,51 @@ def test_borders_and_transposed_stages_are_counted_too():
 
 
 @given(seed=st.integers(0, 100), noise=st.sampled_from([0.0, 0.05]))
-def test_rates_are_recovered_from_what_they_make(seed, noise):
+def test_fit_recovers_coefficients(seed, noise):
     rng = np.random.default_rng(seed)
     true = {"multiply": 3e-10, "load": 1e-9, "call": 2e-6}
-    counted = [
+    counts = [
         {"multiply": 10 ** rng.uniform(3, 6), "load": 10 ** rng.uniform(3, 6), "call": 1.0}
         for _ in range(80)
     ]
     times = [
         sum(true[k] * v for k, v in c.items()) * math.exp(noise * rng.standard_normal())
-        for c in counted
+        for c in counts
     ]
-    rates = calibration.fitted(counted, times, range(80))
-    assert all(v > 0 for v in rates.seconds.values())
+    coefficients = calibration.fit(counts, times, range(80))
+    assert all(v > 0 for v in coefficients.seconds.values())
     # Without noise the system is consistent, and least squares end in rounding; with noise the
     # error of a prediction is that of the sample itself: its median is 0.67 sigma, and sampling
-    # 80 of them and fitting three rates less than doubles it.
-    assert rates.error <= (2 * 0.67 * noise if noise else 1e-9)
+    # 80 of them and fitting three coefficients less than doubles it.
+    assert coefficients.error <= (2 * 0.67 * noise if noise else 1e-9)
     if not noise:
-        assert dict(rates.seconds) == pytest.approx(true)
+        assert dict(coefficients.seconds) == pytest.approx(true)
 
 
-def test_the_error_is_that_of_work_left_out():
+def test_error_is_that_of_workloads_left_out():
     # Every group has a count of its own that nothing else explains: known groups are explained
     # perfectly, and one that was left out not at all.
-    counted = [{f"of {g}": 1.0} for g in range(10) for _ in range(4)]
-    rates = calibration.fitted(counted, [1.0] * 40, [g for g in range(10) for _ in range(4)])
-    assert rates.error == 1.0
-    assert dict(rates.seconds) == pytest.approx({f"of {g}": 1.0 for g in range(10)})
+    counts = [{f"of {g}": 1.0} for g in range(10) for _ in range(4)]
+    coefficients = calibration.fit(counts, [1.0] * 40, [g for g in range(10) for _ in range(4)])
+    assert coefficients.error == 1.0
+    assert dict(coefficients.seconds) == pytest.approx({f"of {g}": 1.0 for g in range(10)})
 
 
-def test_measuring_gives_rates_for_every_engine(monkeypatch):
+def test_measure_gives_coefficients_for_every_runtime(monkeypatch):
     loads = list(workloads())
     monkeypatch.setattr(calibration, "workloads", lambda: loads[::25])
-    small = [Filtering((5, 5), (60, n), (b, b)) for n in (50, 90) for b in (32, 64)]
-    monkeypatch.setattr(calibration, "filterings", lambda: [*small, Filtering((3,), (999,), (64,))])
+    small = [FFTWorkload((5, 5), (60, n), (b, b)) for n in (50, 90) for b in (32, 64)]
+    monkeypatch.setattr(
+        calibration, "fft_workloads", lambda: [*small, FFTWorkload((3,), (999,), (64,))]
+    )
     monkeypatch.setattr(calibration, "BUDGETS", dict.fromkeys(calibration.BUDGETS, 0.01))
     seen = []
     found = calibration.measure(lambda name, share: seen.append((name, share)), ["fft", "lowrank"])
-    assert set(found.rates) == {"fft", "lowrank"}
+    assert set(found.coefficients) == {"fft", "lowrank"}
     assert {name for name, _ in seen} == {"fft", "lowrank"}
     assert all(0 < share <= 1 for _, share in seen)
-    assert all(0 <= r.error < math.inf for r in found.rates.values())
-    again = perfmodel.Machine.from_json(found.to_json())
+    assert all(0 <= r.error < math.inf for r in found.coefficients.values())
+    again = perfmodel.PerformanceModel.from_json(found.to_json())
     assert again.to_json() == found.to_json()
 
 
@@ -161,25 +165,25 @@ def test_torch_is_measured_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(calibration, "workloads", lambda: loads[:8])
     monkeypatch.setattr(calibration, "BUDGETS", dict.fromkeys(calibration.BUDGETS, 0.01))
     found = calibration.measure(None, ["torch", "torch channels-last"])
-    assert set(found.rates) == {"torch", "torch channels-last"}
+    assert set(found.coefficients) == {"torch", "torch channels-last"}
 
 
-def test_a_calibration_is_kept_and_used(cache, conv):
+def test_calibration_is_saved_and_used(cache, conv):
     assert not perfmodel.current().calibrated
     shipped = perfmodel.predict(conv, (48, 48)).seconds
     perfmodel.calibrate()
     assert cache == [None]
     assert perfmodel.current().calibrated
     assert perfmodel.predict(conv, (48, 48)).seconds != shipped
-    kept = json.loads(perfmodel.path().read_text())
-    assert kept["rates"]["lowrank"]["seconds"] == {"multiply": 1e-9, "call": 1e-6}
-    perfmodel.calibrate(engines=["lowrank"])
+    saved = json.loads(perfmodel.path().read_text())
+    assert saved["coefficients"]["lowrank"]["seconds"] == {"multiply": 1e-9, "call": 1e-6}
+    perfmodel.calibrate(runtimes=["lowrank"])
     assert cache == [None, ["lowrank"]]
     perfmodel.path().unlink()
-    perfmodel.calibrate(engines=["lowrank"])  # nothing to add to: everything
+    perfmodel.calibrate(runtimes=["lowrank"])  # nothing to add to: everything
     assert cache == [None, ["lowrank"], ("fft", "lowrank", "torch", "torch channels-last")]
-    with pytest.raises(ValueError, match=r"engines must be some of fft, lowrank.* got warp"):
-        perfmodel.calibrate(engines=["warp"])
+    with pytest.raises(ValueError, match=r"runtimes must be some of fft, lowrank.* got warp"):
+        perfmodel.calibrate(runtimes=["warp"])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_a_calibration_is_kept_and_used(cache, conv):
     [
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"version": 2', '"version": 0'),
+        lambda text: text.replace('"version": 3', '"version": 0'),
         lambda text: text.replace('"call": 1e-06', '"call": -1'),
         lambda text: text.replace('"call": 1e-06', '"call": NaN'),
         lambda text: text.replace('"cpu": "', '"cpu": "another '),
@@ -207,13 +211,15 @@ def test_a_calibration_is_kept_and_used(cache, conv):
         "threads",
     ],
 )
-def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damage):
+def test_damaged_or_foreign_file_is_renamed_and_replaced(cache, conv, damage):
     perfmodel.calibrate()
     good = perfmodel.path().read_text()
     bad = damage(good)
     assert bad != good
     perfmodel.path().write_text(bad)
-    with pytest.warns(UserWarning, match="is no calibration of this machine .* measured anew"):
+    with pytest.warns(
+        UserWarning, match="is not a calibration of this machine .* calibrating again"
+    ):
         found = perfmodel.current()
     assert found.calibrated
     assert len(cache) == 2
@@ -225,7 +231,7 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_made_anew(cache, conv, damag
 
 
 @pytest.mark.parametrize("given", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -2}])
-def test_batches_and_threads_are_checked(conv, given):
+def test_batch_and_threads_must_be_positive(conv, given):
     (name,) = given
     with pytest.raises(ValueError, match=f"{name} must be at least 1"):
         perfmodel.predict(conv, (8, 8), **given)
@@ -238,30 +244,30 @@ def test_batches_and_threads_are_checked(conv, given):
             lr.approximate(conv, (8, 8), **options, **given)
 
 
-def test_more_threads_than_were_measured_take_no_longer(conv):
+def test_more_threads_than_measured_are_not_slower(conv):
     f = lr.dense(np.ones((16, 16, 1, 1), np.float32))
-    counted = [features.runtime(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
-    rates = perfmodel.current().rates["lowrank"]
-    times = [rates.predict(c).seconds for c in counted]
+    counts = [features.lowrank(Work(f.stages, (16, 1024, 1024), 1, n), 2) for n in (2, 4, 16)]
+    coefficients = perfmodel.current().coefficients["lowrank"]
+    times = [coefficients.predict(c).seconds for c in counts]
     assert times == sorted(times, reverse=True)
-    # rates of one thread alone stand in for those of more
-    alone = features.runtime(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
+    # coefficients of one thread alone stand in for those of more
+    alone = features.lowrank(Work(f.stages, (16, 1024, 1024), 1, 2), 1)
     assert alone["memory"] > 0 == alone["memory, all threads"]
 
 
-def test_a_rate_of_another_machine_has_no_error(conv):
+def test_coefficients_of_another_machine_have_no_error(conv):
     p = perfmodel.predict(conv, (8, 8))
     assert math.isnan(p.error)
     assert "lowrank calibrate" in str(p)
     assert "lowrank calibrate" in str(lr.frontier(conv, (8, 8), ["spatial_svd"]))
 
 
-def test_an_unknown_engine_is_refused(conv):
+def test_unknown_runtime_is_rejected(conv):
     with pytest.raises(ValueError, match=r"runtime must be one of lowrank.* got 'warp'"):
         perfmodel.predict(conv, (8, 8), runtime="warp")
 
 
-def test_a_front_by_seconds_is_what_nothing_beats(conv, front):
+def test_frontier_by_seconds_is_pareto_optimal(conv, front):
     points = [(c.seconds, c.error) for c in front]
     assert points == sorted(points, key=lambda p: (p[0], -p[1]))
     assert all(a[1] > b[1] for a, b in itertools.pairwise(points))
@@ -286,7 +292,7 @@ def test_every_candidate_knows_its_realised_share(front):
     assert front.dense.realised == 1
 
 
-def test_a_budget_of_time_is_kept_to(conv, front):
+def test_time_budget_is_met(conv, front):
     whole = front.dense.seconds
     for budget in (whole / 2, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
         f = lr.approximate(conv, (48, 48), seconds=budget)
@@ -298,12 +304,12 @@ def test_a_budget_of_time_is_kept_to(conv, front):
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan, "2", "fast", "-1ms", "1 minute"])
-def test_a_budget_that_is_no_time_is_refused(conv, budget):
+def test_wrong_time_budget_is_rejected(conv, budget):
     with pytest.raises(ValueError, match="seconds must be above 0"):
         lr.approximate(conv, (48, 48), seconds=budget)
 
 
-def test_batches_threads_and_engines_change_the_prediction(conv):
+def test_batch_changes_the_prediction(conv):
     one = lr.frontier(conv, (48, 48), ["spatial_svd"])
     eight = lr.frontier(conv, (48, 48), ["spatial_svd"], batch=8)
     assert eight.dense.seconds > 4 * one.dense.seconds
@@ -314,16 +320,16 @@ def test_batches_threads_and_engines_change_the_prediction(conv):
         lr.frontier(conv, (48, 48), axis="time")
 
 
-def test_counts_of_transforms_follow_the_plan():
+def test_fft_features_match_the_plan():
     for taps, spatial in (((9, 9), (100, 120)), ((5, 5, 5), (30, 31, 32)), ((99,), (5000,))):
         for block in fourier.blocks(taps, spatial):
             work = fourier.work(taps, spatial, block)
-            counted = features.fft(taps, spatial, block, 1, 2)
-            assert counted["group"] == work.groups
-            assert counted["point"] * 16 == work.transforms * work.points
+            counts = features.fft(taps, spatial, block, 1, 2)
+            assert counts["group"] == work.groups
+            assert counts["point"] * 16 == work.transforms * work.points
 
 
-def test_pytorchs_convolutions_are_ours(conv):
+def test_pytorch_convolutions_match_the_engine(conv):
     torch = pytest.importorskip("torch")
     from lowrank.engine import pytorch
 
@@ -332,7 +338,7 @@ def test_pytorchs_convolutions_are_ours(conv):
               lr.kronecker(conv, 2, "4x4x1x1 first"), lr.cp(conv, 3)):  # fmt: skip
         ends = [Epilogue()] * len(f.stages)
         for last in (False, True):
-            found = pytorch.call(f.stages, ends, x, last)()
+            found = pytorch.bind_call(f.stages, ends, x, last)()
             assert isinstance(found, torch.Tensor)
             # sums of at most 144 products of order 1 in float32, once or twice
             np.testing.assert_allclose(found.numpy(), f(x), rtol=0, atol=1e-4)

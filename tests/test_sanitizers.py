@@ -1,5 +1,4 @@
-"""The kernel tests once more, with the engine built under the address and undefined-behaviour
-sanitizers: nothing is read or written out of bounds."""
+"""Kernel tests with the engine built under the address and undefined-behaviour sanitizers."""
 
 import os
 import shutil
@@ -13,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def library(name):
-    """Path of a run-time library of gcc, or None."""
+    """Return the path of a run-time library of gcc, or None."""
     if not shutil.which("gcc"):
         return None
     path = subprocess.run(
@@ -23,7 +22,7 @@ def library(name):
 
 
 @pytest.mark.full
-def test_the_kernels_stay_in_bounds(tmp_path):
+def test_kernels_pass_under_sanitizers(tmp_path):
     libraries = [library("libasan.so"), library("libubsan.so")]
     if None in libraries:
         pytest.skip("gcc has no sanitizers here")
@@ -43,7 +42,7 @@ def test_the_kernels_stay_in_bounds(tmp_path):
         check=False,
     )
     assert build.returncode == 0, build.stderr[-2000:]
-    # A sanitized process that forks with threads about waits for its parent's locks.
+    # A sanitized process that forks while threads run waits forever for their locks.
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_kernels.py", "-k", "not forked"]
     run = subprocess.run(
         command,

@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
 # cython: freethreading_compatible=True
-"""The engine's door: shapes are checked here, so that C need not; nothing is computed."""
+"""Cython bindings: validate shapes and dtypes, then call the C engine."""
 
 import os
 from array import array
@@ -12,20 +12,16 @@ from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport free
 
 
+ctypedef int64_t Three[3]
+ctypedef int64_t Four[4]
+ctypedef int64_t Five[5]
+
 cdef extern from "dispatch.h":
     const int LR_OK, LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
 
     ctypedef struct lr_stage:
         int64_t left, groups, right, cin, cout, taps
-        int64_t kernel[3]
-        int64_t stride[3]
-        int64_t dilation[3]
-        int64_t before[3]
-        int64_t in_size[3]
-        int64_t out_size[3]
-        int64_t extent[3]
-        int64_t plane[3]
-        int64_t phase[3]
+        Three kernel, stride, dilation, before, in_size, out_size, extent, plane, phase
         int64_t channel, buffer
         const int32_t *fold
         const int32_t *source
@@ -40,8 +36,7 @@ cdef extern from "dispatch.h":
         const lr_stage *stage
         const int32_t *border[3]
         double fill
-        int64_t tile[3]
-        int64_t tiles[3]
+        Three tile, tiles
         int64_t parts
         double seconds
         int64_t workspace, outputs, result
@@ -49,8 +44,7 @@ cdef extern from "dispatch.h":
     ctypedef struct lr_arrays:
         const void *x
         void *out
-        int64_t xs[5]
-        int64_t os[5]
+        Five xs, os
         int x_type, out_type
 
     ctypedef struct lr_step:
@@ -75,64 +69,63 @@ cdef extern from "dispatch.h":
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
                lr_step *, int *) nogil
 
+from lowrank._kernels.layout import TileLayout, check_border, check_padded_columns, inverse
+from lowrank._kernels.limits import MAX_STAGES
+from lowrank._kernels.spec import ACTIVATIONS
+
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
-MAX_STAGES = 16
 
 
 def default_isa():
-    """The best instruction set, or the one that the environment variable LOWRANK_ISA names."""
-    name = os.environ.get("LOWRANK_ISA", ISAS[0])
-    if name not in ISAS:
-        raise ValueError(f"LOWRANK_ISA must be one of {', '.join(ISAS)}, got {name!r}")
-    return name
+    """Return the best instruction set, or the environment variable LOWRANK_ISA if set."""
+    return _checked_isa("LOWRANK_ISA", os.environ.get("LOWRANK_ISA", ISAS[0]))
 
 
 def caches():
-    """Bytes of the L1 data and the L2 cache of a core, and of the L3 cache that cores share."""
+    """Return the bytes of a core's L1 data and L2 cache, and of the shared L3 cache."""
     cdef int64_t sizes[3]
     lr_caches(sizes)
     return sizes[0], sizes[1], sizes[2]
 
 
 def peak(int64_t n, dtype="float32", isa=None):
-    """Do n rounds of multiply-adds in registers; returns how many operations (two each) it did.
+    """Run n rounds of fused multiply-adds in registers; return the number of operations.
 
-    Time it to know what the machine could do at the most, on one thread.
+    A multiply-add counts as two operations.  The time of a call gives the peak of one thread.
     """
-    cdef const lr_isa *table = lr_isa_table(ISAS.index(default_isa() if isa is None else isa))
-    cdef const lr_kernels *kernels = &table.f32 if dtype == "float32" else &table.f64
+    cdef const lr_kernels *kernels = _kernels(dtype, default_isa() if isa is None else isa)
     with nogil:
         kernels.peak(n, 0.5)
     return 2 * n * 3 * kernels.rows * (kernels.width // 8)
 
 
 def max_threads():
-    """Threads that OpenMP offers; 1 without it and in a forked child."""
+    """Return the number of threads that OpenMP offers; 1 without it and in a forked child."""
     return lr_max_threads()
 
 
-def wake(int threads):
-    """Seconds that it takes to start a team and to hear that it is done, measured."""
+def fork_join_seconds(int threads):
+    """Return the measured fork/join latency of an OpenMP parallel region, in seconds."""
     return lr_wake(min(threads, lr_max_threads()), 1)
 
 
-cdef class Plan:
+cdef class KernelPlan:
     """A chain of stages, packed for one input shape; see spec.StageSpec for a stage.
 
     x and out of a call are (batch, channels, d, h, w), of any strides; they must not overlap.
-    Either may hold 8- or 16-bit integers in place of the plan's type: those of x are taken as
-    they are, those of out rounded to nearest, halves to even, and saturated.
+    Either may hold 8- or 16-bit integers in place of the plan's type: results are rounded to
+    nearest, halves to even, and saturated.
     """
 
     cdef lr_plan plan
     cdef const lr_kernels *kernels
     cdef void *cache
-    cdef list kept  # what the structs point into
+    cdef list owned  # memory that the structs point into
     cdef readonly tuple shape, out_shape, tile
     cdef readonly str dtype, isa
+    cdef readonly object tiles, tasks, workspace  # per example, per example, bytes per thread
     cdef int64_t itemsize
-    cdef int64_t dims[4]
-    cdef int64_t out_dims[4]
+    cdef Four dims, out_dims
 
     def __cinit__(self):
         self.cache = NULL
@@ -140,107 +133,79 @@ cdef class Plan:
     def __dealloc__(self):
         free(self.cache)
 
-    def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, parts=1,
+    def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, splits=1,
                  seconds=1.0, isa=None):
         if dtype not in ("float32", "float64"):
             raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-        isa = default_isa() if isa is None else isa
-        if isa not in ISAS:
-            raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
         if not 1 <= len(stages) <= MAX_STAGES:
-            raise ValueError(f"a plan takes 1 to {MAX_STAGES} stages, got {len(stages)}")
-        cdef const lr_isa *table = lr_isa_table(ISAS.index(isa))
-        self.kernels = &table.f32 if dtype == "float32" else &table.f64
+            raise ValueError(f"stages must number 1 to {MAX_STAGES}, got {len(stages)}")
+        if splits < 1 or (splits > 1 and len(stages) > 1):
+            raise ValueError(f"splits must be 1 for {len(stages)} stages, got {splits}")
+        self.isa = default_isa() if isa is None else _checked_isa("isa", isa)
+        self.kernels = _kernels(dtype, self.isa)
         self.itemsize = 4 if dtype == "float32" else 8
-        self.dtype, self.isa, self.shape, self.kept = dtype, isa, tuple(shape), []
-        bordered = border is not None and border[2] is not None
-        layout = _Layout(stages, shape, tile, bordered)
+        self.dtype, self.shape, self.owned = dtype, tuple(shape), []
+        border = (None, None, None) if border is None else border
+        check_border(border, stages, shape)
+        layout = TileLayout(stages, shape, tile, border[2] is not None)
         self.tile, self.out_shape = layout.tile, layout.out_shape
         for a in range(4):
             self.dims[a], self.out_dims[a] = self.shape[a], self.out_shape[a]
         structs = bytearray(len(stages) * sizeof(lr_stage))
         cdef lr_stage *s = <lr_stage *><void *><char *>structs
-        self.kept.append(structs)
+        self.owned.append(structs)
         for k, (spec, sizes) in enumerate(zip(stages, layout.stages)):
-            self._describe(&s[k], spec, sizes)
-            if k and spec.source is not None:
-                s[k - 1].place = <const int32_t *>self._ints("i", _inverse(spec.source))
-            elif spec.source is not None:
-                s[k].source = <const int32_t *>self._ints("i", spec.source)
-            if spec.fold is not None:
-                padded = sizes.size_in[2] + spec.before[2] + spec.after[2]
-                whole = self.tile[2] == self.out_shape[3]
-                if not (k and whole and spec.stride[2] == 1 and len(spec.fold) == padded
-                        and 0 <= min(spec.fold) and max(spec.fold) < sizes.size_in[2]):
-                    raise ValueError(f"fold of stage {k} does not fit its input, or cut rows")
-                s[k].fold = <const int32_t *>self._ints("i", spec.fold)
-        self.plan.stages, self.plan.stage = len(stages), s
-        self.plan.fill = fill
-        if parts < 1 or (parts > 1 and len(stages) > 1):
-            raise ValueError(f"a plan of {len(stages)} stages cannot have {parts} parts")
-        self.plan.parts, self.plan.seconds = parts, seconds
+            self._fill(&s[k], spec, sizes)
+            if k and spec.permutation is not None:
+                s[k - 1].place = <const int32_t *>self._ints("i", inverse(spec.permutation))
+            elif spec.permutation is not None:
+                s[k].source = <const int32_t *>self._ints("i", spec.permutation)
+            if spec.padded_columns is not None:
+                check_padded_columns(k, spec, layout)
+                s[k].fold = <const int32_t *>self._ints("i", spec.padded_columns)
         for a in range(3):
             self.plan.tile[a] = self.tile[a]
             self.plan.tiles[a] = -(-self.out_shape[1 + a] // self.tile[a])
-            if border is not None and border[a] is not None:
-                padded = shape[1 + a] + stages[0].before[a] + stages[0].after[a]
-                low, high = min(border[a]), max(border[a])
-                if len(border[a]) != padded or not -1 <= low <= high < shape[1 + a]:
-                    raise ValueError(
-                        f"border of axis {a} must hold {padded} indices from -1 to "
-                        f"{shape[1 + a] - 1}"
-                    )
+            if border[a] is not None:
                 self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
+        self.plan.stages, self.plan.stage, self.plan.fill = len(stages), s, fill
+        self.plan.parts, self.plan.seconds = splits, seconds
         self.plan.workspace = layout.workspace
         self.plan.outputs = prod(self.out_shape)
         self.plan.result = self.out_shape[0] * prod(self.tile)
-
-    @property
-    def jobs(self):
-        """Pieces of one example that threads can share: tiles times parts."""
-        return self.tiles * self.plan.parts
-
-    @property
-    def tiles(self):
-        """Tiles of one example."""
-        return prod(self.plan.tiles[a] for a in range(3))
-
-    @property
-    def workspace(self):
-        """Bytes that each thread works in."""
-        return 2 * self.plan.workspace * self.itemsize
+        self.tiles = prod(self.plan.tiles[a] for a in range(3))
+        self.tasks = self.tiles * splits
+        self.workspace = 2 * layout.workspace * self.itemsize
 
     cdef void *_ints(self, code, values):
-        """The integers as a C array that lives as long as the plan."""
-        kept = array(code)
+        """Copy integers to a C array that lives as long as the plan."""
         try:
-            kept.frombytes(memoryview(values).cast("B"))  # int32 arrays as they are
+            ints = array(code, memoryview(values).tobytes())  # int32 arrays: no conversion
         except TypeError:
-            kept.extend(values)
-        if not kept:
-            kept.append(0)
-        self.kept.append(kept)
-        return <void *><size_t>kept.buffer_info()[0]
+            ints = array(code, values)
+        self.owned.append(ints)
+        return <void *><size_t>ints.buffer_info()[0]
 
     cdef const void *_floats(self, values) except NULL:
-        """The address of a C-contiguous array of the plan's type, which is kept alive."""
+        """Return the address of a C-contiguous array of the plan's type; keep it alive."""
         cdef Py_buffer view
-        held = memoryview(values)
-        if held.format != ("f" if self.itemsize == 4 else "d") or not held.c_contiguous:
+        buffer = memoryview(values)
+        if buffer.format != ("f" if self.itemsize == 4 else "d") or not buffer.c_contiguous:
             raise TypeError(f"weights and bias must be C-contiguous {self.dtype} arrays")
-        self.kept.append(values)
+        self.owned.append(values)
         PyObject_GetBuffer(values, &view, PyBUF_STRIDES)
-        cdef const void *at = view.buf
+        cdef const void *address = view.buf
         PyBuffer_Release(&view)
-        return at
+        return address
 
-    cdef _describe(self, lr_stage *s, spec, sizes):
-        s.left, s.groups, s.right = spec.left, spec.groups, spec.right
+    cdef _fill(self, lr_stage *s, spec, sizes):
+        """Fill a struct; see lr.h for its fields."""
+        s.left, s.groups, s.right = spec.outer, spec.groups, spec.inner
         rows, s.cin = spec.weight.shape[:2]
         s.cout = rows // spec.groups
         s.taps = prod(spec.weight.shape[1:])
         for a in range(3):
-            s.kernel[a], s.stride[a] = spec.weight.shape[2 + a], spec.stride[a]
+            s.kernel[a], s.stride[a] = spec.kernel[a], spec.stride[a]
             s.dilation[a], s.before[a] = spec.dilation[a], spec.before[a]
             s.in_size[a], s.out_size[a] = sizes.size_in[a], sizes.size_out[a]
             s.extent[a], s.plane[a], s.phase[a] = sizes.extent[a], sizes.plane[a], sizes.phase[a]
@@ -249,13 +214,13 @@ cdef class Plan:
         s.offset = <const int64_t *>self._ints("q", sizes.offsets(spec))
         packed = bytearray(max(1, rows * s.taps * self.itemsize) + 64)
         cdef char *to = packed
-        self.kept.append(packed)
+        self.owned.append(packed)
         self.kernels.pack(self._floats(spec.weight), to, s.groups, s.cout, s.taps)
         s.weight = to
-        s.activation = _ACTIVATIONS.index(spec.activation)
+        s.activation = ACTIVATIONS.index(spec.activation)
         s.bias = NULL
         if spec.bias is not None:
-            channels = spec.left * rows * spec.right
+            channels = spec.outer * rows * spec.inner
             if spec.bias.shape != (channels,):
                 raise ValueError(f"bias must have shape ({channels},), got {spec.bias.shape}")
             s.bias = self._floats(spec.bias)
@@ -264,66 +229,55 @@ cdef class Plan:
         """Run the chain on x, (batch, channels, d, h, w), into out."""
         self._run(x, out, threads, NULL)
 
-    def breakdown(self, x, out, int threads=0):
-        """Run it once, with a clock.
+    def profile(self, x, out, int threads=0):
+        """Run once with clocks; see profiling.step_totals for its records.
 
-        Returns the seconds of the whole run, the threads that it took, and, for each step,
-        (stage, name, seconds, macs, bytes), added up over threads; `stage` counts from 0, and the
-        last step is that of the chain as a whole.
+        Returns
+        -------
+        (float, int, bytearray)
+            Seconds of the run, number of threads that took part, and records.
         """
         cdef int most = max(threads, lr_max_threads(), 1)
-        cdef int64_t kinds = self.plan.stages * LR_STEPS + 1
-        space = bytearray(most * kinds * sizeof(lr_step))
-        cdef lr_step *steps = <lr_step *><void *><char *>space
+        records = bytearray(most * (self.plan.stages * LR_STEPS + 1) * sizeof(lr_step))
         cdef double start = lr_now()
-        cdef int team = self._run(x, out, threads, steps)
-        cdef double took = lr_now() - start
-        found = []
-        for k in range(kinds):
-            sums = [0.0, 0, 0]
-            for t in range(most):
-                sums[0] += steps[t * kinds + k].seconds
-                sums[1] += steps[t * kinds + k].macs
-                sums[2] += steps[t * kinds + k].bytes
-            name = "deliver" if k == kinds - 1 else ("bring", "compute")[k % LR_STEPS]
-            found.append((k // LR_STEPS, name, *sums))
-        return took, team, found
+        cdef int used = self._run(x, out, threads, <lr_step *><void *><char *>records)
+        return lr_now() - start, used, records
 
     cdef int _run(self, x, out, int threads, lr_step *steps) except -1:
         cdef Py_buffer a, b
         cdef lr_arrays arrays
         cdef int64_t batch
-        cdef int status, team = 1
+        cdef int status, used = 1
         PyObject_GetBuffer(x, &a, PyBUF_STRIDES | PyBUF_FORMAT)
         try:
             PyObject_GetBuffer(out, &b, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
             try:
                 batch = self._check("x", &a, self.dims, -1)
                 self._check("out", &b, self.out_dims, batch)
-                arrays.x_type = self._place("x", &a, arrays.xs)
-                arrays.out_type = self._place("out", &b, arrays.os)
+                arrays.x_type = self._strides("x", &a, arrays.xs)
+                arrays.out_type = self._strides("out", &b, arrays.os)
                 if batch and self.plan.outputs and _overlap(&a, &b):
                     raise ValueError("out must not overlap x")
                 arrays.x, arrays.out = a.buf, b.buf
                 with nogil:
                     status = lr_run(&self.plan, self.kernels, &arrays, batch, self.itemsize,
-                                    threads, &self.cache, steps, &team)
+                                    threads, &self.cache, steps, &used)
                 if status != LR_OK:
                     raise MemoryError(
-                        f"no memory for a workspace of {self.workspace} bytes a thread, and for "
-                        "a tile of the result where out holds integers"
+                        f"not enough memory for a workspace of {self.workspace} bytes per thread "
+                        "(and for a tile of the result if out holds integers)"
                     )
             finally:
                 PyBuffer_Release(&b)
         finally:
             PyBuffer_Release(&a)
-        return team
+        return used
 
     cdef int64_t _check(self, name, Py_buffer *v, const int64_t *dims, int64_t batch) except -1:
-        """The batch of an array, once its type and shape are what the plan takes."""
+        """Return the batch size of an array of the right type and shape."""
         cdef bint fits = v.ndim == 5
         cdef int i
-        if _kind(v.format, self.itemsize) < 0:
+        if _type(v.format, self.itemsize) < 0:
             raise TypeError(
                 f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit "
                 "integers"
@@ -331,25 +285,36 @@ cdef class Plan:
         for i in range(4):
             fits = fits and v.shape[1 + i] == dims[i]
         if not fits or (batch >= 0 and v.shape[0] != batch):
-            wanted = ", ".join(str(dims[i]) for i in range(4))
+            expected = ", ".join(str(dims[i]) for i in range(4))
             got = tuple(v.shape[i] for i in range(v.ndim))
-            raise ValueError(f"{name} must have shape (batch, {wanted}), got {got}")
+            raise ValueError(f"{name} must have shape (batch, {expected}), got {got}")
         return v.shape[0]
 
-    cdef int _place(self, name, Py_buffer *v, int64_t *strides) except -1:
-        """The strides in elements; returns the type of the elements."""
+    cdef int _strides(self, name, Py_buffer *v, int64_t *strides) except -1:
+        """Fill in the strides in elements; return the type of the elements."""
         cdef int i
         for i in range(5):
             if v.strides[i] % v.itemsize:
-                raise ValueError(f"the strides of {name} must be multiples of {v.itemsize} bytes")
+                raise ValueError(f"strides of {name} must be multiples of {v.itemsize} bytes")
             strides[i] = v.strides[i] // v.itemsize
         if <size_t>v.buf % <size_t>v.itemsize:
             raise ValueError(f"{name} must be aligned to {v.itemsize} bytes")
-        return _kind(v.format, self.itemsize)
+        return _type(v.format, self.itemsize)
 
 
-cdef int _kind(const char *format, int64_t itemsize) noexcept:
-    """The type that a buffer's format names, or -1."""
+cdef str _checked_isa(name, isa):
+    if isa not in ISAS:
+        raise ValueError(f"{name} must be one of {', '.join(ISAS)}, got {isa!r}")
+    return isa
+
+
+cdef const lr_kernels *_kernels(dtype, isa) except NULL:
+    cdef const lr_isa *table = lr_isa_table(ISAS.index(isa))
+    return &table.f32 if dtype == "float32" else &table.f64
+
+
+cdef int _type(const char *format, int64_t itemsize) noexcept:
+    """Return the element type of a buffer's format, or -1."""
     if format != NULL and format[0] == c"=":  # native as well, but perhaps not aligned
         format += 1
     if format == NULL or format[0] == 0 or format[1] != 0:
@@ -366,7 +331,7 @@ cdef int _kind(const char *format, int64_t itemsize) noexcept:
 
 
 cdef bint _overlap(Py_buffer *a, Py_buffer *b) noexcept:
-    """Whether the address ranges of two arrays meet."""
+    """Return whether the address ranges of two arrays overlap."""
     cdef int64_t a0, a1, b0, b1
     _range(a, &a0, &a1)
     _range(b, &b0, &b1)
@@ -384,15 +349,3 @@ cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
         else:
             high[0] += step
     high[0] += v.itemsize
-
-
-def _inverse(source):
-    """place[source[j]] = j."""
-    place = [0] * len(source)
-    for j, c in enumerate(source):
-        place[c] = j
-    return place
-
-
-from lowrank._kernels.layout import Layout as _Layout  # noqa: E402  (sizes: plain Python)
-from lowrank._kernels.spec import ACTIVATIONS as _ACTIVATIONS  # noqa: E402

@@ -9,7 +9,6 @@
 #include <stdint.h>
 
 #define LR_AXES 3
-#define LR_SLACK 256 /* elements past a buffer that a run of the widest kernel may read */
 
 enum { LR_OK = 0, LR_NO_MEMORY = 1 };
 enum { LR_LINEAR, LR_RELU, LR_RELU6 };         /* what a stage ends with, after its bias */

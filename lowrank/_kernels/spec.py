@@ -1,4 +1,4 @@
-"""A stage in the engine's words."""
+"""A stage as the C engine takes it."""
 
 from __future__ import annotations
 
@@ -9,38 +9,45 @@ ACTIVATIONS = ("none", "relu", "relu6")  # numbered as in lr.h
 
 
 class StageSpec(NamedTuple):
-    """A plain grouped, tied convolution over three spatial axes.
+    """A grouped, replicated convolution, never transposed, over three spatial axes.
 
     Attributes
     ----------
     weight : ndarray, shape (groups * out, in, k0, k1, k2)
-        C-contiguous, of the plan's type.
-    left, groups, right : int
-        Channel (l, g, c, r) has the number ((l * groups + g) * in + c) * right + r.
+        Weights: C-contiguous, of the plan's type.
+    outer, groups, inner : int
+        Replications and groups: channel (l, g, c, r) has the number
+        ((l * groups + g) * in + c) * inner + r.
     stride, dilation : (int, int, int)
-        An axis each.
+        Stride and dilation along each axis.
     before, after : (int, int, int)
-        Samples ahead of and behind the input; negative ones crop it.
-    fold : ndarray of int32 or None
-        For a stage that is not the first, of stride 1 along the last axis: column of its input
-        that stands at each padded one.  Tiles must then have whole rows.
-    source : ndarray of int32 or None
-        Input channel j of this stage is channel source[j] of what comes before.
-    bias : ndarray, shape (left * groups * out * right,), or None
-        C-contiguous, of the plan's type; added to what the stage gives.
+        Zeros ahead of and behind the input; negative ones crop it.
+    permutation : ndarray of int32 or None
+        Channel of the stage's input at each channel that its weights read.
+    padded_columns : ndarray of int32 or None
+        Column of the input at each column of the padded input, in place of zeros.  Not for the
+        first stage; needs stride 1 along the last axis and tiles of whole rows.
+    bias : ndarray, shape (outer * groups * out * inner,), or None
+        Bias: C-contiguous, of the plan's type.
     activation : str
-        What follows: one of `ACTIVATIONS`.
+        Activation after the bias: one of `ACTIVATIONS`.
     """
 
     weight: Any
-    left: int
+    outer: int
     groups: int
-    right: int
+    inner: int
     stride: Three
     dilation: Three
     before: Three
     after: Three
-    source: Any = None
-    fold: Any = None
+    permutation: Any = None
+    padded_columns: Any = None
     bias: Any = None
     activation: str = "none"
+
+    @property
+    def kernel(self) -> Three:
+        """Taps along each axis."""
+        d, h, w = self.weight.shape[2:]
+        return d, h, w

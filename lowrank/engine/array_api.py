@@ -1,7 +1,7 @@
-"""Chains in plain array code, of any library with the array API standard: right, not fast.
+"""Chains in plain code for any library with the array API standard: correct, not fast.
 
-Borders, strides, dilations and transposition are all the same here: a table says which sample each
-tap of each output sees.  The kernels of the GPU read the same tables.
+Padding modes, strides, dilations and transposition are handled alike: tables of indices say which
+sample each tap of each output reads.  The GPU kernels read the same tables.
 """
 
 from __future__ import annotations
@@ -17,42 +17,50 @@ from lowrank.core import reference
 from lowrank.core.stage import Epilogue, Stage
 
 
-def places(stage: Stage, axis: int, size: int) -> Array:
-    """Sample at each place of a padded axis, -1 outside: int32, (before + size + after,)."""
+def padded_indices(stage: Stage, axis: int, size: int) -> Array:
+    """Return the sample at each position of a padded axis, -1 for the border value.
+
+    The result is int32 of shape (before + size + after,).
+    """
     g = stage.geometry
     line = np.arange(1, size + 1).reshape(1, 1, -1)
     mode = "zeros" if g.padding_mode == "constant" else g.padding_mode
-    found = reference.pad(line, (g.padding[axis],), mode, None)[0, 0] - 1
-    return np.asarray(found.astype(np.int32))
+    indices = reference.pad(line, (g.padding[axis],), mode, None)[0, 0] - 1
+    return np.asarray(indices.astype(np.int32))
 
 
-def seen(stage: Stage, axis: int, size: int, out: int) -> Array:
-    """Sample that each tap of each output sees along an axis, -1 outside: int32, (taps, out)."""
+def tap_indices(stage: Stage, axis: int, size: int, out: int) -> Array:
+    """Return the sample that each tap of each output reads along an axis, -1 for the border value.
+
+    The result is int32 of shape (taps, out).
+    """
     g = stage.geometry
-    tap, place = np.arange(stage.kernel[axis])[:, None] * g.dilation[axis], np.arange(out)
+    taps, outputs = np.arange(stage.kernel[axis])[:, None] * g.dilation[axis], np.arange(out)
     if not stage.transposed:
-        return np.asarray(places(stage, axis, size)[place * g.stride[axis] + tap])
-    at = place + g.padding[axis][0] - tap
-    there = (at % g.stride[axis] == 0) & (at >= 0) & (at < size * g.stride[axis])
-    return np.where(there, at // g.stride[axis], -1).astype(np.int32)
+        return np.asarray(padded_indices(stage, axis, size)[outputs * g.stride[axis] + taps])
+    upsampled = outputs + g.padding[axis][0] - taps
+    is_sample = (upsampled % g.stride[axis] == 0) & (upsampled >= 0)
+    is_sample &= upsampled < size * g.stride[axis]
+    return np.where(is_sample, upsampled // g.stride[axis], -1).astype(np.int32)
 
 
-def matrices(stage: Stage) -> Any:
-    """Weights as (groups, out, in, taps), of what runs: a transposed stage the other way round."""
+def weight_matrices(stage: Stage) -> Any:
+    """Return the weights as (groups, out, in, taps), out and in swapped if transposed."""
     rows, columns = stage.weight.shape[:2]
     w = stage.weight.reshape(stage.groups, rows // stage.groups, columns, -1)
     return w.swapaxes(1, 2) if stage.transposed else w
 
 
-def outsides(stages: Sequence[Stage]) -> list[Array | None]:
-    """What stands outside the input of each stage, a number a channel; None for zeros."""
+def border_values(stages: Sequence[Stage]) -> list[Array | None]:
+    """Return the border value per input channel of each stage; None for zeros."""
     values = np.full(stages[0].in_channels, stages[0].geometry.value)
-    found: list[Array | None] = []
+    borders: list[Array | None] = []
     for stage in stages:
-        found.append(values if stage.geometry.padding_mode == "constant" and values.any() else None)
+        padded = stage.geometry.padding_mode == "constant" and values.any()
+        borders.append(values if padded else None)
         if values.any():
             values = reference.dc_response(stage, values)
-    return found
+    return borders
 
 
 def run(
@@ -65,46 +73,44 @@ def run(
 ) -> Any:
     """Run `stages` on `x`, (batch, channels, *spatial), with arrays of the library `xp`.
 
-    `weights` are :func:`matrices` of each stage there, and biases are NumPy arrays.
+    `weights` are the :func:`weight_matrices` of each stage as arrays of `xp` on `device`; biases
+    are NumPy arrays.
     """
-    outside = outsides(stages)
-    placed = {} if device is None else {"device": device}
+    borders = border_values(stages)
+    placement = {} if device is None else {"device": device}
 
-    def here(values: Array, dtype: Any = None) -> Any:
-        return xp.asarray(values, dtype=dtype, **placed)
+    def as_xp(values: Array, dtype: Any = None) -> Any:
+        return xp.asarray(values, dtype=dtype, **placement)
 
-    for stage, w, border, (bias, activation) in zip(stages, weights, outside, epilogues):
+    for stage, w, border, (bias, activation) in zip(stages, weights, borders, epilogues):
         size = tuple(x.shape[2:])
         channels, *out = stage.output_shape(tuple(x.shape[1:]))
-        batch, copies, (g, o, c, _) = x.shape[0], (stage.outer, stage.inner), w.shape
-        shuffled = stage.shuffle != (1, 1)
-        if shuffled and not stage.transposed:
-            x = xp.take(x, here(stage.channel_permutation()), axis=1)
+        batch, replicas, (g, o, c, _) = x.shape[0], (stage.outer, stage.inner), w.shape
+        is_shuffled = stage.shuffle != (1, 1)
+        if is_shuffled and not stage.transposed:
+            x = xp.take(x, as_xp(stage.channel_permutation()), axis=1)
             border = None if border is None else border[stage.channel_permutation()]
-        tables = [seen(stage, a, n, m) for a, (n, m) in enumerate(zip(size, out))]
-        y = xp.zeros((batch, copies[0], g, o, copies[1] * _many(out)), dtype=x.dtype, **placed)
+        tables = [tap_indices(stage, a, n, m) for a, (n, m) in enumerate(zip(size, out))]
+        samples = int(np.prod(out, dtype=np.int64))
+        y = xp.zeros((batch, replicas[0], g, o, replicas[1] * samples), dtype=x.dtype, **placement)
         for t, tap in enumerate(itertools.product(*map(range, stage.kernel))):
-            part, inside = x, np.ones((1,) * (2 + len(out)), bool)
+            shifted, inside = x, np.ones((1,) * (2 + len(out)), bool)
             for axis, (table, k) in enumerate(zip(tables, tap)):
-                part = xp.take(part, here(np.maximum(table[k], 0).astype(np.int64)), axis=2 + axis)
-                there = (table[k] >= 0).reshape(-1, *(1,) * (len(out) - 1 - axis))
-                inside = inside & there
+                indices = as_xp(np.maximum(table[k], 0).astype(np.int64))
+                shifted = xp.take(shifted, indices, axis=2 + axis)
+                inside = inside & (table[k] >= 0).reshape(-1, *(1,) * (len(out) - 1 - axis))
             if not inside.all():
-                other = xp.zeros((), dtype=x.dtype, **placed)
+                value = xp.zeros((), dtype=x.dtype, **placement)
                 if border is not None:
-                    other = here(border.reshape(-1, *(1,) * len(out)), x.dtype)
-                part = xp.where(here(inside), part, other)
-            part = xp.reshape(part, (batch, copies[0], g, c, copies[1] * _many(out)))
-            y = y + xp.matmul(w[..., t], part)
+                    value = as_xp(border.reshape(-1, *(1,) * len(out)), x.dtype)
+                shifted = xp.where(as_xp(inside), shifted, value)
+            shifted = xp.reshape(shifted, (batch, replicas[0], g, c, replicas[1] * samples))
+            y = y + xp.matmul(w[..., t], shifted)
         x = xp.reshape(y, (batch, channels, *out))
-        if shuffled and stage.transposed:
-            x = xp.take(x, here(np.argsort(stage.channel_permutation())), axis=1)
+        if is_shuffled and stage.transposed:
+            x = xp.take(x, as_xp(np.argsort(stage.channel_permutation())), axis=1)
         if bias is not None:
-            x = x + here(np.asarray(bias).reshape(-1, *(1,) * len(out)), x.dtype)
+            x = x + as_xp(np.asarray(bias).reshape(-1, *(1,) * len(out)), x.dtype)
         if activation != "none":
             x = xp.clip(x, 0, 6.0 if activation == "relu6" else None)
     return x
-
-
-def _many(sizes: Sequence[int]) -> int:
-    return int(np.prod(sizes, dtype=np.int64)) if sizes else 1

@@ -1,4 +1,4 @@
-"""The compiled engine: chains planned once, run many times."""
+"""Chains on the CPU: the compiled engine, planned once and run many times."""
 
 from __future__ import annotations
 
@@ -14,118 +14,123 @@ from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine import INTEGERS, Step
+from lowrank.engine import INTEGERS, StepProfile
 
 try:
     from lowrank._kernels import _core
 except ImportError as missing:
     raise ImportError(
-        "lowrank's compiled engine is not there. In a checkout, build it with "
+        "lowrank's compiled engine is missing. In a checkout, build it with "
         "'python setup.py build_ext --inplace' or 'pip install -e .'; a folder named lowrank in "
         "the current directory hides an installed one"
     ) from missing
 
-from lowrank.engine.lowering import Part, lowered
+from lowrank._kernels.profiling import StepTotal, step_totals
+from lowrank.engine.lowering import Segment, lower
 
-BATCHES = 8  # that a plan keeps segments for
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Segment:
-    """A part of a chain, and the engine's plan of it."""
-
-    core: _core.Plan
-    part: Part
+MAX_BATCH_SIZES = 8  # that a plan keeps segments for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """A chain planned for one input shape and precision; safe from many threads.
+class PlannedSegment:
+    """A segment of a chain, and the engine's plan of it."""
 
-    Where the engine has an axis to spare, the examples of a batch go along it, so that weights
-    that are in the cache serve several of them: a batch has segments of its own, made when it
-    first comes and kept.
+    core: _core.KernelPlan
+    segment: Segment
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CpuPlan:
+    """A chain planned for one input shape and precision; safe to call from many threads.
+
+    If the engine has a free axis, the examples of a batch lie along it, so that weights in the
+    cache serve several of them: each batch size has its own segments, made at its first run.
     """
 
-    planned: dict[int, tuple[Segment, ...]]  # by batch
-    make: Callable[[int], tuple[Segment, ...]]
+    planned: dict[int, tuple[PlannedSegment, ...]]  # by batch
+    make: Callable[[int], tuple[PlannedSegment, ...]]
     in_shape: Ints
     out_shape: Ints
     dtype: Any
     threads: int
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Those of a single example."""
+    def segments(self) -> tuple[PlannedSegment, ...]:
+        """Segments for a single example."""
         return self._segments(1)
 
-    def _segments(self, batch: int) -> tuple[Segment, ...]:
+    def _segments(self, batch: int) -> tuple[PlannedSegment, ...]:
         batch = max(batch, 1)
-        if not any(s.part.spare for s in self.planned[1]):  # then only this matters of a batch
+        if not any(p.segment.has_free_axis for p in self.planned[1]):
+            # Examples run one by one: the batch matters only as a number of tasks.
             batch = 1 if batch < self.threads else self.threads
-        found = self.planned.get(batch)
-        if found is None:
-            found = self.make(batch)
-            if len(self.planned) >= BATCHES:  # the oldest goes, but never that of one example
+        planned = self.planned.get(batch)
+        if planned is None:
+            planned = self.make(batch)
+            if len(self.planned) >= MAX_BATCH_SIZES:  # drop the oldest, but never that of batch 1
                 self.planned.pop(next(n for n in list(self.planned) if n > 1), None)
-            self.planned[batch] = found
-        return found
+            self.planned[batch] = planned
+        return planned
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
         x, out = self._checked(x, out)
         segments = self._segments(len(x))
         last = len(segments) - 1
-        for i, segment in enumerate(segments):
-            direct = out is not None and out.flags.aligned and segment.part.after is None
-            x = self._run(segment, x, out if i == last and direct else None)
+        for i, planned in enumerate(segments):
+            writes_out = out is not None and out.flags.aligned and planned.segment.after is None
+            x = self._run(planned, x, out if i == last and writes_out else None)
         if out is None or x is out:
             return x
         out[...] = reference.saturate(x, out.dtype) if out.dtype in INTEGERS else x
         return out
 
-    def breakdown(self, x: Array, out: Array | None = None, *, repeat: int = 5) -> tuple[Step, ...]:
-        """Where the time of a run on `x` goes; see Step."""
+    def breakdown(
+        self, x: Array, out: Array | None = None, *, repeat: int = 5
+    ) -> tuple[StepProfile, ...]:
+        """Profile the steps of the median of `repeat` runs on `x`; see StepProfile."""
         (repeat,) = as_integers("repeat", repeat, 1)
         if repeat < 1:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
         out = self(x, out)
-        runs = [self._timed(x, out) for _ in range(repeat)]
+        runs = [self._profiled_run(x, out) for _ in range(repeat)]
         runs.sort(key=lambda steps: sum(s.seconds for s in steps))
         return tuple(runs[len(runs) // 2])
 
-    def _timed(self, x: Array, out: Array) -> list[Step]:
+    def _profiled_run(self, x: Array, out: Array) -> list[StepProfile]:
         x, _ = self._checked(x, out)
-        found = []
+        profiles = []
         segments = self._segments(len(x))
-        for i, segment in enumerate(segments):
-            target = out if i == len(segments) - 1 and segment.part.after is None else None
+        for i, planned in enumerate(segments):
+            segment = planned.segment
+            target = out if i == len(segments) - 1 and segment.after is None else None
             start = time.perf_counter()
-            clocked: list[Any] = []
-            x = self._run(segment, x, target, clocked)
-            whole = time.perf_counter() - start
-            took, team, steps = clocked[0]
-            rest = took
-            for stage, name, seconds, macs, moved in steps:
-                seconds /= team
+            records: list[tuple[float, int, list[StepTotal]]] = []
+            x = self._run(planned, x, target, records)
+            wall_time = time.perf_counter() - start
+            ((core_time, threads, steps),) = records
+            rest = core_time
+            for stage, step, seconds, macs, moved in steps:
+                seconds /= threads
                 rest -= seconds
-                if name != "deliver":
-                    found.append(Step(segment.part.names[stage], name, seconds, macs, moved))
+                if step != "store":
+                    profiles.append(StepProfile(segment.names[stage], step, seconds, macs, moved))
                 elif moved:
-                    found.append(Step("run", name, seconds, macs, moved))
-            found.append(Step("run", "rest", rest, 0, 0))
-            if segment.part.before is not None or segment.part.after is not None:
-                found.append(Step("run", "prepare", whole - took, 0, 0))
-        return found
+                    profiles.append(StepProfile("run", step, seconds, macs, moved))
+            profiles.append(StepProfile("run", "rest", rest, 0, 0))
+            if segment.before is not None or segment.after is not None:
+                profiles.append(StepProfile("run", "prepare", wall_time - core_time, 0, 0))
+        return profiles
 
     def _checked(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
+        """Return `x`, aligned, and `out`; raise unless both fit the plan."""
         if not isinstance(x, np.ndarray) or (x.dtype != self.dtype and x.dtype not in INTEGERS):
             raise TypeError(
-                f"this plan takes {self.dtype} arrays, or 8- or 16-bit integers, got "
+                f"x must be an array of {self.dtype} or of 8- or 16-bit integers, got "
                 f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
             )
         if x.shape[1:] != self.in_shape:
-            raise ValueError(f"this plan takes (batch, {self.in_shape}), got {x.shape}")
+            raise ValueError(f"x must have shape (batch, {self.in_shape}), got {x.shape}")
         if not x.flags.aligned:
             x = x.copy()
         if out is None:
@@ -139,29 +144,35 @@ class Plan:
                 f"{out.dtype} of {out.shape}"
             )
         if not out.flags.writeable:
-            raise ValueError("out is read-only")
+            raise ValueError("out must be writable, got a read-only array")
         return x, out
 
     def _run(
-        self, segment: Segment, x: Array, out: Array | None, clocked: list[Any] | None = None
+        self,
+        planned: PlannedSegment,
+        x: Array,
+        out: Array | None,
+        records: list[tuple[float, int, list[StepTotal]]] | None = None,
     ) -> Array:
-        if segment.part.before is not None:
-            x = segment.part.before(x.astype(self.dtype, copy=False))
+        """Run one segment; append the engine's profile to `records` if given."""
+        segment, core = planned.segment, planned.core
+        if segment.before is not None:
+            x = segment.before(x.astype(self.dtype, copy=False))
         if out is None:
-            out = np.empty((len(x), segment.core.out_shape[0], *segment.part.size_out), self.dtype)
-        if segment.part.batched:
+            out = np.empty((len(x), core.out_shape[0], *segment.out_size), self.dtype)
+        if segment.is_batched:
             x, y = x.swapaxes(0, 1), out.swapaxes(0, 1)
-            x, y = (a.reshape(1, len(a), *size) for a, size in (
-                (x, segment.part.shape[1:]), (y, segment.part.out_shape[1:])
-            ))  # fmt: skip
+            x = x.reshape(1, len(x), *segment.in_shape[1:])
+            y = y.reshape(1, len(y), *segment.out_shape[1:])
         else:
-            x = x.reshape(*x.shape[:2], *segment.part.shape[1:])
-            y = out.reshape(*out.shape[:2], *segment.part.out_shape[1:])
-        if clocked is None:
-            segment.core(x, y, self.threads)
+            x = x.reshape(*x.shape[:2], *segment.in_shape[1:])
+            y = out.reshape(*out.shape[:2], *segment.out_shape[1:])
+        if records is None:
+            core(x, y, self.threads)
         else:
-            clocked.append(segment.core.breakdown(x, y, self.threads))
-        return out if segment.part.after is None else segment.part.after(out)
+            seconds, threads, steps = core.profile(x, y, self.threads)
+            records.append((seconds, threads, step_totals(steps, len(segment.specs))))
+        return out if segment.after is None else segment.after(out)
 
 
 def plan(
@@ -171,32 +182,31 @@ def plan(
     epilogues: Sequence[Epilogue],
     threads: int | None = None,
     interleaved: int = 1,
-) -> Plan:
-    """Lower `stages` for inputs of `shape` = (channels, *spatial) and let the engine plan them."""
+) -> CpuPlan:
+    """Plan `stages` for inputs of `shape`; see :func:`lowrank.engine.plan`."""
     threads = threads or _core.max_threads()
     links = list(zip(stages, epilogues))
 
-    def make(batch: int) -> tuple[Segment, ...]:
-        parts = lowered(links, shape, dtype, threads, interleaved, batch)
-        return tuple(_segment(part, dtype) for part in parts)
+    def make(batch: int) -> tuple[PlannedSegment, ...]:
+        segments = lower(links, shape, dtype, threads, interleaved, batch)
+        return tuple(_plan_segment(segment, dtype) for segment in segments)
 
-    ends = shape, chain_shapes(stages, shape)[-1]
-    (*a, wide_in), (*b, wide_out) = ends
-    in_shape, out_shape = (*a, wide_in * interleaved), (*b, wide_out * interleaved)
-    return Plan({1: make(1)}, make, in_shape, out_shape, np.dtype(dtype), threads)
+    (*leading, width) = shape
+    (*out_leading, out_width) = chain_shapes(stages, shape)[-1]
+    in_shape, out_shape = (*leading, width * interleaved), (*out_leading, out_width * interleaved)
+    return CpuPlan({1: make(1)}, make, in_shape, out_shape, np.dtype(dtype), threads)
 
 
-def _segment(part: Part, dtype: Any) -> Segment:
-    """Let the engine plan `part`: weights packed."""
-    specs = [s._replace(weight=np.ascontiguousarray(s.weight, dtype=dtype)) for s in part.specs]
-    core = _core.Plan(
+def _plan_segment(segment: Segment, dtype: Any) -> PlannedSegment:
+    specs = [s._replace(weight=np.ascontiguousarray(s.weight, dtype=dtype)) for s in segment.specs]
+    core = _core.KernelPlan(
         specs,
-        part.shape,
+        segment.in_shape,
         dtype=np.dtype(dtype).name,
-        border=part.border,
-        fill=part.fill,
-        tile=part.tile,
-        parts=part.parts,
-        seconds=part.seconds,
+        border=segment.border,
+        fill=segment.fill,
+        tile=segment.tile,
+        splits=segment.splits,
+        seconds=segment.seconds,
     )
-    return Segment(core, part)
+    return PlannedSegment(core, segment)

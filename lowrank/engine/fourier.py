@@ -1,8 +1,7 @@
-"""Correlation by fast Fourier transforms: for kernels that are large and of high rank.
+"""Correlation by fast Fourier transforms, for large kernels of high rank.
 
-A transform costs the same for any kernel of its size, so it needs no separable form.  Images
-are cut into blocks that overlap by the kernel less one, and of every block the outputs that its
-circular correlation did not wrap around are kept: overlap-save.
+The cost does not depend on the kernel's rank.  Images are cut into overlapping blocks, and the
+outputs of each block's circular correlation that do not wrap around are kept: overlap-save.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from lowrank.core import reference
 from lowrank.core.geometry import as_integers
 from lowrank.engine import INTEGERS
 
-GROUP = 2**18  # points transformed in one call: enough to hide the call, few for the caches
-ALONE = 2**17  # samples, below which more threads cost more than they save
-LEAST = 32  # outputs of a block along an axis, below which calls cost more than transforms
+GROUP_POINTS = 2**18  # per call: enough to hide its overhead, few enough for the caches
+MIN_PARALLEL_SAMPLES = 2**17  # below which more threads cost more than they save
+MIN_BLOCK_OUTPUTS = 32  # along an axis, below which calls cost more than transforms
 
 
-class Work(NamedTuple):
-    """What filtering one image by transforms takes; see :func:`work`.
+class FourierWork(NamedTuple):
+    """Transforms and memory traffic of filtering one image; see :func:`work`.
 
     Attributes
     ----------
     transforms : int
-        Real transforms of a block, forwards and back.
+        Number of real transforms of a block, forward and inverse.
     points : int
-        Of one transform.
+        Points per transform.
     bytes : int
-        Read and written by all passes, at any level of the memory.
+        Bytes read and written by all passes, at any level of the memory.
     groups : int
-        Of blocks that are transformed in one call.
+        Number of groups of blocks that one call transforms.
 
     Examples
     --------
@@ -58,21 +57,21 @@ class Work(NamedTuple):
 
 
 def blocks(kernel_shape: Sequence[int], spatial: Sequence[int]) -> tuple[Ints, ...]:
-    """Sizes of blocks that are worth a look: the whole image, halves, quarters and so on.
+    """Return candidate sizes of blocks: for the whole image, halves, quarters and so on.
 
     Parameters
     ----------
     kernel_shape : sequence of int
-        Taps an axis, of 1 to 3 axes.
+        Taps along each of 1 to 3 axes.
     spatial : sequence of int
-        Size of the image, in samples an axis.
+        Samples of the image along each axis.
 
     Returns
     -------
     tuple of tuple of int
-        Every combination of sizes an axis, the largest first.  A size holds a part of the
-        image and its halo, the taps less one, and has no prime factor above 5; the smallest
-        is where halos would outweigh what is kept.
+        Combinations of sizes per axis, the largest first.  A size holds a part of the image
+        and its halo (taps - 1), and has no prime factor above 5; below the smallest, halos
+        would outweigh the outputs.
 
     Raises
     ------
@@ -93,24 +92,24 @@ def work(
     spatial: Sequence[int],
     block: Sequence[int],
     dtype: Any = np.float32,
-) -> Work:
-    """Transforms and memory traffic of filtering one image in blocks of one size.
+) -> FourierWork:
+    """Count the transforms and memory traffic of filtering one image in blocks of one size.
 
     Parameters
     ----------
     kernel_shape : sequence of int
-        Taps an axis, of 1 to 3 axes.
+        Taps along each of 1 to 3 axes.
     spatial : sequence of int
-        Size of the image, in samples an axis.
+        Samples of the image along each axis.
     block : sequence of int
         Size of a block, halo included: at least the taps.
     dtype : dtype
-        float32 or float64, that it is computed in.
+        Precision of the computation: float32 or float64.
 
     Returns
     -------
-    Work
-        Operations grow as ``transforms * points * log2(points)``.
+    FourierWork
+        Counts; operations grow as ``transforms * points * log2(points)``.
 
     Raises
     ------
@@ -121,20 +120,20 @@ def work(
     --------
     >>> from lowrank.engine import fourier
     >>> fourier.work((31, 31), (1024, 1024), (1080, 1080))
-    Work(transforms=2, points=1166400, bytes=55131008, groups=1)
+    FourierWork(transforms=2, points=1166400, bytes=55131008, groups=1)
     """
     taps, sizes = _shapes(kernel_shape, spatial)
     block = _block(block, taps)
-    counts = [_cut_evenly(n, b - k + 1)[0] for n, b, k in zip(sizes, block, taps)]
-    spectrum = 2 * math.prod(block[:-1]) * (block[-1] // 2 + 1)  # numbers
-    passes = 2 * len(block) + 1  # one an axis each way, and the product
-    numbers = math.prod(counts) * 2 * passes * spectrum + 2 * math.prod(sizes)
+    counts = [_split_evenly(n, b - k + 1)[0] for n, b, k in zip(sizes, block, taps)]
+    spectrum = 2 * math.prod(block[:-1]) * (block[-1] // 2 + 1)  # real values
+    passes = 2 * len(block) + 1  # one per axis each way, and the product
+    values = math.prod(counts) * 2 * passes * spectrum + 2 * math.prod(sizes)
     points = math.prod(block)
-    return Work(
+    return FourierWork(
         transforms=2 * math.prod(counts),
         points=points,
-        bytes=numbers * np.dtype(dtype).itemsize,
-        groups=math.prod(counts[:-1]) * -(-counts[-1] // _together(counts[-1], points)),
+        bytes=values * np.dtype(dtype).itemsize,
+        groups=math.prod(counts[:-1]) * -(-counts[-1] // _blocks_per_group(counts[-1], points)),
     )
 
 
@@ -147,38 +146,38 @@ def plan(
     value: float = 0.0,
     threads: int | None = None,
     block: Sequence[int] | None = None,
-) -> Plan:
-    r"""Plan to filter images of one size; the kernel's transform is made here, once.
+) -> FourierPlan:
+    r"""Plan the filtering of images of one size; transforms the kernel once.
 
     Parameters
     ----------
     kernel : ndarray
         The filter, over 1, 2 or 3 axes.
     spatial : sequence of int
-        Size of the images, in samples an axis; that of the results, too.
+        Samples of images and results along each axis.
     dtype : dtype
-        float32 or float64, that it is computed in.
+        Precision of the computation: float32 or float64.
     before : sequence of int, optional
-        Samples of border ahead of each axis; half of the taps if not given.
+        Padding ahead of each axis; default: half of the taps.
     mode : str
-        Border, as in :class:`lowrank.Geometry`.
+        Padding mode, as in :class:`lowrank.Geometry`.
     value : float
-        The constant of mode ``"constant"``.
+        Border value of mode ``"constant"``.
     threads : int, optional
-        Threads to use; all that OpenMP offers if not given.
+        Number of threads; default: all that OpenMP offers.
     block : sequence of int, optional
-        Size of a transform along each axis, halo included: at least the taps.  If not given,
-        the one of :func:`blocks` with the fewest operations.
+        Size of a transform along each axis, halo included: at least the taps.  Default: the
+        one of :func:`blocks` with the fewest operations.
 
     Returns
     -------
-    Plan
-        To be called with images.
+    FourierPlan
+        Callable that filters images.
 
     Raises
     ------
     ValueError, TypeError
-        If an argument is not possible; the message says what is.
+        If an argument has a wrong type or value.
 
     Notes
     -----
@@ -186,13 +185,14 @@ def plan(
 
     .. math:: y = F^{-1}(\overline{F k} \cdot F x)
 
-    is the circular correlation, which is the filter's wherever it does not wrap around: at
-    all but the last taps less one of an axis.  Rounding spreads evenly over a block,
+    is the circular correlation, which equals the filter's output wherever it does not wrap
+    around: at all but the last taps - 1 outputs of an axis.  The rounding error spreads evenly
+    over a block,
 
     .. math:: \|y - \hat y\|_2 \le \epsilon \log_2 2 N \, \max |F k| \, \|x\|_2,
 
-    as large as the block is bright on the whole, and not as a sample is.  NaN and infinities
-    spread, too.
+    in proportion to the norm of the block, not to a single sample.  NaN and infinities also
+    spread over a block.
 
     References
     ----------
@@ -217,65 +217,65 @@ def plan(
     if block is None:
         block = min(blocks(taps, sizes), key=partial(_operations, taps, sizes))
     block = _block(block, taps)
-    ahead = [t // 2 for t in taps] if before is None else before
-    axes = tuple(_axis(n, t, b, a, mode) for n, t, b, a in zip(sizes, taps, block, ahead))
+    before = [t // 2 for t in taps] if before is None else before
+    axes = tuple(_axis(n, t, b, a, mode) for n, t, b, a in zip(sizes, taps, block, before))
     if threads is None:
         threads = _core.max_threads()
     (threads,) = as_integers("threads", threads, 1)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    # In float64, so that only the images are rounded; blocks along the last axis lie side by side.
+    # In float64, so that only the images are rounded; the new axis is that of blocks in a group.
     spectrum = np.conj(fft.rfftn(kernel.astype(np.float64), block))
     spectrum = spectrum.astype(np.result_type(dtype, np.complex64))[..., None, :]
-    return Plan(axes, spectrum, dtype, float(value), threads)
+    return FourierPlan(axes, spectrum, dtype, float(value), threads)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Axis:
-    """How an axis of an image is cut into blocks, and what stands around it."""
+    """Blocks and padding along one axis of an image."""
 
     size: int
-    block: int  # samples of a transform
-    valid: int  # outputs of a block
-    count: int  # blocks
-    before: int  # samples that the border adds ahead
-    source: Array | None  # index of every sample of the framed axis; None: the constant
+    block: int  # samples per transform
+    valid: int  # outputs per block
+    count: int  # number of blocks
+    before: int  # padding ahead
+    padded_indices: Array | None  # sample at each padded position; None: the border value
 
-    def cut(self, x: Array, axis: int, first: int, many: int, value: np.floating[Any]) -> Array:
-        """What so `many` blocks see along `axis`: a view of `x`, unless they see the border."""
+    def read(self, x: Array, axis: int, first: int, count: int, value: np.floating[Any]) -> Array:
+        """Return the input of `count` blocks along `axis`: a view of `x` unless padded."""
         start = first * self.valid - self.before
-        stop = start + (many - 1) * self.valid + self.block
+        stop = start + (count - 1) * self.valid + self.block
         low, high = max(start, 0), min(stop, self.size)
         inside = x[(*(slice(None),) * axis, slice(low, high))]
         if (low, high) == (start, stop):
             return inside
-        ahead, behind = (self._border(x, axis, *e, value) for e in ((start, low), (high, stop)))
-        return np.concatenate((ahead, inside, behind), axis)
+        before, after = (self._pad(x, axis, *r, value) for r in ((start, low), (high, stop)))
+        return np.concatenate((before, inside, after), axis)
 
-    def _border(self, x: Array, axis: int, start: int, stop: int, value: np.floating[Any]) -> Array:
-        if self.source is None:
+    def _pad(self, x: Array, axis: int, start: int, stop: int, value: np.floating[Any]) -> Array:
+        if self.padded_indices is None:
             return np.full((*x.shape[:axis], stop - start, *x.shape[axis + 1 :]), value)
-        return x.take(self.source[start + self.before : stop + self.before], axis)
+        return x.take(self.padded_indices[start + self.before : stop + self.before], axis)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class FourierPlan:
     """A filter planned for images of one size; safe to call from several threads.
 
-    Made by :func:`plan`.  Results do not depend on the number of threads.
+    :func:`plan` returns it.  Results do not depend on the number of threads.
 
     Attributes
     ----------
     axes : tuple
-        How each axis of the images is cut into blocks.
+        Blocks and padding along each axis.
     spectrum : ndarray
-        The kernel's transform.
+        Transform of the kernel.
     dtype : dtype
-        That it is computed in.
+        Precision of the computation.
     value : float
-        The constant around images.
+        Border value.
     threads : int
-        That share the blocks.
+        Number of threads.
 
     Examples
     --------
@@ -295,19 +295,19 @@ class Plan:
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Filter `x`, (batch, 1, *spatial), into `out`, which must not overlap it.
 
-        Both are of the plan's dtype or 8- or 16-bit integers, which results are rounded to.
+        Both have the plan's dtype or 8- or 16-bit integers; results are rounded and saturated.
         """
         out = self._checked(x, out)
-        jobs = self._jobs(len(x))
-        threads = self.threads if x.size >= ALONE else 1
-        team = min(threads, len(jobs))
-        run = partial(self._run, x[:, 0], out[:, 0], threads // max(team, 1))
-        if team > 1:
-            with ThreadPoolExecutor(team) as pool:
-                list(pool.map(run, jobs))
+        tasks = self._tasks(len(x))
+        threads = self.threads if x.size >= MIN_PARALLEL_SAMPLES else 1
+        workers = min(threads, len(tasks))
+        run = partial(self._run, x[:, 0], out[:, 0], threads // max(workers, 1))
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(run, tasks))
         else:
-            for job in jobs:
-                run(job)
+            for task in tasks:
+                run(task)
         return out
 
     def _checked(self, x: Array, out: Array | None) -> Array:
@@ -327,36 +327,39 @@ class Plan:
                 )
         return out
 
-    def _jobs(self, batch: int) -> list[tuple[slice, Ints, int]]:
-        """(images, first block along each axis, blocks along the last axis), whatever the team."""
+    def _tasks(self, batch: int) -> list[tuple[slice, Ints, int]]:
+        """Return tasks (images, first block along each axis, blocks along the last axis).
+
+        They do not depend on the number of threads, so that results do not either.
+        """
         points = math.prod(a.block for a in self.axes)
         *leading, last = self.axes
-        many = _together(last.count, points)
-        images = max(GROUP // (points * many), 1) if many == last.count else 1
+        group = _blocks_per_group(last.count, points)
+        images = max(GROUP_POINTS // (points * group), 1) if group == last.count else 1
         return [
-            (slice(i, i + images), (*lead, j), min(many, last.count - j))
+            (slice(i, i + images), (*lead, j), min(group, last.count - j))
             for i in range(0, batch, images)
             for lead in itertools.product(*(range(a.count) for a in leading))
-            for j in range(0, last.count, many)
+            for j in range(0, last.count, group)
         ]
 
-    def _run(self, x: Array, out: Array, workers: int, job: tuple[slice, Ints, int]) -> None:
-        """Filter a group of blocks that lie side by side along the last axis."""
-        images, first, many = job
+    def _run(self, x: Array, out: Array, workers: int, task: tuple[slice, Ints, int]) -> None:
+        """Filter a group of neighbouring blocks along the last axis."""
+        images, first, group = task
         x, out = x[images], out[images]
         last = self.axes[-1]
         value = self.dtype.type(self.value)
         for i, axis in enumerate(self.axes, 1):
-            each = many if axis is last else 1
-            x = axis.cut(x, i, first[i - 1], each, value)
+            count = group if axis is last else 1
+            x = axis.read(x, i, first[i - 1], count, value)
             start = first[i - 1] * axis.valid
-            out = out[(*(slice(None),) * i, slice(start, start + each * axis.valid))]
+            out = out[(*(slice(None),) * i, slice(start, start + count * axis.valid))]
         x = x.astype(self.dtype, copy=False)
-        side_by_side = sliding_window_view(x, last.block, axis=-1)[..., :: last.valid, :]
-        along = range(1, len(self.axes))
-        f = fft.rfftn(side_by_side, axes=(*along, -1), workers=workers)
+        blocks_of_group = sliding_window_view(x, last.block, axis=-1)[..., :: last.valid, :]
+        leading = range(1, len(self.axes))
+        f = fft.rfftn(blocks_of_group, axes=(*leading, -1), workers=workers)
         f *= self.spectrum
-        for i in along:  # an axis at a time: the next ones need only what is kept of it
+        for i in leading:  # crop after each axis: the next ones transform less
             f = fft.ifft(f, axis=i, overwrite_x=True, workers=workers)
             f = f[(*(slice(None),) * i, slice(out.shape[i]))]
         y = fft.irfft(f, last.block, overwrite_x=True, workers=workers)
@@ -387,24 +390,24 @@ def _block(block: Sequence[int], taps: Ints) -> Ints:
 
 
 def _sizes(taps: int, size: int) -> list[int]:
-    """Sizes of blocks along one axis, the largest first."""
-    found = []
+    """Return candidate sizes of blocks along one axis, the largest first."""
+    sizes = []
     parts = 1
-    while parts == 1 or -(-size // parts) >= max(taps, LEAST):
-        found.append(int(fft.next_fast_len(-(-size // parts) + taps - 1, real=True)))
+    while parts == 1 or -(-size // parts) >= max(taps, MIN_BLOCK_OUTPUTS):
+        sizes.append(int(fft.next_fast_len(-(-size // parts) + taps - 1, real=True)))
         parts *= 2
-    return found
+    return sizes
 
 
-def _cut_evenly(size: int, most: int) -> tuple[int, int]:
-    """Blocks along an axis, and what each gives: alike, so that threads finish together."""
+def _split_evenly(size: int, most: int) -> tuple[int, int]:
+    """Return the number of parts and their size: equal, so that threads finish together."""
     count = -(-size // most)
     return count, -(-size // count)
 
 
-def _together(count: int, points: int) -> int:
-    """Blocks along the last axis that are transformed in one call."""
-    return _cut_evenly(count, max(GROUP // points, 1))[1]
+def _blocks_per_group(count: int, points: int) -> int:
+    """Return the number of blocks along the last axis that one call transforms."""
+    return _split_evenly(count, max(GROUP_POINTS // points, 1))[1]
 
 
 def _operations(taps: Ints, sizes: Ints, block: Ints) -> float:
@@ -413,11 +416,11 @@ def _operations(taps: Ints, sizes: Ints, block: Ints) -> float:
 
 
 def _axis(size: int, taps: int, block: int, before: int, mode: str) -> _Axis:
-    count, valid = _cut_evenly(size, block - taps + 1)
-    source = None
+    count, valid = _split_evenly(size, block - taps + 1)
+    padded_indices = None
     if mode not in ("zeros", "constant"):
-        # The last block may see more than the kernel does: the border goes on.
+        # The last block may read more than its outputs need: the padding continues.
         after = (count - 1) * valid + block - before - size
         line = np.arange(size)[None, None]
-        source = reference.pad(line, ((before, max(after, 0)),), mode, None)[0, 0]
-    return _Axis(size, block, valid, count, before, source)
+        padded_indices = reference.pad(line, ((before, max(after, 0)),), mode, None)[0, 0]
+    return _Axis(size, block, valid, count, before, padded_indices)

@@ -1,15 +1,15 @@
-"""A chain in the engine's words: what is run in one go, and cut into which tiles.
+"""Lowering of a chain to segments: what the C engine runs at once, and in which tiles.
 
-Lowering changes the words, never the meaning:
+Lowering changes the representation, never the result:
 
 * spatial axes become the last of three, and axes of length one disappear;
-* a border mode other than zeros moves to the chain's input, where one table of indices an
-  axis stands for any mode.  That is exact while the stages before are pointwise along the
-  axis, which is the rule that chains are built by; other chains are cut in two there;
-* a transposed stage becomes a plain one with its taps reversed; with a stride s, one that
-  gives s output phases as channels, which are woven together afterwards.
+* a padding mode other than zeros moves to the chain's input, where one table of indices per axis
+  expresses any mode.  This is exact while the stages before are pointwise along the axis, which
+  holds for chains of this library; other chains are split there;
+* a transposed stage becomes a plain one with its taps reversed; with a stride s, its s output
+  phases become channels, and depth-to-space interleaves them afterwards.
 
-Weights are passed through as they are: a chain of blank ones can be lowered to be priced.
+Weights are passed through unread: chains of abstract weights can be lowered for predictions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from lowrank._kernels import _core
-from lowrank._kernels.layout import Layout
+from lowrank._kernels.layout import TileLayout
+from lowrank._kernels.limits import MAX_STAGES
 from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints, trailing
 from lowrank.core import reference
@@ -32,236 +33,270 @@ from lowrank.core.stage import Epilogue, Stage, is_abstract
 from lowrank.engine import tiling
 
 AXES = 3  # spatial axes of the engine
-Link = tuple[Stage, Epilogue]  # of a chain
-WORTH = 1e-4  # seconds of work that are worth a team for each stage
+MIN_SPLIT_SECONDS = 1e-4  # of a chain that is worth one parallel region per stage
+Link = tuple[Stage, Epilogue]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """A part of a chain that the engine runs in one go, and what NumPy does around it."""
+class Segment:
+    """Consecutive stages that the C engine runs at once, with NumPy steps around them.
+
+    Attributes
+    ----------
+    specs : tuple of StageSpec
+        The stages.
+    in_shape, out_shape : tuple of int
+        (channels, d, h, w) of the engine's input and output.
+    out_size : tuple of int
+        Spatial size of the output on the chain's own axes, before `after`.
+    border : tuple or None
+        Index in the input per padded position, -1 for `fill`, per axis.
+    fill : float
+        Border value.
+    tile : (int, int, int)
+        Output tile.
+    splits : int
+        Splits of the output channels.
+    has_free_axis : bool
+        Whether one of the engine's axes is unused.
+    is_batched : bool
+        Whether the examples of a batch lie along this axis.
+    before, after : callable or None
+        Padding ahead of the engine, depth-to-space behind it.
+    names : tuple of str
+        Number and weight shape of each stage.
+    seconds : float
+        Estimated time of one example on one thread.
+    """
 
     specs: tuple[StageSpec, ...]
-    shape: Ints  # (channels, d, h, w) of its input
-    out_shape: Ints  # and of its output
-    size_out: Ints  # spatial sizes of the output as the chain has them, before `after`
-    border: tuple[Any, Any, Any] | None  # tables of indices
-    fill: float  # what -1 in them stands for
+    in_shape: Ints
+    out_shape: Ints
+    out_size: Ints
+    border: tuple[Any, Any, Any] | None
+    fill: float
     tile: Three
-    parts: int  # of the output channels
-    spare: bool  # whether the engine has an axis to spare
-    batched: bool  # whether the examples go along it
+    splits: int
+    has_free_axis: bool
+    is_batched: bool
     before: Callable[[Array], Array] | None
     after: Callable[[Array], Array] | None
-    names: tuple[str, ...]  # of its stages
-    seconds: float  # a guess of one example on one thread
+    names: tuple[str, ...]
+    seconds: float
 
     @property
-    def jobs(self) -> int:
-        """Pieces of work that one example is shared out in."""
+    def tasks(self) -> int:
+        """Number of tasks of one example: tiles times output-channel splits."""
         tiles = (-(-n // t) for n, t in zip(self.out_shape[1:], self.tile))
-        return math.prod(tiles) * self.parts
+        return math.prod(tiles) * self.splits
 
 
-def lowered(
+def lower(
     links: Sequence[Link], shape: Ints, dtype: Any, threads: int, interleaved: int, batch: int
-) -> tuple[Part, ...]:
-    """The parts of a chain for inputs of `shape` = (channels, *spatial), `batch` at a time."""
-    fused = _parts(_cut(links), shape, dtype, threads, interleaved, batch)
-    small = sum(s.seconds for s in fused) < WORTH
-    if min(s.jobs for s in fused) >= threads or len(links) == 1 or batch >= threads or small:
+) -> tuple[Segment, ...]:
+    """Lower a chain for inputs of `shape` = (channels, *spatial), `batch` at a time."""
+    fused = _lower_runs(_split(links), shape, dtype, threads, interleaved, batch)
+    is_small = sum(s.seconds for s in fused) < MIN_SPLIT_SECONDS
+    if min(s.tasks for s in fused) >= threads or len(links) == 1 or batch >= threads or is_small:
         return fused
-    # Too few samples for a tile a thread: stage by stage, where threads share output channels.
-    return _parts([[link] for link in links], shape, dtype, threads, interleaved, batch)
+    # Fewer tiles than threads: one segment per stage, whose output channels threads can split.
+    return _lower_runs([[link] for link in links], shape, dtype, threads, interleaved, batch)
 
 
-def _parts(
-    cut: Sequence[Sequence[Link]],
+def _lower_runs(
+    runs: Sequence[Sequence[Link]],
     shape: Ints,
     dtype: Any,
     threads: int,
     interleaved: int,
     batch: int,
-) -> tuple[Part, ...]:
-    """The parts of a chain that is cut so."""
-    parts, at = [], shape
-    first = cut[0][0][0]
-    outside = np.full(shape[0], first.geometry.value, dtype)
+) -> tuple[Segment, ...]:
+    """Lower each run of links to one segment."""
+    segments: list[Segment] = []
+    border_value = np.full(shape[0], runs[0][0][0].geometry.value, dtype)
     number = 0
-    for links in cut:
-        parts.append(_part(links, at, dtype, threads, interleaved, batch, outside, number))
-        at = chain_shapes([stage for stage, _ in links], at)[-1]
-        if len(parts) < len(cut):
+    for links in runs:
+        segments.append(
+            _lower_run(links, shape, dtype, threads, interleaved, batch, border_value, number)
+        )
+        shape = chain_shapes([stage for stage, _ in links], shape)[-1]
+        if len(segments) < len(runs):
             for stage, epilogue in links:
-                if is_abstract(stage.weight):  # what it makes of a border has no price
-                    outside = np.zeros(stage.out_channels, dtype)
+                if is_abstract(stage.weight):  # values do not matter to predictions
+                    border_value = np.zeros(stage.out_channels, dtype)
                 else:
-                    outside = reference.apply_epilogue(reference.dc_response(stage, outside), epilogue)
+                    response = reference.dc_response(stage, border_value)
+                    border_value = reference.apply_epilogue(response, epilogue)
         number += len(links)
-    return tuple(parts)
+    return tuple(segments)
 
 
-def _cut(links: Sequence[Link]) -> list[list[Link]]:
-    """Runs of stages that the engine takes in one go: nearly always one run."""
-    parts: list[list[Link]] = [[]]
+def _split(links: Sequence[Link]) -> list[list[Link]]:
+    """Split a chain into runs that the engine can take at once: nearly always one."""
+    runs: list[list[Link]] = [[]]
     for link in links:
-        earlier = [stage for stage, _ in parts[-1]]
-        full = len(earlier) == _core.MAX_STAGES
+        earlier = [stage for stage, _ in runs[-1]]
         if earlier and (
-            full or _woven(earlier[-1]) or not _reaches(earlier, link[0], len(parts) == 1)
+            len(earlier) == MAX_STAGES
+            or _needs_rearranging(earlier[-1])
+            or not _can_pad_at_input(earlier, link[0], len(runs) == 1)
         ):
-            parts.append([])
-        parts[-1].append(link)
-    return parts
+            runs.append([])
+        runs[-1].append(link)
+    return runs
 
 
-def _reaches(earlier: Sequence[Stage], stage: Stage, from_input: bool) -> bool:
-    """Whether the border that `stage` wants can be put around the input of `earlier` instead."""
-    axes = _padded(stage)
+def _can_pad_at_input(earlier: Sequence[Stage], stage: Stage, is_first_run: bool) -> bool:
+    """Return whether padding the input of `earlier` equals padding the input of `stage`."""
+    axes = _padded_axes(stage)
     if stage.geometry.padding_mode == "zeros" or not axes:
-        return True  # the engine frames intermediate results with zeros
-    filled = stage.geometry.padding_mode == "constant"
+        return True  # the engine pads intermediate results with zeros
+    is_constant = stage.geometry.padding_mode == "constant"
     for s in earlier:
-        alike = s.geometry.padding_mode == stage.geometry.padding_mode
-        if _padded(s) and (filled or s.geometry.padding_mode == "constant") and not alike:
-            return False  # one constant a run
-        if s.transposed or set(axes) & {*_padded(s)}:
+        same_mode = s.geometry.padding_mode == stage.geometry.padding_mode
+        mixes_constant = is_constant or s.geometry.padding_mode == "constant"
+        if _padded_axes(s) and mixes_constant and not same_mode:
+            return False  # a segment has one fill value
+        if s.transposed or set(axes) & {*_padded_axes(s)}:
             return False
         if any(s.kernel[a] > 1 or s.geometry.stride[a] > 1 for a in axes):
             return False
-    return from_input or not filled
+    return is_first_run or not is_constant
 
 
-def _padded(stage: Stage) -> list[int]:
+def _padded_axes(stage: Stage) -> list[int]:
     return [a for a, p in enumerate(stage.geometry.padding) if any(p)]
 
 
-def _woven(stage: Stage) -> bool:
-    """Whether the result of `stage` has to be rearranged before the next stage can read it."""
+def _needs_rearranging(stage: Stage) -> bool:
+    """Return whether the result needs depth-to-space or a channel permutation in NumPy."""
     return stage.transposed and (max(stage.geometry.stride) > 1 or stage.shuffle != (1, 1))
 
 
-def _part(
+def _lower_run(
     links: Sequence[Link],
     shape: Ints,
     dtype: Any,
     threads: int,
     interleaved: int,
     batch: int,
-    outside: Array,
+    border_value: Array,
     number: int,
-) -> Part:
-    """`links` as one part, of which the first is stage `number` of the whole chain."""
-    part = [stage for stage, _ in links]
-    size_in, size_out = shape[1:], chain_shapes(part, shape)[-1][1:]
+) -> Segment:
+    """Lower `links` to one segment; the first is stage `number` of the whole chain."""
+    stages = [stage for stage, _ in links]
+    size_in, size_out = shape[1:], chain_shapes(stages, shape)[-1][1:]
     before = after = None
-    g = part[0].geometry
-    if _padded(part[0]) and g.padding_mode == "constant" and np.ptp(outside):
-        # Each channel has a constant of its own here: padded in NumPy.
-        before = partial(reference.pad, padding=g.padding, mode=g.padding_mode, outside=outside)
+    g = stages[0].geometry
+    if _padded_axes(stages[0]) and g.padding_mode == "constant" and np.ptp(border_value):
+        # Border values differ between channels: NumPy pads.
+        before = partial(reference.pad, padding=g.padding, mode=g.padding_mode, border=border_value)
         size_in = tuple(n + sum(p) for n, p in zip(size_in, g.padding))
-        part = [replace(part[0], geometry=replace(g, padding=((0, 0),) * g.ndim)), *part[1:]]
-    specs = [_lower(s) for s in part]
-    widths = [1] * (len(size_in) - 1) + [interleaved]  # numbers a sample, along each axis
+        stages = [replace(stages[0], geometry=replace(g, padding=((0, 0),) * g.ndim)), *stages[1:]]
+    specs = [_lower_stage(s) for s in stages]
+    widths = [1] * (len(size_in) - 1) + [interleaved]  # values per sample along each axis
     for spec in specs:
         for values in (spec.dilation, spec.before, spec.after):
             values[-1] *= interleaved
     size_in = tuple(n * m for n, m in zip(size_in, widths))
     size_out = tuple(n * m for n, m in zip(size_out, widths))
-    if _woven(part[-1]):
-        after = partial(_weave, part[-1], size=size_out)
+    if _needs_rearranging(stages[-1]):
+        after = partial(_depth_to_space, stages[-1], size=size_out)
     border: dict[int, Array] = {}
     fill = 0.0
-    for stage, spec in zip(part, specs):
+    for stage, spec in zip(stages, specs):
         mode = stage.geometry.padding_mode
         if mode == "zeros":
             continue
-        for axis in _padded(stage):
+        for axis in _padded_axes(stage):
             b, a = stage.geometry.padding[axis]
             m = widths[axis]
-            table = _border(size_in[axis] // m, b, a, mode, m)
-            b, a = b * m, a * m
-            owner = specs[0]
-            row = axis == len(size_in) - 1 and size_in[axis] > 1
-            if spec is not owner and row and stage.geometry.stride[axis] == 1 and min(table) >= 0:
-                # Rows are whole: their ends can be copied from what the stage before has put there.
-                owner, spec.fold = spec, table
+            table = _padded_indices(size_in[axis] // m, b, a, mode, m)
+            padded_spec = specs[0]
+            is_row = axis == len(size_in) - 1 and size_in[axis] > 1
+            in_image = min(table) >= 0
+            if spec is not specs[0] and is_row and stage.geometry.stride[axis] == 1 and in_image:
+                # Rows are whole: border columns are copies of columns of the stage's own input.
+                padded_spec, spec.padded_columns = spec, table
             else:
                 border[axis] = table
-            owner.before[axis], owner.after[axis] = b, a
+            padded_spec.before[axis], padded_spec.after[axis] = b * m, a * m
             if mode == "constant":
-                fill = float(outside[0])
-    # The engine has three spatial axes; those of length one that nothing happens on go first.
-    idle = [
+                fill = float(border_value[0])
+    # Axes of length one that no stage extends are dropped; missing axes come first.
+    kept_axes = [
         a
         for a, n in enumerate(size_in)
-        if n == 1 and all(s.kernel[a] == 1 and not s.before[a] and not s.after[a] for s in specs)
+        if n != 1 or any(s.kernel[a] > 1 or s.before[a] or s.after[a] for s in specs)
     ]
-    keep = [a for a in range(len(size_in)) if a not in idle]
-    lead = AXES - len(keep)
+    free = AXES - len(kept_axes)
 
-    def placed(values: Sequence[Any], neutral: Any) -> tuple[Any, ...]:
-        return (neutral,) * lead + tuple(values[a] for a in keep)
+    def on_three(values: Sequence[Any], neutral: Any) -> tuple[Any, ...]:
+        return (neutral,) * free + tuple(values[a] for a in kept_axes)
 
-    specs_placed = tuple(
+    stage_specs = tuple(
         StageSpec(
-            s.weight.reshape(*s.weight.shape[:2], *placed(s.kernel, 1)),
+            s.weight.reshape(*s.weight.shape[:2], *on_three(s.kernel, 1)),
             s.outer,
             s.groups,
             s.inner,
-            placed(s.stride, 1),
-            placed(s.dilation, 1),
-            placed(s.before, 0),
-            placed(s.after, 0),
-            s.source,
-            s.fold,
-            _bias(stage, epilogue.bias, dtype),
+            on_three(s.stride, 1),
+            on_three(s.dilation, 1),
+            on_three(s.before, 0),
+            on_three(s.after, 0),
+            s.permutation,
+            s.padded_columns,
+            _lower_bias(stage, epilogue.bias, dtype),
             epilogue.activation,
         )
         for s, (stage, epilogue) in zip(specs, links)
     )
-    batched = batch > 1 and lead > 0
-    sizes = placed(size_in, 1)
-    if batched:
-        sizes = (*sizes[: lead - 1], batch, *sizes[lead:])
-    whole = (shape[0], *sizes)
+    is_batched = batch > 1 and free > 0
+    sizes = on_three(size_in, 1)
+    if is_batched:
+        sizes = (*sizes[: free - 1], batch, *sizes[free:])
+    in_shape = (shape[0], *sizes)
     itemsize = np.dtype(dtype).itemsize
     l1, l2, _ = _core.caches()
-    tile = tiling.tile(specs_placed, whole, threads, itemsize, l1, l2, _core.wake(threads))
-    out_shape = Layout(specs_placed, whole, None).out_shape
-    plain = [1] * len(size_in)
-    for a, n in zip(keep, out_shape[1 + lead :]):
-        plain[a] = n
-    return Part(
-        specs_placed,
-        whole,
+    latency = _core.fork_join_seconds(threads)
+    tile = tiling.choose_tile(stage_specs, in_shape, threads, itemsize, l1, l2, latency)
+    out_shape = TileLayout(stage_specs, in_shape, None).out_shape
+    out_size = [1] * len(size_in)
+    for a, n in zip(kept_axes, out_shape[1 + free :]):
+        out_size[a] = n
+    return Segment(
+        stage_specs,
+        in_shape,
         out_shape,
-        tuple(plain),
-        placed([border.get(a) for a in range(len(size_in))], None) if border else None,
+        tuple(out_size),
+        on_three([border.get(a) for a in range(len(size_in))], None) if border else None,
         fill,
         tile,
-        tiling.parts(specs_placed, whole, tile, threads),
-        lead > 0,
-        batched,
+        tiling.channel_splits(stage_specs, in_shape, tile, threads),
+        free > 0,
+        is_batched,
         before,
         after,
-        tuple(f"{number + i}: {_shape(s.weight)}" for i, s in enumerate(part)),
-        tiling.seconds(specs_placed, whole),
+        tuple(f"{number + i}: {_shape_text(s.weight)}" for i, s in enumerate(stages)),
+        tiling.estimate_seconds(stage_specs, in_shape),
     )
 
 
-def _shape(weight: Array) -> str:
+def _shape_text(weight: Array) -> str:
     return "x".join(map(str, weight.shape))
 
 
-def _bias(stage: Stage, bias: Array | None, dtype: Any) -> Array | None:
+def _lower_bias(stage: Stage, bias: Array | None, dtype: Any) -> Array | None:
     if bias is None:
         return None
-    return np.ascontiguousarray(_unwoven(stage, bias) if _woven(stage) else bias, dtype)
+    if _needs_rearranging(stage):
+        bias = _phase_bias(stage, bias)
+    return np.ascontiguousarray(bias, dtype)
 
 
 @dataclass(slots=True)
-class _Spec:
-    """A plain stage with the chain's own spatial axes, on its way to a StageSpec."""
+class _ChainSpec:
+    """A stage that is not transposed, on the chain's own spatial axes; becomes a StageSpec."""
 
     weight: Array
     outer: int
@@ -271,20 +306,20 @@ class _Spec:
     dilation: list[int]
     before: list[int]
     after: list[int]
-    source: Array | None = None
-    fold: Array | None = None
+    permutation: Array | None = None
+    padded_columns: Array | None = None
 
     @property
     def kernel(self) -> Ints:
         return tuple(self.weight.shape[2:])
 
 
-def _lower(stage: Stage) -> _Spec:
+def _lower_stage(stage: Stage) -> _ChainSpec:
     g = stage.geometry
     if stage.transposed:
-        return _phases(stage)
+        return _lower_transposed(stage)
     zeros = g.padding_mode == "zeros"
-    return _Spec(
+    return _ChainSpec(
         stage.weight,
         stage.outer,
         stage.groups,
@@ -297,8 +332,8 @@ def _lower(stage: Stage) -> _Spec:
     )
 
 
-def _phases(stage: Stage) -> _Spec:
-    r"""A transposed stage as a plain one of stride 1 whose output channels are (c, \*phase).
+def _lower_transposed(stage: Stage) -> _ChainSpec:
+    r"""Lower a transposed stage to one of stride 1 whose output channels are (c, \*phase).
 
     Output sample ``y`` of the uncropped result has phase ``y % s`` and sees input sample
     ``y // s - u`` through tap ``phase + s * u``, so each phase is a plain convolution with
@@ -312,7 +347,7 @@ def _phases(stage: Stage) -> _Spec:
     for axis, (s, d, k, (b, a), e, extra) in enumerate(
         zip(g.stride, g.dilation, stage.kernel, g.padding, g.extent(stage.kernel), g.output_padding)
     ):
-        at = 3 + 2 * axis  # the axis is taken apart into (phase, tap) as we go
+        at = 3 + 2 * axis  # earlier axes are already split into (phase, tap)
         if not strided:
             w = np.expand_dims(np.flip(w, at), at)
             before.append(d * (k - 1) - b)
@@ -325,7 +360,7 @@ def _phases(stage: Stage) -> _Spec:
         spread[(slice(None),) * at + (slice(0, e, d),)] = w
         spread = spread.reshape(*w.shape[:at], taps, s, *w.shape[at + 1 :])
         w = np.flip(spread, at).swapaxes(at, at + 1)
-        # ceil(((n - 1) s + extent + extra) / s) outputs a phase, from n inputs
+        # ceil(((n - 1) s + extent + extra) / s) outputs per phase, from n inputs
         before.append(taps - 1)
         after.append(-(-(e + extra) // s) - 1)
         phases.append(s)
@@ -333,38 +368,38 @@ def _phases(stage: Stage) -> _Spec:
     n = g.ndim
     w = w.transpose(0, 1, *(3 + 2 * a for a in range(n)), 2, *(4 + 2 * a for a in range(n)))
     weight = w.reshape(groups * c * math.prod(phases), o // groups, *w.shape[3 + n :])
-    return _Spec(weight, stage.outer, groups, stage.inner, [1] * n, dilation, before, after)
+    return _ChainSpec(weight, stage.outer, groups, stage.inner, [1] * n, dilation, before, after)
 
 
-def _weave(stage: Stage, y: Array, size: Ints) -> Array:
-    """Put the phases of a strided transposed stage in their places and crop to `size`."""
+def _depth_to_space(stage: Stage, y: Array, size: Ints) -> Array:
+    """Interleave the phases of a strided transposed stage, crop to `size`, permute channels."""
     g, n = stage.geometry, stage.geometry.ndim
     if max(g.stride) > 1:
-        per = stage.outer * stage.groups * stage.weight.shape[1]
-        y = y.reshape(len(y), per, *g.stride, stage.inner, *y.shape[2:])
+        channels = stage.outer * stage.groups * stage.weight.shape[1]
+        y = y.reshape(len(y), channels, *g.stride, stage.inner, *y.shape[2:])
         y = np.moveaxis(y, 2 + n, 2)
         order = [axis for a in range(n) for axis in (3 + n + a, 3 + a)]
         y = y.transpose(0, 1, 2, *order)
-        whole = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
-        y = y.reshape(len(y), per * stage.inner, *whole)
+        uncropped = [y.shape[3 + 2 * a] * y.shape[4 + 2 * a] for a in range(n)]
+        y = y.reshape(len(y), channels * stage.inner, *uncropped)
         y = y[trailing(*(slice(b, b + k) for (b, _), k in zip(g.padding, size)))]
     return np.ascontiguousarray(y[:, np.argsort(stage.channel_permutation())])
 
 
-def _unwoven(stage: Stage, bias: Array) -> Array:
-    """The bias of each channel of :func:`_phases`."""
+def _phase_bias(stage: Stage, bias: Array) -> Array:
+    """Return the bias of each output channel of :func:`_lower_transposed`."""
     phases = math.prod(stage.geometry.stride) if max(stage.geometry.stride) > 1 else 1
-    each = bias[stage.channel_permutation()].reshape(-1, 1, stage.inner)
-    return np.repeat(each, phases, axis=1).reshape(-1)
+    by_channel = bias[stage.channel_permutation()].reshape(-1, 1, stage.inner)
+    return np.repeat(by_channel, phases, axis=1).reshape(-1)
 
 
-def _border(n: int, before: int, after: int, mode: str, width: int) -> Array:
-    """Index of the number that stands at each padded position; -1 is the constant.
+def _padded_indices(n: int, before: int, after: int, mode: str, width: int) -> Array:
+    """Return the index of the value at each padded position, of `width` values per sample.
 
-    A sample is `width` numbers.
+    -1 stands for the constant.
     """
     index = np.arange(n, dtype=np.int32).reshape(1, 1, n)
-    minus = np.full(1, -1, np.int32)
-    padded: Array = reference.pad(index, ((before, after),), mode, minus).reshape(-1, 1)
-    numbers = np.where(padded < 0, -1, padded * width + np.arange(width, dtype=np.int32))
-    return np.ascontiguousarray(numbers.reshape(-1), np.int32)
+    constant = np.full(1, -1, np.int32)
+    padded: Array = reference.pad(index, ((before, after),), mode, constant).reshape(-1, 1)
+    values = np.where(padded < 0, -1, padded * width + np.arange(width, dtype=np.int32))
+    return np.ascontiguousarray(values.reshape(-1), np.int32)

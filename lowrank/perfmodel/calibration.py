@@ -1,4 +1,4 @@
-"""Measuring a machine: work of every kind, run and counted, and rates fitted to it."""
+"""Calibration: run the calibration workloads and fit cost coefficients to their times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import nnls
 
 from lowrank import engine
 from lowrank._kernels import _core
@@ -23,175 +22,188 @@ from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import fourier, pytorch
 from lowrank.perfmodel import features
-from lowrank.perfmodel.coefficients import RUNTIMES, SECONDS, Machine, Rates
-from lowrank.perfmodel.features import Counts, Work
-from lowrank.perfmodel.workloads import filterings, workloads
+from lowrank.perfmodel.coefficients import (
+    IN_SECONDS,
+    RUNTIMES,
+    Coefficients,
+    PerformanceModel,
+)
+from lowrank.perfmodel.features import Features, Work
+from lowrank.perfmodel.workloads import fft_workloads, workloads
 
-#: Seconds that each is measured for, beside making plans and first calls.
+#: Seconds of measurement per runtime, beside planning and first calls.
 BUDGETS = {"fft": 6.0, "lowrank": 11.0, "torch": 7.0, "torch channels-last": 7.0, "cuda": 10.0}
-ON_CPU = tuple(name for name in BUDGETS if name != "cuda")  # what is measured unless asked for
-EXAMPLES = 32  # of a GPU's batch for one of the CPU's, as far as memory goes
-PASSES = 2  # over all work, at least, in turns: what disturbs one pass does not disturb them all
-LARGE = 1 << 18  # samples that PyTorch is not asked to filter
-LONG = 0.02  # seconds of a call that are too many
-SAMPLE = 1.2e-3  # seconds of a sample, at least
-FOLDS = 5  # of the work, each left out of one fit that is tested on it
-NEAR = 0.05  # relative error below which a sample has its full weight
-ROUNDS = 30  # of weighting anew
+CPU_RUNTIMES = tuple(name for name in BUDGETS if name != "cuda")  # measured by default
+GPU_BATCH_FACTOR = 32  # GPU batch over CPU batch, as far as memory allows
+MIN_PASSES = 2  # over all workloads in turn: a disturbance of one pass does not affect all
+MAX_TORCH_SAMPLES = 1 << 18  # larger inputs are filters, which PyTorch is not measured on
+MAX_CALL = 0.02  # seconds: slower workloads are left out
+MIN_SAMPLE = 1.2e-3  # seconds per timing: short calls repeat
+FOLDS = 5  # of the cross-validation
+FULL_WEIGHT_ERROR = 0.05  # relative error below which a sample has its full weight
+REWEIGHTINGS = 30
 
 
 def measure(
-    progress: Callable[[str, float], object] | None = None, engines: Sequence[str] | None = None
-) -> Machine:
+    progress: Callable[[str, float], object] | None = None, runtimes: Sequence[str] | None = None
+) -> PerformanceModel:
     """Measure this machine; see :func:`lowrank.perfmodel.calibrate`."""
-    most = _core.max_threads()
-    found = {}
-    for name in ON_CPU if engines is None else engines:
-        torch = _torch() if "torch" in name else None
+    max_threads = _core.max_threads()
+    coefficients = {}
+    for name in CPU_RUNTIMES if runtimes is None else runtimes:
+        torch = _import_torch() if "torch" in name else None
         if "torch" in name and torch is None:
             continue
-        given = torch and torch.get_num_threads()
-        tasks = _transforms(most) if name == "fft" else _chains(name, most)
+        threads_before = torch and torch.get_num_threads()
+        tasks = _fft_tasks(max_threads) if name == "fft" else _chain_tasks(name, max_threads)
         try:
-            times = _measured(tasks, name, progress)
+            times = _time_tasks(tasks, name, progress)
         finally:
             if torch is not None:
-                torch.set_num_threads(given)
-        kept = [(task, t) for task, t in zip(tasks, times) if t is not None]
-        found[name] = fitted(
-            [task.counts for task, _ in kept],
-            [t for _, t in kept],
-            [task.group for task, _ in kept],
+                torch.set_num_threads(threads_before)
+        timed = [(task, t) for task, t in zip(tasks, times) if t is not None]
+        coefficients[name] = fit(
+            [task.features for task, _ in timed],
+            [t for _, t in timed],
+            [task.workload for task, _ in timed],
         )
-    return Machine(cpu(), _core.default_isa(), most, MappingProxyType(found))
+    isa = _core.default_isa()
+    return PerformanceModel(cpu(), isa, max_threads, MappingProxyType(coefficients))
 
 
 class Task(NamedTuple):
-    """A call to measure, what it counts, and the workload that it is one of."""
+    """A call to time, its features, and the number of its workload."""
 
     call: Callable[[], object]
-    counts: Counts
+    features: Features
     threads: int
-    group: int
+    workload: int
 
 
-def _chains(runtime: str, most: int) -> list[Task]:
-    found, shared = [], _Shared()
+def _chain_tasks(runtime: str, max_threads: int) -> list[Task]:
+    tasks, arrays = [], _SharedArrays()
     if runtime == "cuda":
-        most = 1
-    for threads in sorted({1, most}):  # PyTorch has one number of threads for all calls
+        max_threads = 1
+    for threads in sorted({1, max_threads}):  # PyTorch's number of threads is global
         for number, load in enumerate(workloads()):
-            if "torch" in runtime and math.prod(load.shape) > LARGE:
+            if "torch" in runtime and math.prod(load.shape) > MAX_TORCH_SAMPLES:
                 continue
-            stages = tuple(replace(s, weight=shared.array(s.weight.shape)) for s in load.stages)
+            stages = tuple(replace(s, weight=arrays.random(s.weight.shape)) for s in load.stages)
             batch = load.batch
             if runtime == "cuda":
                 widest = max(map(math.prod, chain_shapes(stages, load.shape)))
-                batch = max(1, min(EXAMPLES * batch, shared.numbers.size // widest))
-            x = shared.array((batch, *load.shape))
-            counted = RUNTIMES[runtime](Work(load.stages, load.shape, batch, threads), most)
-            call = _call(runtime, stages, x, threads, shared)
-            found.append(Task(call, counted, threads, number))
-    return found
+                fitting = arrays.values.size // widest
+                batch = max(1, min(GPU_BATCH_FACTOR * batch, fitting))
+            x = arrays.random((batch, *load.shape))
+            work = Work(load.stages, load.shape, batch, threads)
+            counts = RUNTIMES[runtime](work, max_threads)
+            call = _bind_call(runtime, stages, x, threads, arrays)
+            tasks.append(Task(call, counts, threads, number))
+    return tasks
 
 
-def _transforms(most: int) -> list[Task]:
-    found, shared = [], _Shared()
-    for threads in sorted({1, most}):
-        for number, (taps, spatial, block) in enumerate(filterings()):
-            run = fourier.plan(shared.array(taps), spatial, threads=threads, block=block)
-            x = shared.array((1, 1, *spatial))
-            counted = features.fft(taps, spatial, block, threads, most)
-            call = partial(run, x, shared.result(x.shape))
-            found.append(Task(call, counted, threads, number))
-    return found
+def _fft_tasks(max_threads: int) -> list[Task]:
+    tasks, arrays = [], _SharedArrays()
+    for threads in sorted({1, max_threads}):
+        for number, (taps, spatial, block) in enumerate(fft_workloads()):
+            run = fourier.plan(arrays.random(taps), spatial, threads=threads, block=block)
+            x = arrays.random((1, 1, *spatial))
+            counts = features.fft(taps, spatial, block, threads, max_threads)
+            call = partial(run, x, arrays.result(x.shape))
+            tasks.append(Task(call, counts, threads, number))
+    return tasks
 
 
-class _Shared:
-    """Random numbers and room for results, the same for all tasks: they run one at a time."""
+class _SharedArrays:
+    """Random inputs and room for results, shared by all tasks: they run one at a time."""
 
     def __init__(self) -> None:
         size = 1 << 24
-        self.numbers = np.random.default_rng(0).random(size, np.float32) - np.float32(0.5)
-        self.room = np.zeros(size, np.float32)
-        self._there: tuple[Any, Any] | None = None
+        self.values = np.random.default_rng(0).random(size, np.float32) - np.float32(0.5)
+        self.results = np.zeros(size, np.float32)
+        self._gpu_copies: tuple[Any, Any] | None = None
 
-    def array(self, shape: Ints) -> Array:
-        return self.numbers[: math.prod(shape)].reshape(shape)
-
-    def on_gpu(self) -> tuple[Any, Any]:
-        """The same on the GPU, once for all tasks."""
-        if self._there is None:
-            self._there = engine.moved(self.numbers, "cuda"), engine.moved(self.room, "cuda")
-        return self._there
+    def random(self, shape: Ints) -> Array:
+        return self.values[: math.prod(shape)].reshape(shape)
 
     def result(self, shape: Ints) -> Array:
-        return self.room[: math.prod(shape)].reshape(shape)
+        return self.results[: math.prod(shape)].reshape(shape)
+
+    def on_gpu(self) -> tuple[Any, Any]:
+        """Return both arrays on the GPU, copied once for all tasks."""
+        if self._gpu_copies is None:
+            self._gpu_copies = (
+                engine.to_device(self.values, "cuda"),
+                engine.to_device(self.results, "cuda"),
+            )
+        return self._gpu_copies
 
 
-def _measured(
+def _time_tasks(
     tasks: Sequence[Task], runtime: str, progress: Callable[[str, float], object] | None
 ) -> list[float | None]:
-    """Median seconds of every task; None for those that take too long."""
-    each: list[float | None] = []
+    """Return the median seconds of every task; None for slow ones."""
+    first_times: list[float | None] = []
     for task in tasks:
-        seconds = _seconds(task, 1, runtime)
-        if seconds <= 10 * LONG:  # the first call is not like others
-            seconds = min(seconds, _seconds(task, 1, runtime))
-        each.append(seconds if seconds <= LONG else None)
-    repeats = [0 if s is None else max(1, math.ceil(SAMPLE / max(s, 1e-7))) for s in each]
+        seconds = _time(task, 1, runtime)
+        if seconds <= 10 * MAX_CALL:  # the first call includes one-time costs
+            seconds = min(seconds, _time(task, 1, runtime))
+        first_times.append(seconds if seconds <= MAX_CALL else None)
+    repeats = [
+        0 if s is None else max(1, math.ceil(MIN_SAMPLE / max(s, 1e-7))) for s in first_times
+    ]
     times: list[list[float]] = [[] for _ in tasks]
     begin, done, passes = time.perf_counter(), 0.0, 0
-    while passes < PASSES or done < 1:
-        for task, n, seen in zip(tasks, repeats, times):
+    while passes < MIN_PASSES or done < 1:
+        for task, n, samples in zip(tasks, repeats, times):
             if n:
-                _seconds(task, 1, runtime)  # finds the caches full of other work
-                seen.append(_seconds(task, n, runtime))
+                _time(task, 1, runtime)  # warm the caches, which hold data of other tasks
+                samples.append(_time(task, n, runtime))
         passes, done = passes + 1, (time.perf_counter() - begin) / BUDGETS[runtime]
         if progress is not None:
             progress(runtime, min(done, 1.0))
     return [statistics.median(t) if t else None for t in times]
 
 
-def _call(
-    runtime: str, stages: Sequence[Stage], x: Array, threads: int, shared: _Shared
+def _bind_call(
+    runtime: str, stages: Sequence[Stage], x: Array, threads: int, arrays: _SharedArrays
 ) -> Callable[[], object]:
-    ends = [Epilogue()] * len(stages)
+    epilogues = [Epilogue()] * len(stages)
+    out_shape = (len(x), *chain_shapes(stages, x.shape[1:])[-1])
     if runtime == "lowrank":
-        run = engine.plan(stages, x.shape[1:], np.float32, ends, threads)
-        return partial(run, x, shared.result((len(x), *chain_shapes(stages, x.shape[1:])[-1])))
+        run = engine.plan(stages, x.shape[1:], np.float32, epilogues, threads)
+        return partial(run, x, arrays.result(out_shape))
     if runtime == "cuda":
-        there = [replace(s, weight=engine.moved(s.weight, "cuda")) for s in stages]
-        run = engine.plan(there, x.shape[1:], np.float32, ends)
-        given, room = shared.on_gpu()
-        shape = (len(x), *chain_shapes(stages, x.shape[1:])[-1])
+        on_gpu = [replace(s, weight=engine.to_device(s.weight, "cuda")) for s in stages]
+        run = engine.plan(on_gpu, x.shape[1:], np.float32, epilogues)
+        values, results = arrays.on_gpu()
         return partial(
-            run, given[: x.size].reshape(x.shape), room[: math.prod(shape)].reshape(shape)
+            run,
+            values[: x.size].reshape(x.shape),
+            results[: math.prod(out_shape)].reshape(out_shape),
         )
-    return pytorch.call(stages, ends, x, "last" in runtime)
+    return pytorch.bind_call(stages, epilogues, x, "last" in runtime)
 
 
-def _seconds(task: Task, n: int, runtime: str) -> float:
+def _time(task: Task, n: int, runtime: str) -> float:
+    """Return the mean seconds of `n` calls."""
     if "torch" in runtime:
-        torch = _torch()
+        torch = _import_torch()
         if torch.get_num_threads() != task.threads:
             torch.set_num_threads(task.threads)
-    wait = _cuda().Device().synchronize if runtime == "cuda" else None
-    if wait is not None:
-        wait()
+    synchronize = None
+    if runtime == "cuda":
+        synchronize = importlib.import_module("cupy").cuda.Device().synchronize
+        synchronize()
     start = time.perf_counter()
     for _ in range(n):
         task.call()
-    if wait is not None:
-        wait()
+    if synchronize is not None:
+        synchronize()
     return (time.perf_counter() - start) / n
 
 
-def _cuda() -> Any:
-    return importlib.import_module("cupy").cuda
-
-
-def _torch() -> Any:
+def _import_torch() -> Any:
     try:
         import torch
     except ImportError:
@@ -199,44 +211,55 @@ def _torch() -> Any:
     return torch
 
 
-def fitted(counted: Sequence[Counts], times: Sequence[float], groups: Sequence[int]) -> Rates:
-    """Rates that explain times by counts, and their errors on what was left out.
+def fit(
+    counts: Sequence[Features], times: Sequence[float], workload_numbers: Sequence[int]
+) -> Coefficients:
+    """Fit non-negative coefficients to times; estimate their errors by cross-validation.
 
-    Rates are not negative, and relative errors are what is made small: least squares, weighted
-    anew until a few odd samples no longer decide (a norm between the squares and the absolute).
+    Relative errors are minimised in a norm between L1 and L2, by iteratively reweighted least
+    squares: a few outliers do not decide.
     """
-    names = sorted({name for c in counted for name in c if name not in SECONDS})
-    table = np.array([[c.get(name, 0.0) for name in names] for c in counted])
-    known = np.array([sum(rate * c.get(k, 0.0) for k, rate in SECONDS.items()) for c in counted])
+    names = sorted({name for c in counts for name in c if name not in IN_SECONDS})
+    table = np.array([[c.get(name, 0.0) for name in names] for c in counts])
+    measured = [sum(cost * c.get(k, 0.0) for k, cost in IN_SECONDS.items()) for c in counts]
+    known = np.array(measured)
     seconds = np.asarray(times)
     errors = np.empty(len(times))
-    fold = np.asarray(groups) % FOLDS
+    fold = np.asarray(workload_numbers) % FOLDS
     for i in range(FOLDS):
-        here = fold == i
-        rates = _solved(table[~here], seconds[~here], known[~here])
-        errors[here] = np.abs((table[here] @ rates + known[here]) / seconds[here] - 1)
-    rates = _solved(table, seconds, known)
-    kept = {name: float(rate) for name, rate in zip(names, rates) if rate > 0}
-    return Rates(MappingProxyType(kept), float(np.median(errors)), float(np.quantile(errors, 0.9)))
+        is_test = fold == i
+        costs = _solve(table[~is_test], seconds[~is_test], known[~is_test])
+        predicted = table[is_test] @ costs + known[is_test]
+        errors[is_test] = np.abs(predicted / seconds[is_test] - 1)
+    costs = _solve(table, seconds, known)
+    positive = {name: float(cost) for name, cost in zip(names, costs) if cost > 0}
+    return Coefficients(
+        MappingProxyType(positive), float(np.median(errors)), float(np.quantile(errors, 0.9))
+    )
 
 
-def _solved(table: Array, seconds: Array, known: Array) -> Array:
-    """Rates with table @ rates + known near to the seconds, relatively."""
-    size, left = table.max(axis=0), 1 - known / seconds
-    scaled = table / np.where(size > 0, size, 1) / seconds[:, None]
-    weights, found = np.ones(len(seconds)), np.zeros(len(size))
-    for _ in range(ROUNDS):
-        found, _ = nnls(scaled * weights[:, None], weights * left, maxiter=100 * len(size))
-        weights = 1 / np.sqrt(np.maximum(np.abs(scaled @ found - left), NEAR))
-    return np.asarray(found / np.where(size > 0, size, 1))
+def _solve(table: Array, seconds: Array, known: Array) -> Array:
+    """Return costs with table @ costs + known close to the seconds, relatively."""
+    from scipy.optimize import nnls  # slow to import, and only calibration needs it
+
+    scale = table.max(axis=0)
+    scale = np.where(scale > 0, scale, 1)
+    remaining = 1 - known / seconds
+    scaled = table / scale / seconds[:, None]
+    weights, solution = np.ones(len(seconds)), np.zeros(len(scale))
+    for _ in range(REWEIGHTINGS):
+        solution, _ = nnls(scaled * weights[:, None], weights * remaining, maxiter=100 * len(scale))
+        residuals = np.abs(scaled @ solution - remaining)
+        weights = 1 / np.sqrt(np.maximum(residuals, FULL_WEIGHT_ERROR))
+    return np.asarray(solution / scale)
 
 
 def cpu() -> str:
-    """Name of the processor with its family and model, where the system tells."""
+    """Return the name of the processor, with family and model if the system tells."""
     try:
-        with open("/proc/cpuinfo") as about:
+        with open("/proc/cpuinfo") as lines:
             facts: dict[str, str] = {}
-            for line in about:
+            for line in lines:
                 name, _, value = line.partition(":")
                 facts.setdefault(name.strip(), value.strip())
     except OSError:

@@ -1,4 +1,4 @@
-"""A machine as the time model sees it: seconds for each thing that it counts, and how well."""
+"""Cost coefficients of a machine: seconds per feature, and their measured error."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import features
-from lowrank.perfmodel.features import Counts, Work
+from lowrank.perfmodel.features import Features, Work
 
-VERSION = 2  # of what is counted: rates of another version mean nothing
+VERSION = 3  # of the features: coefficients of another version mean nothing
 
-#: Counts that are seconds already.
-SECONDS = {"wake": 1.0}
-#: What is counted for each way to run a chain.
+#: Features that are in seconds.
+IN_SECONDS = {"fork/join": 1.0}
+#: Function that counts the features of each runtime.
 RUNTIMES = {
-    "lowrank": features.runtime,
+    "lowrank": features.lowrank,
     "torch": features.torch,
     "torch channels-last": features.torch,
     "cuda": features.cuda,
@@ -34,17 +34,17 @@ RUNTIMES = {
 
 
 class Prediction(NamedTuple):
-    """Seconds that a run is going to take, and how far such predictions are off.
+    """Predicted run time, and the error of such predictions.
 
     Attributes
     ----------
     seconds : float
-        For the whole batch.
+        Seconds for the whole batch.
     error : float
-        Median relative error of the model on work that its rates were not fitted to; half of
-        the predictions are nearer.  NaN with rates of another machine.
+        Median relative error of the model on workloads that its coefficients were not fitted
+        to.  NaN with the coefficients of another machine.
     parts : mapping of str to float
-        The seconds by what they are spent on; they add up.
+        Seconds per feature; they add up to `seconds`.
 
     Examples
     --------
@@ -65,28 +65,29 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """Seconds of each count for one way to run chains.
+class Coefficients:
+    """Cost coefficients of one runtime: seconds per feature.
 
     Attributes
     ----------
     seconds : mapping of str to float
-        By the name of the count.
+        Seconds per unit, by the name of the feature.
     error, spread : float
-        Median and 90th percentile of the relative error, on work that was left out of the fit.
+        Median and 90th percentile of the relative error on workloads left out of the fit.
     """
 
     seconds: Mapping[str, float]
     error: float
     spread: float
 
-    def predict(self, counted: Counts) -> Prediction:
-        """Seconds of what was counted.
+    def predict(self, counts: Features) -> Prediction:
+        """Predict the seconds of counted features.
 
         Parameters
         ----------
-        counted : dict of str to float
-            From :mod:`lowrank.perfmodel.features`; what has no rate takes no time.
+        counts : dict of str to float
+            Features from :mod:`lowrank.perfmodel.features`; those without a coefficient cost
+            nothing.
 
         Returns
         -------
@@ -94,36 +95,36 @@ class Rates:
 
         Examples
         --------
-        >>> from lowrank.perfmodel import Rates
-        >>> Rates({"call": 2e-6}, error=0.1, spread=0.2).predict({"call": 3}).seconds
+        >>> from lowrank.perfmodel import Coefficients
+        >>> Coefficients({"call": 2e-6}, error=0.1, spread=0.2).predict({"call": 3}).seconds
         6e-06
         """
-        parts = {k: v * (SECONDS.get(k) or self.seconds.get(k, 0.0)) for k, v in counted.items()}
-        kept = {k: v for k, v in parts.items() if v > 0}
-        return Prediction(sum(kept.values()), self.error, MappingProxyType(kept))
+        parts = {k: v * (IN_SECONDS.get(k) or self.seconds.get(k, 0.0)) for k, v in counts.items()}
+        nonzero = {k: v for k, v in parts.items() if v > 0}
+        return Prediction(sum(nonzero.values()), self.error, MappingProxyType(nonzero))
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """The rates of one machine; :func:`lowrank.perfmodel.current` gives those of this one.
+class PerformanceModel:
+    """Cost coefficients of one machine; :func:`lowrank.perfmodel.current` returns this one's.
 
     Attributes
     ----------
     cpu, isa : str
         Name of the processor, and the instruction set that the engine runs on.
     threads : int
-        The most that rates were measured for.
-    rates : mapping of str to Rates
-        By engine: ``"lowrank"``, ``"fft"``, and with PyTorch ``"torch"`` and
+        Number of threads of the parallel measurements.
+    coefficients : mapping of str to Coefficients
+        Coefficients by runtime: ``"lowrank"``, ``"fft"``, and with PyTorch ``"torch"`` and
         ``"torch channels-last"``.
     calibrated : bool
-        Whether they were measured on this machine; False for those that come with the package.
+        Whether they were measured on this machine; False for those shipped with the package.
     """
 
     cpu: str
     isa: str
     threads: int
-    rates: Mapping[str, Rates]
+    coefficients: Mapping[str, Coefficients]
     calibrated: bool = True
 
     def predict(
@@ -135,31 +136,31 @@ class Machine:
         threads: int | None = None,
         runtime: str = "lowrank",
     ) -> Prediction:
-        """How long a chain is going to take.
+        """Predict the run time of a chain.
 
         Parameters
         ----------
         f : Factorization
-            Any chain; its weights are not looked at.
+            Chain; its weights are not read.
         input_shape : sequence of int
-            (channels, \\*spatial), or the spatial size alone.
+            Size of the input, (channels, \\*spatial), or the spatial size alone.
         batch : int
-            Examples at a time.
+            Number of examples.
         threads : int, optional
-            Threads to use; all that OpenMP offers if not given.
+            Number of threads; default: all that OpenMP offers.
         runtime : str
-            ``"lowrank"``, ``"torch"`` (PyTorch's convolutions in its default layout) or
+            Runtime: ``"lowrank"``, ``"torch"`` (PyTorch's convolutions in its default layout) or
             ``"torch channels-last"``.
 
         Returns
         -------
         Prediction
-            For float32 and a plan that has been made and run before.
+            Time in float32 of a plan that has run before.
 
         Raises
         ------
         ValueError
-            If there are no rates for `runtime`, or the shape does not fit.
+            If there are no coefficients for `runtime`, or the shape does not fit.
 
         Examples
         --------
@@ -170,14 +171,14 @@ class Machine:
         >>> here.predict(conv, (56, 56)).seconds > here.predict(conv, (28, 28)).seconds
         True
         """
-        if runtime not in self.rates or runtime not in RUNTIMES:
-            known = ", ".join(e for e in RUNTIMES if e in self.rates)
-            raise ValueError(f"runtime must be one of {known}, got {runtime!r}" + _added(runtime))
+        if runtime not in self.coefficients or runtime not in RUNTIMES:
+            known = ", ".join(name for name in RUNTIMES if name in self.coefficients)
+            raise ValueError(f"runtime must be one of {known}, got {runtime!r}" + _hint(runtime))
         if not isinstance(f, Factorization):
             raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
-        return self.of_stages(f.stages, f.input_shape(input_shape), batch, threads, runtime)
+        return self.predict_stages(f.stages, f.input_shape(input_shape), batch, threads, runtime)
 
-    def of_stages(
+    def predict_stages(
         self,
         stages: Sequence[Stage],
         shape: Ints,
@@ -187,24 +188,24 @@ class Machine:
         itemsize: int = 4,
         interleaved: int = 1,
     ) -> Prediction:
-        """How long bare stages are going to take, blank ones too.
+        """Predict the run time of stages; their weights may be abstract.
 
         Parameters
         ----------
         stages : sequence of Stage
-            One after another.
+            Stages of a chain.
         shape : tuple of int
-            (channels, \\*spatial) of the input.
+            Size of the input, (channels, \\*spatial).
         batch : int
-            Examples at a time.
+            Number of examples.
         threads : int, optional
-            Threads to use; all that OpenMP offers if not given.
+            Number of threads; default: all that OpenMP offers.
         runtime : str
-            As for :meth:`predict`.
+            Runtime, as for :meth:`predict`.
         itemsize : int
-            Bytes of a number: 4 or 8.
+            Bytes per value: 4 or 8.
         interleaved : int
-            Numbers side by side in a sample, such as the colours of a pixel.
+            Values per sample, such as the colours of a pixel.
 
         Returns
         -------
@@ -216,16 +217,16 @@ class Machine:
         >>> import lowrank
         >>> f = lowrank.cp(lowrank.dense(np.ones((8, 8, 3, 3), np.float32)), rank=1)
         >>> here = lowrank.perfmodel.current()
-        >>> here.of_stages(f.stages, (8, 64, 64)).seconds == here.predict(f, (64, 64)).seconds
+        >>> here.predict_stages(f.stages, (8, 64, 64)).seconds == here.predict(f, (64, 64)).seconds
         True
         """
         (batch,) = as_integers("batch", batch, 1)
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-        work = Work(stages, shape, batch, _threads(threads), itemsize, interleaved)
-        return self._said(runtime, RUNTIMES[runtime](work, self.threads))
+        work = Work(stages, shape, batch, _available_threads(threads), itemsize, interleaved)
+        return self._predict(runtime, RUNTIMES[runtime](work, self.threads))
 
-    def of_transforms(
+    def predict_fft(
         self,
         taps: Ints,
         spatial: Ints,
@@ -233,16 +234,16 @@ class Machine:
         threads: int | None = None,
         itemsize: int = 4,
     ) -> Prediction:
-        """How long a filter is going to take by Fourier transforms of blocks.
+        """Predict the run time of a filter by Fourier transforms of blocks.
 
         Parameters
         ----------
         taps, spatial, block : tuple of int
             Sizes of the kernel, of the image and of a transform, along each axis.
         threads : int, optional
-            Threads to use; all that OpenMP offers if not given.
+            Number of threads; default: all that OpenMP offers.
         itemsize : int
-            Bytes of a number: 4 or 8.
+            Bytes per value: 4 or 8.
 
         Returns
         -------
@@ -252,86 +253,90 @@ class Machine:
         --------
         >>> import lowrank
         >>> here = lowrank.perfmodel.current()
-        >>> here.of_transforms((31, 31), (1024, 1024), (288, 288)).seconds > 0
+        >>> here.predict_fft((31, 31), (1024, 1024), (288, 288)).seconds > 0
         True
         """
-        counted = features.fft(taps, spatial, block, _threads(threads), self.threads, itemsize)
-        return self._said("fft", counted)
+        threads = _available_threads(threads)
+        return self._predict(
+            "fft", features.fft(taps, spatial, block, threads, self.threads, itemsize)
+        )
 
-    def _said(self, runtime: str, counted: Counts) -> Prediction:
-        found = self.rates[runtime].predict(counted)
-        return found if self.calibrated else found._replace(error=math.nan)
+    def _predict(self, runtime: str, counts: Features) -> Prediction:
+        prediction = self.coefficients[runtime].predict(counts)
+        return prediction if self.calibrated else prediction._replace(error=math.nan)
 
     def to_json(self) -> str:
-        """As text.
+        """Return the model as JSON.
 
         Returns
         -------
         str
-            For :meth:`from_json`.
+            Text for :meth:`from_json`.
         """
-        facts = {"version": VERSION, "cpu": self.cpu, "isa": self.isa, "threads": self.threads}
-        rates = {
-            name: {"error": r.error, "spread": r.spread, "seconds": dict(r.seconds)}
-            for name, r in self.rates.items()
+        machine = {"version": VERSION, "cpu": self.cpu, "isa": self.isa, "threads": self.threads}
+        coefficients = {
+            name: {"error": c.error, "spread": c.spread, "seconds": dict(c.seconds)}
+            for name, c in self.coefficients.items()
         }
-        return json.dumps({**facts, "rates": rates}, indent=1)
+        return json.dumps({**machine, "coefficients": coefficients}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Machine:
-        """From what :meth:`to_json` gave.
+    def from_json(cls, text: str) -> PerformanceModel:
+        """Read the result of :meth:`to_json`.
 
         Parameters
         ----------
         text : str
-            JSON.
+            JSON text.
 
         Returns
         -------
-        Machine
+        PerformanceModel
 
         Raises
         ------
         ValueError
-            If it is none, of another version, or a rate is no number.
+            If the text is not a calibration of this version, or a coefficient is not a number.
         """
         try:
-            read = json.loads(text)
-            if read["version"] != VERSION:
+            data = json.loads(text)
+            if data["version"] != VERSION:
                 raise ValueError("written by another version of lowrank")
-            rates = {name: _rates(given) for name, given in read["rates"].items()}
-            if not {"lowrank", "fft"} <= set(rates):
-                raise ValueError("the rates of the engine are missing")
-            if not {"multiply", "load"} & set(rates["lowrank"].seconds):
-                raise ValueError("the engine has no rate for multiply-adds")
-            if int(read["threads"]) < 1:
-                raise ValueError(f"{read['threads']} threads")
-            facts = str(read["cpu"]), str(read["isa"]), int(read["threads"])
-            return cls(*facts, MappingProxyType(rates))
-        except (KeyError, TypeError, AttributeError) as why:
-            raise ValueError(f"not a calibration: {why!r}") from None
+            coefficients = {
+                name: _read_coefficients(entry) for name, entry in data["coefficients"].items()
+            }
+            if not {"lowrank", "fft"} <= set(coefficients):
+                raise ValueError("coefficients of 'lowrank' or 'fft' are missing")
+            if not {"multiply", "load"} & set(coefficients["lowrank"].seconds):
+                raise ValueError("the coefficients of MACs are missing")
+            if int(data["threads"]) < 1:
+                raise ValueError(f"threads must be at least 1, got {data['threads']}")
+            machine = str(data["cpu"]), str(data["isa"]), int(data["threads"])
+            return cls(*machine, MappingProxyType(coefficients))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a calibration: {error!r}") from None
 
 
-def _added(runtime: str) -> str:
+def _hint(runtime: str) -> str:
     if "torch" in runtime:
         return ": 'lowrank calibrate' with PyTorch installed adds it"
     return ": 'lowrank calibrate --device cuda' adds it" if runtime == "cuda" else ""
 
 
-def _threads(threads: int | None) -> int:
-    """Threads that a run gets: no more than OpenMP offers."""
-    most = _core.max_threads()
+def _available_threads(threads: int | None) -> int:
+    """Return the number of threads of a run: at most what OpenMP offers."""
+    available = _core.max_threads()
     if threads is None:
-        return most
+        return available
     (threads,) = as_integers("threads", threads, 1)
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return min(threads, most)
+    return min(threads, available)
 
 
-def _rates(given: Mapping[str, Any]) -> Rates:
-    seconds = {str(k): float(v) for k, v in given["seconds"].items()}
-    values = [*seconds.values(), given["error"], given["spread"]]
+def _read_coefficients(entry: Mapping[str, Any]) -> Coefficients:
+    seconds = {str(k): float(v) for k, v in entry["seconds"].items()}
+    values = [*seconds.values(), entry["error"], entry["spread"]]
     if not all(0 <= v < np.inf for v in values) or not seconds:
-        raise ValueError("a rate is negative or no number")
-    return Rates(MappingProxyType(seconds), float(given["error"]), float(given["spread"]))
+        raise ValueError("a coefficient is negative or not a number")
+    return Coefficients(MappingProxyType(seconds), float(entry["error"]), float(entry["spread"]))

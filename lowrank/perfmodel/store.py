@@ -1,4 +1,4 @@
-"""Where calibrations are kept: a file a machine in the user's cache folder."""
+"""Calibration files: one per machine, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import platformdirs
 from lowrank._kernels import _core
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import calibration
-from lowrank.perfmodel.coefficients import VERSION, Machine, Prediction
+from lowrank.perfmodel.coefficients import VERSION, PerformanceModel, Prediction
 
 
 def path() -> Path:
-    """The file of this machine: the processor, the instruction set and the version name it.
+    """Return the calibration file of this machine, named by processor, instruction set and version.
 
     Returns
     -------
     Path
-        In the user's cache folder; it need not exist.
+        File in the user's cache folder; it need not exist.
 
     Examples
     --------
@@ -34,78 +34,79 @@ def path() -> Path:
     >>> perfmodel.path().suffix
     '.json'
     """
-    facts = f"{calibration.cpu()}|{_core.default_isa()}|{VERSION}"
-    key = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    identity = f"{calibration.cpu()}|{_core.default_isa()}|{VERSION}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return platformdirs.user_cache_path("lowrank") / f"machine-{key}.json"
 
 
 def calibrate(
     progress: Callable[[str, float], object] | None = None,
-    engines: Sequence[str] | None = None,
-) -> Machine:
-    """Measure this machine and keep the result; takes less than a minute.
+    runtimes: Sequence[str] | None = None,
+) -> PerformanceModel:
+    """Measure this machine and save its cost coefficients; takes less than a minute.
 
     Parameters
     ----------
     progress : callable, optional
-        Called with the engine that is measured and the share of it that is done.
-    engines : sequence of str, optional
-        What to measure; all that is installed if not given.  The rates of others are kept.
+        Function called with the runtime that is measured and the completed share of it.
+    runtimes : sequence of str, optional
+        Runtimes to measure; default: all that are installed.  Coefficients of others are kept.
 
     Returns
     -------
-    Machine
-        Which :func:`current` and :func:`predict` use from now on.
+    PerformanceModel
+        The model that :func:`current` and :func:`predict` use from now on.
 
     Raises
     ------
     ValueError
-        If an engine is unknown.
+        If a runtime is unknown.
     OSError
         If the cache folder cannot be written to.
 
     Notes
     -----
-    Runs chains of many kinds and sizes on one thread and on all, and fits rates to what each
-    does: vectors of multiply-adds, loads, samples moved, lines from each cache, calls and
-    wakings of threads.  Run it when the machine has nothing else to do.
+    Runs calibration workloads of many kinds and sizes on one thread and on all, and fits
+    coefficients to the features of each: vectors of MACs, loads, samples moved, lines from each
+    cache, calls and parallel regions.  Run it on an otherwise idle machine.
     """
-    unknown = set(engines or ()) - set(calibration.BUDGETS)
+    unknown = set(runtimes or ()) - set(calibration.BUDGETS)
     if unknown:
         known = ", ".join(calibration.BUDGETS)
-        raise ValueError(f"engines must be some of {known}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"runtimes must be some of {known}, got {', '.join(sorted(unknown))}")
     file = path()
-    kept: Machine | None = None
-    if engines is not None:
+    earlier: PerformanceModel | None = None
+    if runtimes is not None:
         with contextlib.suppress(ValueError, OSError):
-            kept = _read(file)
-    # Without a calibration to add to, everything is measured: rates of another machine do not mix.
-    if engines is not None and kept is None:
-        engines = tuple(dict.fromkeys((*calibration.ON_CPU, *engines)))
-    found = calibration.measure(progress, engines)
-    if kept is not None:
-        found = replace(found, rates={**kept.rates, **found.rates})
+            earlier = _read(file)
+    # Coefficients of two machines do not mix: without a calibration to extend, measure everything.
+    if runtimes is not None and earlier is None:
+        runtimes = tuple(dict.fromkeys((*calibration.CPU_RUNTIMES, *runtimes)))
+    model = calibration.measure(progress, runtimes)
+    if earlier is not None:
+        model = replace(model, coefficients={**earlier.coefficients, **model.coefficients})
     file.parent.mkdir(parents=True, exist_ok=True)
-    written = file.with_suffix(f".{os.getpid()}")  # so that nobody reads half a file
-    written.write_text(found.to_json())
-    written.replace(file)
-    _kept.cache_clear()
-    return found
+    temporary = file.with_suffix(f".{os.getpid()}")  # replaced at once: nobody reads half a file
+    temporary.write_text(model.to_json())
+    temporary.replace(file)
+    _read_cached.cache_clear()
+    return model
 
 
-def current() -> Machine:
-    """The rates of this machine.
+def current() -> PerformanceModel:
+    """Return the performance model of this machine.
 
     Returns
     -------
-    Machine
-        Those that :func:`calibrate` measured; without them those of the machine that the package
-        was made on, with `calibrated` False: good for comparing, not for seconds.
+    PerformanceModel
+        The result of :func:`calibrate`; without one, the model of the machine on which the package
+        was made, with `calibrated` False: it compares chains, but its seconds are not reliable.
 
     Warns
     -----
     UserWarning
-        If the file is damaged or another machine's: it is set aside, and this one measured anew.
+        If the file is damaged or another machine's: it is set aside and this machine is
+        calibrated again.
 
     Examples
     --------
@@ -115,16 +116,16 @@ def current() -> Machine:
     """
     file = path()
     try:
-        changed = file.stat().st_mtime_ns
+        modified = file.stat().st_mtime_ns
     except OSError:
         return _shipped()
     try:
-        return _kept(file, changed)
-    except (ValueError, OSError) as why:
+        return _read_cached(file, modified)
+    except (ValueError, OSError) as error:
         aside = file.with_suffix(".bad")
         warnings.warn(
-            f"{file} is no calibration of this machine ({why}): it is now {aside.name}, and the "
-            "machine is measured anew, for less than a minute",
+            f"{file} is not a calibration of this machine ({error}): renamed to {aside.name}; "
+            "calibrating again, which takes less than a minute",
             stacklevel=2,
         )
         with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -140,20 +141,20 @@ def predict(
     threads: int | None = None,
     runtime: str = "lowrank",
 ) -> Prediction:
-    """How long a chain is going to take on this machine; see :meth:`Machine.predict`.
+    """Predict the run time of a chain on this machine; see :meth:`PerformanceModel.predict`.
 
     Parameters
     ----------
     f : Factorization
-        Any chain; its weights are not looked at.
+        Chain; its weights are not read.
     input_shape : sequence of int
-        (channels, \\*spatial), or the spatial size alone.
+        Size of the input, (channels, \\*spatial), or the spatial size alone.
     batch : int
-        Examples at a time.
+        Number of examples.
     threads : int, optional
-        Threads to use; all that OpenMP offers if not given.
+        Number of threads; default: all that OpenMP offers.
     runtime : str
-        ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``.
+        Runtime: ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``.
 
     Returns
     -------
@@ -162,7 +163,7 @@ def predict(
     Raises
     ------
     ValueError
-        If there are no rates for `runtime`, or the shape does not fit.
+        If there are no coefficients for `runtime`, or the shape does not fit.
 
     Examples
     --------
@@ -178,20 +179,20 @@ def predict(
 
 
 @functools.lru_cache(4)
-def _kept(file: Path, changed: int) -> Machine:
-    """What `file` held when it was `changed`."""
+def _read_cached(file: Path, modified: int) -> PerformanceModel:
+    """Read `file`, last modified at `modified`."""
     return _read(file)
 
 
-def _read(file: Path) -> Machine:
-    found = Machine.from_json(file.read_text())
-    here = calibration.cpu(), _core.default_isa()
-    if (found.cpu, found.isa) != here:
-        raise ValueError(f"made on {found.cpu}, {found.isa}, not on {', '.join(here)}")
-    return found
+def _read(file: Path) -> PerformanceModel:
+    model = PerformanceModel.from_json(file.read_text())
+    machine = calibration.cpu(), _core.default_isa()
+    if (model.cpu, model.isa) != machine:
+        raise ValueError(f"made on {model.cpu}, {model.isa}, not on {', '.join(machine)}")
+    return model
 
 
 @functools.cache
-def _shipped() -> Machine:
+def _shipped() -> PerformanceModel:
     text = resources.files("lowrank").joinpath("data/machine.json").read_text()
-    return replace(Machine.from_json(text), calibrated=False)
+    return replace(PerformanceModel.from_json(text), calibrated=False)

@@ -1,7 +1,7 @@
-"""Work that stands for what people run: layers, chains and filters of many sizes.
+"""Calibration workloads: layers, chains and filters of many sizes.
 
-Other sizes than benchmarks and networks usually have, so that those can tell how well a model that
-was fitted to these predicts.
+Their sizes differ from those of common benchmarks and networks, so that these remain test data for
+a model that was fitted to the workloads.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Stage, abstract_weight
 from lowrank.engine import fourier
 
-Layer = tuple[int, int | tuple[int, ...], bool, int]  # outputs, taps, depthwise, stride
+StageShape = tuple[int, int | tuple[int, ...], bool, int]  # outputs, taps, depthwise, stride
 
 
 class Workload(NamedTuple):
-    """A chain of random weights and what it runs on."""
+    """A chain of abstract weights, its input size and batch."""
 
     stages: tuple[Stage, ...]
     shape: Ints
@@ -26,30 +26,32 @@ class Workload(NamedTuple):
 
 
 def _chain(
-    channels: int, size: int | Ints, *layers: Layer, batch: int = 1, ndim: int = 2
+    channels: int, size: int | Ints, *shapes: StageShape, batch: int = 1, ndim: int = 2
 ) -> Workload:
-    """Stages that keep the size of their input, but for strides."""
-    stages, given = [], channels
-    for out, taps, depthwise, stride in layers:
+    """Return a chain whose stages keep the size of their input, except for strides."""
+    stages, in_channels = [], channels
+    for out, taps, depthwise, stride in shapes:
         kernel = (taps,) * ndim if isinstance(taps, int) else taps
-        groups = given if depthwise else 1
+        groups = in_channels if depthwise else 1
         geometry = Geometry.of(ndim, stride, [k // 2 for k in kernel])
-        stages.append(Stage(abstract_weight((out, given // groups, *kernel)), geometry, groups))
-        given = out
+        stages.append(
+            Stage(abstract_weight((out, in_channels // groups, *kernel)), geometry, groups)
+        )
+        in_channels = out
     spatial = (size,) * ndim if isinstance(size, int) else size
     return Workload(tuple(stages), (channels, *spatial), batch)
 
 
-class Filtering(NamedTuple):
-    """A filter by transforms: its taps, the image, the block."""
+class FFTWorkload(NamedTuple):
+    """A filter by transforms: its taps, image size and block size."""
 
     taps: Ints
     spatial: Ints
     block: Ints
 
 
-def filterings() -> Iterator[Filtering]:
-    """Filters by transforms, in blocks of several sizes."""
+def fft_workloads() -> Iterator[FFTWorkload]:
+    """Yield filters by transforms, in blocks of several sizes."""
     cases: list[tuple[Ints, Ints]] = [
         ((9, 9), (300, 300)), ((21, 21), (600, 500)), ((15, 15), (1100, 1300)),
         ((41, 41), (700, 900)), ((65, 65), (1500, 1200)), ((31, 31), (2300, 2000)),
@@ -59,11 +61,11 @@ def filterings() -> Iterator[Filtering]:
     for taps, spatial in cases:
         for block in fourier.blocks(taps, spatial)[::2]:
             if max(block) <= 8 * min(block):
-                yield Filtering(taps, spatial, block)
+                yield FFTWorkload(taps, spatial, block)
 
 
 def workloads() -> Iterator[Workload]:
-    """Layers, chains and filters of many sizes, other ones than benchmarks usually have."""
+    """Yield layers, chains and filters of many sizes."""
     yield from _layers()
     yield from _chains()
     yield from _filters()
@@ -126,34 +128,36 @@ def _chains() -> Iterator[Workload]:
     for c, size, k, n in layers:
         quarter, half = c // 4, c // 2
         down, across = (k, 1), (1, k)
-        into: Layer = (quarter, 1, False, 1)
-        back: Layer = (c, 1, False, 1)
+        reduce: StageShape = (quarter, 1, False, 1)
+        expand: StageShape = (c, 1, False, 1)
         for chain in (
-            [into, (quarter, k, False, 1), back],
-            [back, (c, down, True, 1), (c, across, True, 1), back],
-            [(half, 1, False, 1), (half, k, True, 1), back],
+            [reduce, (quarter, k, False, 1), expand],
+            [expand, (c, down, True, 1), (c, across, True, 1), expand],
+            [(half, 1, False, 1), (half, k, True, 1), expand],
             [(half, down, False, 1), (c, across, False, 1)],
-            [(quarter, k, False, 1), back],
-            [into, (c, k, False, 1)],
+            [(quarter, k, False, 1), expand],
+            [reduce, (c, k, False, 1)],
         ):
             yield _chain(c, size, *chain, batch=n)
         if n == 1:
-            yield _chain(c, size, (2 * c, k, True, 1), back)
-            yield _chain(c, size, into, (half, down, False, 1), (quarter, across, False, 1), back)
-            yield _chain(c, size, (2 * c, down, True, 1), (2 * c, across, True, 1), back)
-            yield from _tied(c, size, k)
+            yield _chain(c, size, (2 * c, k, True, 1), expand)
+            yield _chain(
+                c, size, reduce, (half, down, False, 1), (quarter, across, False, 1), expand
+            )
+            yield _chain(c, size, (2 * c, down, True, 1), (2 * c, across, True, 1), expand)
+            yield from _kronecker(c, size, k)
 
 
-def _tied(c: int, size: int, k: int) -> Iterator[Workload]:
-    """Kronecker products: few weights, used for blocks of channels."""
-    still, whole = Geometry.of(2), Geometry.of(2, padding=k // 2)
+def _kronecker(c: int, size: int, k: int) -> Iterator[Workload]:
+    """Yield Kronecker products: small weights, replicated over channels."""
+    unpadded, padded = Geometry.of(2), Geometry.of(2, padding=k // 2)
     down, across = Geometry.of(2, padding=(k // 2, 0)), Geometry.of(2, padding=(0, k // 2))
     shape = c, size, size
     for b, rank in ((2, 4), (8, 4), (16, 2)):
         a = c // b
         small, large = abstract_weight((rank * b, b, 1, 1)), abstract_weight((a, a * rank, k, k))
-        yield Workload((Stage(small, still, outer=a), Stage(large, whole, inner=b)), shape, 1)
-        yield Workload((Stage(small, still, inner=a), Stage(large, whole, outer=b)), shape, 1)
+        yield Workload((Stage(small, unpadded, outer=a), Stage(large, padded, inner=b)), shape, 1)
+        yield Workload((Stage(small, unpadded, inner=a), Stage(large, padded, outer=b)), shape, 1)
         first = Stage(abstract_weight((rank * b, b, 1, k)), across, outer=a)
         second = Stage(abstract_weight((a, a * rank, k, 1)), down, inner=b)
         yield Workload((first, second), shape, 1)
@@ -169,7 +173,7 @@ def _filters() -> Iterator[Workload]:
                     (31, 300), (3, 3000)]:  # fmt: skip
         yield _chain(1, size, (1, k, False, 1))
     for k, size in [(3, 100), (7, 140), (11, 100), (5, 200), (21, 100)]:
-        axes: list[Layer] = [
+        axes: list[StageShape] = [
             (1, tuple(k if b == a else 1 for b in range(3)), False, 1) for a in range(3)
         ]
         yield _chain(1, size, *axes, ndim=3)

@@ -1,0 +1,1 @@
+"""Chains on an NVIDIA GPU, through CuPy."""

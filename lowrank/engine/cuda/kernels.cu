@@ -60,7 +60,7 @@ __device__ inline void narrow(float v, f16 *to)
 }
 
 /* A sum with its bias and what follows: 1 is ReLU, 2 is ReLU6. */
-template <class S> __device__ inline S ended(S v, const S *bias, i64 channel, int activation)
+template <class S> __device__ inline S with_epilogue(S v, const S *bias, i64 channel, int activation)
 {
     if (bias) v += bias[channel];
     if (activation && v < 0) v = 0;
@@ -157,7 +157,7 @@ depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
         T *to = y + (((image * outputs + channel) * od + pd) * oh + first) * (i64)ow + pw;
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
-            if (first + i < oh) narrow(ended(sum[i], bias, channel, activation), to + (i64)i * ow);
+            if (first + i < oh) narrow(with_epilogue(sum[i], bias, channel, activation), to + (i64)i * ow);
     }
 }
 
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(256)
             if (o >= outs) continue;
             i64 channel = (lg * outs + o) * right + r;
             if (target) channel = target[channel];
-            narrow(ended(sum[i][j], bias, channel, activation),
+            narrow(with_epilogue(sum[i][j], bias, channel, activation),
                    y + (((p.image * given + channel) * od + p.d) * oh + p.h) * (i64)ow + p.w);
         }
     }
@@ -293,7 +293,7 @@ template <class T> struct separable_input {
                 for (int tw = 0; tw < kw; tw++)
                     v += wide(*taps++) * in.at(p.image, channel, pos_d[p.d * sd + td * dd],
                                                pos_h[p.h * sh + th * dh], pos_w[p.w * sw + tw * dw]);
-        return ended(v, bias, k, activation);
+        return with_epilogue(v, bias, k, activation);
     }
 };
 
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(256)
         for (int i = 0; i < O / 16; i++) {
             const i64 o = first + threadIdx.x / 16 + 16 * i;
             if (o < outs)
-                narrow(ended(sum[i][j], bias, o, activation),
+                narrow(with_epilogue(sum[i][j], bias, o, activation),
                        y + (((p.image * outs + o) * od + p.d) * oh + p.h) * (i64)ow + p.w);
         }
     }
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(256)
 
 /* What each output sees, side by side, for a matrix product: (images, blocks, terms, right, outputs). */
 template <class T>
-__global__ void unrolled(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
+__global__ void unroll(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
                          const int *at_d, const int *at_h, const int *at_w, i64 images, i64 blocks,
                          int ins, int right, i64 depth, int id, int ih, int iw, int od, int oh, int ow)
 {
@@ -352,11 +352,11 @@ __global__ void unrolled(const T *x, T *to, const int *source, const SUM *outsid
 
 /* Bias and activation in place, where a library made the product: (images, channels, samples). */
 template <class T>
-__global__ void finished(T *y, const SUM *bias, i64 images, i64 channels, i64 samples, int activation)
+__global__ void epilogue(T *y, const SUM *bias, i64 images, i64 channels, i64 samples, int activation)
 {
     const i64 total = images * channels * samples;
     for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x)
-        narrow(ended(wide(y[n]), bias, n / samples % channels, activation), y + n);
+        narrow(with_epilogue(wide(y[n]), bias, n / samples % channels, activation), y + n);
 }
 
 /* --- separable filters ----------------------------------------------------------------------------- */
@@ -390,7 +390,7 @@ __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps,
  * taps: (groups, R, kd + kh + kw), of kd, kh and kw taps rounded up to multiples of 4; no taps along D
  * are kd = 0, with td = 1.  Tiles are td x th x tw, multiples of 4 but for that.  pos_d, pos_h and pos_w
  * have so many entries more than outputs as there are rounded taps, less 1.  Shared memory holds
- * (filter_bytes in steps.py), for the rounded taps,
+ * (filter_shared_bytes in steps.py), for the rounded taps,
  *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd rows: lanes go down, each to a bank of its own
  *     after W       (td + kd) (th + kh) (tw + 1)
  *     after H       (td + kd) th tw                     where D has taps
@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(256)
         for (int e = t; e < many; e += 256) {
             const int w = w0 + e % tw, h = h0 + e / tw % th, d = d0 + e / tw / th;
             if (w < ow && h < oh && d < od)
-                narrow(ended(total[e], bias, channel, activation),
+                narrow(with_epilogue(total[e], bias, channel, activation),
                        y + (((image * channels + channel) * od + d) * oh + h) * (i64)ow + w);
         }
     }

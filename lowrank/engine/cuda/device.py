@@ -1,0 +1,108 @@
+"""CuPy and its devices: availability, transfers and messages about memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lowrank._typing import Array
+from lowrank.engine import NoGPU
+
+try:
+    import cupy as cupy
+except ImportError as missing:
+    if not isinstance(missing, ModuleNotFoundError) or missing.name != "cupy":
+        raise ImportError(
+            f"CuPy is installed but cannot be imported ({str(missing).strip().splitlines()[0]}): "
+            "keep one CuPy wheel only, that of the driver's CUDA"
+        ) from missing
+    raise ImportError(
+        "lowrank runs on a GPU through CuPy, which is not installed: pip install 'lowrank[gpu]', "
+        "or cupy-cuda12x[ctk] where the driver is of CUDA 12"
+    ) from missing
+
+#: CUDA libraries that plans and decompositions call.
+LIBRARIES = ("nvrtc", "cublas", "cusolver")
+
+
+def check_device() -> None:
+    """Raise NoGPU unless a GPU can be used; the message says what is missing."""
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise NoGPU(_cause(str(error))) from error
+    except (ImportError, OSError) as error:  # a wheel of another CUDA than what is installed
+        raise NoGPU(
+            f"CuPy does not find its CUDA libraries ({error}): install the wheel for this "
+            "machine's CUDA, cupy-cuda13x or cupy-cuda12x"
+        ) from error
+    if not count:
+        raise NoGPU("there is no GPU: CuPy finds a driver, but no device")
+    for name in LIBRARIES:
+        try:
+            importlib.import_module(f"cupy_backends.cuda.libs.{name}")
+        except ImportError as error:
+            raise NoGPU(
+                f"CUDA's library {name} is missing: pip install 'cupy-cuda13x[ctk]', or "
+                "'cupy-cuda12x[ctk]' where the driver is of CUDA 12"
+            ) from error
+
+
+def _cause(message: str) -> str:
+    if "InsufficientDriver" in message:
+        return (
+            f"the GPU's driver is missing, or too old for this CuPy ({message}): install NVIDIA's "
+            "driver, or the CuPy wheel of an older CUDA such as cupy-cuda12x"
+        )
+    if "NoDevice" in message:
+        return f"there is no GPU that CUDA can use ({message})"
+    return f"CUDA does not start ({message}): update NVIDIA's driver, or restart the machine"
+
+
+def device_id(array: Any) -> int:
+    """Return the number of the device that holds a CuPy array."""
+    return int(array.device.id)
+
+
+def to_device(array: Any, device: str) -> Any:
+    """Copy a NumPy or CuPy array to a device such as ``"cuda"`` or ``"cuda:1"``."""
+    check_device()
+    name, _, number = device.partition(":")
+    count = cupy.cuda.runtime.getDeviceCount()
+    if name != "cuda" or (number and not number.isdecimal()) or device == "cuda:":
+        raise ValueError(f"device must be 'cpu', 'cuda' or such as 'cuda:1', got {device!r}")
+    if number and int(number) >= count:
+        raise ValueError(f"there is no {device}: this machine has {count} GPUs")
+    with cupy.cuda.Device(int(number) if number else None), explain_out_of_memory(array.nbytes):
+        if isinstance(array, np.ndarray):
+            return cupy.asarray(np.ascontiguousarray(array))
+        if device_id(array) == cupy.cuda.Device().id:
+            return array.copy()
+        return cupy.asarray(array.get())  # through the host: peer access need not be available
+
+
+def to_host(array: Any) -> Array:
+    """Copy a CuPy array to a NumPy array."""
+    return np.asarray(array.get())
+
+
+@contextmanager
+def explain_out_of_memory(needed: int) -> Iterator[None]:
+    """Turn CuPy's out-of-memory error into a MemoryError that says how much is free."""
+    try:
+        yield
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        free, total = cupy.cuda.Device().mem_info
+        raise MemoryError(
+            f"the GPU has {free / 2**20:.0f} of {total / 2**20:.0f} MiB free, and about "
+            f"{needed / 2**20:.0f} MiB more are needed: run smaller batches, or free other arrays"
+        ) from error
+
+
+def is_capturing() -> bool:
+    """Return whether the current stream is captured into a CUDA graph."""
+    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))
