@@ -1,15 +1,15 @@
-"""Set the project up and run it, with nothing but Python, pip and a C compiler at hand.
+"""Set up the project and run its tasks; needs only Python, pip and a C compiler.
 
-    python3 dev.py demo             the main job, on a small trained network: a table and a picture
-    python3 dev.py test             the tests; what follows goes to pytest
-    python3 dev.py test --full      all of them: sanitizers, optional libraries (several 100 MB)
-    python3 dev.py lint             formatting, lint and types
-    python3 dev.py paper            the paper, measured, drawn and set; --from-data: not measured
-    python3 dev.py docs             the pages, in docs/_build/index.html
-    python3 dev.py bench            is this commit slower than main? minutes; have the machine alone
+    python3 dev.py demo             compress a small trained network: a table and a picture
+    python3 dev.py test             the tests, in parallel; further arguments go to pytest
+    python3 dev.py test --quick     a subset for every change, in less than a minute
+    python3 dev.py test --full      all tests, with the optional libraries (several 100 MB)
+    python3 dev.py lint             formatting, lint, types and language; --commits RANGE
+    python3 dev.py paper            measure, draw and typeset the paper; --from-data: no measuring
+    python3 dev.py docs             the documentation, in docs/_build/index.html
+    python3 dev.py bench            compare the speed with main: minutes, on an idle machine
 
-The first call makes the environment .venv; later ones renew it only if something that it was
-made from has changed.
+The first call creates the environment .venv; later calls renew it if its inputs have changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PYTHON = VENV / "bin" / "python"
 GROUPS = {
     "demo": ["demo"],
     "test": ["test"],
-    "full": ["test", "full"],
+    "full": ["full"],
     "lint": ["test", "lint"],
     "paper": ["demo", "paper"],
     "docs": ["demo", "docs"],
@@ -39,35 +39,35 @@ GROUPS = {
 
 
 def missing() -> list[str]:
-    """What this machine lacks, a sentence each."""
+    """Return one sentence per missing requirement, with the Debian package that has it."""
     compiler = os.environ.get("CC", "gcc").split()[0]
-    lacks = []
-    if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one reads it here
+    problems = []
+    if sys.version_info < (3, 11):  # noqa: UP036 - an older Python can run this file
         version = ".".join(map(str, sys.version_info[:2]))
-        lacks.append(f"Python 3.11 or newer is needed, this is {version}.")
+        problems.append(f"Python 3.11 or newer is needed, this is {version}.")
     if not shutil.which(compiler):
-        lacks.append(f"The C compiler {compiler} is missing; on Debian: apt install gcc libc6-dev.")
+        problems.append(f"The C compiler {compiler} is missing: apt install gcc libc6-dev.")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        lacks.append("Python's headers (Python.h) are missing; on Debian: apt install python3-dev.")
+        problems.append("Python's headers (Python.h) are missing: apt install python3-dev.")
     if not importlib.util.find_spec("pip"):
-        lacks.append("pip is missing; on Debian: apt install python3-pip.")
+        problems.append("pip is missing: apt install python3-pip.")
     if not importlib.util.find_spec("venv"):
-        lacks.append("The module venv is missing; on Debian: apt install python3-venv.")
-    return lacks
+        problems.append("The module venv is missing: apt install python3-venv.")
+    return problems
 
 
 def set_up(groups: list[str]) -> None:
-    """Make .venv, or renew it, with the project and these dependency groups in it."""
+    """Create or renew .venv with the project and these dependency groups."""
     kernels = ROOT / "lowrank" / "_kernels"
     sources = (p for end in ("*.pyx", "*.c", "*.h", "*.inc") for p in kernels.glob(end))
-    made_from = sorted(p for p in sources if p.name != "_core.c")
+    inputs = sorted(p for p in sources if p.name != "_core.c")
     digest = hashlib.sha256(sys.version.encode())
-    for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *made_from]:
+    for path in [ROOT / "pyproject.toml", ROOT / "setup.py", *inputs]:
         digest.update(path.read_bytes())
     stamp = VENV / f"ready-{'-'.join(groups)}"
     if stamp.exists() and stamp.read_text() == digest.hexdigest():
         return
-    print(f"setting up {VENV} (a minute, once)", file=sys.stderr)
+    print(f"setting up {VENV} (about a minute)", file=sys.stderr)
     if not PYTHON.exists():
         # Debian's venv cannot make a pip of its own without python3-venv.
         own_pip = importlib.util.find_spec("ensurepip") is not None
@@ -76,13 +76,13 @@ def set_up(groups: list[str]) -> None:
             run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "-q", "pip")
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
     quietly(*pip, "install", "--upgrade", "pip>=25.1")
-    wanted = [word for group in groups for word in ("--group", group)]
-    quietly(*pip, "install", "-e", ".", *wanted)
+    options = [word for group in groups for word in ("--group", group)]
+    quietly(*pip, "install", "-e", ".", *options)
     stamp.write_text(digest.hexdigest())
 
 
 def run(*command: str | Path) -> None:
-    """Run in the project's folder; leave with its exit status if it fails."""
+    """Run a command in the project's folder; exit with its status if it fails."""
     # cython-lint looks for its own tools on the path
     env = os.environ | {"PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"}
     words = [str(word) for word in command]
@@ -92,36 +92,45 @@ def run(*command: str | Path) -> None:
 
 
 def quietly(*command: str | Path) -> None:
-    """The same, but what it says is shown only if it fails."""
+    """Run a command and print its output only if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}{done.stderr}\nfailed: {' '.join(words)}")
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{process.stdout}{process.stderr}\nfailed: {' '.join(words)}")
+
+
+def pytest_options(arguments: list[str]) -> list[str]:
+    """Return the options for parallel workers, unless the arguments choose or exclude them."""
+    own = ("-n", "--numprocesses", "--dist", "--pdb", "--trace", "-p")
+    if any(a.startswith(own) for a in arguments):
+        return []
+    # More than 8 workers spend their time on imports; without psutil, "logical" is the affinity.
+    return ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal", "--durations", "20"]
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the command line asks for."""
+    """Run the task that the command line names."""
     command, *rest = arguments or ["help"]
     if command not in GROUPS or command == "full":
         print(__doc__, file=sys.stderr)
         raise SystemExit(0 if command in ("help", "-h", "--help") else 2)
-    lacks = missing()
-    if lacks:
-        raise SystemExit("\n".join(lacks))
+    problems = missing()
+    if problems:
+        raise SystemExit("\n".join(problems))
     full = command == "test" and "--full" in rest
     set_up(GROUPS["full" if full else command])
     if command == "demo":
         run(PYTHON, "-m", "lowrank.demo", *rest)
     elif command == "paper":
         if not shutil.which("make"):
-            raise SystemExit("make is missing; on Debian: apt install make.")
-        # A figure without its data fails alone; the paper needs them all.
+            raise SystemExit("make is missing: apt install make.")
+        # -k: a figure without its data does not keep the others from being drawn.
         run("make", "-k", "-C", "paper", "from-data" if "--from-data" in rest else "all")
     elif command == "test":
-        run(PYTHON, "-m", "pytest", *rest)
+        run(PYTHON, "-m", "pytest", *pytest_options(rest), *rest)
     elif command == "docs":
         run(PYTHON, "-m", "sphinx", "-W", "-b", "html", "docs", "docs/_build", *rest)
-        print(f"the pages: {ROOT / 'docs' / '_build' / 'index.html'}")
+        print(f"wrote {ROOT / 'docs' / '_build' / 'index.html'}")
     elif command == "bench":
         run(PYTHON, "-m", "asv_benchmarks.gate", *rest)
     else:
@@ -130,6 +139,7 @@ def main(arguments: list[str]) -> None:
         run(PYTHON, "-m", "mypy")
         run(VENV / "bin" / "cython-lint", "--max-line-length=100", "lowrank/_kernels")
         run(VENV / "bin" / "codespell")
+        run(PYTHON, "tests/language.py", *rest)
 
 
 if __name__ == "__main__":

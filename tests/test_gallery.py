@@ -1,4 +1,4 @@
-"""The scripts of the gallery run, each on its own, and draw what they say."""
+"""The gallery's scripts run, each in its own folder, and draw figures with data."""
 
 import ast
 import re
@@ -14,24 +14,25 @@ GALLERY = Path(lowrank.__file__).parents[1] / "docs" / "gallery"
 SCRIPTS = sorted(GALLERY.glob("plot_*.py"))
 
 
-def test_there_are_scripts_where_there_is_a_gallery():
+def test_the_gallery_is_not_empty():
     assert SCRIPTS or not GALLERY.exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_a_script_of_the_gallery_runs(script, monkeypatch, tmp_path, capsys):
-    for name in libraries(script):
+def test_scripts_draw_figures_without_calibrating(script, monkeypatch, tmp_path, capsys):
+    for name in imported_packages(script):
         pytest.importorskip(name)
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def measured(*_):
+    def refuse(*_):
         raise AssertionError("a page must not calibrate: it would take a minute")
 
     shown = []
-    monkeypatch.setattr(plt, "show", lambda: shown.extend(map(drawn, plt.get_fignums())))
-    monkeypatch.setattr(calibration, "measure", measured)
+    monkeypatch.setattr(plt, "show", lambda: shown.extend(map(draw, plt.get_fignums())))
+    monkeypatch.setattr(calibration, "measure", refuse)
     monkeypatch.chdir(tmp_path)  # where a script writes its files
     try:
         with matplotlib.rc_context():
@@ -43,8 +44,8 @@ def test_a_script_of_the_gallery_runs(script, monkeypatch, tmp_path, capsys):
     assert not re.search(r"\bnan\b", capsys.readouterr().out)
 
 
-def libraries(script):
-    """What a script imports at its top; a page may need an optional one."""
+def imported_packages(script):
+    """Yield the packages that a script imports at its top level; some are optional."""
     for node in ast.parse(script.read_text()).body:
         if isinstance(node, ast.Import):
             yield from (a.name.split(".")[0] for a in node.names)
@@ -52,8 +53,8 @@ def libraries(script):
             yield str(node.module).split(".")[0]
 
 
-def drawn(number):
-    """The number of a figure that has been drawn, which is when texts and layouts go wrong."""
+def draw(number):
+    """Draw a figure, which is when errors of text and layout appear; return its number."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(number)
