@@ -131,10 +131,10 @@ def row(case: Case, threads: int, seconds: float) -> dict[str, Any]:
     name, kernel, size, tolerance = case
     image = np.random.default_rng(0).random(size, dtype=np.float32)
     plan = filters.plan_filter(kernel, size, tolerance=tolerance, threads=threads)
-    allowed = [o for o in plan.options if o.error <= plan.tolerance]
+    allowed = [o for o in plan.methods if o.error <= plan.tolerance]
     # The fastest of each way, and what else is predicted to be near: the others are not close.
     allowed = [o for o in allowed if o.seconds <= 6 * plan.choice.seconds]
-    runs = [choose.runner(o, size, np.float32, threads) for o in allowed]
+    runs = [choose.compile_method(o, size, np.float32, threads) for o in allowed]
     out, x = np.empty_like(image)[None, None], image[None, None]
     ours = [lambda run=run: run(x, out) for run in runs]
     others = peers(name, kernel, image)

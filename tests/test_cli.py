@@ -166,7 +166,7 @@ def test_a_pick_that_is_the_dense_kernel_says_what_is_possible(lowrank):
     assert "the cheapest within" in out
 
 
-def test_filter_shows_the_ways_there_are(lowrank, photo):
+def test_filter_lists_its_methods(lowrank, photo):
     words = ("filter", "photo.png", "--kernel", "disk", "--radius", "4", "--tolerance", "0.1")
     code, out, _ = lowrank(*words)
     assert code == 0
@@ -176,7 +176,7 @@ def test_filter_shows_the_ways_there_are(lowrank, photo):
     _, out, _ = lowrank(*words, "--method", "fft", "--json")
     told = json.loads(out)
     assert told["method"] == "fft"
-    assert {o["way"].split(",")[0].split()[0] for o in told["options"]} == {
+    assert {m["method"].split(",")[0].split()[0] for m in told["methods"]} == {
         "direct", "separable", "fft"
     }  # fmt: skip
 
@@ -199,10 +199,10 @@ def test_calibrate_measures_and_shows(lowrank, monkeypatch, tmp_path):
     code, out, err = lowrank("calibrate")
     assert (code, err) == (0, "")
     assert asked == [None]
-    assert f"{here.rates['lowrank'].error:.1%}" in out
+    assert f"{here.coefficients['lowrank'].error:.1%}" in out
     assert str(perfmodel.path()) in out.replace("\n", "")
     code, out, _ = lowrank("calibrate", "--show", "--json")
-    assert set(json.loads(out)["rates"]) == set(here.rates)
+    assert set(json.loads(out)["rates"]) == set(here.coefficients)
     lowrank("calibrate", "--runtime", "fft")
     assert asked == [None, ["fft"]]
 

@@ -1,4 +1,4 @@
-"""Filters in scipy.ndimage's manners, against scipy.ndimage."""
+"""Filters against scipy.ndimage."""
 
 import itertools
 
@@ -12,7 +12,7 @@ import lowrank as lr
 from lowrank import filters
 
 MODES = ["reflect", "constant", "nearest", "mirror", "wrap"]
-# Sums of at most 400 products of order 1: rounding of eps * 400, here with room.
+# Sums of at most 400 products of order 1: rounding of eps * 400, with a margin.
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -23,10 +23,10 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
     convolve=st.booleans(),
     draw=st.data(),
 )
-def test_correlate_is_that_of_scipy(taps, mode, convolve, draw):
+def test_correlate_matches_scipy(taps, mode, convolve, draw):
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal(taps)
-    # scipy's mirror and wrap want an input as long as the border they make
+    # scipy's mirror and wrap need an input at least as long as the border
     x = rng.standard_normal(tuple(n + draw.draw(st.integers(0, 6)) for n in taps))
     origin = [draw.draw(st.integers(-(n // 2), (n - 1) // 2)) for n in taps]
     theirs = (ndi.convolve if convolve else ndi.correlate)(
@@ -38,7 +38,7 @@ def test_correlate_is_that_of_scipy(taps, mode, convolve, draw):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["gauss", "sobel", "log", "gabor", "disk", "motion"])
-def test_named_filters_are_exact_in_their_separable_form(rng, mode, name):
+def test_standard_filters_match_scipy_in_every_mode(rng, mode, name):
     kernel = {
         "gauss": filters.gauss(1.5),
         "sobel": filters.sobel(),
@@ -53,7 +53,7 @@ def test_named_filters_are_exact_in_their_separable_form(rng, mode, name):
     )
 
 
-def test_named_filters_are_those_of_scipy(rng):
+def test_standard_kernels_match_scipy_filters(rng):
     x = rng.standard_normal((40, 41))
     options = {"mode": "reflect"}
     np.testing.assert_allclose(
@@ -86,17 +86,17 @@ def test_named_filters_are_those_of_scipy(rng):
         (filters.unsharp(2.0), 2),
     ],
 )
-def test_ranks_of_named_filters(kernel, rank):
+def test_separate_finds_the_rank_of_standard_filters(kernel, rank):
     assert filters.separate(kernel).rank == (rank,)
 
 
-def test_kernels_add_up_to_what_they_should():
+def test_kernels_have_the_documented_sum():
     assert filters.gauss(1.7).sum() == pytest.approx(1)
     assert filters.disk(6.3).sum() == pytest.approx(1)
     for angle in (0, 0.3, 1.2, 2.5):
         assert filters.motion(11, angle=angle).sum() == pytest.approx(1)
         kernel = filters.motion(11, angle=angle)
-        np.testing.assert_allclose(kernel, np.flip(kernel))  # does not shift the image
+        np.testing.assert_allclose(kernel, np.flip(kernel))  # symmetric: does not shift the image
     assert filters.log(2.0).sum() == pytest.approx(0, abs=1e-15)
     np.testing.assert_array_equal(filters.disk(3), filters.disk(3).T)
 
@@ -116,7 +116,7 @@ def test_integers_round_to_even_and_saturate(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64])
-def test_the_widest_integers_saturate(dtype):
+def test_64_bit_integers_saturate(dtype):
     limits = np.iinfo(dtype)
     ends = np.array([[limits.min // 2, limits.max // 2]] * 2, dtype)
     kernel = [[4.0]]
@@ -124,7 +124,7 @@ def test_the_widest_integers_saturate(dtype):
     np.testing.assert_array_equal(filters.correlate(ends, kernel), np.array(expected, dtype))
 
 
-def test_halves_are_computed_in_float32(rng):
+def test_float16_is_computed_in_float32(rng):
     x = rng.standard_normal((20, 21)).astype(np.float16)
     got = filters.correlate(x, filters.gauss(1.0))
     expected = ndi.gaussian_filter(x.astype(np.float32), 1.0)
@@ -138,7 +138,7 @@ def test_float32_is_computed_in_float32(rng):
     np.testing.assert_allclose(got, ndi.correlate(x, filters.disk(3.0)), **FLOAT32)
 
 
-def test_axes_say_where_the_kernel_runs(rng):
+def test_kernel_runs_along_the_given_axes(rng):
     colours = rng.standard_normal((12, 13, 3))
     got = filters.correlate(colours, filters.gauss(1.0))
     for c in range(3):
@@ -157,7 +157,7 @@ def test_axes_say_where_the_kernel_runs(rng):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
 @pytest.mark.parametrize("numbers", [2, 3, 70])
-def test_colours_go_through_together(rng, mode, dtype, numbers):
+def test_interleaved_channels_match_single_channels(rng, mode, dtype, numbers):
     image = (rng.random((17, 23, numbers)) * 200).astype(dtype)
     for kernel in (filters.gauss(0.8), np.array([[1.0, -2.0, 0.5, 0.25]]), rng.random((4, 3))):
         got = filters.correlate(image, kernel, mode=mode, cval=3.0)
@@ -170,19 +170,19 @@ def test_colours_go_through_together(rng, mode, dtype, numbers):
         plane = ndi.correlate(image[..., 1].astype(float), kernel, mode=mode, cval=3.0)
         limits = (0, np.iinfo(dtype).max) if np.dtype(dtype).kind == "u" else (None, None)
         expected = np.clip(plane, *limits)
-        tolerance = 0.5001 if np.dtype(dtype).kind == "u" else 1e-3  # of sums of up to 2000
+        tolerance = 0.5001 if np.dtype(dtype).kind == "u" else 1e-3  # sums of up to 2000
         np.testing.assert_allclose(got[..., 1], expected, rtol=0, atol=tolerance)
 
 
-def test_a_kernel_along_the_first_axis_leaves_the_others_alone(rng):
+def test_1d_kernel_runs_along_the_first_axis_only(rng):
     image = rng.standard_normal((20, 5, 30))
     expected = ndi.correlate1d(image, [1.0, 2.0, 4.0], axis=0, mode="mirror")
     got = filters.correlate(image, [1.0, 2.0, 4.0], mode="mirror")
     np.testing.assert_allclose(got, expected, **FLOAT64)
 
 
-def test_a_cube_is_filtered_in_space_and_spectrum(rng):
-    # a rank-2 spatial filter times a spectral one: 2-D + 1-D, which no sum of 3 passes beats
+def test_cube_filter_separates_space_and_spectrum(rng):
+    # a spatial filter times a spectral one: 2-D + 1-D is cheaper than any sum of three passes
     space = filters.disk(2.0)
     spectrum = np.array([1.0, 2.0, 4.0, 2.0, 1.0])
     kernel = np.multiply.outer(space, spectrum)
@@ -195,7 +195,7 @@ def test_a_cube_is_filtered_in_space_and_spectrum(rng):
     )
 
 
-def test_a_rank_gives_the_best_filter_of_that_rank(rng):
+def test_rank_gives_the_best_filter_of_that_rank(rng):
     kernel = filters.disk(5.5)
     s = np.linalg.svd(kernel, compute_uv=False)
     for rank in (1, 2, 4):
@@ -210,14 +210,14 @@ def test_a_rank_gives_the_best_filter_of_that_rank(rng):
         )
 
 
-def test_tolerance_takes_fewer_terms():
+def test_tolerance_reduces_macs():
     kernel = filters.disk(7.5)
     exact, close = filters.separate(kernel), filters.separate(kernel, tolerance=0.1)
     assert close.error(kernel[None, None]) <= 0.1
     assert close.cost((64, 64)).macs < exact.cost((64, 64)).macs
 
 
-def test_out_and_odd_layouts(rng):
+def test_out_and_unusual_memory_layouts(rng):
     x = rng.standard_normal((20, 21))
     kernel = filters.gauss(1.0)
     expected = filters.correlate(x, kernel)
@@ -231,7 +231,7 @@ def test_out_and_odd_layouts(rng):
     assert filters.correlate(np.empty((0, 5)), [[1.0, 2.0]]).shape == (0, 5)
 
 
-def test_series(rng):
+def test_series_match_scipy(rng):
     x = rng.standard_normal(50)
     for mode, origin in itertools.product(MODES, (-1, 0, 1)):
         np.testing.assert_allclose(
@@ -261,7 +261,7 @@ def test_series(rng):
         ({"out": np.empty((2, 2))}, "out"),
     ],
 )
-def test_what_is_refused(change, message):
+def test_invalid_arguments_are_rejected(change, message):
     options = {"kernel": np.ones((3, 3)), **change}
     with pytest.raises(ValueError, match=message):
         filters.correlate(np.ones((8, 9)), **options)
@@ -276,19 +276,19 @@ def test_what_is_refused(change, message):
         ({"threads": 0.5}, "threads must be an integer"),
     ],
 )
-def test_wrong_words_are_named(rng, change, message):
+def test_arguments_of_wrong_type_are_rejected(rng, change, message):
     image = rng.standard_normal((9, 9))
     filters.correlate(image, filters.sobel(), rank=1)
     with pytest.raises(TypeError, match=message):
         filters.correlate(image, filters.sobel(), **{"rank": 1, **change})
 
 
-def test_a_mask_is_not_dropped_silently():
+def test_masked_array_is_rejected():
     with pytest.raises(TypeError, match="image must be a plain array"):
         filters.correlate(np.ma.masked_less(np.ones((9, 9)), 0), filters.sobel())
 
 
-def test_misaligned_images_are_right(rng):
+def test_misaligned_images(rng):
     image = rng.standard_normal((10, 10))
     odd = np.frombuffer(bytearray(801), np.float64, 100, 1).reshape(10, 10)
     odd[...] = image
@@ -298,7 +298,7 @@ def test_misaligned_images_are_right(rng):
 
 
 @pytest.mark.parametrize("dtype", [complex, bool, object])
-def test_types_that_are_refused(dtype):
+def test_unsupported_dtypes_are_rejected(dtype):
     with pytest.raises(TypeError, match="image must be"):
         filters.correlate(np.ones((8, 9), dtype), np.ones((3, 3)))
     with pytest.raises(TypeError, match="rank or tolerance"):

@@ -2,7 +2,7 @@ r"""
 Filters that choose for themselves
 ==================================
 
-A filter of many taps can be run in three ways: directly, tap by tap; as a sum of separable terms,
+A filter of many taps can run by three methods: directly, tap by tap; as a sum of separable terms,
 each along the columns and then along the rows; and by Fourier transforms of blocks.  Which is
 fastest depends on the kernel's size, its rank, the error that is allowed, and the machine.
 :func:`lowrank.filter_image` chooses, and :func:`lowrank.plan_filter` shows the choice.
@@ -57,37 +57,36 @@ for ax, (name, k) in zip(axes, kernels.items()):
 plt.show()
 
 # %%
-# Below each kernel is what is run on a picture of 1080 × 1920 if a relative error of 0.02 is
-# allowed.  Colours show square roots, so that small taps can be seen.  A plan says what else
-# there was:
+# Below each kernel is the method that runs on a picture of 1080 × 1920 with a tolerance of 0.02.
+# Colours show square roots, so that small taps are visible.  A plan lists the other methods:
 
 print(plans["disk"])
 
 # %%
 # ``error``
-#     Relative Frobenius error of the kernel that is run.
+#     Relative Frobenius error of the kernel that runs.
 # ``grey levels``
-#     No pixel of any picture with values from 0 to 255 is farther off than this, rounding aside.
+#     Bound on the error of a pixel for values from 0 to 255, apart from round-off.
 # ``predicted``
 #     Time of one picture.
 #
-# The fastest way within the tolerance is run.  Ways beyond it are shown, as they tell what a larger
-# tolerance would buy.
+# The fastest method within the tolerance runs.  Methods beyond it are listed to show what a larger
+# tolerance would save.
 #
-# The two columns of errors are not the same thing twice.  Unsharp masking is a large tap in the
-# middle less a wide, faint blur.  Of one term it has an error of about 0.05, as the blur is a
-# small part of the squared norm, but all of that blur is missed: bright pictures would change by a
-# hundred grey levels and more.
+# The two columns of errors differ.  Unsharp masking is a large tap in the middle minus a wide,
+# faint blur.  Its rank-1 approximation has an error of about 0.05, since the blur is a small part
+# of the squared norm, but it misses the whole blur: bright pictures would change by a hundred grey
+# levels and more.
 
 for name in ("log", "gabor", "unsharp"):
     print(name, plans[name], sep="\n")
 
 # %%
-# Where one way overtakes another
-# -------------------------------
+# Where the fastest method changes
+# --------------------------------
 #
-# Direct filtering takes a multiply-add for each of the K² taps, R separable terms take 2 R K, and
-# transforms about as long for every size.  So there are crossovers.  Kernels of random
+# Direct filtering takes K² MACs per pixel, R separable terms take 2 R K, and transforms about the
+# same time for every kernel size.  So there are crossovers.  Kernels of random
 # numbers have full rank, K terms, which never pays; with ``rank=R`` a plan is about the best sum of
 # R terms.
 
@@ -98,16 +97,16 @@ names = ("direct", "fft", "rank 1", "rank 2", "rank 4", "full rank")
 seconds = {name: [] for name in names}
 for side in sides:
     kernel = rng.standard_normal((side, side))
-    ways = {}
-    for option in lowrank.plan_filter(kernel, size, threads=1).options:
-        ways.setdefault(option.method, option.seconds)  # the fastest comes first
+    times = {}
+    for method in lowrank.plan_filter(kernel, size, threads=1).methods:
+        times.setdefault(method.method, method.seconds)  # the fastest comes first
     for rank in (1, 2, 4, side):
         name = "full rank" if rank == side else f"rank {rank}"
         if rank <= side:
             plan = lowrank.plan_filter(kernel, size, rank=rank, threads=1)
-            ways[name] = plan.choice.seconds
+            times[name] = plan.choice.seconds
     for name in names:
-        seconds[name].append(ways.get(name, np.nan))
+        seconds[name].append(times.get(name, np.nan))
 
 figure, axes = plt.subplots(figsize=(6.6, 4.2), layout="constrained")
 looks = {
@@ -127,7 +126,7 @@ axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %%
-# From which size on a way is predicted to be faster than another:
+# Sizes from which on a method is predicted to be faster than another:
 
 
 def crossover(new, old):

@@ -1,4 +1,4 @@
-"""Filters of pictures, volumes and series."""
+"""Command that filters pictures, volumes and series."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowrank.report import figures
 
 
 class Name(StrEnum):
-    """Filters that the command knows by name."""
+    """Filters with a name on the command line."""
 
     gauss = "gauss"
     box = "box"
@@ -36,51 +36,64 @@ class Name(StrEnum):
 
 @app.command("filter")
 def filter_image(
-    image: Annotated[Path, typer.Argument(help="A picture, or a .npy: image, volume or series.")],
+    image: Annotated[Path, typer.Argument(help="Picture, or .npy file: image, volume or series.")],
     kernel: Annotated[
-        str, typer.Option(help=f"{', '.join(Name)}, or a .npy with a kernel over 1 to 3 axes.")
+        str, typer.Option(help=f"{', '.join(Name)}, or a .npy kernel over 1 to 3 axes.")
     ],
     sigma: Annotated[
-        str, typer.Option(help="Samples: gauss, dog and unsharp, also as 2,6; log, gabor.")
+        str,
+        typer.Option(
+            help="Standard deviation in samples; for gauss, dog, unsharp also one per axis (2,6)."
+        ),
     ] = "2",
-    ratio: Annotated[float, typer.Option(help="Of the wide sigma to the narrow one: dog.")] = 1.6,
-    amount: Annotated[float, typer.Option(help="Of what is added: unsharp.")] = 1.0,
-    size: Annotated[str, typer.Option(help="Samples, also as 3,5: box.")] = "5",
-    radius: Annotated[float, typer.Option(help="Samples: disk.")] = 5.0,
-    length: Annotated[int, typer.Option(help="Samples: motion.")] = 15,
-    wavelength: Annotated[float, typer.Option(help="Samples: gabor.")] = 6.0,
-    angle: Annotated[float, typer.Option(help="Degrees: gauss, gabor, motion.")] = 0.0,
-    axis: Annotated[int, typer.Option(help="Of the slope: sobel, prewitt, scharr.")] = -1,
+    ratio: Annotated[float, typer.Option(help="Ratio of the wide to the narrow sigma: dog.")] = 1.6,
+    amount: Annotated[float, typer.Option(help="Gain of the detail: unsharp.")] = 1.0,
+    size: Annotated[
+        str, typer.Option(help="Size in samples, one or one per axis (3,5): box.")
+    ] = "5",
+    radius: Annotated[float, typer.Option(help="Radius in samples: disk.")] = 5.0,
+    length: Annotated[int, typer.Option(help="Length in samples: motion.")] = 15,
+    wavelength: Annotated[float, typer.Option(help="Wavelength in samples: gabor.")] = 6.0,
+    angle: Annotated[float, typer.Option(help="Angle in degrees: gauss, gabor, motion.")] = 0.0,
+    axis: Annotated[int, typer.Option(help="Axis of the derivative: sobel, prewitt, scharr.")] = -1,
     connectivity: Annotated[
-        int, typer.Option(help="Axes that a neighbour is off along: laplacian.")
+        int, typer.Option(help="Axes along which a neighbour may differ: laplacian.")
     ] = 1,
     ndim: Annotated[
-        int, typer.Option(help="Axes of the kernel, 2 for gabor and motion; a disk over 3: a ball.")
+        int,
+        typer.Option(
+            help="Number of axes of the kernel, 2 for gabor and motion; a disk over 3 is a ball."
+        ),
     ] = 2,
-    rank: Annotated[int | None, typer.Option(help="Use the best sum of so many terms.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Number of separable terms to run instead of the kernel.")
+    ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Use the fastest form within this relative error.")
+        float | None, typer.Option(help="Largest relative error of the kernel [round-off].")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="auto: what is predicted to be fastest; direct, separable or fft.")
+        str, typer.Option(help="auto (predicted to be fastest), direct, separable or fft.")
     ] = "auto",
-    mode: Annotated[str, typer.Option(help=f"Border: {', '.join(filters.MODES)}.")] = "reflect",
-    cval: Annotated[float, typer.Option(help="Value outside, for mode constant.")] = 0.0,
+    mode: Annotated[
+        str, typer.Option(help=f"Border mode: {', '.join(filters.MODES)}.")
+    ] = "reflect",
+    cval: Annotated[float, typer.Option(help="Border value of mode constant.")] = 0.0,
     convolve: Annotated[bool, typer.Option("--convolve", help="Flip the kernel.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Filtered picture, or .npy [IMAGE.KERNEL.png here]")
+        Path | None, typer.Option(help="Output picture or .npy file [IMAGE.KERNEL.png]")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the filter and its form: .svg, .png or .pdf.")
+        Path | None,
+        typer.Option(help="Figure of the filter and its separable form: .svg, .png or .pdf."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Filter a picture the fastest way within a tolerance, and say which ways there are.
+    """Filter a picture by the fastest method within a tolerance, and list the methods.
 
-    A filter that sums to zero, such as sobel, has results below zero: its picture is drawn
-    around mid-grey.  A .npy holds the values as they are.
+    A filter that sums to zero, such as sobel, has negative results: the output picture is centred
+    at mid-grey.  A .npy file holds the values themselves.
     """
-    shape_of: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "sigma": _reals("--sigma", sigma),
         "ratio": ratio,
         "amount": amount,
@@ -93,12 +106,11 @@ def filter_image(
         "connectivity": connectivity,
         "ndim": ndim,
     }
-    taps = _kernel(kernel, shape_of)
+    taps = _kernel(kernel, parameters)
     picture = _image(image)
     if taps.ndim > picture.ndim:
         raise ValueError(
-            f"--kernel: a kernel over {taps.ndim} axes does not fit {image} of shape "
-            f"{picture.shape}"
+            f"--kernel must have at most the {picture.ndim} axes of {image}, got {taps.ndim}"
         )
     if out is None:
         name = f"{image.stem}.{Path(kernel).stem}"
@@ -114,21 +126,21 @@ def filter_image(
     }  # fmt: skip
     dtype = np.float64 if work.dtype == np.float64 else np.float32
     batch = work.size // max(math.prod(shape), 1)
-    ways = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
-    chain = ways.choice.chain
+    plan = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
+    chain = plan.choice.chain
     result = filters.correlate(work, taps, convolve=convolve, **options)
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:
         figures.filter_and_form(correlated, chain, plot, title=kernel)
-    macs, whole = chain.cost(shape).macs, taps.size * math.prod(shape)
+    macs, dense_macs = chain.cost(shape).macs, taps.size * math.prod(shape)
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
-    said = {
+    record = {
         "image": str(image),
         "shape": list(picture.shape),
         "kernel": kernel,
         "taps": list(taps.shape),
-        "method": ways.choice.method,
+        "method": plan.choice.method,
         "family": chain.family,
         "variant": chain.variant,
         "rank": None if chain.family == "dense" else chain.rank[0],
@@ -136,32 +148,32 @@ def filter_image(
         "error": chain.error(correlated[None, None]),
         "stages": [list(s.weight.shape) for s in chain.stages],
         "macs": macs,
-        "dense_macs": whole,
-        "options": [
+        "dense_macs": dense_macs,
+        "methods": [
             {
-                "way": o.name,
-                "rank": list(o.rank),
-                "error": o.error,
-                "grey": o.grey,
-                "seconds": o.seconds,
+                "method": m.name,
+                "rank": list(m.rank),
+                "error": m.error,
+                "grey": m.grey,
+                "seconds": m.seconds,
             }
-            for o in ways.options
+            for m in plan.methods
         ],
         "out": str(out),
     }
     if as_json:
-        print_json(said)
+        print_json(record)
         return
     print(f"{kernel}: {'x'.join(map(str, taps.shape))} taps", end="")
-    print("" if spectrum is None else f", rank {said['kernel_rank']}")
-    print(ways)
+    print("" if spectrum is None else f", rank {record['kernel_rank']}")
+    print(plan)
     if chain.family != "dense":
         passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
-        print(f"passes: {passes}, {whole / macs:.2f} times fewer multiply-adds")
+        print(f"passes: {passes}, {dense_macs / macs:.2f}x fewer MACs")
     print(f"wrote {out}" + (f"\nwrote {plot}" if plot is not None else ""))
 
 
-#: The function behind every name, and the options that it takes.
+#: Function of each name, and the command-line options that it takes.
 _NAMED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
     Name.gauss: (filters.gauss, ("sigma", "angle", "ndim")),
     Name.box: (filters.box, ("size", "ndim")),
@@ -180,17 +192,19 @@ _NAMED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
 
 def _kernel(kernel: str, options: dict[str, Any]) -> Array:
     if kernel in _NAMED:
-        make, wanted = _NAMED[kernel]
+        make, names = _NAMED[kernel]
         if kernel == Name.disk and options["ndim"] == 3:
             make = filters.ball
-        elif "ndim" not in wanted and options["ndim"] != 2:
+        elif "ndim" not in names and options["ndim"] != 2:
             raise ValueError(f"--ndim must be 2 for {kernel}, got {options['ndim']}")
         try:
-            return make(**{name: options[name] for name in wanted})
-        except (ValueError, TypeError) as why:  # begins with the argument, which is the option
+            return make(**{name: options[name] for name in names})
+        except (ValueError, TypeError) as why:  # the message begins with the name of the option
             raise ValueError(f"--{why}") from None
     if not kernel.endswith(".npy"):
-        raise ValueError(f"--kernel must be one of {', '.join(Name)}, or a .npy, got {kernel!r}")
+        raise ValueError(
+            f"--kernel must be one of {', '.join(Name)}, or a .npy file, got {kernel!r}"
+        )
     (taps,) = read_weights(kernel).values()
     return taps
 
@@ -200,7 +214,7 @@ def _reals(option: str, text: str) -> float | list[float]:
         reals = [float(n) for n in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"{option} must be one number or one an axis, as 2,6, got {text!r}"
+            f"{option} must be one number or one per axis (2,6), got {text!r}"
         ) from None
     return reals[0] if len(reals) == 1 else reals
 
@@ -218,23 +232,23 @@ def _image(path: Path) -> Array:
             plain = opened.mode in ("L", "RGB", "I;16", "I", "F")
             return np.asarray(opened if plain else opened.convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that can be read") from None
+        raise ValueError(f"{path}: not a readable picture") from None
 
 
 def _check_out(path: Path) -> None:
-    """Refuse an output that cannot be written; before the work, not after it."""
+    """Raise if the output cannot be written, before any work is done."""
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out: {path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"--out: {path}: folder {path.parent} does not exist")
     if path.suffix != ".npy":
         from PIL import Image
 
         known = Image.registered_extensions()
         if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
-            raise ValueError(f"--out: {path}: a picture cannot end in {path.suffix!r}")
+            raise ValueError(f"--out: {path}: pictures cannot be written as {path.suffix!r}")
 
 
 def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> None:
-    """Values as they are into a .npy, 8-bit grey or colour into a picture."""
+    """Write values to a .npy file, or 8-bit grey or colour to a picture."""
     if path.suffix == ".npy":
         np.save(path, result)
         return
@@ -242,7 +256,9 @@ def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> No
 
     flat = result.ndim == 2 or (result.ndim == 3 and result.shape[2] == 3)
     if not flat:
-        raise ValueError(f"--out: {path} cannot hold shape {result.shape}; give a .npy")
+        raise ValueError(
+            f"--out: a picture must be grey or RGB, got shape {result.shape}: write a .npy file"
+        )
     low, high = 0.0, 1.0
     if picture.dtype.kind in "iu":
         high = np.iinfo(picture.dtype).max

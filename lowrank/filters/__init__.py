@@ -1,8 +1,11 @@
-"""Filters of images, volumes, cubes and series, of any rank, in scipy.ndimage's manners."""
+"""Filters for images, volumes, cubes and series, with the conventions of scipy.ndimage."""
 
+from lowrank.filters.apply import correlate as correlate
+from lowrank.filters.apply import filter_image as filter_image
 from lowrank.filters.arguments import MODES as MODES
+from lowrank.filters.choose import FilterMethod as FilterMethod
 from lowrank.filters.choose import FilterPlan as FilterPlan
-from lowrank.filters.choose import Option as Option
+from lowrank.filters.choose import plan_filter as plan_filter
 from lowrank.filters.kernels import ball as ball
 from lowrank.filters.kernels import box as box
 from lowrank.filters.kernels import disk as disk
@@ -16,8 +19,5 @@ from lowrank.filters.kernels import prewitt as prewitt
 from lowrank.filters.kernels import scharr as scharr
 from lowrank.filters.kernels import sobel as sobel
 from lowrank.filters.kernels import unsharp as unsharp
-from lowrank.filters.run import correlate as correlate
-from lowrank.filters.run import filter_image as filter_image
-from lowrank.filters.run import plan_filter as plan_filter
-from lowrank.filters.run import rank as rank
-from lowrank.filters.run import separate as separate
+from lowrank.filters.separability import rank as rank
+from lowrank.filters.separability import separate as separate

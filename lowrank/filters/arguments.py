@@ -1,7 +1,8 @@
-"""What filters are called with, checked: a mistake is named, with what is possible."""
+"""Checks and conversions of the arguments of filters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,11 @@ import numpy as np
 
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import as_integers
+from lowrank.factorization import Factorization, dense
 
-#: scipy.ndimage's names of the border modes, and ours.
+_ROUND_OFF_FACTOR = 4  # allows for the rounding of kernels that were computed, not given
+
+#: scipy.ndimage's border modes, and the padding modes that they mean.
 MODES: dict[str, PaddingMode] = {
     "reflect": "symmetric",
     "grid-mirror": "symmetric",
@@ -23,9 +27,9 @@ MODES: dict[str, PaddingMode] = {
 }
 
 
-def kernel(given: Any) -> Array:
-    """A kernel over 1 to 3 axes, in float32 or float64 and native byte order."""
-    k = np.asarray(given)
+def as_kernel(value: Any) -> Array:
+    """Return a kernel over 1 to 3 axes, in float32 or float64 and native byte order."""
+    k = np.asarray(value)
     if k.dtype.kind in "iub":
         k = k.astype(np.float64)
     k = k.astype(k.dtype.newbyteorder("="), copy=False)
@@ -34,40 +38,40 @@ def kernel(given: Any) -> Array:
     if k.dtype not in (np.float32, np.float64):
         raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
     if k.ndim not in (1, 2, 3) or k.size == 0:
-        raise ValueError(f"kernel must have 1 to 3 axes and no empty one, got shape {k.shape}")
+        raise ValueError(f"kernel must have 1 to 3 axes, none of them empty, got shape {k.shape}")
     if not np.isfinite(k).all():
-        raise ValueError("kernel holds NaN or infinite values")
+        raise ValueError("kernel must be finite, got NaN or infinite values")
     return k
 
 
-def real(name: str, value: Any) -> float:
-    """`value` as a float."""
+def as_real(name: str, value: Any) -> float:
+    """Return `value` as a float."""
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
 
 
-def mode(name: str) -> PaddingMode:
-    """Our name of one of scipy.ndimage's border modes."""
+def as_padding_mode(name: str) -> PaddingMode:
+    """Return the padding mode of one of scipy.ndimage's border modes."""
     if not isinstance(name, str) or name not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {name!r}")
     return MODES[name]
 
 
-def origins(origin: int | Sequence[int], taps: Ints) -> Ints:
-    """A shift an axis that leaves the sample under the filter, as scipy.ndimage wants it."""
+def as_origins(origin: int | Sequence[int], taps: Ints) -> Ints:
+    """Return one shift per axis, with the limits of scipy.ndimage."""
     shifts = as_integers("origin", origin, len(taps))
     for o, n in zip(shifts, taps):
         if not -(n // 2) <= o <= (n - 1) // 2:
             raise ValueError(
-                f"origin must be from {-(n // 2)} to {(n - 1) // 2} for {n} taps, got {o}"
+                f"origin must be between {-(n // 2)} and {(n - 1) // 2} for {n} taps, got {o}"
             )
     return shifts
 
 
 def work_dtype(image: Array) -> np.dtype[Any]:
-    """What an image is computed in: float32 where that holds its values, else float64."""
+    """Return the dtype of the computation: float32 if it holds all values, else float64."""
     native = image.dtype.newbyteorder("=")
     if native in (np.float32, np.float64):
         return native
@@ -80,11 +84,42 @@ def work_dtype(image: Array) -> np.dtype[Any]:
     )
 
 
-def axes(given: Sequence[int] | None, image: int, kernel: int) -> Ints:
-    """Axes of an image that a kernel over so many runs along, counted from 0."""
-    if kernel > image:
-        raise ValueError(f"a kernel over {kernel} axes does not fit an image with {image}")
-    along = tuple(range(kernel)) if given is None else as_integers("axes", given, kernel)
-    if any(not -image <= a < image for a in along) or len({a % image for a in along}) < kernel:
-        raise ValueError(f"axes must be different and from {-image} to {image - 1}, got {given!r}")
-    return tuple(a % image for a in along)
+def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> Ints:
+    """Return the nonnegative axes of an image that a kernel runs along."""
+    if kernel_ndim > image_ndim:
+        raise ValueError(
+            f"kernel must have at most the image's {image_ndim} axes, got {kernel_ndim}"
+        )
+    along = range(kernel_ndim) if axes is None else as_integers("axes", axes, kernel_ndim)
+    wrapped = tuple(a % image_ndim for a in along)
+    if any(not -image_ndim <= a < image_ndim for a in along) or len({*wrapped}) < kernel_ndim:
+        raise ValueError(
+            f"axes must be different and between {-image_ndim} and {image_ndim - 1}, got {axes!r}"
+        )
+    return wrapped
+
+
+def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
+    """Return the tolerance as a float; raise if a rank is given as well."""
+    if tolerance is None:
+        return None
+    limit = as_real("tolerance", tolerance)
+    if rank is not None:
+        raise TypeError("give rank or tolerance, not both")
+    return limit
+
+
+def as_convolution(kernel: Array, mode: str, cval: float, origins: Ints) -> Factorization:
+    """Return the filter as a dense one-channel convolution that keeps the size."""
+    before = [n // 2 + o for n, o in zip(kernel.shape, origins)]
+    return dense(
+        kernel[None, None],
+        padding=[(b, n - 1 - b) for b, n in zip(before, kernel.shape)],
+        padding_mode=as_padding_mode(mode),
+        value=cval,
+    )
+
+
+def round_off(kernel: Array) -> float:
+    """Return the round-off error of a kernel relative to its norm; less than this is not rank."""
+    return _ROUND_OFF_FACTOR * float(np.finfo(kernel.dtype).eps) * math.sqrt(kernel.size)

@@ -1,55 +1,57 @@
-"""The ways to run a filter, and the one that is predicted to be fastest on this machine."""
+"""Methods for a filter, and the choice of the one predicted to be fastest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from lowrank import engine, perfmodel, selection
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra, tables
+from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import fourier
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable
+from lowrank.filters import arguments
 
-Method = Literal["auto", "direct", "separable", "fft"]
+MethodName = Literal["auto", "direct", "separable", "fft"]
 
-#: Families that have something to offer for a filter of one channel.
+#: Families that give separable forms of a one-channel filter.
 FAMILIES_OF_FILTERS = ("spatial_svd", "separable_sum", "tensor_train")
-LEVELS = 255.0  # of grey, that bounds are stated for
-LONG = 64  # numbers that are worth an axis of their own
-MOVE = 6e-9  # seconds that a sample takes to its plane and back, roughly
-BLOCKS = 8.0  # how much longer than wide a block of transforms may be
+GREY_LEVELS = 255.0  # largest sample, for the bounds in grey levels
+MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of their own
+DEINTERLEAVE_SECONDS = 6e-9  # measured time to copy a sample to its plane and back
+MAX_BLOCK_ASPECT = 8.0  # longest over shortest side of a block of transforms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Option:
-    """One way to run a filter.
+class FilterMethod:
+    """A method to run a filter, with its error and predicted time.
 
     Attributes
     ----------
     method : str
         ``"direct"``, ``"separable"`` or ``"fft"``.
     rank : tuple of int
-        Terms of a separable form, as its family documents; else empty.
+        Rank of a separable form, as its family documents; else empty.
     error : float
-        Relative Frobenius error of the kernel that is run.
+        Relative Frobenius error of the kernel that runs.
     grey : float
-        No result on values from 0 to 255 is farther off than this, rounding aside.
+        Upper bound on the error of the result for values from 0 to 255, without round-off.
     seconds : float
-        Predicted for this machine.
+        Predicted time on this machine.
     chain : Factorization
-        What is run.
+        Chain that runs.
     block : tuple of int or None
         For ``"fft"``, points of a transform along each axis.
-    woven : bool
-        Whether numbers that lie together, such as the colours of a pixel, go through in one pass
-        as they lie; else plane by plane.
+    interleaved : bool
+        Whether interleaved channels, such as colours, are filtered in one pass without
+        deinterleaving.
     """
 
     method: str
@@ -59,11 +61,11 @@ class Option:
     seconds: float
     chain: Factorization
     block: Ints | None = None
-    woven: bool = False
+    interleaved: bool = False
 
     @property
     def name(self) -> str:
-        """The method with its form or block."""
+        """Method with its variant or block."""
         if self.block is not None:
             return f"fft, blocks of {'x'.join(map(str, self.block))}"
         return " ".join(filter(None, (self.method, self.chain.variant)))
@@ -71,20 +73,20 @@ class Option:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FilterPlan:
-    """The ways to run a filter on images of one size; prints itself as a table.
+    """Methods for a filter on images of one size; prints as a table.
 
     Attributes
     ----------
-    options : tuple of Option
-        Fastest predicted first.  Those beyond the tolerance are shown, and not taken.
+    methods : tuple of FilterMethod
+        Methods by predicted time.  Those beyond the tolerance are listed, but never chosen.
     tolerance : float
         Largest relative Frobenius error of the kernel.
     kernel : ndarray
-        The filter.
+        Filter, in the precision of the computation.
     shape : tuple of int
         Size of the images along the filter's axes.
-    choice : Option
-        The fastest within the tolerance, or the fastest of the method that was asked for.
+    choice : FilterMethod
+        Fastest method within the tolerance, or fastest form of a given method.
 
     Examples
     --------
@@ -94,11 +96,11 @@ class FilterPlan:
     ('separable', (1,))
     """
 
-    options: tuple[Option, ...]
+    methods: tuple[FilterMethod, ...]
     tolerance: float
     kernel: Array
     shape: Ints
-    choice: Option
+    choice: FilterMethod
 
     def __repr__(self) -> str:
         return "\n".join([self._title(), *tables.align_columns(self._rows())])
@@ -108,199 +110,286 @@ class FilterPlan:
 
     def _title(self) -> str:
         taps, size = ("x".join(map(str, s)) for s in (self.kernel.shape, self.shape))
-        return f"{taps} taps on {size}, tolerance {self.tolerance:.3g}; > is what is run"
+        return f"{taps} taps on {size}, tolerance {self.tolerance:.3g}; > marks the choice"
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
-            ("  way", "rank", "error", "grey levels", "predicted", "of the fastest")
+            ("  method", "rank", "error", "grey levels", "predicted", "relative time")
         ]
-        least = self.choice.seconds
-        for o in self.options:
-            mark = "> " if o is self.choice else "  "
+        chosen_seconds = self.choice.seconds
+        for m in self.methods:
+            mark = "> " if m is self.choice else "  "
             rows.append(
                 (
-                    mark + o.name + ("" if o.error <= self.tolerance else " (beyond tolerance)"),
-                    ",".join(map(str, o.rank)) or "-",
-                    f"{o.error:.2g}",
-                    f"{o.grey:.2g}",
-                    tables.format_seconds(o.seconds),
-                    f"{o.seconds / least:.2f}x",
+                    mark + m.name + ("" if m.error <= self.tolerance else " (beyond tolerance)"),
+                    ",".join(map(str, m.rank)) or "-",
+                    f"{m.error:.2g}",
+                    f"{m.grey:.2g}",
+                    tables.format_seconds(m.seconds),
+                    f"{m.seconds / chosen_seconds:.2f}x",
                 )
             )
         return rows
 
 
-def plan_of(
+def plan_filter(
+    kernel: Any,
+    shape: Sequence[int],
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: MethodName = "auto",
+    dtype: Any = np.float32,
+    mode: str = "reflect",
+    cval: float = 0.0,
+    batch: int = 1,
+    threads: int | None = None,
+) -> FilterPlan:
+    """Compare the methods for a filter, and show which one :func:`correlate` runs.
+
+    Parameters
+    ----------
+    kernel : array_like
+        Filter over 1, 2 or 3 axes.
+    shape : sequence of int
+        Size of the images along these axes.
+    rank : int, optional
+        Number of separable terms; the plan is then their best sum alone.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that runs; round-off by default.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    dtype : dtype
+        Precision of the computation, float32 or float64.
+    mode : str
+        Border mode, by scipy.ndimage's names.
+    cval : float
+        Border value of mode ``"constant"``.
+    batch : int
+        Number of channels, behind the axes of the filter: 3 for (height, width, 3).
+    threads : int, optional
+        Number of threads; all of OpenMP's by default.
+
+    Returns
+    -------
+    FilterPlan
+        Methods with their errors and predicted times; prints as a table.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid, or no form of `method` is within the tolerance.
+
+    Notes
+    -----
+    Times are predictions of :mod:`lowrank.perfmodel`.  The bound in grey levels holds for every
+    image with values from 0 to 255: it is 255 times the larger of the sums of the positive and
+    of the negative part of the kernel's error, and images of 0 and 255 attain it.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> plan = filters.plan_filter(filters.log(2.0), (1000, 1000))
+    >>> sorted({m.method for m in plan.methods})
+    ['direct', 'fft', 'separable']
+    """
+    k = arguments.as_kernel(kernel)
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+    spatial = as_integers("shape", shape, k.ndim)
+    if min(spatial) < 1:
+        raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
+    k = np.ascontiguousarray(k, dtype)
+    conv = arguments.as_convolution(k, mode, arguments.as_real("cval", cval), (0,) * k.ndim)
+    tolerance = arguments.as_tolerance(tolerance, rank)
+    tolerance = arguments.round_off(k) if tolerance is None else tolerance
+    (channels,) = as_integers("batch", batch, 1)
+    if channels < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    return choose_method(
+        conv, spatial, tolerance, rank=rank, method=method, channels=channels, interleaved=True,
+        itemsize=k.itemsize, threads=threads,
+    )  # fmt: skip
+
+
+def choose_method(
     conv: Factorization,
     spatial: Sequence[int],
     tolerance: float,
     *,
     rank: int | None = None,
-    method: Method = "auto",
-    planes: int = 1,
-    together: bool = False,
+    method: MethodName = "auto",
+    channels: int = 1,
+    interleaved: bool = False,
     itemsize: int = 4,
     threads: int | None = None,
 ) -> FilterPlan:
-    """The options for a dense stage of one channel, and the choice among them.
+    """Price the methods for a dense one-channel stage on `channels` images, and choose one.
 
-    So many `planes` are filtered; `together` says that their samples lie side by side.
+    `interleaved` tells that the samples of the channels are adjacent in memory.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in get_args(MethodName):
+        raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
     if rank is not None and method not in ("auto", "separable"):
-        raise ValueError(f"rank asks for a separable form, which method {method!r} is not")
+        raise ValueError(f"method must be auto or separable if rank is given, got {method!r}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be a number, at least 0, got {tolerance!r}")
     weight = conv.to_dense()
     spatial = tuple(spatial)
-    given = planes, together and planes > 1, itemsize, threads
+    images = _Images(spatial, channels, interleaved and channels > 1, itemsize, threads)
 
-    def option(method: str, chain: Factorization) -> Option:
-        variant = chain.to_dense()
-        error = chain_algebra.relative_error(variant, weight)
-        grey = _grey(variant[0, 0].astype(np.float64) - weight[0, 0])
-        seconds, woven = _timed(chain, spatial, *given)
-        return Option(method, chain.rank, error, grey, seconds, chain, None, woven)
+    def candidate(name: str, chain: Factorization) -> FilterMethod:
+        kernel = chain.to_dense()
+        error = chain_algebra.relative_error(kernel, weight)
+        grey = _grey_bound(kernel[0, 0].astype(np.float64) - weight[0, 0])
+        seconds, in_one_pass = _predict(chain, images)
+        return FilterMethod(name, chain.rank, error, grey, seconds, chain, None, in_one_pass)
 
     if rank is None:
-        found = [option("direct", conv)]
-        found += [option("separable", f) for f in separable(conv, spatial, tolerance)]
+        methods = [candidate("direct", conv)]
+        methods += [candidate("separable", f) for f in separable_chains(conv, spatial, tolerance)]
         if weight.size > 1:
-            found.append(_transforms(conv, weight.shape[2:], spatial, *given))
+            methods.append(_fastest_fft(conv, weight.shape[2:], images))
     else:
-        found = [option("separable", of_rank(conv, rank))]
-    found.sort(key=lambda o: o.seconds)
-    taken = [
-        o
-        for o in found
-        if method in ("auto", o.method) and (rank is not None or o.error <= tolerance)
-    ]
-    if not taken:
-        near = min((o for o in found if o.method == method), key=lambda o: o.error, default=None)
+        methods = [candidate("separable", fit_rank(conv, rank))]
+    methods.sort(key=lambda m: m.seconds)
+    of_name = [m for m in methods if method in ("auto", m.method)]
+    allowed = [m for m in of_name if rank is not None or m.error <= tolerance]
+    if not allowed:
+        nearest = min(of_name, key=lambda m: m.error, default=None)
         raise ValueError(
-            f"no {method} form of error {tolerance:.3g} at the most has fewer multiply-adds than "
-            "the kernel itself"
-            + ("" if near is None else f"; that of rank {near.rank} has {near.error:.3g}")
-            + ": give rank= for one of any rank"
+            f"no {method} form within tolerance {tolerance:.3g} has fewer MACs than the kernel"
+            + ("" if nearest is None else f"; rank {nearest.rank} has error {nearest.error:.3g}")
+            + ": give rank= for a form of any rank"
         )
-    return FilterPlan(tuple(found), tolerance, weight[0, 0], spatial, taken[0])
+    return FilterPlan(tuple(methods), tolerance, weight[0, 0], spatial, allowed[0])
 
 
-def _timed(
-    chain: Factorization,
-    spatial: Ints,
-    planes: int,
-    together: bool,
-    itemsize: int,
-    threads: int | None,
-) -> tuple[float, bool]:
-    """Predicted seconds, and whether samples that lie together had better stay so."""
-    here = perfmodel.current()
-    apart = here.of_stages(chain.stages, (1, *spatial), planes, threads, itemsize=itemsize).seconds
-    if not together:
-        return apart, False
-    stages, shape, numbers = woven(chain, spatial, planes)
-    joined = here.of_stages(
-        stages, (1, *shape), 1, threads, itemsize=itemsize, interleaved=numbers
+class _Images(NamedTuple):
+    """Images that a method is priced for."""
+
+    spatial: Ints
+    channels: int
+    interleaved: bool
+    itemsize: int
+    threads: int | None
+
+    @property
+    def deinterleave_seconds(self) -> float:
+        """Time to copy interleaved channels to planes and back."""
+        return DEINTERLEAVE_SECONDS * self.interleaved * self.channels * math.prod(self.spatial)
+
+
+def _predict(chain: Factorization, images: _Images) -> tuple[float, bool]:
+    """Predict the seconds of a chain, and whether it runs on interleaved channels."""
+    model, itemsize, threads = perfmodel.current(), images.itemsize, images.threads
+    planar = model.predict_stages(
+        chain.stages, (1, *images.spatial), images.channels, threads, itemsize=itemsize
     ).seconds
-    apart += MOVE * planes * math.prod(spatial)
-    return min(joined, apart), joined <= apart
+    if not images.interleaved:
+        return planar, False
+    stages, shape, per_sample = interleave(chain, images.spatial, images.channels)
+    in_one_pass = model.predict_stages(
+        stages, (1, *shape), 1, threads, itemsize=itemsize, interleaved=per_sample
+    ).seconds
+    planar += images.deinterleave_seconds
+    return min(in_one_pass, planar), in_one_pass <= planar
 
 
-def woven(chain: Factorization, spatial: Ints, planes: int) -> tuple[tuple[Stage, ...], Ints, int]:
-    """Stages and sizes for samples of so many numbers, and the numbers that are left a sample.
+def has_channel_axis(spatial: Ints, channels: int) -> bool:
+    """Return whether interleaved channels run as a spatial axis of their own."""
+    return channels >= MIN_CHANNEL_AXIS and len(spatial) < 3
 
-    A long row of numbers becomes an axis that nothing happens on, where there is one to spare.
+
+def interleave(
+    chain: Factorization, spatial: Ints, channels: int
+) -> tuple[tuple[Stage, ...], Ints, int]:
+    """Return the stages, spatial shape and channels per sample that filter interleaved channels.
+
+    Many channels become a spatial axis without taps if there are fewer than three.
     """
-    if planes >= LONG and len(spatial) < 3:
-        return tuple(map(_idle_axis, chain.stages)), (*spatial, planes), 1
-    return chain.stages, spatial, planes
+    if has_channel_axis(spatial, channels):
+        return tuple(map(_append_axis, chain.stages)), (*spatial, channels), 1
+    return chain.stages, spatial, channels
 
 
-def _idle_axis(stage: Stage) -> Stage:
-    """The stage with one more axis, behind the others, that nothing happens on."""
+def _append_axis(stage: Stage) -> Stage:
+    """Return the stage with one more axis, along which it has a single tap."""
     g = stage.geometry
-    longer = replace(
+    geometry = replace(
         g,
         stride=(*g.stride, 1),
         padding=(*g.padding, (0, 0)),
         dilation=(*g.dilation, 1),
         output_padding=(*g.output_padding, 0),
     )
-    return replace(stage, weight=stage.weight[..., None], geometry=longer)
+    return replace(stage, weight=stage.weight[..., None], geometry=geometry)
 
 
-def separable(conv: Factorization, spatial: Ints, tolerance: float) -> list[Factorization]:
-    """Chains for a filter that are worth a look: the cheapest of each form within the tolerance.
+def separable_chains(conv: Factorization, spatial: Ints, tolerance: float) -> list[Factorization]:
+    """Return the cheapest chain of each variant within the tolerance.
 
-    And the last two beyond it, to show what a little more would buy.
+    The list starts with two Pareto-optimal chains beyond the tolerance, to show what a larger one
+    would save.
     """
     front = selection.frontier(conv, spatial, FAMILIES_OF_FILTERS, axis="macs")
-    found = [c for c in front if c.family != "dense"]
+    separable = [c for c in front if c.family != "dense"]
     within: dict[str, selection.Candidate] = {}
-    for c in found:
+    for c in separable:
         if c.error <= tolerance:
             within.setdefault(c.name, c)
-    beyond = [c for c in found if c.error > tolerance][-2:]
+    beyond = [c for c in separable if c.error > tolerance][-2:]
     return [c.build() for c in (*beyond, *within.values())]
 
 
-def of_rank(conv: Factorization, rank: int) -> Factorization:
-    """The best sum of so many separable terms."""
+def fit_rank(conv: Factorization, rank: int) -> Factorization:
+    """Fit the best sum of `rank` separable terms."""
     for family in ("spatial_svd", "separable_sum"):
         try:
             FAMILIES[family].variants(conv)
         except NotApplicable:
             continue
-        long = sum(n > 1 for n in conv.stages[0].kernel)
-        if family == "separable_sum" or long == 2:
-            return FAMILIES[family].fit(conv, rank, None)  # type: ignore[arg-type]
+        n_axes = sum(n > 1 for n in conv.stages[0].kernel)
+        if family == "separable_sum" or n_axes == 2:
+            return FAMILIES[family].fit(conv, rank, None)
     if rank != 1:
-        raise ValueError(f"a filter along one axis has rank 1, got rank {rank}")
+        raise ValueError(f"rank must be 1 for a filter along one axis, got {rank}")
     return conv
 
 
-def _transforms(
-    conv: Factorization,
-    taps: Ints,
-    spatial: Ints,
-    planes: int,
-    together: bool,
-    itemsize: int,
-    threads: int | None,
-) -> Option:
-    """Transforms of the blocks that are predicted to be fastest."""
-    here = perfmodel.current()
-    found = []
+def _fastest_fft(conv: Factorization, taps: Ints, images: _Images) -> FilterMethod:
+    """Return the transform with the block predicted to be fastest."""
+    model, spatial = perfmodel.current(), images.spatial
     blocks = fourier.blocks(taps, spatial)
+    candidates = []
     for block in blocks:
-        if block is blocks[0] or max(block) <= BLOCKS * min(block):
-            took = here.of_transforms(taps, spatial, block, threads, itemsize)
-            found.append((took.seconds * planes, block))
-    seconds, block = min(found)
-    seconds += MOVE * together * planes * math.prod(spatial)
-    return Option("fft", (), 0.0, 0.0, seconds, conv, block)
+        if block is blocks[0] or max(block) <= MAX_BLOCK_ASPECT * min(block):
+            cost = model.predict_fft(taps, spatial, block, images.threads, images.itemsize)
+            candidates.append((cost.seconds * images.channels, block))
+    seconds, block = min(candidates)
+    seconds += images.deinterleave_seconds
+    return FilterMethod("fft", (), 0.0, 0.0, seconds, conv, block)
 
 
-def runner(
-    option: Option, spatial: Ints, dtype: Any, threads: int | None, planes: int = 1
-) -> engine.Runner | fourier.Plan:
-    """What runs images of (n, 1, \\*spatial), of so many planes in one if the option is woven."""
-    if option.block is not None:
-        g = option.chain.geometry
+def compile_method(
+    method: FilterMethod, spatial: Ints, dtype: Any, threads: int | None, channels: int = 1
+) -> engine.Runner | fourier.FourierPlan:
+    """Compile a method for images of (n, 1, \\*spatial), or of `channels` interleaved ones."""
+    if method.block is not None:
+        g = method.chain.geometry
         before = [b for b, _ in g.padding]
-        kernel = option.chain.to_dense()[0, 0]
+        kernel = method.chain.to_dense()[0, 0]
         return fourier.plan(
-            kernel, spatial, dtype, before, g.padding_mode, g.value, threads, option.block
+            kernel, spatial, dtype, before, g.padding_mode, g.value, threads, method.block
         )
-    stages, numbers = option.chain.stages, 1
-    if option.woven:
-        stages, spatial, numbers = woven(option.chain, spatial, planes)
-    ends = [Epilogue()] * len(stages)
-    return engine.plan(stages, (1, *spatial), np.dtype(dtype), ends, threads, numbers)
+    stages, per_sample = method.chain.stages, 1
+    if method.interleaved:
+        stages, spatial, per_sample = interleave(method.chain, spatial, channels)
+    epilogues = [Epilogue()] * len(stages)
+    return engine.plan(stages, (1, *spatial), np.dtype(dtype), epilogues, threads, per_sample)
 
 
-def _grey(missed: Array) -> float:
-    """The most that is lost on values from 0 to LEVELS: where all of one sign meet the most."""
-    return LEVELS * max(float(missed[missed > 0].sum()), -float(missed[missed < 0].sum()))
+def _grey_bound(error: Array) -> float:
+    """Bound the error on values from 0 to GREY_LEVELS: all taps of one sign meet the largest."""
+    return GREY_LEVELS * max(float(error[error > 0].sum()), -float(error[error < 0].sum()))

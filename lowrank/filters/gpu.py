@@ -13,16 +13,16 @@ from lowrank._typing import Ints
 from lowrank.core import reference
 
 if TYPE_CHECKING:
-    from lowrank.filters.run import Request
+    from lowrank.filters.request import FilterRequest
 
-PLANS = 64  # that are kept
+CACHED_FILTERS = 64
 
 
-def correlate(image: Any, along: Ints, request: Request, work: Any, out: Any) -> Any:
-    """See :func:`lowrank.filters.correlate`, which has checked what is asked for.
+def correlate(image: Any, along: Ints, request: FilterRequest, work: Any, out: Any) -> Any:
+    """Filter a CuPy array; :func:`lowrank.filters.correlate` checks the arguments.
 
-    The way is the one with the fewest multiply-adds within the tolerance: a sum of separable terms,
-    or the kernel as it is.
+    The method is the one with the fewest MACs within the tolerance: a sum of separable terms, or
+    the kernel itself.
     """
     xp = importlib.import_module("cupy")
     if out is None:
@@ -32,24 +32,24 @@ def correlate(image: Any, along: Ints, request: Request, work: Any, out: Any) ->
     k = len(along)
     last = tuple(range(image.ndim - k, image.ndim))
     x = xp.ascontiguousarray(xp.moveaxis(image, along, last))
-    # Colours are images of their own.
-    given = x.reshape(-1, 1, *x.shape[-k:]).astype(work, copy=False)
-    run = _planned(request, engine.device_of(image))
-    y = xp.moveaxis(run(given).reshape(x.shape), last, along)
+    # Channels become a batch.
+    batch = x.reshape(-1, 1, *x.shape[-k:]).astype(work, copy=False)
+    run = _compile(request, engine.device_of(image))
+    y = xp.moveaxis(run(batch).reshape(x.shape), last, along)
     out[...] = reference.saturate(y, image.dtype) if image.dtype.kind in "iu" else y
     return out
 
 
-@functools.lru_cache(PLANS)
-def _planned(request: Request, device: str) -> engine.Runner:
+@functools.lru_cache(CACHED_FILTERS)
+def _compile(request: FilterRequest, device: str) -> engine.Runner:
     if request.method == "fft":
-        raise ValueError("method 'fft' does not run on a GPU: 'auto', 'direct' or 'separable'")
+        raise ValueError("method must be auto, direct or separable on a GPU, got 'fft'")
     plan = request.plan()
-    ways = [o for o in plan.options if o.block is None]
+    methods = [m for m in plan.methods if m.block is None]
     if request.rank is None:
-        ways = [o for o in ways if o.error <= plan.tolerance]
+        methods = [m for m in methods if m.error <= plan.tolerance]
     if request.method != "auto":
-        ways = [o for o in ways if o.method == request.method]
-    fewest = min(ways, key=lambda o: o.chain.cost(request.spatial).macs)
+        methods = [m for m in methods if m.method == request.method]
+    fewest = min(methods, key=lambda m: m.chain.cost(request.spatial).macs)
     f = fewest.chain.astype(np.dtype(request.dtype)).to(device)
     return f.compile(request.spatial)

@@ -1,4 +1,4 @@
-"""Kernels by formula: blurs, derivatives, blobs and waves, each with its rank."""
+"""Kernels of standard filters: blurs, derivatives, blob detectors and Gabor filters."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ def gauss(
     truncate: float = 4.0,
     angle: float = 0.0,
 ) -> Array:
-    r"""Gaussian filter, turned or not; sums to 1.
+    r"""Return a Gaussian filter, optionally rotated; sums to 1.
 
     Parameters
     ----------
     sigma : float or sequence of float
-        Standard deviation in samples, above 0: one for all axes, or one an axis.
+        Standard deviation in samples, above 0: one for all axes, or one per axis.
     ndim : int
         Number of axes, for a single `sigma`.
     truncate : float
-        Where the filter is cut, in standard deviations.
+        Truncation radius in standard deviations.
     angle : float
-        Over two axes, how far the Gaussian is turned, in radians, from the second axis towards
-        the first.
+        Rotation over two axes in radians, from the second axis towards the first.
 
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, ...)
-        With ``n = int(truncate * sigma + 0.5)``, as in ``scipy.ndimage.gaussian_filter``; of a
-        turned one, `sigma` is its standard deviation along each axis.
+        With ``n = int(truncate * sigma + 0.5)``, as in ``scipy.ndimage.gaussian_filter``; for a
+        rotated Gaussian `sigma` is here its standard deviation along each axis of the image.
 
     Raises
     ------
@@ -45,13 +44,13 @@ def gauss(
 
     Notes
     -----
-    Of rank 1, unless the angle turns two different `sigma` off the axes: then
+    The rank is 1, unless two different `sigma` are rotated off the axes: then
 
     .. math:: g(y, x) \propto e^{-(a y^2 + 2 b x y + c x^2) / 2}
 
-    and by Mehler's formula the singular values fall as :math:`\rho^i` with
+    and by Mehler's formula the singular values decay as :math:`\rho^i` with
     :math:`\rho = (1 - \sqrt{1 - \beta^2}) / \beta` and :math:`\beta = |b| / \sqrt{a c}`: few
-    terms are enough unless it is long, thin and diagonal.
+    terms suffice unless the Gaussian is long, thin and diagonal.
 
     References
     ----------
@@ -63,33 +62,33 @@ def gauss(
     >>> from lowrank import filters
     >>> filters.gauss(1.0).shape, filters.gauss([1.0, 2.0, 2.0]).shape
     ((9, 9), (9, 17, 17))
-    >>> turned = filters.gauss([1.0, 2.0], angle=0.5)
-    >>> filters.rank(turned, tolerance=0.1), filters.rank(turned, tolerance=0.001)
+    >>> rotated = filters.gauss([1.0, 2.0], angle=0.5)
+    >>> filters.rank(rotated, tolerance=0.1), filters.rank(rotated, tolerance=0.001)
     (2, 6)
     """
     sigmas = [_positive("sigma", float(s)) for s in np.atleast_1d(sigma)]
-    sigmas *= _count(ndim) if np.ndim(sigma) == 0 else 1
+    sigmas *= _checked_ndim(ndim) if np.ndim(sigma) == 0 else 1
     _positive("truncate", truncate)
     if not math.isfinite(angle) or (angle != 0 and len(sigmas) != 2):
         raise ValueError(f"angle must be finite, over two axes, got {angle!r} over {len(sigmas)}")
-    if angle == 0 or sigmas[0] == sigmas[1]:  # a round one turns into itself
-        lines = [_bell(s, truncate) for s in sigmas]
+    if angle == 0 or sigmas[0] == sigmas[1]:  # rotation leaves an isotropic Gaussian as it is
+        lines = [_gaussian(s, truncate) for s in sigmas]
         return _outer([g / g.sum() for g in lines])
     s, c = math.sin(angle), math.cos(angle)
-    reach = (math.hypot(sigmas[1] * s, sigmas[0] * c), math.hypot(sigmas[1] * c, sigmas[0] * s))
-    y, x = _grid([int(truncate * r + 0.5) for r in reach])
+    extents = (math.hypot(sigmas[1] * s, sigmas[0] * c), math.hypot(sigmas[1] * c, sigmas[0] * s))
+    y, x = _grid([int(truncate * r + 0.5) for r in extents])
     along, across = (x * c + y * s) / sigmas[1], (y * c - x * s) / sigmas[0]
     kernel = np.exp(-0.5 * (along**2 + across**2))
     return np.asarray(kernel / kernel.sum())
 
 
 def box(size: int | Sequence[int], *, ndim: int = 2) -> Array:
-    """Mean of a box; rank 1, and sums to 1.
+    """Return a box filter (mean); rank 1, sums to 1.
 
     Parameters
     ----------
     size : int or sequence of int
-        Samples, at least 1: one number for all axes, or one an axis.
+        Number of samples, at least 1: one for all axes, or one per axis.
     ndim : int
         Number of axes, for a single `size`.
 
@@ -109,14 +108,16 @@ def box(size: int | Sequence[int], *, ndim: int = 2) -> Array:
     >>> filters.box([1, 4])
     array([[0.25, 0.25, 0.25, 0.25]])
     """
-    sizes = as_integers("size", size, _count(ndim) if np.ndim(size) == 0 else len(np.atleast_1d(size)))
+    sizes = as_integers(
+        "size", size, _checked_ndim(ndim) if np.ndim(size) == 0 else len(np.atleast_1d(size))
+    )
     if not sizes or min(sizes) < 1:
         raise ValueError(f"size must be at least 1, got {size!r}")
     return np.full(sizes, 1 / math.prod(sizes))
 
 
 def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
-    """Sobel's derivative filter: a difference along one axis, smoothed along the others; rank 1.
+    """Return the Sobel derivative filter: a difference along one axis, smoothed along others.
 
     Parameters
     ----------
@@ -133,11 +134,11 @@ def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
     Raises
     ------
     ValueError
-        If there is no such axis.
+        If `axis` is out of range.
 
     Notes
     -----
-    (-1, 0, 1) along `axis`, (1, 2, 1) along the others.  ``skimage.filters.sobel`` divides
+    Rank 1: (-1, 0, 1) along `axis`, (1, 2, 1) along the others.  ``skimage.filters.sobel`` divides
     these by 2 and by 4: by 8 in two dimensions.
 
     References
@@ -156,7 +157,7 @@ def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
 
 
 def prewitt(axis: int = -1, *, ndim: int = 2) -> Array:
-    """Prewitt's derivative filter: a difference along one axis, a sum along the others; rank 1.
+    """Return the Prewitt derivative filter: a difference along one axis, a sum along others.
 
     Parameters
     ----------
@@ -173,12 +174,12 @@ def prewitt(axis: int = -1, *, ndim: int = 2) -> Array:
     Raises
     ------
     ValueError
-        If there is no such axis.
+        If `axis` is out of range.
 
     Notes
     -----
-    (-1, 0, 1) along `axis`, (1, 1, 1) along the others.  ``skimage.filters.prewitt`` divides
-    these by 2 and by 3: by 6 in two dimensions.
+    Rank 1: (-1, 0, 1) along `axis`, (1, 1, 1) along the others.  ``skimage.filters.prewitt``
+    divides these by 2 and by 3: by 6 in two dimensions.
 
     References
     ----------
@@ -197,7 +198,7 @@ def prewitt(axis: int = -1, *, ndim: int = 2) -> Array:
 
 
 def scharr(axis: int = -1, *, ndim: int = 2) -> Array:
-    """Scharr's derivative filter: the 3x3 one whose direction is the most accurate; rank 1.
+    """Return the Scharr derivative filter, whose gradient direction is the most accurate at 3x3.
 
     Parameters
     ----------
@@ -214,12 +215,12 @@ def scharr(axis: int = -1, *, ndim: int = 2) -> Array:
     Raises
     ------
     ValueError
-        If there is no such axis.
+        If `axis` is out of range.
 
     Notes
     -----
-    (-1, 0, 1) along `axis`, (3, 10, 3) along the others.  ``skimage.filters.scharr`` divides
-    these by 2 and by 16: by 32 in two dimensions.
+    Rank 1: (-1, 0, 1) along `axis`, (3, 10, 3) along the others.  ``skimage.filters.scharr``
+    divides these by 2 and by 16: by 32 in two dimensions.
 
     References
     ----------
@@ -238,15 +239,15 @@ def scharr(axis: int = -1, *, ndim: int = 2) -> Array:
 
 
 def laplacian(*, ndim: int = 2, connectivity: int = 1) -> Array:
-    r"""Laplacian stencil of 3 samples an axis: every neighbour, less the centre.
+    r"""Return the Laplacian stencil of 3 samples per axis.
 
     Parameters
     ----------
     ndim : int
         Number of axes.
     connectivity : int
-        Neighbours are off by one sample along so many axes at the most: 1 for the stencil of
-        ``2 * ndim + 1`` points, `ndim` for the full one.
+        Largest number of axes along which a neighbour differs from the centre: 1 for the stencil
+        of ``2 * ndim + 1`` points, `ndim` for the full one.
 
     Returns
     -------
@@ -257,7 +258,7 @@ def laplacian(*, ndim: int = 2, connectivity: int = 1) -> Array:
     Raises
     ------
     ValueError, TypeError
-        If `ndim` is below 1, or `connectivity` not from 1 to it.
+        If `ndim` is below 1, or `connectivity` not between 1 and `ndim`.
 
     Notes
     -----
@@ -277,18 +278,18 @@ def laplacian(*, ndim: int = 2, connectivity: int = 1) -> Array:
            [ 1., -4.,  1.],
            [ 0.,  1.,  0.]])
     """
-    ndim = _count(ndim)
+    ndim = _checked_ndim(ndim)
     (connectivity,) = as_integers("connectivity", connectivity, 1)
     if not 1 <= connectivity <= ndim:
         raise ValueError(f"connectivity must be from 1 to {ndim}, got {connectivity}")
-    off = np.abs(np.indices((3,) * ndim) - 1).sum(0)  # axes along which a sample is off
-    kernel = (off <= connectivity).astype(float)
+    distance = np.abs(np.indices((3,) * ndim) - 1).sum(0)
+    kernel = (distance <= connectivity).astype(float)
     kernel[(1,) * ndim] -= kernel.sum()
     return np.asarray(kernel)
 
 
 def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
-    """Laplacian of a Gaussian: as many separable terms as axes, two of them over two axes.
+    """Return the Laplacian of a Gaussian: one separable term per axis.
 
     Parameters
     ----------
@@ -297,12 +298,12 @@ def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
     ndim : int
         Number of axes.
     truncate : float
-        Where the filter is cut, in standard deviations.
+        Truncation radius in standard deviations.
 
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, ...)
-        Sums to 0: blind to constants.
+        Sums to 0.
 
     Raises
     ------
@@ -319,11 +320,11 @@ def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
     >>> filters.rank(filters.log(2.0))
     2
     """
-    g = _bell(_positive("sigma", sigma), _positive("truncate", truncate))
+    g = _gaussian(_positive("sigma", sigma), _positive("truncate", truncate))
     t = np.arange(len(g)) - len(g) // 2
     second = (t**2 / sigma**2 - 1) / sigma**2 * g
-    second -= second.mean() * g / g.mean()  # of rank 2 still, and blind to constants
-    ndim = _count(ndim)
+    second -= second.mean() * g / g.mean()  # sums to 0, without a third term
+    ndim = _checked_ndim(ndim)
     lines = [[second if a == axis else g for a in range(ndim)] for axis in range(ndim)]
     kernel = sum(_outer(line) for line in lines) / g.sum() ** ndim
     return np.asarray(kernel)
@@ -336,24 +337,24 @@ def dog(
     ndim: int = 2,
     truncate: float = 4.0,
 ) -> Array:
-    r"""Difference of Gaussians, a band of frequencies: two separable terms.
+    r"""Return a difference of Gaussians (band-pass): two separable terms.
 
     Parameters
     ----------
     sigma : float or sequence of float
-        Standard deviation of the narrow one in samples, above 0: one for all axes, or one an
-        axis.
+        Standard deviation of the narrow Gaussian in samples, above 0: one for all axes, or one
+        per axis.
     ratio : float
-        Of the wide one to it, above 1.
+        Ratio of the wide to the narrow standard deviation, above 1.
     ndim : int
         Number of axes, for a single `sigma`.
     truncate : float
-        Where each is cut, in its standard deviations.
+        Truncation radius of each Gaussian in its standard deviations.
 
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, ...)
-        The size of the wide one.  Sums to 0.
+        As large as the wide Gaussian.  Sums to 0.
 
     Raises
     ------
@@ -363,7 +364,7 @@ def dog(
     Notes
     -----
     :math:`G_\sigma - G_{r \sigma}`, as in ``skimage.filters.difference_of_gaussians``.  With
-    :math:`r = 1.6` it is close to the Laplacian of a Gaussian, upside down.
+    :math:`r = 1.6` it approximates the negative Laplacian of a Gaussian.
 
     References
     ----------
@@ -380,8 +381,8 @@ def dog(
         raise ValueError(f"ratio must be above 1, got {ratio!r}")
     narrow = gauss(sigma, ndim=ndim, truncate=truncate)
     wide = gauss(np.multiply(sigma, ratio), ndim=ndim, truncate=truncate)  # type: ignore[arg-type]
-    frame = [((a - b) // 2,) * 2 for a, b in zip(wide.shape, narrow.shape)]
-    return np.asarray(np.pad(narrow, frame) - wide)
+    margins = [((a - b) // 2,) * 2 for a, b in zip(wide.shape, narrow.shape)]
+    return np.asarray(np.pad(narrow, margins) - wide)
 
 
 def unsharp(
@@ -391,18 +392,18 @@ def unsharp(
     ndim: int = 2,
     truncate: float = 4.0,
 ) -> Array:
-    r"""Unsharp mask: an image, and so much of what a Gaussian blurs away; two separable terms.
+    r"""Return an unsharp mask, the image plus its amplified detail: two separable terms.
 
     Parameters
     ----------
     sigma : float or sequence of float
-        Standard deviation of the Gaussian in samples, above 0: one for all axes, or one an axis.
+        Standard deviation of the Gaussian in samples, above 0: one for all axes, or one per axis.
     amount : float
-        Of what is added, above 0.
+        Gain of the detail, above 0.
     ndim : int
         Number of axes, for a single `sigma`.
     truncate : float
-        Where the Gaussian is cut, in standard deviations.
+        Truncation radius of the Gaussian in standard deviations.
 
     Returns
     -------
@@ -416,7 +417,7 @@ def unsharp(
 
     Notes
     -----
-    :math:`\delta + a (\delta - G_\sigma)`, as in ``skimage.filters.unsharp_mask``, which cuts
+    :math:`\delta + a (\delta - G_\sigma)`, as in ``skimage.filters.unsharp_mask``, which clips
     the result to the image's range.
 
     References
@@ -443,25 +444,25 @@ def gabor(
     phase: float = 0.0,
     truncate: float = 3.0,
 ) -> Array:
-    """Gabor filter, a wave under a Gaussian: rank 1 along the axes, 2 at any other angle.
+    """Return a Gabor filter, a wave times a Gaussian: rank 1 along the axes, else 2.
 
     Parameters
     ----------
     sigma : float
         Standard deviation of the Gaussian in samples, above 0.
     wavelength : float
-        Of the wave, in samples, above 0.
+        Wavelength in samples, above 0.
     angle : float
         Direction of the wave in radians, from the second axis towards the first.
     phase : float
-        Of the wave at the centre, in radians.
+        Phase of the wave at the centre, in radians.
     truncate : float
-        Where the filter is cut, in standard deviations.
+        Truncation radius in standard deviations.
 
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, 2 * n + 1)
-        The Gaussian sums to 1, times a wave of amplitude 1.
+        Gaussian of sum 1 times a wave of amplitude 1.
 
     Raises
     ------
@@ -480,7 +481,7 @@ def gabor(
     >>> filters.rank(filters.gabor(3.0, 6.0, angle=0.5))
     2
     """
-    g = _bell(_positive("sigma", sigma), _positive("truncate", truncate))
+    g = _gaussian(_positive("sigma", sigma), _positive("truncate", truncate))
     y, x = _grid([len(g) // 2] * 2)
     along = x * math.cos(angle) + y * math.sin(angle)
     wave = np.cos(2 * math.pi * along / _positive("wavelength", wavelength) + phase)
@@ -488,12 +489,12 @@ def gabor(
 
 
 def disk(radius: float) -> Array:
-    """Uniform disk, the blur of a lens out of focus; sums to 1.  Of high rank.
+    """Return a uniform disk (defocus blur); sums to 1, of high rank.
 
     Parameters
     ----------
     radius : float
-        In samples, above 0.
+        Radius in samples, above 0.
 
     Returns
     -------
@@ -513,21 +514,21 @@ def disk(radius: float) -> Array:
            [0.2, 0.2, 0.2],
            [0. , 0.2, 0. ]])
     """
-    return _round(radius, 2)
+    return _uniform_ball(radius, 2)
 
 
 def ball(radius: float) -> Array:
-    """Uniform ball, the disk of volumes; sums to 1.  Of high rank.
+    """Return a uniform ball, the disk of volumes; sums to 1, of high rank.
 
     Parameters
     ----------
     radius : float
-        In samples, above 0.
+        Radius in samples, above 0.
 
     Returns
     -------
     ndarray of float64, shape (2 * n + 1, 2 * n + 1, 2 * n + 1)
-        With ``n = floor(radius)``; where it is not 0, ``skimage.morphology.ball``.
+        With ``n = floor(radius)``; its support is ``skimage.morphology.ball``.
 
     Raises
     ------
@@ -542,24 +543,24 @@ def ball(radius: float) -> Array:
     >>> kernel.shape, int(np.count_nonzero(kernel))
     ((3, 3, 3), 7)
     """
-    return _round(radius, 3)
+    return _uniform_ball(radius, 3)
 
 
 def motion(length: int, *, angle: float = 0.0) -> Array:
-    """Motion blur along a line; sums to 1.  Rank 1 along the axes.
+    """Return a motion blur along a line; sums to 1, of rank 1 along the axes.
 
     Parameters
     ----------
     length : int
-        Of the line, in samples, above 0.
+        Length of the line in samples, above 0.
     angle : float
-        Of the line in radians, from the second axis towards the first.
+        Angle of the line in radians, from the second axis towards the first.
 
     Returns
     -------
     ndarray of float64, shape (2 * m + 1, 2 * n + 1)
-        As large as the line: a single row at angle 0.  An even `length` has half a sample at
-        both ends.
+        As large as the line: a single row at angle 0.  For an even `length` both ends are half
+        samples.
 
     Raises
     ------
@@ -581,15 +582,15 @@ def motion(length: int, *, angle: float = 0.0) -> Array:
     across = np.abs(-x * math.sin(angle) + y * math.cos(angle))
     along = np.abs(x * math.cos(angle) + y * math.sin(angle))
     line = np.clip(1 - across, 0, 1) * np.clip((length + 1) / 2 - along, 0, 1)
-    line[line < 1e-9] = 0  # what rounding of sines and cosines leaves beside a line along an axis
+    line[line < 1e-9] = 0  # round-off of sines and cosines beside a line along an axis
     i, j = np.abs(np.argwhere(line) - n).max(0)
     line = line[n - i : n + i + 1, n - j : n + j + 1]
     return np.asarray(line / line.sum())
 
 
 def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Array:
-    """A difference along `axis`, `smooth` along the others."""
-    ndim = _count(ndim)
+    """Return the product of (-1, 0, 1) along `axis` and `smooth` along the others."""
+    ndim = _checked_ndim(ndim)
     (axis,) = as_integers("axis", axis, 1)
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1}, got {axis}")
@@ -598,20 +599,20 @@ def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Array:
     return _outer(lines)
 
 
-def _round(radius: float, ndim: int) -> Array:
-    """Uniform over all samples at most `radius` from the centre."""
+def _uniform_ball(radius: float, ndim: int) -> Array:
+    """Return a uniform kernel over all samples at most `radius` from the centre."""
     grid = _grid([math.floor(_positive("radius", radius))] * ndim)
-    square = np.asarray(sum(t**2 for t in grid))
-    inside = (square <= radius**2).astype(float)
+    squared = np.asarray(sum(t**2 for t in grid))
+    inside = (squared <= radius**2).astype(float)
     return np.asarray(inside / inside.sum())
 
 
-def _grid(reach: Sequence[int]) -> list[Array]:
-    """Distance from the centre along each axis, to be broadcast."""
-    return list(np.ix_(*(np.arange(-n, n + 1) for n in reach)))
+def _grid(radii: Sequence[int]) -> list[Array]:
+    """Return the offsets from the centre along each axis, for broadcasting."""
+    return list(np.ix_(*(np.arange(-n, n + 1) for n in radii)))
 
 
-def _bell(sigma: float, truncate: float) -> Array:
+def _gaussian(sigma: float, truncate: float) -> Array:
     n = int(truncate * sigma + 0.5)
     return np.asarray(np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2))
 
@@ -631,7 +632,7 @@ def _positive(name: str, value: float) -> float:
     return value
 
 
-def _count(ndim: int) -> int:
+def _checked_ndim(ndim: int) -> int:
     (ndim,) = as_integers("ndim", ndim, 1)
     if ndim < 1:
         raise ValueError(f"ndim must be at least 1, got {ndim}")

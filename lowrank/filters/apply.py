@@ -1,0 +1,210 @@
+"""Filter images, volumes and series on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from lowrank import engine
+from lowrank._typing import Array, Ints
+from lowrank.core.arrays import as_native_order
+from lowrank.engine import dask as chunked
+from lowrank.filters import arguments, choose, conversion, dask, gpu
+from lowrank.filters.request import CompiledFilter, FilterRequest, check_request, compile_request
+
+
+def correlate(
+    image: Array,
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: choose.MethodName = "auto",
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: Sequence[int] | None = None,
+    convolve: bool = False,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Filter an image, a volume, a cube or a series by the fastest method within a tolerance.
+
+    Parameters
+    ----------
+    image : ndarray, dask.array.Array or cupy.ndarray
+        Real.  float32 and float64 are computed in their own precision, float16 and 8- and
+        16-bit integers in float32, wider integers in float64; integer results are rounded to
+        nearest even and saturate.
+    kernel : array_like
+        Filter over 1, 2 or 3 axes; see :func:`separate`.
+    rank : int, optional
+        Number of separable terms; their best sum runs instead of the kernel.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that runs; round-off by default.
+    method : str
+        ``"auto"`` (the method predicted to be fastest within the tolerance, see
+        :func:`plan_filter`), ``"direct"``, ``"separable"`` or ``"fft"``.
+    mode : str
+        Border mode, by scipy.ndimage's names: ``"reflect"`` (``b a | a b c | c b``),
+        ``"mirror"`` (``c b | a b c | b a``), ``"nearest"``, ``"wrap"`` or ``"constant"``.
+    cval : float
+        Border value of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter as in scipy.ndimage, one for all axes or one per axis.
+    axes : sequence of int, optional
+        Axes of `image` that the kernel runs along, if the image has more axes than the kernel,
+        such as channels; the first ones by default.
+    convolve : bool
+        Flip the kernel: a convolution in the mathematical sense.
+    out : ndarray, optional
+        Array for the result; same shape and dtype as `image`.
+    threads : int, optional
+        Number of threads; all of OpenMP's by default.
+
+    Returns
+    -------
+    ndarray or dask.array.Array
+        Result, with the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a dtype, mode, origin, axis or kernel is invalid; the message lists what is allowed.
+
+    Notes
+    -----
+    A Fourier transform spreads round-off over its block: in float32 samples below about 1e-6 of
+    the brightest sample near them are lost.  For images of a high dynamic range choose another
+    `method`.  ``"auto"`` does not transform images that contain NaN or infinities.
+
+    A CuPy array is filtered on its GPU, by the method with the fewest MACs instead of the least
+    time, without transforms.
+
+    A Dask array gives a lazy array.  Its chunks overlap, and its bits are those of the whole
+    array in memory, by the fastest method that is not a transform.  Without `threads` a chunk
+    runs on one thread in a worker of a pool, and on all threads in the main thread.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> step = np.repeat([[0.0, 0.0, 1.0, 1.0]], 4, axis=0)
+    >>> filters.correlate(step, [[-1, 0, 1]])[0]
+    array([0., 1., 1., 0.])
+    """
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError("image must be a plain array, got a masked array: fill the mask first")
+    is_dask, on_gpu = chunked.is_dask_array(image), engine.is_on_gpu(image)
+    if not is_dask and not on_gpu:
+        image = np.asarray(image)
+    elif is_dask and out is not None:
+        raise TypeError("out must be None for a Dask array: the result is computed later")
+    work = arguments.work_dtype(image)
+    request, along = check_request(
+        image, kernel, work, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
+        origin=origin, axes=axes, convolve=convolve, out=out, threads=threads,
+    )  # fmt: skip
+    if is_dask:
+        return dask.correlate(image, along, request)  # type: ignore[no-any-return]
+    if on_gpu:
+        with engine.device_context(image):
+            return cast(Array, gpu.correlate(image, along, request, work, out))
+    chosen, without_fft = compile_request(request)
+    out = np.empty(image.shape, image.dtype) if out is None else out
+    if image.size == 0:
+        return out
+    if np.may_share_memory(image, out):
+        image = image.copy()
+    image = conversion.as_engine_input(image, work)
+    result = as_native_order(out) if out.dtype == image.dtype else np.empty(out.shape, work)
+    compiled = chosen
+    if chosen.is_fft and image.dtype.kind == "f" and not np.isfinite(image.sum()):
+        compiled = without_fft
+    _run(compiled, image, result, along, request)
+    if result.dtype != out.dtype:
+        out[...] = conversion.as_image(result, out.dtype)
+    return out
+
+
+def _run(
+    compiled: CompiledFilter, image: Array, result: Array, along: Ints, request: FilterRequest
+) -> None:
+    """Filter `image` into `result`, channel by channel unless they are interleaved."""
+    shape = (-1, 1, *compiled.shape)
+    if compiled.interleaved or (request.interleaved and request.channels == 1):
+        compiled.run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
+        return
+    last = range(-len(along), 0)
+    x, y = np.moveaxis(image, along, last), np.moveaxis(result, along, last)
+    channels = y.reshape(shape)  # a copy if `result` is strided
+    compiled.run(x.reshape(shape), channels)
+    if not np.may_share_memory(channels, result):
+        y[...] = channels.reshape(y.shape)
+
+
+def filter_image(
+    image: Array,
+    kernel: Any,
+    *,
+    tolerance: float | None = None,
+    method: choose.MethodName = "auto",
+    mode: str = "reflect",
+    cval: float = 0.0,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Filter a picture by the fastest method within a tolerance.
+
+    Parameters
+    ----------
+    image : ndarray or dask.array.Array, shape (height, width) or (height, width, colours)
+        Picture of any real dtype; :func:`correlate` accepts volumes and series as well.
+    kernel : array_like, shape (h, w)
+        Filter, as a correlation: not flipped.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that runs; round-off by default.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    mode : str
+        Border mode, by scipy.ndimage's names.
+    cval : float
+        Border value of mode ``"constant"``.
+    out : ndarray, optional
+        Array for the result; same shape and dtype as `image`.
+    threads : int, optional
+        Number of threads; all of OpenMP's by default.
+
+    Returns
+    -------
+    ndarray or dask.array.Array
+        Result, with the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the image is no picture, the kernel does not have two axes, or an argument is invalid.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank import filters
+    >>> picture = np.random.default_rng(0).random((64, 64, 3), np.float32)
+    >>> blurred = lowrank.filter_image(picture, filters.disk(5), tolerance=0.1)
+    >>> bool(np.abs(blurred - lowrank.filter_image(picture, filters.disk(5))).max() < 0.1)
+    True
+    """
+    if np.ndim(image) not in (2, 3):
+        raise ValueError(
+            f"image must be (height, width) or (height, width, colours), got {np.shape(image)}: "
+            "filters.correlate takes any number of axes"
+        )
+    if np.ndim(kernel) != 2:
+        raise ValueError(f"kernel must have two axes, got shape {np.shape(kernel)}")
+    return correlate(
+        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, out=out,
+        threads=threads,
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Checked filter calls, planned and compiled once per kernel, size and border."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank._typing import Array, Ints
+from lowrank.core.geometry import as_integers
+from lowrank.filters import arguments, choose
+
+CACHED_FILTERS = 32
+
+
+class FilterRequest(NamedTuple):
+    """Checked arguments of a call: all that the choice of a method depends on."""
+
+    kernel: bytes
+    taps: Ints
+    dtype: str
+    spatial: Ints
+    channels: int
+    interleaved: bool  # the filtered axes come first: samples of several channels are adjacent
+    rank: int | None
+    tolerance: float | None
+    method: choose.MethodName
+    mode: str
+    cval: float
+    origins: Ints
+    threads: int | None
+
+    @property
+    def nonempty_spatial(self) -> Ints:
+        """Spatial size of the plan, which an empty image needs as well."""
+        return tuple(max(n, 1) for n in self.spatial)
+
+    def plan(self) -> choose.FilterPlan:
+        """Plan the filter for images of this size."""
+        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
+        conv = arguments.as_convolution(k, self.mode, self.cval, self.origins)
+        tolerance = arguments.round_off(k) if self.tolerance is None else self.tolerance
+        return choose.choose_method(
+            conv, self.nonempty_spatial, tolerance, rank=self.rank, method=self.method,
+            channels=max(self.channels, 1), interleaved=self.interleaved, itemsize=k.itemsize,
+            threads=self.threads,
+        )  # fmt: skip
+
+    def method_without_fft(self, plan: choose.FilterPlan) -> choose.FilterMethod:
+        """Return the choice, or under ``"auto"`` the fastest method that is not a transform.
+
+        Transforms spread NaN and infinities, and their round-off depends on the blocks.
+        """
+        if plan.choice.block is None or self.method != "auto":
+            return plan.choice
+        return next(m for m in plan.methods if m.block is None and m.error <= plan.tolerance)
+
+
+class CompiledFilter(NamedTuple):
+    """A compiled method, with the spatial shape of the arrays that it takes."""
+
+    run: Any
+    shape: Ints
+    interleaved: bool
+    is_fft: bool
+
+
+def check_request(
+    image: Array,
+    kernel: Any,
+    work: np.dtype[Any],
+    *,
+    rank: int | None,
+    tolerance: float | None,
+    method: choose.MethodName,
+    mode: str,
+    cval: float,
+    origin: Any,
+    axes: Any,
+    convolve: bool,
+    out: Array | None,
+    threads: int | None,
+) -> tuple[FilterRequest, Ints]:
+    """Check the arguments of :func:`lowrank.filters.correlate`; return the filtered axes, too."""
+    k = arguments.as_kernel(kernel)
+    origins = arguments.as_origins(origin, k.shape)
+    if convolve:
+        k = np.flip(k)
+        origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
+    along = arguments.as_axes(axes, image.ndim, k.ndim)
+    if out is not None and type(out) is not type(image):
+        raise TypeError(f"out must be an array like the image, got {type(out).__qualname__}")
+    if out is not None and (out.shape != image.shape or out.dtype != image.dtype):
+        raise ValueError(
+            f"out must have shape {image.shape} and dtype {image.dtype}, "
+            f"got {out.shape} and {out.dtype}"
+        )
+    interleaved = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
+    k = np.ascontiguousarray(k, work)
+    arguments.as_padding_mode(mode)
+    if rank is not None:
+        (rank,) = as_integers("rank", rank, 1)
+    cval = arguments.as_real("cval", cval)
+    tolerance = arguments.as_tolerance(tolerance, rank)
+    threads = threads if threads is None else as_integers("threads", threads, 1)[0]
+    spatial = tuple(image.shape[a] for a in along)
+    channels = image.size // max(math.prod(spatial), 1)
+    request = FilterRequest(
+        k.tobytes(), k.shape, k.dtype.str, spatial, channels, interleaved, rank, tolerance, method,
+        mode, cval, origins, threads,
+    )  # fmt: skip
+    return request, along
+
+
+@functools.lru_cache(CACHED_FILTERS)
+def compile_request(request: FilterRequest) -> tuple[CompiledFilter, CompiledFilter]:
+    """Compile the chosen method, and the one for images that contain NaN or infinities."""
+    plan = request.plan()
+    methods = plan.choice, request.method_without_fft(plan)
+    compiled = {m: _compile(m, request) for m in dict.fromkeys(methods)}
+    return compiled[methods[0]], compiled[methods[1]]
+
+
+def _compile(method: choose.FilterMethod, request: FilterRequest) -> CompiledFilter:
+    spatial, channels = request.nonempty_spatial, max(request.channels, 1)
+    run = choose.compile_method(method, spatial, np.dtype(request.dtype), request.threads, channels)
+    shape = spatial
+    if method.interleaved:
+        shape = (*spatial[:-1], spatial[-1] * channels)
+        if choose.has_channel_axis(spatial, channels):
+            shape = (*spatial, channels)
+    return CompiledFilter(run, shape, method.interleaved, method.block is not None)
