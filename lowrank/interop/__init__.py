@@ -1,1 +1,1 @@
-"""Networks of other libraries and formats: layers out of them, chains into them."""
+"""Other libraries and file formats: read layers from them and write chains to them."""

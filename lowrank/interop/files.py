@@ -1,4 +1,4 @@
-"""A network out of a file, and into one: the form goes by the file's ending."""
+"""Open and save networks; the ending of a file determines its format."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from lowrank.compress import Net
 
-#: Endings of networks that can be opened; a network is written in the form that it came in.
+#: Endings of networks that can be opened; a network is written in the format of the original.
 ENDINGS = (".onnx", ".keras", ".h5", ".hdf5", ".safetensors", ".npz")
-_FORMS = ((".onnx",), (".keras",), (".h5", ".hdf5"), (".safetensors", ".npz"))
+_FORMATS = ((".onnx",), (".keras",), (".h5", ".hdf5"), (".safetensors", ".npz"))
 _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -23,11 +23,11 @@ def open_model(
     Parameters
     ----------
     path : path
-        ``.onnx``, ``.keras``, ``.h5``, or ``.safetensors`` and ``.npz`` with a manifest
-        ``NAME.json`` beside them.
+        ``.onnx``, ``.keras``, ``.h5`` or ``.hdf5`` file, or ``.safetensors`` or ``.npz`` file
+        with a manifest ``NAME.json`` beside it.
     calibration : path, optional
-        An ``.npz`` file: of inputs of the network for ``.onnx``, of inputs of its layers, by
-        their names, for the others.
+        ``.npz`` file: inputs of the network for ``.onnx``, inputs of layers, in arrays named
+        after them, for the others.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def open_model(
     OSError
         If a file cannot be read.
     ImportError
-        If what reads that form is not installed.
+        If the library that reads the format is not installed.
 
     Examples
     --------
@@ -50,16 +50,16 @@ def open_model(
     ['conv1', 'conv2', 'conv3']
     """
     path = Path(path)
-    form = _form(path)
+    ending = _ending(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder")
     if calibration is not None and Path(calibration).suffix.lower() != ".npz":
         raise ValueError(f"{calibration}: calibration data come as .npz")
-    if form == ".onnx":
+    if ending == ".onnx":
         from lowrank.interop import onnx
 
         return onnx.open_model(path, calibration)
-    if form in (".keras", ".h5"):
+    if ending in (".keras", ".h5", ".hdf5"):
         from lowrank.interop.keras import KerasModel
 
         return KerasModel(path, calibration=calibration)
@@ -69,14 +69,14 @@ def open_model(
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:
-    """Check that a compressed network can be written; before the work, not after it.
+    """Check that a compressed network can be written, before it is computed.
 
     Parameters
     ----------
     path : path
-        Where it is to stand.
+        File to be written.
     source : path
-        The network that it is made from; it is never written over, nor is its manifest.
+        Original network; neither it nor its manifest is ever overwritten.
 
     Returns
     -------
@@ -85,9 +85,9 @@ def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -
     Raises
     ------
     ValueError
-        If the ending is that of another form, or the original would be written over.
+        If the ending is that of another format, or the original would be overwritten.
     OSError
-        If the folder is not there.
+        If the folder does not exist.
 
     Examples
     --------
@@ -101,7 +101,7 @@ def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -
     ValueError: small.onnx: the network came as .safetensors and is written as .safetensors or .npz
     """
     path, source = Path(path), Path(source)
-    allowed = next(some for some in _FORMS if _form(source) in some)
+    allowed = next(endings for endings in _FORMATS if _ending(source) in endings)
     if path.suffix.lower() not in allowed:
         raise ValueError(
             f"{path}: the network came as {source.suffix} and is written as {' or '.join(allowed)}"
@@ -109,16 +109,16 @@ def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    for mine in _written(path):
-        for theirs in _written(source):
-            if same_file(mine, theirs):
-                raise ValueError(f"{path}: would be written over {theirs}, the original")
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
+    for target in _files_of(path):
+        for original in _files_of(source):
+            if same_file(target, original):
+                raise ValueError(f"{path}: would overwrite {original}, the original")
     return path
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
-    """Whether two paths are one file, there or not.
+    """Whether two paths refer to the same file, which need not exist.
 
     Parameters
     ----------
@@ -136,25 +136,26 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     """
     try:
         return os.path.samefile(a, b)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return Path(a).resolve() == Path(b).resolve()
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
-    """Write what ``Net.replaced`` gave: whole, or not at all.
+    """Write a model that ``CompressibleModel.replaced`` returned, atomically.
 
     Parameters
     ----------
     model : onnx.ModelProto, KerasFile or WeightsFile
+        New model.
     path : path
-        With an ending of its form.
+        File with an ending of the model's format.
 
     Raises
     ------
     ValueError
         If the ending is another one.
     OSError
-        If it cannot be written.
+        If the file cannot be written.
 
     Examples
     --------
@@ -176,17 +177,19 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def fingerprint(net: Net, *paths: str | os.PathLike[str] | None) -> str:
-    """What tells a network and its data from others: of its layers' weights, and of files.
+    """Return a hash of a network's layers and of files, to recognise them again.
 
     Parameters
     ----------
-    net : Net
+    net : CompressibleModel
+        Network whose layers are hashed.
     *paths : path or None
-        Files that count as well.
+        Files whose contents are hashed.
 
     Returns
     -------
     str
+        SHA-256 in hexadecimal digits.
 
     Examples
     --------
@@ -196,36 +199,36 @@ def fingerprint(net: Net, *paths: str | os.PathLike[str] | None) -> str:
     >>> fingerprint(net) == fingerprint(open_model(demo.WEIGHTS))
     True
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for layer in net.layers:
         f = layer.conv
-        said = (layer.name, layer.input_size, layer.times, f.geometry, f.groups, f.transposed)
-        found.update(repr(said).encode())
+        record = (layer.name, layer.input_size, layer.times, f.geometry, f.groups, f.transposed)
+        digest.update(repr(record).encode())
         for array in (f.stages[0].weight, f.bias, layer.scale):
-            found.update(b"-" if array is None else array.tobytes())
+            digest.update(b"-" if array is None else array.tobytes())
     for path in paths:
         if path is None:
-            found.update(b"-")
+            digest.update(b"-")
             continue
         with open(path, "rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
-def _form(path: Path) -> str:
+def _ending(path: Path) -> str:
     ending = path.suffix.lower()
     if ending in _PYTORCH:
         raise ValueError(
-            f"{path}: PyTorch's files hold no network, but pieces of one: compress the module in "
-            "Python (README, 'Compress a network'), or export it as .onnx"
+            f"{path}: a PyTorch file holds weights, but no network: compress the module in Python "
+            "(README, 'Compress a network'), or export it as .onnx"
         )
     if ending not in ENDINGS:
-        raise ValueError(f"{path}: networks come as {', '.join(ENDINGS)}, not {ending!r}")
-    return ".h5" if ending == ".hdf5" else ending
+        raise ValueError(f"{path}: the ending must be one of {', '.join(ENDINGS)}, got {ending!r}")
+    return ending
 
 
-def _written(path: Path) -> list[Path]:
-    """A network's file and those that may go along with it."""
+def _files_of(path: Path) -> list[Path]:
+    """Return a network's file and the files that may accompany it."""
     ending = path.suffix.lower()
     if ending in (".safetensors", ".npz"):
         return [path, path.with_suffix(".json")]

@@ -1,9 +1,9 @@
-"""The configuration of a Keras model as a graph: what is called on what, with which shapes.
+"""Graph of a Keras model, built from its configuration: calls of layers and shapes of tensors.
 
-Weights are stored by the order of the layers, not by their names, in ``.keras`` files (with an
-index and a kind) as well as in ``.h5`` files (as lists).  The order is that of Keras when it builds
-the model: by depth, the distance from the outputs, and within a depth by a search from the
-outputs.  A layer that becomes a chain moves others, so it has to be found as Keras finds it.
+Both ``.keras`` and ``.h5`` files store weights by the order of the layers, not by their names.  It
+is the order in which Keras builds the model: by depth (the distance from the outputs), and within
+one depth by a search from the outputs.  A chain in place of a layer changes the order of others,
+so the order is computed here as Keras computes it.
 """
 
 from __future__ import annotations
@@ -14,68 +14,68 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 Shape = tuple[int | None, ...]
-_DEPTH = 64  # models in models
+_DEPTH = 64  # nesting of models; no network needs more
 
 
 class Call(NamedTuple):
     """One call of one layer."""
 
     layer: int
-    sources: tuple[tuple[int, int], ...]  # (layer, which of its calls), of each argument
-    shapes: tuple[Shape | None, ...]  # of the arguments, as the file has them
+    sources: tuple[tuple[int, int], ...]  # (layer, index of its call) of each argument
+    shapes: tuple[Shape | None, ...]  # shapes of the arguments in the file
 
 
 class Graph(NamedTuple):
-    """One model, not those within."""
+    """Graph of one model, without the layers of nested models."""
 
-    entries: list[Any]
-    calls: list[list[Call]]  # of each layer
-    order: list[tuple[int, int]]  # (layer, call) as they can be run
-    layers: list[int]  # as Keras orders them
+    entries: list[Any]  # configurations of the layers
+    calls: list[list[Call]]  # calls of each layer
+    order: list[tuple[int, int]]  # (layer, call) in an order of execution
+    layers: list[int]  # layers in the order of Keras
     outputs: list[tuple[int, int]]
 
 
-def inner(entry: Any) -> list[Any] | None:
-    """The layers of a model within a model; None for a layer."""
+def inner_layers(entry: Any) -> list[Any] | None:
+    """Return the layers of a model, or None for an entry that is a layer."""
     config = entry.get("config")
-    found = config.get("layers") if isinstance(config, dict) else config
-    if not isinstance(found, list) or entry.get("class_name") == "StackedRNNCells":
+    layers = config.get("layers") if isinstance(config, dict) else config
+    if not isinstance(layers, list) or entry.get("class_name") == "StackedRNNCells":
         return None
-    if not all(isinstance(e, dict) and isinstance(e.get("config"), dict | list) for e in found):
-        raise ValueError("its configuration has layers that are no layers")
-    return found
+    if not all(isinstance(e, dict) and isinstance(e.get("config"), dict | list) for e in layers):
+        raise ValueError("its configuration has an invalid layer")
+    return layers
 
 
 def name_of(entry: Any) -> str:
-    """What a layer is called."""
+    """Return the name of a layer."""
     config = entry["config"]
-    found = entry.get("name") or (config.get("name") if isinstance(config, dict) else None)
-    return str(found or entry.get("class_name"))
+    name = entry.get("name") or (config.get("name") if isinstance(config, dict) else None)
+    return str(name or entry.get("class_name"))
 
 
-def snake(name: str) -> str:
-    """A class's name as ``.keras`` files write it."""
+def snake_case(name: str) -> str:
+    """Return the name of a class as ``.keras`` files write it."""
     name = re.sub(r"\W+", "", name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def graph(entry: Any) -> Graph:
-    """The graph of a model."""
-    entries = inner(entry)
+def model_graph(entry: Any) -> Graph:
+    """Return the graph of a model."""
+    entries = inner_layers(entry)
     if entries is None:
         raise ValueError("it has no layers: only Sequential and functional models can be read")
     names = {name_of(e): i for i, e in enumerate(entries)}
     if len(names) < len(entries):
-        raise ValueError("two layers of a model have one name")
+        raise ValueError("two layers of a model have the same name")
     config = entry["config"]
-    if isinstance(config, list) or "output_layers" not in config:
-        chained = [
-            [Call(i, ((i - 1, 0),) if i else (), (_built(e),) if i else ())]
+    if isinstance(config, list) or "output_layers" not in config:  # a Sequential model
+        calls = [
+            [Call(i, ((i - 1, 0),) if i else (), (_built_shape(e),) if i else ())]
             for i, e in enumerate(entries)
         ]
-        everything = [(i, 0) for i in range(len(entries))]
-        return Graph(entries, chained, everything, [*range(len(entries))], everything[-1:])
+        order = [(i, 0) for i in range(len(entries))]
+        return Graph(entries, calls, order, [*range(len(entries))], order[-1:])
     calls = [
         [_call(i, node, names) for node in e.get("inbound_nodes") or []] or [Call(i, (), ())]
         for i, e in enumerate(entries)
@@ -84,9 +84,9 @@ def graph(entry: Any) -> Graph:
     for layer, call in [*outputs, *(s for cs in calls for c in cs for s in c.sources)]:
         if not 0 <= call < len(calls[layer]):
             raise ValueError(f"layer {name_of(entries[layer])!r} is not called {call + 1} times")
-    order, found = _search(calls, outputs)
+    order, first_visits = _search(calls, outputs)
     depths = _depths(calls, order)
-    layers = sorted(depths, key=lambda i: (-depths[i], found[i]))
+    layers = sorted(depths, key=lambda i: (-depths[i], first_visits[i]))
     return Graph(entries, calls, order, layers, outputs)
 
 
@@ -100,14 +100,14 @@ def _call(layer: int, node: Any, names: dict[str, int]) -> Call:
 
 
 def _tensors(value: Any, names: dict[str, int]) -> Iterator[tuple[str, int, Shape | None]]:
-    """(layer, call, shape) of all tensors in the arguments of a call, of either form."""
+    """Yield (layer, call, shape) of all tensors in the arguments of a call, of either format."""
     if isinstance(value, dict):
         config = value.get("config")
         if value.get("class_name") == "__keras_tensor__" and isinstance(config, dict):
             name, call = config["keras_history"][:2]
             if name not in names or not isinstance(call, int):
-                raise ValueError(f"there is no layer {name!r}")
-            yield name, call, _shape(config.get("shape"))
+                raise ValueError(f"no layer {name!r}")
+            yield name, call, _as_shape(config.get("shape"))
         else:
             for key in sorted(value):
                 yield from _tensors(value[key], names)
@@ -124,33 +124,33 @@ def _tensors(value: Any, names: dict[str, int]) -> Iterator[tuple[str, int, Shap
 def _search(
     calls: list[list[Call]], outputs: list[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], dict[int, int]]:
-    """Calls in an order in which they can be run, and when each layer was first met."""
+    """Return the calls in an order of execution, and the rank of each layer's first visit."""
     order: list[tuple[int, int]] = []
-    found: dict[int, int] = {}
-    done, under_way = set(), set()
+    first_visits: dict[int, int] = {}
+    done, active = set(), set()
     for output in outputs:
         stack = [(output, False)]
         while stack:
             at, finished = stack.pop()
             if finished:
-                under_way.discard(at)
+                active.discard(at)
                 if at not in done:
                     done.add(at)
                     order.append(at)
                 continue
             if at in done:
                 continue
-            if at in under_way:
-                raise ValueError("its layers go round in a circle")
-            found.setdefault(at[0], len(found))
-            under_way.add(at)
+            if at in active:
+                raise ValueError("its layers form a cycle")
+            first_visits.setdefault(at[0], len(first_visits))
+            active.add(at)
             stack.append((at, True))
             stack += [(s, False) for s in reversed(calls[at[0]][at[1]].sources)]
-    return order, found
+    return order, first_visits
 
 
 def _depths(calls: list[list[Call]], order: list[tuple[int, int]]) -> dict[int, int]:
-    """Distance of each layer from the outputs, the largest there is."""
+    """Return the largest distance of each layer from the outputs."""
     nodes: dict[tuple[int, int], int] = {}
     layers: dict[int, int] = {}
     for at in reversed(order):
@@ -162,31 +162,31 @@ def _depths(calls: list[list[Call]], order: list[tuple[int, int]]) -> dict[int, 
 
 
 class Run(NamedTuple):
-    """One call of a layer, somewhere in a model."""
+    """One call of a layer, which may be in a nested model."""
 
-    path: tuple[int, ...]  # indices of the layer and of the models that it is in
-    shapes: tuple[Shape | None, ...]  # of its arguments, with the batch
+    path: tuple[int, ...]  # indices of the nested models and of the layer
+    shapes: tuple[Shape | None, ...]  # shapes of its arguments, with the batch
 
 
-def trace(entry: Any, given: Shape | None) -> list[Run]:
-    """All calls of all layers in the order in which they run, with shapes where they are known.
+def trace(entry: Any, input_shape: Shape | None) -> list[Run]:
+    """Return all calls of all layers in execution order, with the shapes that are known.
 
-    `given` is the shape of the model's input, with the batch, if the file is not to be asked.
+    `input_shape` is the shape of the model's input, with the batch; None for that in the file.
     """
     runs: list[Run] = []
-    _run(entry, [given], (), runs)
+    _run(entry, [input_shape], (), runs)
     return runs
 
 
 def _run(
-    entry: Any, given: list[Shape | None], path: tuple[int, ...], runs: list[Run]
+    entry: Any, input_shapes: list[Shape | None], path: tuple[int, ...], runs: list[Run]
 ) -> Shape | None:
-    """Run a model on shapes; its (first) output's shape."""
+    """Infer all shapes of a model, append its calls to `runs`; return the first output's shape."""
     if len(path) > _DEPTH:
         raise ValueError("its models are nested too deep")
-    g = graph(entry)
+    g = model_graph(entry)
     known: dict[tuple[int, int], Shape | None] = {}
-    starts = iter(given)
+    remaining = iter(input_shapes)
     for at in g.order:
         layer, call = g.entries[at[0]], g.calls[at[0]][at[1]]
         config = layer["config"]
@@ -194,17 +194,19 @@ def _run(
         if isinstance(config, dict):
             own = config.get("batch_shape") or config.get("batch_input_shape")
         if layer.get("class_name") == "InputLayer":
-            known[at] = next(starts, None) or _shape(own)
+            known[at] = next(remaining, None) or _as_shape(own)
             continue
         shapes = [
             known.get(source) or recorded for source, recorded in zip(call.sources, call.shapes)
         ]
-        if not call.sources:  # the first layer of a Sequential model, which has its input's shape
+        if not call.sources:  # the first layer of a Sequential model
             whole = entry["config"]
             built = whole.get("build_input_shape") if isinstance(whole, dict) else None
-            shapes = [next(starts, None) or _shape(own) or _shape(built) or _built(layer)]
+            shapes = [
+                next(remaining, None) or _as_shape(own) or _as_shape(built) or _built_shape(layer)
+            ]
         runs.append(Run((*path, at[0]), tuple(shapes)))
-        if inner(layer) is not None:
+        if inner_layers(layer) is not None:
             known[at] = _run(layer, shapes, (*path, at[0]), runs)
         else:
             known[at] = output_shape(layer, shapes)
@@ -212,33 +214,33 @@ def _run(
 
 
 def output_shape(entry: Any, shapes: list[Shape | None]) -> Shape | None:
-    """Shape of what a layer gives; None where it cannot be known."""
+    """Return the shape of a layer's output, or None if it is unknown."""
     rule = _RULES.get(str(entry.get("class_name")))
     if rule is None or not shapes or any(s is None for s in shapes):
         return None
     try:
         return rule(entry["config"], *shapes)
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError):
-        return None  # a configuration that makes no sense has no shape
+        return None  # the configuration is invalid
 
 
 def spatial_axes(config: Any, ndim: int) -> tuple[slice, int]:
-    """Where the spatial axes and the channels of an array are."""
+    """Return the slice of the spatial axes of an array and the index of its channel axis."""
     if config.get("data_format") == "channels_first":
         return slice(2, ndim), 1
     return slice(1, ndim - 1), ndim - 1
 
 
-def entries_of(value: Any, n: int) -> tuple[int, ...]:
-    """One integer for all axes, or one each."""
-    found = tuple(value) if isinstance(value, list | tuple) else (value,) * n
-    if len(found) != n or not all(type(v) is int for v in found):
+def per_axis(value: Any, n: int) -> tuple[int, ...]:
+    """Return one integer per axis, from one for all axes or one each."""
+    integers = tuple(value) if isinstance(value, list | tuple) else (value,) * n
+    if len(integers) != n or not all(type(v) is int for v in integers):
         raise ValueError(f"{value!r} is not {n} integers")
-    return found
+    return integers
 
 
 def same_padding(size: int, extent: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: what it takes for ceil(size / stride) outputs, the odd sample last."""
+    """Return TensorFlow's SAME padding: ceil(size / stride) outputs, the odd sample at the end."""
     total = max((-(-size // stride) - 1) * stride + extent - size, 0)
     return total // 2, total - total // 2
 
@@ -246,7 +248,7 @@ def same_padding(size: int, extent: int, stride: int) -> tuple[int, int]:
 def transposed_padding(
     extent: int, stride: int, padding: str, extra: int | None
 ) -> tuple[tuple[int, int], int]:
-    """(before, after) that a transposed convolution crops, and what it adds at its end."""
+    """Return what a transposed convolution crops, (before, after), and what it adds at the end."""
     if padding == "valid":
         return (0, 0), max(stride - extent, 0) if extra is None else extra
     spare = extent - stride if extra is None else extent - extent % 2 - extra
@@ -254,7 +256,7 @@ def transposed_padding(
     return (before, max(spare - before, 0)), max(-spare, 0)
 
 
-def _shape(value: Any) -> Shape | None:
+def _as_shape(value: Any) -> Shape | None:
     if not isinstance(value, list | tuple) or len(value) < 2:
         return None
     if not all(v is None or (type(v) is int and v >= 0) for v in value):
@@ -262,29 +264,31 @@ def _shape(value: Any) -> Shape | None:
     return tuple(value)
 
 
-def _built(entry: Any) -> Shape | None:
+def _built_shape(entry: Any) -> Shape | None:
     build = entry.get("build_config")
-    return _shape(build.get("input_shape")) if isinstance(build, dict) else None
+    return _as_shape(build.get("input_shape")) if isinstance(build, dict) else None
 
 
-def _sizes(
+def _resized(
     config: Any, shape: Shape, channels: int | None, size: Callable[[int, int], int]
 ) -> Shape:
-    """`shape` with other spatial sizes and channels."""
-    found = list(shape)
-    axes, at = spatial_axes(config, len(shape))
+    """Return `shape` with other spatial sizes and channels; `size` maps (length, axis)."""
+    new = list(shape)
+    axes, channel_axis = spatial_axes(config, len(shape))
     for i, axis in enumerate(range(axes.start, axes.stop)):
         n = shape[axis]
-        found[axis] = None if n is None else size(n, i)
+        new[axis] = None if n is None else size(n, i)
     if channels is not None:
-        found[at] = channels
-    if any(n is not None and n < 0 for n in found):
-        raise ValueError("nothing is left")
-    return tuple(found)
+        new[channel_axis] = channels
+    if any(n is not None and n < 0 for n in new):
+        raise ValueError("the kernel is larger than its input")
+    return tuple(new)
 
 
-def _windows(kernel: Any, stride: Any, dilation: Any, config: Any, n: int) -> Callable[..., int]:
-    k, s, d = entries_of(kernel, n), entries_of(stride, n), entries_of(dilation, n)
+def _window_size(
+    kernel: Any, stride: Any, dilation: Any, config: Any, n: int
+) -> Callable[..., int]:
+    k, s, d = per_axis(kernel, n), per_axis(stride, n), per_axis(dilation, n)
     padding = str(config.get("padding", "valid")).lower()
 
     def size(length: int, i: int) -> int:
@@ -297,74 +301,76 @@ def _windows(kernel: Any, stride: Any, dilation: Any, config: Any, n: int) -> Ca
 
 def _conv(config: Any, shape: Shape) -> Shape:
     n = len(shape) - 2
-    size = _windows(config["kernel_size"], config["strides"], config["dilation_rate"], config, n)
+    size = _window_size(
+        config["kernel_size"], config["strides"], config["dilation_rate"], config, n
+    )
     channels = config.get("filters")
     if channels is None:
         known = shape[spatial_axes(config, len(shape))[1]]
         channels = None if known is None else known * int(config["depth_multiplier"])
-    return _sizes(config, shape, channels, size)
+    return _resized(config, shape, channels, size)
 
 
 def _transposed(config: Any, shape: Shape) -> Shape:
     n = len(shape) - 2
-    k, s = entries_of(config["kernel_size"], n), entries_of(config["strides"], n)
-    d = entries_of(config.get("dilation_rate", 1), n)
+    k, s = per_axis(config["kernel_size"], n), per_axis(config["strides"], n)
+    d = per_axis(config.get("dilation_rate", 1), n)
     extra = config.get("output_padding")
-    o = (None,) * n if extra is None else entries_of(extra, n)
+    o = (None,) * n if extra is None else per_axis(extra, n)
 
     def size(length: int, i: int) -> int:
         extent = (k[i] - 1) * d[i] + 1
-        (a, b), more = transposed_padding(extent, s[i], config["padding"], o[i])
-        return (length - 1) * s[i] + extent - a - b + more
+        (a, b), extra_end = transposed_padding(extent, s[i], config["padding"], o[i])
+        return (length - 1) * s[i] + extent - a - b + extra_end
 
-    return _sizes(config, shape, config["filters"], size)
+    return _resized(config, shape, config["filters"], size)
 
 
 def _pool(config: Any, shape: Shape) -> Shape:
     n = len(shape) - 2
     pool = config["pool_size"]
     stride = pool if config.get("strides") is None else config["strides"]
-    return _sizes(config, shape, None, _windows(pool, stride, 1, config, n))
+    return _resized(config, shape, None, _window_size(pool, stride, 1, config, n))
 
 
-def _global(config: Any, shape: Shape) -> Shape:
+def _global_pool(config: Any, shape: Shape) -> Shape:
     axes, _ = spatial_axes(config, len(shape))
     one = (1,) * (len(shape) - 2) if config.get("keepdims") else ()
     return (*shape[: axes.start], *one, *shape[axes.stop :])
 
 
-def _bordered(sign: int, key: str) -> Callable[[Any, Shape], Shape]:
+def _pad_or_crop(sign: int, key: str) -> Callable[[Any, Shape], Shape]:
     def rule(config: Any, shape: Shape) -> Shape:
         n = len(shape) - 2
         amount = config[key]
         if n == 1 and isinstance(amount, list | tuple) and not isinstance(amount[0], list | tuple):
             amount = [amount]
         pairs = amount if isinstance(amount, list | tuple) else [amount] * n
-        sums = [sum(entries_of(p, 2)) for p in pairs]
-        return _sizes(config, shape, None, lambda length, i: length + sign * sums[i])
+        sums = [sum(per_axis(p, 2)) for p in pairs]
+        return _resized(config, shape, None, lambda length, i: length + sign * sums[i])
 
     return rule
 
 
-def _upsampled(config: Any, shape: Shape) -> Shape:
-    factors = entries_of(config["size"], len(shape) - 2)
-    return _sizes(config, shape, None, lambda length, i: length * factors[i])
+def _upsampling(config: Any, shape: Shape) -> Shape:
+    factors = per_axis(config["size"], len(shape) - 2)
+    return _resized(config, shape, None, lambda length, i: length * factors[i])
 
 
-def _flat(config: Any, shape: Shape) -> Shape:
+def _flatten(config: Any, shape: Shape) -> Shape:
     return (shape[0], None if None in shape[1:] else math.prod(n or 0 for n in shape[1:]))
 
 
-def _reshaped(config: Any, shape: Shape) -> Shape:
+def _reshape(config: Any, shape: Shape) -> Shape:
     target = list(config["target_shape"])
-    total = _flat(config, shape)[1]
+    total = _flatten(config, shape)[1]
     if -1 in target:
         rest = -math.prod(target)
         target[target.index(-1)] = None if total is None else total // rest
     return (shape[0], *target)
 
 
-def _permuted(config: Any, shape: Shape) -> Shape:
+def _permute(config: Any, shape: Shape) -> Shape:
     return (shape[0], *(shape[i] for i in config["dims"]))
 
 
@@ -372,24 +378,24 @@ def _dense(config: Any, shape: Shape) -> Shape:
     return (*shape[:-1], int(config["units"]))
 
 
-def _merged(config: Any, *shapes: Shape) -> Shape:
+def _broadcast(config: Any, *shapes: Shape) -> Shape:
     longest = max(shapes, key=len)
-    found = []
+    merged = []
     for i in range(1, len(longest) + 1):
         sizes = {s[-i] for s in shapes if i <= len(s)} - {1}
         if len(sizes - {None}) > 1:
-            raise ValueError("shapes do not go together")
+            raise ValueError("shapes cannot be broadcast")
         known = sizes - {None}
-        found.append(known.pop() if known else (None if sizes else 1))
-    return tuple(reversed(found))
+        merged.append(known.pop() if known else (None if sizes else 1))
+    return tuple(reversed(merged))
 
 
-def _joined(config: Any, *shapes: Shape) -> Shape:
+def _concatenate(config: Any, *shapes: Shape) -> Shape:
     axis = int(config.get("axis", -1))
     sizes = [s[axis] for s in shapes]
-    found = list(shapes[0])
-    found[axis] = None if None in sizes else sum(n or 0 for n in sizes)
-    return tuple(found)
+    joined = list(shapes[0])
+    joined[axis] = None if None in sizes else sum(n or 0 for n in sizes)
+    return tuple(joined)
 
 
 def _same(config: Any, shape: Shape, *others: Shape) -> Shape:
@@ -400,11 +406,11 @@ _RULES: dict[str, Callable[..., Shape]] = {
     **{f"{kind}Conv{n}D": _conv for kind in ("", "Depthwise", "Separable") for n in (1, 2, 3)},
     **{f"Conv{n}DTranspose": _transposed for n in (1, 2, 3)},
     **{f"{kind}Pooling{n}D": _pool for kind in ("Max", "Average") for n in (1, 2, 3)},
-    **{f"Global{kind}Pooling{n}D": _global for kind in ("Max", "Average") for n in (1, 2, 3)},
-    **{f"ZeroPadding{n}D": _bordered(1, "padding") for n in (1, 2, 3)},
-    **{f"Cropping{n}D": _bordered(-1, "cropping") for n in (1, 2, 3)},
-    **{f"UpSampling{n}D": _upsampled for n in (1, 2, 3)},
-    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _merged),
+    **{f"Global{kind}Pooling{n}D": _global_pool for kind in ("Max", "Average") for n in (1, 2, 3)},
+    **{f"ZeroPadding{n}D": _pad_or_crop(1, "padding") for n in (1, 2, 3)},
+    **{f"Cropping{n}D": _pad_or_crop(-1, "cropping") for n in (1, 2, 3)},
+    **{f"UpSampling{n}D": _upsampling for n in (1, 2, 3)},
+    **dict.fromkeys(("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum"), _broadcast),
     **dict.fromkeys(
         (
             "Activation", "ActivityRegularization", "AlphaDropout", "BatchNormalization", "Dropout",
@@ -415,9 +421,9 @@ _RULES: dict[str, Callable[..., Shape]] = {
         ),
         _same,
     ),
-    "Concatenate": _joined,
+    "Concatenate": _concatenate,
     "Dense": _dense,
-    "Flatten": _flat,
-    "Permute": _permuted,
-    "Reshape": _reshaped,
+    "Flatten": _flatten,
+    "Permute": _permute,
+    "Reshape": _reshape,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Chains as nodes of an ONNX graph."""
+"""Conversion of chains to nodes of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -12,67 +12,65 @@ from lowrank._typing import Array, Ints
 from lowrank.core import reference
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
+from lowrank.interop.common import unique_name
 from lowrank.interop.onnx.files import library
 
 _PAD_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap", "constant": "constant"}
 
 
 class Writer:
-    """Nodes and weights in the place of one layer, under names that nothing else has.
+    """Nodes and weights that replace one layer, with unique names.
 
     Attributes
     ----------
     nodes : list of onnx.NodeProto
-        In the order in which they run.
+        Nodes in execution order.
     tensors : list of onnx.TensorProto
-        Their weights and shapes.
+        Weights and shapes that the nodes read.
     """
 
     def __init__(
-        self, layer: str, ndim: int, dtype: np.dtype[Any], opset: int, taken: set[str]
+        self, layer: str, ndim: int, dtype: np.dtype[Any], opset: int, used_names: set[str]
     ) -> None:
         self.layer, self.ndim, self.dtype, self.opset = layer, ndim, dtype, opset
         self.prefix = layer
-        self._taken = taken
+        self._used_names = used_names
         self.nodes: list[Any] = []
         self.tensors: list[Any] = []
 
-    def _unique(self, name: str) -> str:
-        found, i = name, 0
-        while found in self._taken:
-            i += 1
-            found = f"{name}_{i}"
-        self._taken.add(found)
-        return found
+    def _new_name(self, name: str) -> str:
+        name = unique_name(name, self._used_names)
+        self._used_names.add(name)
+        return name
 
     def weight(self, role: str, array: Array) -> str:
-        """The name of a new constant in the layer's precision."""
+        """Add a constant in the layer's precision; return its name."""
         with np.errstate(over="ignore"):
-            held = np.ascontiguousarray(array, self.dtype)
-        if not np.isfinite(held).all():
+            values = np.ascontiguousarray(array, self.dtype)
+        if not np.isfinite(values).all():
             raise ValueError(f"layer {self.layer!r}: weights too large for {self.dtype}")
-        return self._constant(role, held)
+        return self._constant(role, values)
 
     def _constant(self, role: str, array: Array) -> str:
-        name = self._unique(f"{self.prefix}.{role}")
+        name = self._new_name(f"{self.prefix}.{role}")
         self.tensors.append(library().numpy_helper.from_array(array, name))
         return name
 
     def integers(self, role: str, entries: Sequence[int] | Array) -> str:
-        """The name of a new constant of 64-bit integers, such as a shape."""
+        """Add a constant of 64-bit integers, such as a shape; return its name."""
         return self._constant(role, np.array(entries, np.int64))
 
     def node(self, op: str, inputs: Sequence[str], role: str = "", **attributes: Any) -> str:
-        """Append a node; the name of its output, and its own."""
-        name = self._unique(f"{self.prefix}.{role}" if role else self.prefix)
+        """Add a node; return its name, which is also that of its output."""
+        name = self._new_name(f"{self.prefix}.{role}" if role else self.prefix)
         self.nodes.append(library().helper.make_node(op, inputs, [name], name, **attributes))
         return name
 
     def reshape(self, x: str, shape: Sequence[int], like: str | None = None, first: int = 2) -> str:
-        """`x` in another shape: 0 keeps the size at its place, -1 is what is left.
+        """Add a Reshape of `x`: 0 keeps the size of an axis, -1 is inferred from the others.
 
-        Where sizes are known in a run only, `shape` is continued by those of the tensor `like`,
-        from its axis `first` on.
+        Sizes that the graph does not fix are taken from the tensor `like`, from its axis `first`
+        on, and appended to `shape`.
         """
         target = self.integers("shape", shape)
         if like is not None:
@@ -83,26 +81,26 @@ class Writer:
 
 
 def conv_chain(w: Writer, f: Factorization, x: str, size: Ints | None) -> None:
-    """A chain in the place of a Conv or ConvTranspose.
+    """Write a chain that replaces a Conv or ConvTranspose.
 
-    `size` is the spatial size of `x` where the graph fixes it: sizes are constants then.
+    `size` is the spatial size of `x`, None if the graph does not fix it.
     """
-    outside = np.full(f.in_channels, f.stages[0].geometry.value)
+    border = np.full(f.in_channels, f.stages[0].geometry.value)
     for i, stage in enumerate(f.stages):
         w.prefix = f"{w.layer}.{i}"
         last = i == len(f.stages) - 1
-        x = _conv_stage(w, stage, x, size, outside, f.bias if last else None)
-        outside = reference.dc_response(stage, outside)
+        x = _conv_stage(w, stage, x, size, border, f.bias if last else None)
+        border = reference.dc_response(stage, border)
         if size is not None:
             size = stage.output_shape((stage.in_channels, *size))[1:]
 
 
 def _conv_stage(
-    w: Writer, s: Stage, x: str, size: Ints | None, outside: Array, bias: Array | None
+    w: Writer, s: Stage, x: str, size: Ints | None, border: Array, bias: Array | None
 ) -> str:
     g = s.geometry
     if g.padding_mode != "zeros" and any(map(any, g.padding)):
-        x = _bordered(w, s, x, outside)
+        x = _pad(w, s, x, border)
         if size is not None:
             size = tuple(n + sum(p) for n, p in zip(size, g.padding))
         s = replace(s, geometry=replace(g, padding=((0, 0),) * g.ndim, padding_mode="zeros"))
@@ -110,28 +108,29 @@ def _conv_stage(
     shuffled = not np.array_equal(source, np.arange(len(source)))
     if shuffled and not s.transposed:
         x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=1)
-    # A tied bias would be one for all copies, and that ahead of a shuffle in another order.
-    within = bias is not None and s.outer * s.inner == 1 and not (shuffled and s.transposed)
+    # The bias of a tied convolution would be the same for all copies, and a shuffle would permute
+    # it: it is added at the end then.
+    conv_has_bias = bias is not None and s.outer * s.inner == 1 and not (shuffled and s.transposed)
     if s.outer > 1:
         x = w.reshape(x, (-1, s.in_channels // s.outer, *(0,) * g.ndim))
-    x = _copies(w, s, x, size, bias if within else None)
+    x = _inner_copies(w, s, x, size, bias if conv_has_bias else None)
     if s.outer > 1:
         x = w.reshape(x, (-1, s.out_channels, *(0,) * g.ndim))
     if shuffled and s.transposed:
         x = w.node("Gather", [x, w.integers("order", np.argsort(source))], "shuffle", axis=1)
-    if bias is not None and not within:
+    if bias is not None and not conv_has_bias:
         x = w.node("Add", [x, w.weight("bias", bias.reshape(-1, *(1,) * g.ndim))], "add")
     return x
 
 
-def _copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) -> str:
-    """The stage on channels (groups, in, right): copies go along an axis, or the batch."""
+def _inner_copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) -> str:
+    """Write a stage on channels (groups, in, inner), with the copies along an axis or the batch."""
     g, r, n = s.geometry, s.inner, s.geometry.ndim
     ins, outs = (channels // (s.outer * r) for channels in (s.in_channels, s.out_channels))
     if r == 1:
         return _conv(w, s, x, s.weight, bias)
     if s.kernel[0] == g.stride[0] == 1 and g.padding[0] == (0, 0) and not g.output_padding[0]:
-        # Nothing moves along the first axis: the copies go along it.
+        # The first axis is pointwise, so the copies can be part of it.
         y = _conv(w, s, w.reshape(x, (0, ins, -1, *(0,) * (n - 1))), s.weight)
         return w.reshape(y, (0, outs * r, -1, *(0,) * (n - 1)))
     fixed = size is not None
@@ -144,7 +143,7 @@ def _copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) 
     if n == 2:
         y = _conv(w, s, split, s.weight[:, :, None])
         return w.reshape(y, (0, outs * r, *after), None if fixed else y, 3)
-    swap = [0, 2, 1, 3, 4, 5]  # there is no fourth axis: copies along the batch
+    swap = [0, 2, 1, 3, 4, 5]  # Conv has no fourth axis: the copies become part of the batch
     split = w.node("Transpose", [split], "transpose", perm=swap)
     y = _conv(w, s, w.reshape(split, (-1, ins, *before), None if fixed else x), s.weight)
     split = w.reshape(y, (-1, r, outs, *after), None if fixed else y)
@@ -153,17 +152,17 @@ def _copies(w: Writer, s: Stage, x: str, size: Ints | None, bias: Array | None) 
 
 
 def _conv(w: Writer, s: Stage, x: str, weight: Array, bias: Array | None = None) -> str:
-    """A Conv or ConvTranspose node, along one more axis, the first, if `weight` has it."""
+    """Write a Conv or ConvTranspose, with one more leading spatial axis if `weight` has one."""
     g, more = s.geometry, weight.ndim - s.weight.ndim
     pads, ends = list(g.padding), list(g.output_padding)
     for axis, (a, b) in enumerate(pads):
-        # onnxruntime grows an end by less than a stride; to crop less of it is the same.
+        # onnxruntime limits output_padding to less than a stride; less cropping is equivalent.
         if ends[axis] >= max(g.stride[axis], g.dilation[axis]):
             pads[axis], ends[axis] = (a, max(b - ends[axis], 0)), max(ends[axis] - b, 0)
         if ends[axis] >= max(g.stride[axis], g.dilation[axis]):
             raise ValueError(
-                f"layer {w.layer!r}: output_padding {g.output_padding} is more than onnxruntime "
-                f"takes with stride {g.stride} and dilation {g.dilation}"
+                f"layer {w.layer!r}: output_padding must be less than the stride {g.stride} or "
+                f"the dilation {g.dilation} in onnxruntime, got {g.output_padding}"
             )
     inputs = [x, w.weight("weight", weight)]
     if bias is not None:
@@ -182,20 +181,20 @@ def _conv(w: Writer, s: Stage, x: str, weight: Array, bias: Array | None = None)
     )
 
 
-def _bordered(w: Writer, s: Stage, x: str, outside: Array) -> str:
-    """`x` with its border, for modes that Conv does not have."""
+def _pad(w: Writer, s: Stage, x: str, border: Array) -> str:
+    """Pad `x` in a mode that Conv does not have; `border` has one value per channel."""
     g = s.geometry
     mode = _PAD_MODE.get(g.padding_mode)
     if mode is None or (mode == "wrap" and w.opset < 19):
-        needs = "opset 19" if mode else "a border that ONNX has"
-        raise ValueError(f"layer {w.layer!r}: a border of {g.padding_mode} needs {needs}")
+        needs = "needs opset 19" if mode else "does not exist in ONNX"
+        raise ValueError(f"layer {w.layer!r}: padding_mode {g.padding_mode!r} {needs}")
     pads = [0, 0, *(a for a, _ in g.padding), 0, 0, *(b for _, b in g.padding)]
     shift = ""
-    if mode == "constant" and np.ptp(outside):
-        # One constant a channel: it is taken off, zeros are padded, and it is put back.
-        shift = w.weight("outside", outside.reshape(-1, *(1,) * g.ndim))
-        x, outside = w.node("Sub", [x, shift], "sub"), np.zeros(1)
-    value = float(outside[0]) if mode == "constant" else 0.0
+    if mode == "constant" and np.ptp(border):
+        # One constant per channel: subtract it, pad with zeros, and add it again.
+        shift = w.weight("outside", border.reshape(-1, *(1,) * g.ndim))
+        x, border = w.node("Sub", [x, shift], "sub"), np.zeros(1)
+    value = float(border[0]) if mode == "constant" else 0.0
     if w.opset < 11:
         x = w.node("Pad", [x], "pad", mode=mode, pads=pads, value=value)
     else:
@@ -207,12 +206,12 @@ def _bordered(w: Writer, s: Stage, x: str, outside: Array) -> str:
 
 
 def linear_chain(w: Writer, f: Factorization, x: str, rank: int, gemm: bool) -> None:
-    """A chain of pointwise stages in the place of a MatMul, or a Gemm, on an `x` of `rank` axes."""
+    """Write a chain that replaces a MatMul or Gemm; `x` has `rank` axes."""
     for i, s in enumerate(f.stages):
         w.prefix = f"{w.layer}.{i}"
         g = s.geometry
         if s.transposed or s.kernel != (1,) or g.stride != (1,) or any(map(any, g.padding)):
-            raise ValueError(f"layer {w.layer!r} is linear, so its chain must be pointwise")
+            raise ValueError(f"layer {w.layer!r} is linear: its chain must be pointwise")
         bias = f.bias if i == len(f.stages) - 1 else None
         source = s.channel_permutation()
         if not np.array_equal(source, np.arange(len(source))):
@@ -233,7 +232,7 @@ def linear_chain(w: Writer, f: Factorization, x: str, rank: int, gemm: bool) -> 
 
 
 def _tied_product(w: Writer, s: Stage, x: str, lead: list[int]) -> str:
-    """A linear stage with groups or copies: one more axis each, and the product broadcasts."""
+    """Write a linear stage with groups or copies as a product over additional axes."""
     outs, ins = s.weight.shape[0] // s.groups, s.weight.shape[1]
     weight = s.weight.reshape(s.groups, outs, ins)
     x = w.reshape(x, (*lead, s.outer, s.groups, ins, s.inner))

@@ -1,4 +1,4 @@
-"""Calibration data for ONNX models: what a model takes, arrays in ``.npz`` files, batches."""
+"""Calibration data for ONNX models: inputs of a model, ``.npz`` files and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.interop.onnx.files import library, line_of
+from lowrank.interop.common import one_line
+from lowrank.interop.onnx.files import library
 
 Feed = dict[str, Array]
 
@@ -23,11 +24,11 @@ class Input(NamedTuple):
     Attributes
     ----------
     name : str
-        As the graph calls it.
+        Name of the tensor.
     dtype : dtype
-        Of its elements.
+        Type of its elements.
     shape : tuple of (int or None)
-        None where a size is free, such as the batch.
+        Sizes of its axes, None for a free size such as that of the batch.
 
     Examples
     --------
@@ -47,12 +48,12 @@ class Input(NamedTuple):
 
 
 def inputs_of(model: Any) -> tuple[Input, ...]:
-    """Inputs of a model that a caller has to give.
+    """Return the inputs that a caller of a model must give.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Its initializers are no inputs, whatever its list of inputs says.
+        ONNX model; initializers in its list of inputs are not returned.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def inputs_of(model: Any) -> tuple[Input, ...]:
     Raises
     ------
     ValueError
-        If an input is no tensor of numbers, or has no shape.
+        If an input is not a tensor of numbers, or has no shape.
 
     Examples
     --------
@@ -74,23 +75,23 @@ def inputs_of(model: Any) -> tuple[Input, ...]:
     """
     onnx = library()
     constants = {t.name for t in model.graph.initializer}
-    found = []
+    inputs = []
     for value in model.graph.input:
         if value.name in constants:
             continue
         kind = value.type.tensor_type
         if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
-            raise ValueError(f"input {value.name!r} is no tensor, or has no shape")
+            raise ValueError(f"input {value.name!r} is not a tensor, or has no shape")
         try:
             dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
         except (KeyError, TypeError):
-            raise ValueError(f"input {value.name!r} is of no known type") from None
-        found.append(Input(value.name, dtype, dims(kind.shape)))
-    return tuple(found)
+            raise ValueError(f"input {value.name!r} has an unknown type") from None
+        inputs.append(Input(value.name, dtype, dims(kind.shape)))
+    return tuple(inputs)
 
 
 def dims(shape: Any) -> tuple[int | None, ...]:
-    """Sizes of a TensorShapeProto, None where they are free."""
+    """Return the sizes of a TensorShapeProto, None for free sizes."""
     return tuple(d.dim_value if d.HasField("dim_value") else None for d in shape.dim)
 
 
@@ -102,26 +103,26 @@ def read_batches(
     Parameters
     ----------
     path : path
-        An ``.npz`` file with an array an input, under its name, examples along the first axis;
-        for a network of one input an array of any name.
+        ``.npz`` file with one array per input, named after it, with examples along the first
+        axis; the array for a network with a single input may have any name.
     inputs : sequence of Input
-        See :func:`inputs_of`.
+        Inputs of the network, see :func:`inputs_of`.
     batch : int
-        Examples a batch, where the network takes any number.
+        Number of examples per batch, unless the network fixes it.
 
     Returns
     -------
     list of dict of str to ndarray
-        The batches, of the inputs' types.  Where the batch is fixed, examples that are left
-        over are not used.
+        Batches, of the inputs' types.  If the network fixes the batch, the remainder of the
+        examples is not used.
 
     Raises
     ------
     ValueError
-        If the file is damaged, or an array is missing, of another shape than its input, not
-        finite, or of a type that its input cannot take.
+        If the file is damaged, or an array is missing, not finite, or of another shape or an
+        incompatible type.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
 
     Examples
     --------
@@ -141,7 +142,7 @@ def read_batches(
         names = {inputs[0].name: next(iter(shapes))}
     if missing := [n for n in names.values() if n not in shapes]:
         raise ValueError(
-            f"{path}: the network takes {', '.join(map(str, inputs))}; there is no array "
+            f"{path}: the network takes {', '.join(map(str, inputs))}; no array "
             f"{missing[0]!r} among {', '.join(map(repr, shapes)) or 'none'}"
         )
     for i in inputs:  # before any values are read
@@ -161,10 +162,10 @@ def read_batches(
     if len(set(counts.values())) > 1 or (not fixed and len(set(lengths.values())) > 1):
         raise ValueError(f"{path}: arrays of different numbers of examples: {lengths}")
     try:
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {i.name: cast(i, found[names[i.name]]) for i in inputs}
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {i.name: cast(i, file[names[i.name]]) for i in inputs}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as why:
-        raise ValueError(f"{path}: {line_of(why)}") from None
+        raise ValueError(f"{path}: {one_line(why)}") from None
     return [
         {n: a[k * each[n] : (k + 1) * each[n]] if n in each else a for n, a in arrays.items()}
         for k in range(max(counts.values(), default=1))
@@ -172,7 +173,7 @@ def read_batches(
 
 
 def _npz_shapes(path: Path) -> dict[str, Ints]:
-    """Shapes of the arrays in an ``.npz`` file, each checked against the bytes that are there."""
+    """Return the shapes of the arrays in an ``.npz`` file, checked against their sizes in bytes."""
     shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -192,29 +193,29 @@ def _npz_shapes(path: Path) -> dict[str, Ints]:
                 shapes[info.filename.removesuffix(".npy")] = tuple(shape)
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as why:
         raise ValueError(
-            f"{path}: not an .npz file of arrays, or damaged: {line_of(why)}"
+            f"{path}: not an .npz file of arrays, or damaged: {one_line(why)}"
         ) from None
     return shapes
 
 
-def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(w in (None, n) for n, w in zip(shape, wanted))
+def _fits(shape: Sequence[int], expected: Sequence[int | None]) -> bool:
+    return len(shape) == len(expected) and all(e in (None, n) for n, e in zip(shape, expected))
 
 
-def checked(inputs: Sequence[Input], given: Any) -> Feed:
-    """One batch in memory, as the network takes it; see :func:`read_batches`."""
-    if not isinstance(given, Mapping):
+def check_batch(inputs: Sequence[Input], batch: Any) -> Feed:
+    """Return one batch in the types of the network's inputs; see :func:`read_batches`."""
+    if not isinstance(batch, Mapping):
         if len(inputs) != 1:
             raise ValueError(
-                f"the network takes {', '.join(map(str, inputs))}: a batch is a dict of arrays "
-                "by name"
+                f"the network takes {', '.join(map(str, inputs))}: a batch must be a dict of "
+                "arrays by name"
             )
-        given = {inputs[0].name: given}
+        batch = {inputs[0].name: batch}
     feed = {}
     for i in inputs:
-        if i.name not in given:
-            raise ValueError(f"the network takes {i}, which is not among {sorted(given)}")
-        array = np.asarray(given[i.name])
+        if i.name not in batch:
+            raise ValueError(f"the network takes {i}, which is not among {sorted(batch)}")
+        array = np.asarray(batch[i.name])
         if not _fits(array.shape, i.shape):
             raise ValueError(f"the network takes {i}, got shape {array.shape}")
         feed[i.name] = cast(i, array)
@@ -222,14 +223,14 @@ def checked(inputs: Sequence[Input], given: Any) -> Feed:
 
 
 def cast(i: Input, array: Array) -> Array:
-    """`array` in the type of an input; ValueError where that changes what it says."""
+    """Return `array` in the type of an input; raise a ValueError if that changes its values."""
     floating = np.issubdtype(i.dtype, np.floating)
     if array.dtype.kind not in ("fiu" if floating else "iu" if i.dtype.kind in "iu" else "b"):
         raise ValueError(f"the network takes {i}, got {array.dtype}")
     with np.errstate(over="ignore"):
         new = np.ascontiguousarray(array, i.dtype)
     if not new.size:
-        raise ValueError(f"values for {i}, are none")
+        raise ValueError(f"values for {i}, must not be empty")
     if floating and not np.isfinite(new).all():
         raise ValueError(f"values for {i}, are NaN, infinite or too large")
     if not floating and not np.array_equal(new, array):

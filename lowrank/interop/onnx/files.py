@@ -1,4 +1,4 @@
-"""ONNX models out of files that are not trusted, and into files."""
+"""ONNX files: read models from files that are not trusted, and write them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.interop.common import one_line
 
-#: Bytes of weights above which they go to a file of their own: protobuf ends at 2 GiB.
+#: Bytes of weights above which they are written to a second file: protobuf is limited to 2 GiB.
 LARGEST = 1_800_000_000
 _PROTOBUF = 2**31 - 1
-#: External tensors up to this many bytes are read with the model: shapes and the like, whose
-#: values shape inference needs.
+#: External tensors of up to this many bytes are read with the model: shape inference needs the
+#: values of shapes.
 _SMALL = 65_536
-_PAGE = 4096  # bytes: external tensors begin at pages, so that they can be mapped
+_PAGE = 4096  # bytes; external tensors are aligned to pages so that they can be memory-mapped
 _HALVES = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}  # bits of packed types
 
 
 def library() -> Any:
-    """The package onnx, or what to install."""
+    """Import onnx, or raise an ImportError that says how to install it."""
     try:
         import onnx
     except ImportError:
@@ -35,25 +36,25 @@ def library() -> Any:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read an ONNX model; large external tensors stay where they are.
+    """Read an ONNX model without its large external tensors.
 
     Parameters
     ----------
     path : path
-        An ``.onnx`` file.  External data are looked for in its folder and nowhere else.
+        ``.onnx`` file.  External data must be in its folder.
 
     Returns
     -------
     onnx.ModelProto
-        Checked; external initializers of more than 64 KiB still refer to their files.
+        Valid model; external initializers of more than 64 KiB still refer to their files.
 
     Raises
     ------
     ValueError
-        If it is no ONNX model or cut short, or if its external data lie outside its folder or
-        are shorter than it says.
+        If the file is not an ONNX model or truncated, or if its external data are outside its
+        folder or truncated.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ImportError
         If onnx is not installed.
 
@@ -67,25 +68,25 @@ def load(path: str | os.PathLike[str]) -> Any:
     >>> _ = path.write_bytes(b"no network at all")
     >>> load(path)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: ...net.onnx: not an ONNX model, or cut short
+    ValueError: ...net.onnx: not an ONNX model, or truncated
     """
     onnx = library()
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, not an ONNX model")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > _PROTOBUF:
-        raise ValueError(f"{path}: larger than the 2 GiB that an ONNX file can have")
+        raise ValueError(f"{path}: larger than 2 GiB, the limit of an ONNX file")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
     except Exception:  # protobuf's DecodeError, under names that vary between its versions
-        raise ValueError(f"{path}: not an ONNX model, or cut short") from None
+        raise ValueError(f"{path}: not an ONNX model, or truncated") from None
     if not model.graph.node:
-        raise ValueError(f"{path}: not an ONNX model, or cut short: it has no nodes")
+        raise ValueError(f"{path}: not an ONNX model, or truncated: it has no nodes")
     try:
-        resolve(model, path.parent)
+        check_external(model, path.parent)
         check(model)
     except ValueError as why:
         raise ValueError(f"{path}: {why}") from None
@@ -93,39 +94,34 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def check(model: Any, full: bool = False) -> None:
-    """onnx's checker on everything but the values of large weights; ValueError if it objects."""
+    """Raise a ValueError unless a model, without its large weights, passes onnx's checker."""
     onnx = library()
     try:
-        onnx.checker.check_model(shell(model), full_check=full)
+        onnx.checker.check_model(without_large_weights(model), full_check=full)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as why:
-        raise ValueError(f"not a valid ONNX model: {line_of(why)}") from None
-
-
-def line_of(why: BaseException) -> str:
-    """What went wrong, on one line of bearable length."""
-    return " ".join(str(why).split())[:300]
+        raise ValueError(f"not a valid ONNX model: {one_line(why)}") from None
 
 
 def is_external(tensor: Any) -> bool:
-    """Whether a TensorProto's values lie in another file."""
+    """Whether the values of a TensorProto are in another file."""
     return bool(tensor.data_location == library().TensorProto.EXTERNAL)
 
 
-def resolve(model: Any, folder: Path | None) -> None:
-    """Check where the external tensors of `model` lie, and read the small ones in.
+def check_external(model: Any, folder: Path | None) -> None:
+    """Check the files of all external tensors, and read the small ones into `model`.
 
-    Those that are no initializers of the main graph are read in, whatever their size.
+    Tensors that are not initializers of the main graph are read whatever their size.
     """
     for tensor in filter(is_external, model.graph.initializer):
-        if place(tensor, folder)[2] <= _SMALL:
-            read_in(tensor, folder)
+        if external_range(tensor, folder)[2] <= _SMALL:
+            read_external(tensor, folder)
     for tensor in (*_tensors(model, "graph"), *_tensors(model.graph, "initializer")):
         if is_external(tensor):
-            read_in(tensor, folder)
+            read_external(tensor, folder)
 
 
 def _tensors(message: Any, skip: str = "") -> Iterator[Any]:
-    """Every TensorProto in a message, but for those in the field `skip`."""
+    """Yield every TensorProto in a message, except those in the field `skip`."""
     kind = library().TensorProto
     for field, value in message.ListFields():
         if field.name == skip or isinstance(value, (str, bytes, int, float)):
@@ -139,59 +135,63 @@ def _tensors(message: Any, skip: str = "") -> Iterator[Any]:
                 break  # numbers or text
 
 
-def place(tensor: Any, folder: Path | None) -> tuple[Path, int, int]:
-    """File, offset and bytes of an external tensor, all checked: nothing is read."""
+def external_range(tensor: Any, folder: Path | None) -> tuple[Path, int, int]:
+    """Return file, offset and size in bytes of an external tensor, after checking all three."""
     what = f"external data of tensor {tensor.name!r}"
     if folder is None:
-        raise ValueError(f"{what} lie outside the model: say in which folder")
+        raise ValueError(f"{what} are in another file: the argument folder is required")
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     parts = {*PurePosixPath(location).parts, *PureWindowsPath(location).parts}
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor
     if not location or "\0" in location or absolute or ".." in parts:
-        raise ValueError(f"{what} are at {location!r}, which is no path inside the model's folder")
+        raise ValueError(
+            f"{what} are at {location!r}, which is not a path inside the model's folder"
+        )
     root = folder.resolve()
     file = (root / location).resolve()
     if not file.is_relative_to(root):
         raise ValueError(f"{what} are at {location!r}, a link out of the model's folder")
     if not file.is_file():
-        raise ValueError(f"{what} are in {location!r}, which is not there")
+        raise ValueError(f"{what} are in {location!r}, which is not a file")
     size = _nbytes(tensor)
     try:
         offset = int(entries.get("offset") or 0)
         length = int(entries.get("length") or size)
     except ValueError:
-        raise ValueError(f"{what} have an offset or a length that is no number") from None
+        raise ValueError(f"{what} have an offset or a length that is not a number") from None
     if offset < 0 or length != size:
         raise ValueError(
             f"{what} are {length} bytes from {offset}, but its shape {list(tensor.dims)} "
             f"takes {size}"
         )
     if offset + size > file.stat().st_size:
-        raise ValueError(f"{what} go beyond the end of {location!r}, which is cut short")
+        raise ValueError(f"{what} go beyond the end of {location!r}, which is truncated")
     return file, offset, size
 
 
 def _nbytes(tensor: Any) -> int:
-    """Bytes that a tensor's shape and type say."""
+    """Return the size in bytes of a tensor of its shape and type."""
     onnx = library()
-    known = onnx.TensorProto.DataType.items()
-    kind = next((n for n, v in known if v == tensor.data_type), "UNDEFINED")
+    types = onnx.TensorProto.DataType.items()
+    kind = next((n for n, v in types if v == tensor.data_type), "UNDEFINED")
     if kind in ("UNDEFINED", "STRING") or min(tensor.dims, default=0) < 0:
-        raise ValueError(f"tensor {tensor.name!r} of type {kind} and shape {list(tensor.dims)}")
+        raise ValueError(
+            f"tensor {tensor.name!r} has invalid type {kind} or shape {list(tensor.dims)}"
+        )
     bits = _HALVES.get(kind)
     if bits is None:
         bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return -(-math.prod(map(int, tensor.dims)) * int(bits) // 8)
 
 
-def read_in(tensor: Any, folder: Path | None) -> None:
-    """Bring an external tensor's values into the message.
+def read_external(tensor: Any, folder: Path | None) -> None:
+    """Read the values of an external tensor into the message.
 
-    Its field ``external_data`` keeps saying where they lay, which readers ignore and
-    :func:`save` takes as the wish that they lie outside again.
+    The field ``external_data`` is kept: readers ignore it, and :func:`save` then writes the
+    weights to a second file again.
     """
-    file, offset, size = place(tensor, folder)
+    file, offset, size = external_range(tensor, folder)
     with open(file, "rb") as data:
         data.seek(offset)
         tensor.raw_data = data.read(size)
@@ -199,24 +199,24 @@ def read_in(tensor: Any, folder: Path | None) -> None:
 
 
 def values(tensor: Any, folder: Path | None) -> Array:
-    """The array of a TensorProto, wherever its values lie."""
+    """Return the array of a TensorProto, also of an external one."""
     onnx = library()
     if is_external(tensor):
-        held = onnx.TensorProto()
-        held.CopyFrom(tensor)
-        read_in(held, folder)
-        tensor = held
+        loaded = onnx.TensorProto()
+        loaded.CopyFrom(tensor)
+        read_external(loaded, folder)
+        tensor = loaded
     try:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
     except (ValueError, TypeError, MemoryError) as why:
         raise ValueError(
-            f"tensor {tensor.name!r} does not hold what its shape {list(tensor.dims)[:8]} says: "
-            f"{line_of(why)}"
+            f"tensor {tensor.name!r} does not fit its shape {list(tensor.dims)[:8]}: "
+            f"{one_line(why)}"
         ) from None
 
 
-def _copied(message: Any, skip: str) -> Any:
-    """A copy of a message without one of its fields, which may be too large to copy."""
+def _copy_without(message: Any, skip: str) -> Any:
+    """Return a copy of a message without one field, which may be too large to copy."""
     new = type(message)()
     for field, value in message.ListFields():
         if field.name == skip:
@@ -230,11 +230,11 @@ def _copied(message: Any, skip: str) -> Any:
     return new
 
 
-def shell(model: Any) -> Any:
-    """`model` with its large weights as inputs: all that checks and shape inference look at."""
+def without_large_weights(model: Any) -> Any:
+    """Return `model` with its large weights as inputs, for checks and shape inference."""
     onnx = library()
-    new = _copied(model, "graph")
-    new.graph.CopyFrom(_copied(model.graph, "initializer"))
+    new = _copy_without(model, "graph")
+    new.graph.CopyFrom(_copy_without(model.graph, "initializer"))
     inputs = {i.name for i in model.graph.input}
     for tensor in model.graph.initializer:
         if not is_external(tensor) and tensor.ByteSize() <= _SMALL:
@@ -247,22 +247,22 @@ def shell(model: Any) -> Any:
 
 
 def save(model: Any, path: str | os.PathLike[str]) -> None:
-    """Write an ONNX model, whole or not at all.
+    """Write an ONNX model, atomically.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        With all its weights in memory, such as :meth:`OnnxModel.replaced` gives it.
+        Model with all its weights in memory, such as :meth:`OnnxModel.replaced` returns.
     path : path
-        Replaced if it is there.  Weights go to ``NAME.data`` beside it where the model would
-        exceed 1.8 GB, or where they lay outside the model that it was made from.
+        File that is written or replaced.  Weights are written to ``NAME.data`` beside it if they
+        exceed 1.8 GB, or if they were in other files in the original model.
 
     Raises
     ------
     ValueError
-        If the checker objects, in full; or if values of the model lie in other files.
+        If the model does not pass onnx's full check, or if some of its values are in other files.
     OSError
-        If it cannot be written.
+        If a file cannot be written.
 
     Examples
     --------
@@ -279,22 +279,22 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     onnx = library()
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
     tensors = list(model.graph.initializer)
     if any(map(is_external, tensors)):
-        raise ValueError(f"{path}: values of the model lie in other files: read them in first")
-    outside = any(t.external_data for t in tensors)
+        raise ValueError(f"{path}: values of the model are in other files: read them first")
+    external = any(t.external_data for t in tensors)
     if sum(t.ByteSize() for t in tensors) > LARGEST:
-        outside = True
-    new = _copied(model, "graph")
-    new.graph.CopyFrom(_copied(model.graph, "initializer"))
-    # In a folder beside the target: what is on the same disk can be moved as a whole.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as part:
-        file, beside = Path(part, path.name), Path(part, path.name + ".data")
-        if outside:
-            with open(beside, "xb") as data:
+        external = True
+    new = _copy_without(model, "graph")
+    new.graph.CopyFrom(_copy_without(model.graph, "initializer"))
+    # A folder beside the target is on the same disk, where a move is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file, data_file = Path(folder, path.name), Path(folder, path.name + ".data")
+        if external:
+            with open(data_file, "xb") as data:
                 for tensor in tensors:
-                    new.graph.initializer.append(_written(tensor, data, beside.name))
+                    new.graph.initializer.append(_as_external(tensor, data, data_file.name))
         else:
             for tensor in tensors:
                 new.graph.initializer.append(tensor)
@@ -302,14 +302,17 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         try:
             onnx.checker.check_model(str(file), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as why:
-            raise ValueError(f"{path}: not a valid ONNX model: {line_of(why)}") from None
-        if outside:
-            os.replace(beside, path.with_name(beside.name))
+            raise ValueError(f"{path}: not a valid ONNX model: {one_line(why)}") from None
+        if external:
+            os.replace(data_file, path.with_name(data_file.name))
         os.replace(file, path)
 
 
-def _written(tensor: Any, data: Any, location: str) -> Any:
-    """A tensor that refers to its values in the open file `data`, or the same if it is short."""
+def _as_external(tensor: Any, data: Any, location: str) -> Any:
+    """Append a tensor's values to the open file `data`; return a tensor that refers to them.
+
+    A tensor of less than 1 KiB keeps its values.
+    """
     onnx = library()
     if tensor.data_type == onnx.TensorProto.STRING:
         return tensor
@@ -317,7 +320,7 @@ def _written(tensor: Any, data: Any, location: str) -> Any:
         raw = tensor.raw_data
     else:
         raw = onnx.numpy_helper.from_array(values(tensor, None)).raw_data
-    new = _copied(tensor, "raw_data")
+    new = _copy_without(tensor, "raw_data")
     for field in ("external_data", "float_data", "int32_data", "int64_data", "double_data",
                   "uint64_data"):  # fmt: skip
         new.ClearField(field)

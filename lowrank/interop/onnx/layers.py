@@ -1,4 +1,4 @@
-"""Layers of an ONNX graph: which nodes are convolutions with constant weights, and of what kind."""
+"""Layers of an ONNX graph: nodes that are convolutions or products with constant weights."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ import numpy as np
 from lowrank._typing import Array, Ints, Pads
 from lowrank.compress.model import Layer
 from lowrank.factorization import Factorization, dense
+from lowrank.interop.common import unique_name
 from lowrank.interop.onnx.graph import Constants, Sizes, attributes, shapes, uses
 
 _OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _TYPES = ("float16", "float32", "float64")
 
-#: Shapes that tensors of these names have in a run, the batch's size first; None if none can be.
+#: Function that runs the network; it returns the batch size and the shapes of tensors by name,
+#: or None if the network cannot be run.
 Probe = Callable[[Sequence[str]], tuple[int, Mapping[str, Ints]] | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A layer and where it stands in the graph.
+    """Layer and its location in the graph.
 
     Attributes
     ----------
     layer : Layer
-        As compression sees it.
+        Convolution that can be replaced.
     op : str
-        Type of its node.
+        Operator of its node.
     dtype : dtype
-        Of the weights in the graph.
+        Type of the weights in the graph.
     input, output : str
-        Tensors.
+        Names of its input and output tensors.
     rank : int
-        Axes of the input.
+        Number of axes of the input.
     fixed : tuple of int or None
-        Spatial size of the input where the graph says it.
+        Spatial size of the input, None if the graph does not fix it.
     """
 
     layer: Layer
@@ -53,19 +55,21 @@ class Site:
 
 
 def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -> list[Site]:
-    """Layers of the main graph of `model`, in its order; `inputs` are those of the network."""
+    """Return the layers of the main graph of `model`, in its order; `inputs` are its inputs."""
     constant, sizes = Constants(model, folder), shapes(model)
-    picked = [(n, w) for n in model.graph.node if (w := _weight(n, constant)) is not None]
+    candidates = [(n, w) for n in model.graph.node if (w := _weight(n, constant)) is not None]
     batches = {sizes[i][0] for i in inputs if sizes.get(i)}
-    open_ = [n.input[0] for n, _ in picked if _size(n, sizes.get(n.input[0]), batches) is None]
-    batch, ran = (probe(list(dict.fromkeys(open_))) if open_ else None) or (0, {})
+    unknown = [
+        n.input[0] for n, _ in candidates if _size(n, sizes.get(n.input[0]), batches) is None
+    ]
+    batch, run_shapes = (probe(list(dict.fromkeys(unknown))) if unknown else None) or (0, {})
     scales = _Scales(model.graph, constant)
-    found, taken = [], set[str]()
-    for node, weight in picked:
-        shape = sizes.get(node.input[0])
+    sites, used_names = [], set[str]()
+    for node, weight in candidates:
+        shape, run_shape = sizes.get(node.input[0]), run_shapes.get(node.input[0])
         fixed = _size(node, shape, batches)
-        size = fixed or _size(node, ran.get(node.input[0]), {batch}) or _likely(node, shape)
-        name = _unique(node.name or node.output[0], taken)
+        size = fixed or _size(node, run_shape, {batch}) or _size_if_batch_is_first(node, shape)
+        name = unique_name(node.name or node.output[0], used_names)
         if size is None:
             raise ValueError(
                 f"the input of layer {name!r} has no fixed size: give calibration data, or fix "
@@ -77,25 +81,17 @@ def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -
             raise ValueError(f"layer {name!r}: {why}") from None
         if conv is None:
             continue
-        taken.add(name)
+        used_names.add(name)
         layer = Layer(name, conv, size, scales.of(node))
-        rank = len(shape or ran.get(node.input[0], ()))
-        found.append(
+        rank = len(shape or run_shape or ())
+        sites.append(
             Site(layer, node.op_type, weight.dtype, node.input[0], node.output[0], rank, fixed)
         )
-    return found
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    found, i = name, 0
-    while found in taken:
-        i += 1
-        found = f"{name}_{i}"
-    return found
+    return sites
 
 
 def _weight(node: Any, constant: Constants) -> Array | None:
-    """The constant weight of a node that may be a layer."""
+    """Return the constant weight of a node that may be a layer, or None."""
     if node.op_type not in _OPS or node.domain not in ("", "ai.onnx") or len(node.input) < 2:
         return None
     weight = constant(node.input[1])
@@ -108,10 +104,10 @@ def _weight(node: Any, constant: Constants) -> Array | None:
 
 
 def _size(node: Any, shape: Sizes | None, batches: set[Any]) -> Ints | None:
-    """Spatial size of a node's input, as far as its shape tells; of linear ones their vectors.
+    """Return the spatial size of a node's input, for a linear node its number of vectors, or None.
 
-    The axis of the batch, of which `batches` are the known sizes and names, may be any but the
-    last of a linear layer's input, or folded into one.
+    `batches` are the known sizes and symbols of the batch.  In the input of a linear node the
+    batch may be any axis but the last, or part of one.
     """
     if shape is None or len(shape) < 2:
         return None
@@ -128,8 +124,8 @@ def _size(node: Any, shape: Sizes | None, batches: set[Any]) -> Ints | None:
     return (max(rows // sizes[0], 1),)
 
 
-def _likely(node: Any, shape: Sizes | None) -> Ints | None:
-    """Vectors of a linear layer if the first axis is the batch's, which nothing says."""
+def _size_if_batch_is_first(node: Any, shape: Sizes | None) -> Ints | None:
+    """Return the number of vectors of a linear node, assuming that its first axis is the batch."""
     if node.op_type in ("Conv", "ConvTranspose") or not shape:
         return None
     rest = [n for n in shape[1:-1] if isinstance(n, int)]
@@ -139,7 +135,7 @@ def _likely(node: Any, shape: Sizes | None) -> Ints | None:
 def _conv(
     node: Any, weight: Array, constant: Constants, size: Ints, fixed: bool
 ) -> Factorization | None:
-    """A node as a chain of one stage, or None if that is not what it is."""
+    """Return a node as a chain of one stage, or None if it cannot be replaced."""
     a = attributes(node)
     bias = None
     if len(node.input) > 2 and node.input[2]:
@@ -154,14 +150,14 @@ def _conv(
         weight = (weight if a.get("transB", 0) else weight.T) * weight.dtype.type(a.get("alpha", 1))
         if bias is not None:
             if bias.size not in (1, len(weight)) or bias.size != np.prod(bias.shape[-1:]):
-                return None  # another for every row
+                return None  # one bias per row
             bias = np.broadcast_to(bias.reshape(-1), len(weight)) * bias.dtype.type(
                 a.get("beta", 1)
             )
         return dense(weight[..., None], bias)
     n = weight.ndim - 2
     if len(size) != n:
-        raise ValueError(f"a weight of shape {weight.shape} for an input of size {size}")
+        raise ValueError(f"weight of shape {weight.shape} does not fit input size {size}")
     options: dict[str, Any] = {
         "stride": list(a.get("strides", [1] * n)),
         "dilation": list(a.get("dilations", [1] * n)),
@@ -183,45 +179,42 @@ def _conv(
 def _pads(
     op: str, a: Mapping[str, Any], kernel: Ints, options: Mapping[str, Any], size: Ints, fixed: bool
 ) -> Pads | None:
-    """Padding of each axis, with ``auto_pad`` and ``output_shape`` resolved."""
+    """Return the padding of each axis, with ``auto_pad`` and ``output_shape`` resolved, or None."""
     n = len(kernel)
     auto = a.get("auto_pad", b"NOTSET").decode()
-    stride, extent = options["stride"], _extent(kernel, options["dilation"])
-    wanted = list(a.get("output_shape", []))[-n:]
-    given = list(a.get("pads", [0] * 2 * n))
-    if len(given) != 2 * n or len(wanted) not in (0, n):
-        raise ValueError(f"pads {given} or output_shape {wanted} do not fit {n} axes")
-    if op == "ConvTranspose" and (wanted or auto.startswith("SAME")):
-        if wanted and not fixed:
+    stride = options["stride"]
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, options["dilation"])]
+    output_shape = list(a.get("output_shape", []))[-n:]
+    pads = list(a.get("pads", [0] * 2 * n))
+    if len(pads) != 2 * n or len(output_shape) not in (0, n):
+        raise ValueError(f"pads {pads} or output_shape {output_shape} do not fit {n} axes")
+    if op == "ConvTranspose" and (output_shape or auto.startswith("SAME")):
+        if output_shape and not fixed:
             return None
         total = []
         for i in range(n):
             whole = (size[i] - 1) * stride[i] + options["output_padding"][i] + extent[i]
-            total.append(whole - (wanted[i] if wanted else size[i] * stride[i]))
+            total.append(whole - (output_shape[i] if output_shape else size[i] * stride[i]))
         if min(total) < 0:
-            return None  # runtimes do not agree on what is there
+            return None  # runtimes differ in the values of the samples beyond the output
     elif auto.startswith("SAME"):
         if max(stride) > 1 and not fixed:
-            return None  # the padding is another for inputs of another size
+            return None  # the padding depends on the input size
         total = [max((-(-m // s) - 1) * s + e - m, 0) for m, s, e in zip(size, stride, extent)]
     else:
         if auto == "VALID":
-            given = [0] * 2 * n
-        if min(given) < 0:
-            return None  # crops its input
-        return tuple(zip(given[:n], given[n:]))
-    # ONNX has the odd sample at the end for SAME_UPPER, else ahead, output_shape included.
+            pads = [0] * 2 * n
+        if min(pads) < 0:
+            return None  # negative padding crops the input
+        return tuple(zip(pads[:n], pads[n:]))
+    # The odd sample is at the end for SAME_UPPER, otherwise (also for output_shape) at the start.
     if auto == "SAME_UPPER":
         return tuple((t // 2, t - t // 2) for t in total)
     return tuple((t - t // 2, t // 2) for t in total)
 
 
-def _extent(kernel: Ints, dilation: Sequence[int]) -> Ints:
-    return tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation))
-
-
 class _Scales:
-    """Gains of the batch norms that are alone behind a layer."""
+    """Gains of the batch norms that are the only users of a layer's output."""
 
     def __init__(self, graph: Any, constant: Constants) -> None:
         self._uses: Counter[str] = uses(graph)
@@ -229,7 +222,7 @@ class _Scales:
         self._constant = constant
 
     def of(self, node: Any) -> Array | None:
-        """The gain behind a node, or None."""
+        """Return the gain of the batch norm after a node, or None."""
         output = node.output[0]
         norm = self._norms.get(output)
         if norm is None or self._uses[output] != 1 or node.op_type == "MatMul":

@@ -1,4 +1,4 @@
-"""Networks in ONNX's format: their layers, what goes into them, and chains in their places."""
+"""Compressible models in ONNX's format, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,39 +14,45 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.compress.model import Chains, Layer, Samples
 from lowrank.factorization import Factorization
-from lowrank.interop.onnx import data as data
-from lowrank.interop.onnx import files as files
-from lowrank.interop.onnx import graph as graphs
+from lowrank.interop.common import check_chains, one_line
 from lowrank.interop.onnx.chain import Writer, conv_chain, linear_chain
-from lowrank.interop.onnx.data import read_batches as read_batches
-from lowrank.interop.onnx.files import save as save
+from lowrank.interop.onnx.data import Feed, check_batch, inputs_of, read_batches
+from lowrank.interop.onnx.files import (
+    check,
+    check_external,
+    is_external,
+    library,
+    load,
+    read_external,
+)
+from lowrank.interop.onnx.graph import infer_shapes, opset_of, prune, substitute
 from lowrank.interop.onnx.layers import Site, find
 
-_THREADS = 2  # of onnxruntime, at the most
-_MODEST = 2**26  # elements
-_OLDEST = 7  # opset: the first that onnxruntime runs
+_THREADS = 2  # maximum number of threads of onnxruntime
+_PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
+_OLDEST = 7  # oldest opset that onnxruntime runs
 
 
 class OnnxModel:
-    """A network in ONNX's format, as compression sees it; a :class:`lowrank.compress.Net`.
+    """Compressible model in ONNX's format.
 
-    Layers are the Conv, ConvTranspose, Gemm and MatMul nodes of the main graph whose weights are
-    constants.  Left alone are those whose padding depends on a size that is not fixed.
+    Its layers are the Conv, ConvTranspose, Gemm and MatMul nodes of the main graph whose weights
+    are constants, except those whose padding depends on a size that is not fixed.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Of opset 7 or newer; it is not changed.
+        Model of opset 7 or newer; it is not changed.
     batches : sequence, optional
-        Calibration data: dicts of arrays by input, or arrays for a network of one input.
+        Calibration data: dicts of arrays by input, or arrays for a network with one input.
     folder : path, optional
-        Where the model's external data lie, if it has any.
+        Folder of the model's external data.
 
     Raises
     ------
     ValueError
-        If the model is not valid or holds no such layer, if a batch does not fit the network, or
-        if the size of a layer's input can be told neither from the graph nor from a batch.
+        If the model is invalid or has no such layer, if a batch does not fit the network, or if
+        neither the graph nor a batch determines the size of a layer's input.
     ImportError
         If onnx or onnxruntime is not installed.
 
@@ -73,23 +79,23 @@ class OnnxModel:
         batches: Sequence[Any] | None = None,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        onnx = files.library()
+        onnx = library()
         self._folder = None if folder is None else Path(folder).resolve()
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
-        files.resolve(self._model, self._folder)
-        files.check(self._model)
-        self._opset = graphs.opset_of(self._model)
+        check_external(self._model, self._folder)
+        check(self._model)
+        self._opset = opset_of(self._model)
         if self._opset < _OLDEST:
             raise ValueError(
-                f"a model of opset {self._opset}, older than {_OLDEST}, the first that onnxruntime "
-                "runs: onnx.version_converter makes it newer"
+                f"the opset must be at least {_OLDEST}, which onnxruntime runs, got {self._opset}: "
+                "convert the model with onnx.version_converter"
             )
-        self._takes = data.inputs_of(self._model)
-        self._feeds = [data.checked(self._takes, b) for b in batches or ()]
-        takes = [i.name for i in self._takes]
-        found = find(self._model, self._folder, takes, self._probe)
-        self._sites = {site.layer.name: site for site in found}
+        self._inputs = inputs_of(self._model)
+        self._feeds = [check_batch(self._inputs, b) for b in batches or ()]
+        self._sites: dict[str, Site] = {}  # `find` may run the network
+        sites = find(self._model, self._folder, [i.name for i in self._inputs], self._probe)
+        self._sites = {site.layer.name: site for site in sites}
         if not self._sites:
             raise ValueError(
                 "the network has no Conv, ConvTranspose, Gemm or MatMul with constant weights"
@@ -97,29 +103,29 @@ class OnnxModel:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Its layers that may be replaced, in the order in which they first run."""
+        """Layers that can be replaced, in execution order."""
         return tuple(site.layer for site in self._sites.values())
 
     @property
     def batches(self) -> int:
-        """Calibration batches; 0 where there are no data."""
+        """Number of calibration batches, 0 without calibration data."""
         return len(self._feeds)
 
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
-        r"""What layers get, a batch at a time, where `chains` stand in for layers of their names.
+        r"""Yield the inputs of layers, one batch at a time, with `chains` in place of layers.
 
         Parameters
         ----------
         names : sequence of str
-            Layers.
+            Names of the layers.
         chains : mapping of str to Factorization
-            By layer.
+            Chains by the name of the layer that they replace.
 
         Yields
         ------
         dict of str to tuple of ndarray
-            One float32 array a layer, (batch, channels, \*spatial); of a linear layer (batch,
-            features, vectors).  Nothing is run that none of the layers needs.
+            One float32 array per layer, (batch, channels, \*spatial); for a linear layer (batch,
+            features, vectors).  Only nodes that the layers depend on are run.
 
         Raises
         ------
@@ -140,20 +146,20 @@ class OnnxModel:
         [[[1.0, 0.0, 2.0, 0.0]]]
         """
         sites = [self._site(name) for name in names]
-        wanted = list(dict.fromkeys(s.input for s in sites))
-        for feed, values in zip(self._feeds, self._run(wanted, chains, self._feeds)):
-            batch = self._batch(feed)
-            yield {s.layer.name: (_sample(s, values[s.input], batch),) for s in sites}
+        tensors = list(dict.fromkeys(s.input for s in sites))
+        for feed, values in zip(self._feeds, self._run(tensors, chains, self._feeds)):
+            batch = self._batch_size(feed)
+            yield {s.layer.name: (_samples(s, values[s.input], batch),) for s in sites}
 
     def gradients(self, names: Sequence[str], seed: int) -> None:
-        """None: onnxruntime does not differentiate.
+        """Return None: onnxruntime does not differentiate.
 
         Parameters
         ----------
         names : sequence of str
-            Layers.
+            Names of the layers.
         seed : int
-            Of the labels.
+            Seed of the labels.
 
         Returns
         -------
@@ -168,17 +174,17 @@ class OnnxModel:
         return
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
-        """What the network gives, a batch at a time.
+        """Yield the outputs of the network, one batch at a time.
 
         Parameters
         ----------
         chains : mapping of str to Factorization
-            Stand in for layers of their names.
+            Chains by the name of the layer that they replace.
 
         Yields
         ------
         tuple of ndarray
-            Its outputs in order, floating-point ones as float32.
+            Outputs in order; floating-point outputs as float32.
 
         Raises
         ------
@@ -198,22 +204,23 @@ class OnnxModel:
         >>> next(net.outputs({}))[0].tolist()
         [[[4.0, 4.0]]]
         """
-        wanted = [o.name for o in self._model.graph.output]
-        for values in self._run(wanted, chains, self._feeds):
-            yield tuple(_single(values[name]) for name in wanted)
+        names = [o.name for o in self._model.graph.output]
+        for values in self._run(names, chains, self._feeds):
+            yield tuple(_as_float32(values[name]) for name in names)
 
     def replaced(self, chains: Chains) -> Any:
-        """A new model with `chains` in the places of layers; this one is not touched.
+        """Return a new model with `chains` in place of layers.
 
         Parameters
         ----------
         chains : mapping of str to Factorization
-            By layer.
+            Chains by the name of the layer that they replace.
 
         Returns
         -------
         onnx.ModelProto
-            With its weights in memory, those that lay in other files, too; :func:`save` writes it.
+            Model with all weights in memory, also those of other files;
+            :func:`lowrank.interop.onnx.save` writes it.
 
         Raises
         ------
@@ -234,15 +241,15 @@ class OnnxModel:
         >>> [list(t.dims) for t in new.graph.initializer]
         [[2, 1], [1, 2]]
         """
-        new = files.library().ModelProto()
+        new = library().ModelProto()
         new.CopyFrom(self._model)
         self._substitute(new, chains)
         del new.graph.value_info[:]
-        new.graph.value_info.extend(graphs.inferred(new).graph.value_info)
-        files.check(new, full=True)
+        new.graph.value_info.extend(infer_shapes(new).graph.value_info)
+        check(new, full=True)
         for tensor in new.graph.initializer:
-            if files.is_external(tensor):
-                files.read_in(tensor, self._folder)
+            if is_external(tensor):
+                read_external(tensor, self._folder)
         return new
 
     def _site(self, name: str) -> Site:
@@ -251,87 +258,83 @@ class OnnxModel:
         return self._sites[name]
 
     def _substitute(self, model: Any, chains: Chains) -> None:
+        check_chains(chains, {name: site.layer for name, site in self._sites.items()})
+        outputs = {node.output[0] for node in model.graph.node}
         parts = {}
-        there = {node.output[0] for node in model.graph.node}
         for name, f in chains.items():
-            site = self._site(name)
-            conv, size = site.layer.conv, site.layer.input_size
-            if not isinstance(f, Factorization):
-                raise TypeError(f"layer {name!r}: a chain must be a Factorization, got {f!r:.80}")
-            try:
-                wanted, given = conv.output_shape(size), f.output_shape(conv.input_shape(size))
-            except ValueError as why:
-                raise ValueError(f"layer {name!r}: {why}") from None
-            if wanted != given:
-                raise ValueError(f"layer {name!r} gives {wanted}, but its chain {given}")
-            if site.output in there:
+            site = self._sites[name]
+            if site.output in outputs:
                 parts[site.output] = partial(self._nodes, site, f)
         if parts:
-            graphs.substitute(model, parts)
+            substitute(model, parts)
 
-    def _nodes(self, site: Site, f: Factorization, taken: set[str]) -> tuple[list[Any], list[Any]]:
-        writer = Writer(site.layer.name, f.ndim, site.dtype, self._opset, taken)
+    def _nodes(
+        self, site: Site, f: Factorization, used_names: set[str]
+    ) -> tuple[list[Any], list[Any]]:
+        writer = Writer(site.layer.name, f.ndim, site.dtype, self._opset, used_names)
         if site.op in ("Conv", "ConvTranspose"):
             conv_chain(writer, f, site.input, site.fixed)
         else:
             linear_chain(writer, f, site.input, site.rank, site.op == "Gemm")
         return writer.nodes, writer.tensors
 
-    def _batch(self, feed: data.Feed) -> int:
-        return next((len(feed[i.name]) for i in self._takes if i.shape), 1)
+    def _batch_size(self, feed: Feed) -> int:
+        return next((len(feed[i.name]) for i in self._inputs if i.shape), 1)
 
     def _run(
-        self, wanted: Sequence[str], chains: Chains, feeds: Sequence[data.Feed]
+        self, tensors: Sequence[str], chains: Chains, feeds: Sequence[Feed]
     ) -> Iterator[dict[str, Array]]:
-        given = {i.name for i in self._takes}
-        made = [n for n in wanted if n not in given]
+        """Yield the values of tensors by name, one dict per feed."""
+        inputs = {i.name for i in self._inputs}
+        computed = [n for n in tensors if n not in inputs]
         session = None
-        if made and feeds:
-            model = graphs.pruned(self._model, made)
+        if computed and feeds:
+            model = prune(self._model, computed)
             self._substitute(model, chains)
             session = _session(model, self._folder)
         for feed in feeds:
-            values = {n: feed[n] for n in wanted if n in given}
+            values = {n: feed[n] for n in tensors if n in inputs}
             if session is not None:
-                needs = {i.name: feed[i.name] for i in session.get_inputs()}
+                session_feed = {i.name: feed[i.name] for i in session.get_inputs()}
                 try:
-                    values |= zip(made, session.run(made, needs))
+                    values |= zip(computed, session.run(computed, session_feed))
                 except Exception as why:  # onnxruntime's errors have no common base
                     raise ValueError(
-                        f"onnxruntime does not run the network: {files.line_of(why)}"
+                        f"onnxruntime does not run the network: {one_line(why)}"
                     ) from None
             yield values
 
     def _probe(self, names: Sequence[str]) -> tuple[int, dict[str, Ints]] | None:
-        """What shapes tensors have in a run on the first batch; of zeros, if the sizes are fixed.
+        """Run the network; return its batch size and the shapes of tensors, or None.
 
-        Only the network's batch may be free then; it is 1.
+        The input is the first batch.  Without data it is a batch of one example of zeros, if the
+        graph fixes all other sizes.
         """
         if self._feeds:
             feed = self._feeds[0]
-        elif all(_is_modest(i.shape) for i in self._takes):
+        elif all(_is_probe(i.shape) for i in self._inputs):
             feed = {
                 i.name: np.zeros([1 if n is None else n for n in i.shape], i.dtype)
-                for i in self._takes
+                for i in self._inputs
             }
         else:
             return None
         run = next(self._run(names, {}, [feed]))
-        return self._batch(feed), {name: value.shape for name, value in run.items()}
+        return self._batch_size(feed), {name: value.shape for name, value in run.items()}
 
 
 def open_model(
     path: str | os.PathLike[str], batches: str | os.PathLike[str] | Sequence[Any] | None = None
 ) -> OnnxModel:
-    """Open a network in ONNX's format.
+    """Open a model in ONNX's format.
 
     Parameters
     ----------
     path : path
-        An ``.onnx`` file, with external data, if any, in its folder.
+        ``.onnx`` file; its external data must be in the same folder.
     batches : path or sequence, optional
-        Calibration data: an ``.npz`` file, see :func:`read_batches`, or batches as
-        :class:`OnnxModel` takes them.
+        Calibration data: an ``.npz`` file, see :func:`lowrank.interop.onnx.read_batches`, or
+        batches as for :class:`OnnxModel`.
 
     Returns
     -------
@@ -361,49 +364,49 @@ def open_model(
     <Factorization dense: 2x2x1, 4 params>
     """
     path = Path(path)
-    model = files.load(path)
+    model = load(path)
     try:
         if isinstance(batches, (str, os.PathLike)):
-            batches = read_batches(batches, data.inputs_of(model))
+            batches = read_batches(batches, inputs_of(model))
         return OnnxModel(model, batches, path.parent)
     except ValueError as why:
         raise ValueError(why if str(path) in str(why) else f"{path}: {why}") from None
 
 
-def _sample(site: Site, x: Array, batch: int) -> Array:
-    """What a layer gets as (batch, channels, *spatial)."""
-    x = _single(x)
+def _samples(site: Site, x: Array, batch: int) -> Array:
+    """Return the input of a layer as (batch, channels, *spatial)."""
+    x = _as_float32(x)
     if site.op not in ("Gemm", "MatMul"):
         return x
     if x.ndim > 2 and len(x) != batch == x.shape[1]:
-        x = x.swapaxes(0, 1)  # vectors first, as recurrent networks and attention have them
+        x = x.swapaxes(0, 1)  # recurrent networks and attention may have the vectors first
     rows = x.size // x.shape[-1]
     examples = batch if rows % batch == 0 else rows
     return x.reshape(examples, -1, x.shape[-1]).swapaxes(1, 2)
 
 
-def _is_modest(shape: Sequence[int | None]) -> bool:
-    """Whether only the batch is free, and an input of zeros costs no memory to speak of."""
-    return None not in shape[1:] and math.prod(n or 1 for n in shape) < _MODEST
+def _is_probe(shape: Sequence[int | None]) -> bool:
+    """Whether only the batch is free, and an input of zeros is small."""
+    return None not in shape[1:] and math.prod(n or 1 for n in shape) < _PROBE_LIMIT
 
 
-def _single(x: Array) -> Array:
-    """Floating-point values as float32."""
+def _as_float32(x: Array) -> Array:
+    """Return floating-point values as float32, others unchanged."""
     return np.asarray(x, np.float32) if x.dtype.kind == "f" else x
 
 
 def _session(model: Any, folder: Path | None) -> Any:
-    """onnxruntime on a model, on the processor; external data from `folder` alone."""
+    """Load a model into onnxruntime on the CPU; external data are in `folder`."""
     try:
         import onnxruntime
     except ImportError:
         raise ImportError(
-            "to run ONNX models needs onnxruntime: pip install 'lowrank[onnx]'"
+            "ONNX models need onnxruntime to run: pip install 'lowrank[onnx]'"
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = min(_THREADS, os.cpu_count() or 1)
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # errors are raised, not logged
     if folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder))
@@ -412,4 +415,4 @@ def _session(model: Any, folder: Path | None) -> Any:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as why:  # onnxruntime's errors have no common base
-        raise ValueError(f"onnxruntime does not load the network: {files.line_of(why)}") from None
+        raise ValueError(f"onnxruntime does not load the network: {one_line(why)}") from None

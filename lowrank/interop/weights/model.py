@@ -1,11 +1,11 @@
-"""Weights without a network: tensors in a file, and a manifest that says what convolves what."""
+"""Networks known by their weights alone: tensors in a file, and a manifest of the layers."""
 
 from __future__ import annotations
 
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,49 +14,52 @@ import numpy as np
 
 from lowrank import io
 from lowrank._typing import Array, Ints
-from lowrank.compress.model import Chains, Layer, Samples
+from lowrank.compress.model import Chains, Layer
 from lowrank.core.cost import stage_costs
 from lowrank.factorization import Factorization
-from lowrank.interop import weights
+from lowrank.interop.common import check_chains
+from lowrank.interop.weights.static import Calibration, StaticModel
+from lowrank.interop.weights.tensors import layer_name, layers, read_manifest, read_weights
 
-_BATCH = 64  # examples at a time
+ENDINGS = (".safetensors", ".npz")
 
 
-class WeightsModel:
-    """The convolutions of a ``.safetensors`` or ``.npz`` file, as a :class:`lowrank.compress.Net`.
+class WeightsModel(StaticModel):
+    """Compressible model of a ``.safetensors`` or ``.npz`` file.
 
-    How the layers hang together is not in such a file.  So nothing can be run through them:
-    every layer is fitted on inputs of the *original* network, there are no gradients, and no
-    outputs to compare.
+    Such a file does not say how the layers are connected, so the network cannot be run: every
+    layer is fitted on inputs of the *original* network, there are no gradients, and no outputs
+    to compare.
 
     Parameters
     ----------
     path : path
-        ``.safetensors`` or ``.npz``.
+        ``.safetensors`` or ``.npz`` file.
     manifest : path, optional
-        What :func:`lowrank.interop.weights.layers` takes; ``NAME.json`` beside the file if not given.
+        Description of the layers, see :func:`lowrank.interop.weights.layers`; by default
+        ``NAME.json`` beside the file.
     calibration : path, optional
-        An ``.npz`` file with inputs of layers, in arrays that bear their names, of shape
-        (batch, channels, \\*spatial); all with the same batch.
+        ``.npz`` file of inputs of layers: arrays named after the layers, of shape
+        (batch, channels, \\*spatial), all with the same batch.
 
     Attributes
     ----------
     layers : tuple of Layer
-        Those of one dense kernel and a known input size, which a manifest or else calibration
-        data must give.
+        Layers of one dense kernel whose input size is known from the manifest or from the
+        calibration data.
     chains : dict of str to Factorization
-        Layers that are several stages already; they stay as they are.
+        Layers that are chains of several stages already; they are not changed.
     left_out : dict of str to str
-        Why others are not among `layers`.
+        Reasons why other layers are not among `layers`.
     batches : int
-        Calibration batches.
+        Number of calibration batches, 0 without calibration data.
 
     Raises
     ------
     ValueError
-        If a file is damaged, or does not fit the others.
+        If a file is damaged, or the files do not fit each other.
     OSError
-        If it cannot be read.
+        If a file cannot be read.
 
     Examples
     --------
@@ -78,16 +81,15 @@ class WeightsModel:
     ) -> None:
         self.path = Path(path)
         self._file = _read(self.path, manifest)
-        found = weights.layers(self.path, about=manifest)
-        twice = {x.name for x in found if sum(x.name == y.name for y in found) > 1}
-        if twice:
-            raise ValueError(f"{path}: two layers have the name {min(twice)!r}")
-        shapes = {x.name: x.conv for x in found}
-        self._calibration = Calibration(calibration, shapes)
-        self.chains: dict[str, Factorization] = {}
-        self.left_out: dict[str, str] = {}
-        layers = []
-        for layer in found:
+        stored = layers(self.path, about=manifest)
+        repeated = {x.name for x in stored if sum(x.name == y.name for y in stored) > 1}
+        if repeated:
+            raise ValueError(f"{path}: two layers have the name {min(repeated)!r}")
+        self._calibration = Calibration(calibration, {x.name: x.conv for x in stored})
+        self.chains = {}
+        self.left_out = {}
+        replaceable = []
+        for layer in stored:
             size = layer.input_size or self._calibration.size(layer.name)
             if layer.conv.family != "dense" or len(layer.conv.stages) > 1:
                 self.chains[layer.name] = layer.conv
@@ -97,106 +99,63 @@ class WeightsModel:
             elif size is None:
                 self.left_out[layer.name] = "its input size is not known: a manifest's in_size"
             else:
-                layers.append(Layer(layer.name, layer.conv, size))
-        self.layers = tuple(layers)
-
-    @property
-    def batches(self) -> int:
-        """Calibration batches; 0 where there are no data."""
-        return self._calibration.batches
-
-    def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
-        """What layers get, 64 examples at a time; in the original network, whatever `chains` are.
-
-        Parameters
-        ----------
-        names : sequence of str
-            Layers.
-        chains : mapping of str to Factorization
-            Not looked at: the file does not say what follows what.
-
-        Yields
-        ------
-        dict of str to tuple of ndarray
-
-        Raises
-        ------
-        ValueError
-            If there are no inputs of a layer.
-        """
-        return self._calibration.inputs(names)
-
-    def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
-        """None: what cannot be run cannot be differentiated.
-
-        Returns
-        -------
-        None
-        """
-        return None
-
-    def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
-        """Nothing: the file does not say what follows what, so the network cannot be run.
-
-        Returns
-        -------
-        iterator
-            Of no batch at all.
-        """
-        return iter(())
+                replaceable.append(Layer(layer.name, layer.conv, size))
+        self.layers = tuple(replaceable)
 
     def replaced(self, chains: Chains) -> WeightsFile:
-        """The same file with chains in place of layers.
+        """Return the contents of the file with chains in place of layers.
 
         Parameters
         ----------
         chains : mapping of str to Factorization
-            By the name of the layer.
+            Chains by the name of the layer that they replace.
 
         Returns
         -------
         WeightsFile
-            Instead of the weight of layer NAME the tensors ``NAME.0.weight``, ``NAME.1.weight``,
-            ..., with an entry of the manifest each; all other tensors as they were.
+            The weight of layer NAME is replaced by the tensors ``NAME.0.weight``,
+            ``NAME.1.weight``, ..., each with an entry in the manifest; all other tensors are
+            unchanged.
 
         Raises
         ------
         ValueError
-            If there is no such layer, a chain does not fit it, or a tensor is in the way.
+            If there is no such layer, a chain does not fit it, or the name of a new tensor
+            already exists.
         """
         by_name = {layer.name: layer for layer in self.layers}
         check_chains(chains, by_name)
         tensors, metadata = dict(self._file.tensors), dict(self._file.metadata)
         manifest = json.loads(json.dumps(self._file.manifest))
-        of = manifest.setdefault("chains", {})
+        chain_entries = manifest.setdefault("chains", {})
         entries: list[Any] = []
-        kept: set[str | None] = set()
-        gone: set[str | None] = set()  # a tensor may serve another layer, too
+        used: set[str | None] = set()  # a replaced layer may share tensors with another layer
+        replaced: set[str | None] = set()
         for entry in manifest["conv_layers"]:
-            where = gone if _name(entry) in chains else kept
-            where |= {entry["weight"], entry.get("bias")}
-        for unused in gone - kept:
+            names = replaced if layer_name(entry) in chains else used
+            names |= {entry["weight"], entry.get("bias")}
+        for unused in replaced - used:
             tensors.pop(unused or "", None)
         for entry in manifest["conv_layers"]:
-            name = _name(entry)
+            name = layer_name(entry)
             if name not in chains:
                 entries.append(entry)
                 continue
             f = chains[name]
             bias = entry.get("bias") or f"{name}.bias"
             bias = f"{name}.bias" if bias in tensors else bias
-            fresh = {f"{name}.{i}.weight": stage.weight for i, stage in enumerate(f.stages)}
+            new = {f"{name}.{i}.weight": stage.weight for i, stage in enumerate(f.stages)}
             if f.bias is not None:
-                fresh[bias] = f.bias
-            for tensor in fresh:
+                new[bias] = f.bias
+            for tensor in new:
                 if tensor in tensors:
                     raise ValueError(
-                        f"{self.path}: there is a tensor {tensor!r}, which layer {name!r} "
-                        "would need for its chain"
+                        f"{self.path}: the chain for layer {name!r} needs the tensor name "
+                        f"{tensor!r}, which already exists"
                     )
-            tensors |= fresh
+            tensors |= new
             entries += _entries(name, f, by_name[name].input_size, bias)
-            of[name] = {
+            chain_entries[name] = {
                 "family": f.family,
                 "variant": f.variant,
                 "rank": list(f.rank),
@@ -205,7 +164,7 @@ class WeightsModel:
             }
         manifest["conv_layers"] = entries
         if "parameters" in manifest:
-            # Beside the convolutions there are parameters that this is not to count anew.
+            # Update by the difference: the count includes parameters that are no tensors here.
             size = sum(t.size for t in tensors.values())
             manifest["parameters"] += size - sum(t.size for t in self._file.tensors.values())
         if "total_conv_macs" in manifest:
@@ -215,16 +174,16 @@ class WeightsModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightsFile:
-    """Tensors and what is said of them, to be written.
+    """Contents of a weights file: tensors, manifest and metadata.
 
     Attributes
     ----------
     tensors : dict of str to ndarray
-        By name; bfloat16 as :data:`lowrank.io.BFLOAT16`.
+        Tensors by name; bfloat16 as :data:`lowrank.io.BFLOAT16`.
     manifest : dict
-        What goes into the JSON file, see :func:`lowrank.interop.weights.layers`.
+        Contents of the JSON file, see :func:`lowrank.interop.weights.layers`.
     metadata : dict of str to str
-        Of a ``.safetensors`` file.
+        Metadata of a ``.safetensors`` file.
 
     Examples
     --------
@@ -244,13 +203,12 @@ class WeightsFile:
         Parameters
         ----------
         path : path
-            ``.safetensors`` or ``.npz``; it and the manifest are replaced as a whole, or not
-            at all.
+            ``.safetensors`` or ``.npz`` file; it and the manifest are replaced atomically.
 
         Raises
         ------
         ValueError
-            If the ending is another.
+            If the ending is another one.
         OSError
             If a file cannot be written.
 
@@ -258,8 +216,7 @@ class WeightsFile:
         --------
         >>> import pathlib, tempfile
         >>> from lowrank import demo, spatial_svd
-        >>> from lowrank.interop.weights import WeightsModel
-        >>> from lowrank.interop.weights import layers
+        >>> from lowrank.interop.weights import WeightsModel, layers
         >>> net = WeightsModel(demo.WEIGHTS)
         >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
         >>> net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}).save(path)
@@ -267,15 +224,13 @@ class WeightsFile:
         <Factorization spatial_svd h-w rank 4: 4x32x3x1 -> 64x4x1x3, 1216 params>
         """
         path = Path(path)
-        ending = path.suffix.lower()
-        if ending not in (".safetensors", ".npz"):
-            raise ValueError(f"{path}: weights are written as .safetensors or .npz, not {ending!r}")
-        about = path.with_suffix(".json")
-        for target in (path, about):
+        ending = _check_ending(path)
+        manifest = path.with_suffix(".json")
+        for target in (path, manifest):
             if target.is_dir():
                 raise IsADirectoryError(f"{target}: is a folder")
-        # Both are written in full before either takes its place.
-        with io.atomic_write(about) as text, io.atomic_write(path) as body:
+        # Both files are written in full before either replaces an older one.
+        with io.atomic_write(manifest) as text, io.atomic_write(path) as body:
             text.write_text(json.dumps(self.manifest, indent=1, allow_nan=False), "utf-8")
             if ending == ".safetensors":
                 io.write_tensors(body, self.tensors, self.metadata)
@@ -283,139 +238,34 @@ class WeightsFile:
                 _write_npz(body, self.tensors)
 
 
-class Calibration:
-    """Inputs of layers, out of an ``.npz`` file.
-
-    Parameters
-    ----------
-    path : path or None
-        Arrays that bear the names of layers, (batch, channels, \\*spatial); for layers along one
-        axis (batch, channels) will do.
-    convs : mapping of str to Factorization
-        What the arrays have to fit.
-
-    Raises
-    ------
-    ValueError
-        If they do not.
-
-    Examples
-    --------
-    >>> from lowrank.interop.weights import Calibration
-    >>> Calibration(None, {}).batches
-    0
-    """
-
-    def __init__(
-        self, path: str | os.PathLike[str] | None, convs: Mapping[str, Factorization]
-    ) -> None:
-        self.path = path
-        self.arrays: dict[str, Array] = {}
-        if path is None:
-            return
-        if Path(path).suffix.lower() != ".npz":
-            raise ValueError(f"{path}: calibration data come as .npz")
-        for name, array in weights.read_weights(path).items():
-            if name not in convs:
-                raise ValueError(
-                    f"{path}: no layer is called {name!r}; there are {', '.join(convs)}"
-                )
-            f = convs[name]
-            if array.ndim == 2 and f.ndim == 1:
-                array = array[..., None]
-            if array.dtype.kind != "f" or not np.isfinite(array).all():
-                raise ValueError(f"{path}: {name!r} is not made of finite floating-point numbers")
-            if array.ndim != f.ndim + 2 or array.shape[1] != f.in_channels or not array.size:
-                raise ValueError(
-                    f"{path}: {name!r} must be (batch, {f.in_channels} channels, and {f.ndim} "
-                    f"spatial axes), got {array.shape}"
-                )
-            self.arrays[name] = array.astype(np.float32, copy=False)
-        counts = {len(a) for a in self.arrays.values()}
-        if len(counts) > 1:
-            raise ValueError(f"{path}: arrays must have the same batch, got {sorted(counts)}")
-
-    @property
-    def batches(self) -> int:
-        """Batches that :meth:`inputs` yields."""
-        return -(-len(next(iter(self.arrays.values()))) // _BATCH) if self.arrays else 0
-
-    def size(self, name: str) -> Ints | None:
-        """Spatial size of the inputs of a layer.
-
-        Parameters
-        ----------
-        name : str
-            The layer.
-
-        Returns
-        -------
-        tuple of int or None
-        """
-        return self.arrays[name].shape[2:] if name in self.arrays else None
-
-    def inputs(self, names: Sequence[str]) -> Iterator[Samples]:
-        """Batches of the inputs of some layers.
-
-        Parameters
-        ----------
-        names : sequence of str
-            Layers.
-
-        Yields
-        ------
-        dict of str to tuple of ndarray
-
-        Raises
-        ------
-        ValueError
-            If there are data, but none of a layer.
-        """
-        missing = [name for name in names if name not in self.arrays]
-        if self.arrays and missing:
-            raise ValueError(f"{self.path}: has no inputs of {', '.join(missing)}")
-        for i in range(self.batches):
-            yield {n: (self.arrays[n][i * _BATCH : (i + 1) * _BATCH],) for n in names}
-
-
-def check_chains(chains: Chains, layers: Mapping[str, Layer]) -> None:
-    """Refuse chains that do not stand for a layer: other channels, axes, or output size."""
-    for name, f in chains.items():
-        if name not in layers:
-            raise ValueError(f"there is no layer {name!r}; there are {', '.join(layers)}")
-        conv, size = layers[name].conv, layers[name].input_size
-        same = f.ndim == conv.ndim and f.in_channels == conv.in_channels
-        if not same or f.output_shape(size) != conv.output_shape(size):
-            raise ValueError(f"the chain for layer {name!r} is of another shape: {f!r}")
-
-
-def _name(entry: Any) -> str:
-    """The layer that an entry of a manifest belongs to."""
-    return str(entry.get("of") or entry.get("name", entry["weight"]))
+def _check_ending(path: Path) -> str:
+    """Return the ending of a weights file; raise if there is no such format."""
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"{path}: the ending must be {' or '.join(ENDINGS)}, got {ending!r}")
+    return ending
 
 
 def _read(path: Path, manifest: str | os.PathLike[str] | None) -> WeightsFile:
-    """All that is in the files; a manifest is made up where there is none."""
-    ending = path.suffix.lower()
-    if ending not in (".safetensors", ".npz"):
-        raise ValueError(f"{path}: weights come as .safetensors or .npz here, not {ending!r}")
-    tensors = weights.read_weights(path)
+    """Read a weights file and its manifest; make a manifest if there is none."""
+    ending = _check_ending(path)
+    tensors = read_weights(path)
     metadata: dict[str, str] = {}
     if ending == ".safetensors":
         tensors, metadata = io.read_tensors(path, raw=True)
     about = path.with_suffix(".json") if manifest is None else Path(manifest)
     if io.holds_chains(metadata) or (manifest is None and not about.exists()):
-        return WeightsFile(tensors, _guessed(path, tensors, metadata), metadata)
-    return WeightsFile(tensors, weights.manifest(about), metadata)
+        return WeightsFile(tensors, _default_manifest(path, tensors, metadata), metadata)
+    return WeightsFile(tensors, read_manifest(about), metadata)
 
 
-def _guessed(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Any:
-    """A manifest of the layers that are found without one."""
+def _default_manifest(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> Any:
+    """Return a manifest of the layers that are found by the shapes of their tensors."""
     if io.holds_chains(metadata):
         return {"conv_layers": []}
     by_name = {n.removesuffix("weight").rstrip(".") or path.stem: n for n in tensors}
     entries = []
-    for layer in weights.layers(path):
+    for layer in layers(path):
         weight = by_name[layer.name]
         bias = weight.removesuffix("weight") + "bias" if layer.conv.bias is not None else None
         (entry,) = _entries(layer.name, layer.conv, None, bias)
@@ -425,7 +275,7 @@ def _guessed(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, st
 
 
 def _entries(name: str, f: Factorization, size: Ints | None, bias: str | None) -> list[Any]:
-    """What a manifest says of the stages of a chain."""
+    """Return the entries of a manifest for the stages of a chain."""
     entries = []
     for i, stage in enumerate(f.stages):
         out = macs = None
@@ -456,10 +306,10 @@ def _entries(name: str, f: Factorization, size: Ints | None, bias: str | None) -
 
 
 def _write_npz(path: Path, tensors: Mapping[str, Array]) -> None:
-    """What ``numpy.savez`` writes, whatever the tensors are called."""
+    """Write an ``.npz`` file; unlike ``numpy.savez`` with any tensor names."""
     with zipfile.ZipFile(path, "x") as archive:
         for name, tensor in tensors.items():
             if tensor.dtype == io.BFLOAT16:
-                raise ValueError(f"tensor {name!r} is bfloat16, which .npz does not have")
+                raise ValueError(f"tensor {name!r} is bfloat16, which .npz does not support")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(tensor), allow_pickle=False)

@@ -1,10 +1,7 @@
-"""ONNX networks: layers as nodes say, chains as nodes that do what they do, files that lie."""
+"""ONNX models: layers of nodes, and chains written as nodes, run by onnxruntime."""
 
-import io
 import itertools
 import json
-import os
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,55 +11,14 @@ from lowrank.core import reference
 from lowrank.families import FAMILIES, applicable
 
 onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnx_models import CLOSE, arrays, model_of, ran, small_net  # noqa: E402
 
-from lowrank.interop.onnx import OnnxModel, open_model, read_batches, save  # noqa: E402
+from lowrank.interop.onnx import OnnxModel  # noqa: E402
 from lowrank.interop.onnx.chain import Writer, conv_chain  # noqa: E402
-from lowrank.interop.onnx.data import inputs_of  # noqa: E402
-from lowrank.interop.onnx.files import load  # noqa: E402
-
-# Sums of some hundred products of order 1 in float32, in another order, twice over in a chain:
-# some sqrt(n) roundings of 6e-8 of magnitudes of some tens.
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def model_of(nodes, inputs, outputs=("y",), weights=None, opset=17, ir=8, kind=TensorProto.FLOAT):
-    """A model; `inputs` are shapes by name, `weights` arrays by name."""
-    graph = helper.make_graph(
-        nodes,
-        "net",
-        [helper.make_tensor_value_info(n, kind, s) for n, s in inputs.items()],
-        [helper.make_tensor_value_info(n, kind, None) for n in outputs],
-        [numpy_helper.from_array(w, n) for n, w in (weights or {}).items()],
-    )
-    if ir < 4:  # initializers are values of inputs
-        graph.input.extend(
-            helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in graph.initializer
-        )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
-    inferred = onnx.shape_inference.infer_shapes(model)  # an output needs a shape to be valid
-    del model.graph.output[:]
-    model.graph.output.extend(inferred.graph.output)
-    return model
-
-
-def ran(model, **feed):
-    """All outputs of a model that the checker has passed in full."""
-    onnx.checker.check_model(model, full_check=True)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, feed)
-
-
-def arrays(rng, *shapes, dtype=np.float32):
-    return [rng.standard_normal(s).astype(dtype) for s in shapes]
 
 
 def chains_of(conv, copies=False, thorough=False):
@@ -82,8 +38,8 @@ def chains_of(conv, copies=False, thorough=False):
                 yield FAMILIES[name].fit(conv, point.rank, form)
 
 
-def bent(f, rng):
-    """`f` with another bias: one that the layer may not have had."""
+def with_random_bias(f, rng):
+    """Return `f` with a random bias, also if the layer has none."""
     return lr.chain(f.stages, rng.standard_normal(f.out_channels).astype(np.float32), f.groups)
 
 
@@ -128,7 +84,7 @@ CONVS = {
 
 
 def conv_net(rng, case, batch="N", sizes=True, bias=True, **options):
-    """(net, its input) of one node between two others."""
+    """Return a model of one node between two others, its protobuf and an input."""
     op, weight, shape, given = CONVS[case]
     w, x = arrays(rng, weight, shape)
     out = weight[0] if op == "Conv" else weight[1] * given.get("group", 1)
@@ -146,7 +102,7 @@ def conv_net(rng, case, batch="N", sizes=True, bias=True, **options):
 
 
 @pytest.mark.parametrize("case", CONVS)
-def test_a_conv_node_is_the_layer_it_says(rng, case):
+def test_conv_node_becomes_an_equal_layer(rng, case):
     net, model, x = conv_net(rng, case)
     (layer,) = net.layers
     assert layer.name == "layer"
@@ -154,7 +110,7 @@ def test_a_conv_node_is_the_layer_it_says(rng, case):
     np.testing.assert_allclose(-layer.conv(-x), ran(model, x=x)[0], **CLOSE)
 
 
-#: Their padding depends on the size: they are no layers where that is free.
+#: Cases whose padding depends on the input size: they are left out if that is free.
 FIXED = ("same lower", "output shape")
 
 
@@ -162,7 +118,7 @@ FIXED = ("same lower", "output shape")
     ("case", "sizes"),
     [*((c, True) for c in CONVS), *((c, False) for c in CONVS if c not in FIXED)],
 )
-def test_chains_of_every_family_do_in_onnxruntime_what_they_do(rng, case, sizes):
+def test_chains_of_every_family_run_in_onnxruntime(rng, case, sizes):
     net, model, x = conv_net(rng, case, sizes=sizes)
     conv = net.layers[0].conv
     want = ran(model, x=x)[0]
@@ -170,7 +126,7 @@ def test_chains_of_every_family_do_in_onnxruntime_what_they_do(rng, case, sizes)
     if not sizes:
         larger = np.concatenate([larger, larger], axis=-1)
     exact = 0
-    # what has no copies gives the same nodes whether sizes are free or not
+    # chains without copies have the same nodes for fixed and free sizes
     for f in chains_of(conv, sizes and case not in FIXED, case in ("1-D", "2-D", "transposed")):
         new = net.replaced({"layer": f})
         y = ran(new, x=x)[0]
@@ -185,7 +141,7 @@ def test_chains_of_every_family_do_in_onnxruntime_what_they_do(rng, case, sizes)
 
 
 def as_nodes(f, x, sizes=True, opset=17, dtype=np.float32):
-    """What onnxruntime makes of a chain that needs to be no approximation of any layer."""
+    """Return the output of a chain in onnxruntime, also of one that approximates no layer."""
     writer = Writer("layer", f.ndim, np.dtype(dtype), opset, {"x"})
     conv_chain(writer, f, "x", x.shape[2:] if sizes else None)
     nodes = [*writer.nodes, helper.make_node("Identity", [writer.nodes[-1].output[0]], ["y"])]
@@ -206,7 +162,7 @@ def test_copies_groups_shuffles_and_a_bias_together(rng, ndim, transposed, sizes
         lr.Stage(first, g, 2, 2, 2, (4, 3), transposed),
         lr.Stage(last, g, 2, 2, 2, (8, 2), transposed),
     ]
-    f = bent(lr.chain(stages), rng)
+    f = with_random_bias(lr.chain(stages), rng)
     (x,) = arrays(rng, (2, f.in_channels, *(6, 5, 4)[:ndim]))
     want = reference.run_chain(f.stages, x, f.bias)
     np.testing.assert_allclose(as_nodes(f, x, sizes), want, **CLOSE)
@@ -214,21 +170,21 @@ def test_copies_groups_shuffles_and_a_bias_together(rng, ndim, transposed, sizes
 
 @pytest.mark.parametrize("opset", [9, 17, 19])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "symmetric", "constant"])
-def test_borders_become_pads_where_onnx_has_them(rng, mode, opset):
+def test_padding_modes_become_pad_nodes_or_are_refused(rng, mode, opset):
     (w,) = arrays(rng, (6, 4, 3, 3))
     conv = lr.dense(w, padding=[(1, 2), (0, 1)], padding_mode=mode, value=3.0)
     (x,) = arrays(rng, (2, 4, 7, 8))
     for f in (conv, lr.spatial_svd(conv, rank=3), lr.tucker(conv, rank=(3, 3))):
-        f = bent(f, rng)
+        f = with_random_bias(f, rng)
         if mode == "symmetric" or (mode == "circular" and opset < 19):
-            with pytest.raises(ValueError, match=f"'layer': a border of {mode} needs"):
+            with pytest.raises(ValueError, match=f"'layer'.*padding_mode '{mode}'"):
                 as_nodes(f, x, opset=opset)
             continue
         want = reference.run_chain(f.stages, x, f.bias)
         np.testing.assert_allclose(as_nodes(f, x, opset=opset), want, **CLOSE)
 
 
-def test_what_a_runtime_cannot_grow_is_cropped_less_or_refused(rng):
+def test_large_output_padding_becomes_less_cropping_or_is_refused(rng):
     (w,) = arrays(rng, (4, 3, 4))
     (x,) = arrays(rng, (1, 4, 6))
     f = lr.dense(w, stride=2, padding=[(0, 3)], output_padding=2, transposed=True)
@@ -237,7 +193,7 @@ def test_what_a_runtime_cannot_grow_is_cropped_less_or_refused(rng):
         as_nodes(lr.dense(w, stride=2, output_padding=2, transposed=True), x)
 
 
-def test_paddings_that_depend_on_a_free_size_leave_the_layer_alone(rng):
+def test_layers_whose_padding_depends_on_a_free_size_are_left_out(rng):
     for case in FIXED:
         with pytest.raises(ValueError, match="no Conv"):
             conv_net(rng, case, sizes=False)
@@ -252,7 +208,7 @@ def gemm_net(rng, rows="N", **given):
 
 @pytest.mark.parametrize("rows", ["N", 4])
 @pytest.mark.parametrize("given", [{}, {"transB": 1, "alpha": 0.5, "beta": 2.0}], ids=str)
-def test_gemm(rng, given, rows):
+def test_gemm_is_a_linear_layer(rng, given, rows):
     net, x = gemm_net(rng, rows, **given)
     (layer,) = net.layers
     assert (layer.name, layer.input_size) == ("y", (1,))
@@ -260,7 +216,7 @@ def test_gemm(rng, given, rows):
     np.testing.assert_array_equal(samples["y"][0], x[..., None])
     want = next(net.outputs({}))[0]
     np.testing.assert_allclose(layer.conv(x[..., None])[..., 0], want, **CLOSE)
-    for f in (*chains_of(layer.conv), bent(lr.channel_svd(layer.conv, rank=2), rng)):
+    for f in (*chains_of(layer.conv), with_random_bias(lr.channel_svd(layer.conv, rank=2), rng)):
         new = net.replaced({"y": f})
         want = reference.run_chain(f.stages, x[..., None], f.bias)[..., 0]
         np.testing.assert_allclose(ran(new, x=x)[0], want, **CLOSE, err_msg=repr(f))
@@ -269,7 +225,7 @@ def test_gemm(rng, given, rows):
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (3, 5, 6), (3, 2, 5, 6)], ids=str)
-def test_matmul(rng, shape):
+def test_matmul_is_a_linear_layer(rng, shape):
     w, x = arrays(rng, (6, 8), shape)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], "fc")
     free = ["N", *"abc"[: len(shape) - 2], 6]
@@ -280,7 +236,7 @@ def test_matmul(rng, shape):
     vectors = samples["fc"][0]
     assert vectors.shape == (3, 6, layer.input_size[0])
     np.testing.assert_array_equal(vectors.swapaxes(1, 2).ravel(), x.ravel())
-    for f in (*chains_of(layer.conv), bent(lr.channel_svd(layer.conv, rank=2), rng)):
+    for f in (*chains_of(layer.conv), with_random_bias(lr.channel_svd(layer.conv, rank=2), rng)):
         want = reference.run_chain(f.stages, vectors, f.bias).swapaxes(1, 2).reshape(*shape[:-1], 8)
         y = ran(net.replaced({"fc": f}), x=x)[0]
         np.testing.assert_allclose(y, want, **CLOSE, err_msg=repr(f))
@@ -290,7 +246,7 @@ def test_matmul(rng, shape):
     np.testing.assert_allclose(ran(net.replaced({"fc": shuffled}), x=x)[0], want, **CLOSE)
 
 
-def test_vectors_of_an_example_that_were_folded_into_the_batch(rng):
+def test_vectors_that_are_part_of_the_batch_axis(rng):
     w, x = arrays(rng, (6, 8), (3, 5, 6))
     nodes = [
         helper.make_node("Reshape", ["x", "s"], ["r"]),
@@ -304,7 +260,7 @@ def test_vectors_of_an_example_that_were_folded_into_the_batch(rng):
         np.testing.assert_array_equal(samples["fc"][0], x.swapaxes(1, 2))
 
 
-def test_vectors_ahead_of_the_batch(rng):
+def test_vectors_before_the_batch_axis(rng):
     w, x = arrays(rng, (6, 8), (3, 5, 6))
     nodes = [
         helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
@@ -322,7 +278,9 @@ def test_other_precisions_are_read_and_written_back(rng, dtype):
     w, b, x = arrays(rng, (8, 6, 3, 3), (8,), (2, 6, 5, 5), dtype=dtype)
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], "c")
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    net = OnnxModel(model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x])
+    net = OnnxModel(
+        model_of([node], {"x": ["N", 6, 5, 5]}, weights={"w": w, "b": b}, kind=kind), [x]
+    )
     conv = net.layers[0].conv
     assert conv.dtype == (np.float32 if dtype == np.float16 else np.float64)
     f = lr.spatial_svd(conv, rank=18)
@@ -344,27 +302,6 @@ def test_other_precisions_are_read_and_written_back(rng, dtype):
             net.replaced({"c": big})
 
 
-def small_net(rng, batches=None, folder=None, **options):
-    """Two convolutions with a batch norm, a branch, a linear layer; and an input for it."""
-    a, b, fc, x = arrays(rng, (6, 3, 3, 3), (6, 6, 3, 3), (6, 4), (5, 3, 8, 8))
-    one = np.ones(6, np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "a"], ["1"], "conv", pads=[1] * 4),
-        helper.make_node("BatchNormalization", ["1", "g", "o", "o", "v"], ["2"]),
-        helper.make_node("Relu", ["2"], ["3"], "relu"),
-        helper.make_node("Identity", ["b"], ["b2"]),
-        helper.make_node("Conv", ["3", "b2"], ["4"], doc_string="the second", pads=[1] * 4),
-        helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(fc)),
-        helper.make_node("Add", ["3", "4"], ["5"]),
-        helper.make_node("GlobalAveragePool", ["5"], ["6"]),
-        helper.make_node("Flatten", ["6"], ["7"]),
-        helper.make_node("MatMul", ["7", "k"], ["y"]),
-    ]
-    weights = {"a": a, "b": b, "g": 2 * one, "o": 0 * one, "v": 4 * one}
-    model = model_of(nodes, {"x": ["N", 3, 8, 8]}, weights=weights, **options)
-    return model, x
-
-
 def test_layers_of_a_network(rng):
     model, _ = small_net(rng)
     net = OnnxModel(model)
@@ -379,7 +316,7 @@ def test_layers_of_a_network(rng):
     assert net.gradients(["conv"], 0) is None
 
 
-def test_a_replaced_network_keeps_all_else(rng):
+def test_replaced_model_keeps_everything_else(rng):
     model, x = small_net(rng)
     model.producer_name, model.doc_string = "someone", "a net"
     model.metadata_props.add(key="k", value="v")
@@ -415,7 +352,7 @@ def test_a_replaced_network_keeps_all_else(rng):
     np.testing.assert_allclose(next(net.outputs(chains))[0], ran(new, x=x)[0], **CLOSE)
 
 
-def test_inputs_are_those_behind_replaced_layers(rng):
+def test_inputs_are_computed_with_replaced_layers(rng):
     model, x = small_net(rng)
     net = OnnxModel(model, [x[:3], {"x": x[3:]}])
     chains = {
@@ -430,7 +367,7 @@ def test_inputs_are_those_behind_replaced_layers(rng):
     np.testing.assert_array_equal(values[1], x)
 
 
-def test_nothing_behind_the_layers_is_run(rng):
+def test_nodes_after_the_layers_are_not_run(rng):
     model, x = small_net(rng)
     # no runtime runs this
     model.graph.node.append(helper.make_node("Nonsense", ["5"], ["z"], domain="nowhere"))
@@ -442,7 +379,7 @@ def test_nothing_behind_the_layers_is_run(rng):
         next(net.outputs({}))
 
 
-def test_names_are_unique(rng):
+def test_names_of_layers_and_nodes_are_unique(rng):
     (w,) = arrays(rng, (4, 4, 3))
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["same_1"], "same"),
@@ -457,7 +394,7 @@ def test_names_are_unique(rng):
         assert len(set(names)) == len(names) == 6
 
 
-def test_weights_that_are_no_constants_are_no_layers(rng):
+def test_nodes_without_constant_weights_are_not_layers(rng):
     a, b = arrays(rng, (4, 3, 3), (4, 4, 3))
     nodes = [
         helper.make_node("Conv", ["x", "a"], ["1"], "fixed"),
@@ -470,7 +407,7 @@ def test_weights_that_are_no_constants_are_no_layers(rng):
     assert layer.name == "fixed"
 
 
-def test_shared_weights_stay_until_nobody_needs_them(rng):
+def test_shared_weights_are_removed_with_their_last_use(rng):
     w, b, x = arrays(rng, (4, 4, 3), (4,), (2, 4, 9))
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["1"], "first"),
@@ -488,7 +425,7 @@ def test_shared_weights_stay_until_nobody_needs_them(rng):
         np.testing.assert_allclose(ran(both, x=x)[0], want, **CLOSE)
 
 
-def test_what_subgraphs_need_is_kept(rng):
+def test_tensors_of_subgraphs_are_kept(rng):
     w, x = arrays(rng, (4, 4, 3), (2, 4, 9))
     then = helper.make_graph([helper.make_node("Identity", ["1"], ["t"])], "then", [],
                              [helper.make_tensor_value_info("t", 1, None)])  # fmt: skip
@@ -510,7 +447,7 @@ def test_what_subgraphs_need_is_kept(rng):
                                **CLOSE)  # fmt: skip
 
 
-def test_free_sizes_come_from_data_or_are_asked_for(rng):
+def test_free_sizes_need_calibration_data(rng):
     w, x = arrays(rng, (4, 3, 3, 3), (2, 3, 9, 7))
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
     model = model_of([node], {"x": ["N", 3, "h", "w"]}, weights={"w": w})
@@ -525,7 +462,7 @@ def test_chains_that_do_not_fit_are_refused(rng):
     conv = net.layers[0].conv
     with pytest.raises(ValueError, match="no layer 'conv9' among conv, 4, y"):
         net.replaced({"conv9": conv})
-    with pytest.raises(ValueError, match=r"'conv' gives \(6, 8, 8\), but its chain \(6, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"'conv'.*\(6, 8, 8\), got \(6, 6, 6\)"):
         net.replaced({"conv": lr.dense(conv.to_dense())})
     with pytest.raises(ValueError, match="layer 'conv': input_shape must be"):
         net.replaced({"conv": net.layers[1].conv})
@@ -537,279 +474,15 @@ def test_old_opsets_and_networks_without_layers_are_refused(rng):
     relu = helper.make_node("Relu", ["x"], ["y"])
     with pytest.raises(ValueError, match="has no Conv, ConvTranspose, Gemm or MatMul"):
         OnnxModel(model_of([relu], {"x": ["N", 3]}))
-    with pytest.raises(ValueError, match="opset 6, older than 7"):
+    with pytest.raises(ValueError, match=r"opset.*at least 7.*got 6"):
         OnnxModel(model_of([relu], {"x": ["N", 3]}, opset=6))
 
 
-def test_not_a_number_among_weights_is_named(rng):
+def test_layer_with_nan_weights_is_named(rng):
     w = np.full((4, 3, 3), np.nan, np.float32)
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
-    with pytest.raises(ValueError, match="layer 'conv': weight holds NaN"):
+    with pytest.raises(ValueError, match=r"layer 'conv'.*NaN"):
         OnnxModel(model_of([node], {"x": ["N", 3, 9]}, weights={"w": w}))
-
-
-# Files
-
-
-def outside(model, folder, **entries):
-    """Write a model whose weights lie in w.bin; `entries` replace what it says of tensor b."""
-    data = b""
-    for tensor in model.graph.initializer:
-        says = {"location": "w.bin", "offset": len(data), "length": len(tensor.raw_data)}
-        if tensor.name == "b":
-            says |= entries
-        data += tensor.raw_data
-        tensor.ClearField("raw_data")
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in says.items():
-            tensor.external_data.add(key=key, value=str(value))
-    (folder / "w.bin").write_bytes(data)
-    (folder / "net.onnx").write_bytes(model.SerializeToString())
-    return folder / "net.onnx"
-
-
-@pytest.mark.parametrize("small", [0, 65536], ids=["stays outside", "is read in"])
-def test_external_data(rng, tmp_path, monkeypatch, small):
-    monkeypatch.setattr("lowrank.interop.onnx.files._SMALL", small)
-    model, x = small_net(rng)
-    want = ran(model, x=x)[0]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    path = outside(model, tmp_path / "in")
-    net = open_model(path, [x])
-    np.testing.assert_allclose(next(net.outputs({}))[0], want, **CLOSE)
-    f = lr.channel_svd(net.layers[0].conv, rank=2)
-    new = net.replaced({"conv": f})
-    new_y = ran(new, x=x)[0]
-    np.testing.assert_allclose(new_y, next(net.outputs({"conv": f}))[0], **CLOSE)
-    save(new, tmp_path / "out" / "small.onnx")
-    assert sorted(os.listdir(tmp_path / "out")) == ["small.onnx", "small.onnx.data"]
-    again = open_model(tmp_path / "out" / "small.onnx", [x])
-    np.testing.assert_array_equal(next(again.outputs({}))[0], new_y)
-    onnx.checker.check_model(str(tmp_path / "out" / "small.onnx"), full_check=True)
-    # over the original: what was read before does not matter any more
-    save(new, path)
-    np.testing.assert_array_equal(next(open_model(path, [x]).outputs({}))[0], new_y)
-
-
-def test_large_models_go_to_two_files(rng, tmp_path, monkeypatch):
-    model, x = small_net(rng)
-    net = OnnxModel(model)
-    new = net.replaced({"conv": lr.channel_svd(net.layers[0].conv, rank=2)})
-    save(new, tmp_path / "a.onnx")
-    assert os.listdir(tmp_path) == ["a.onnx"]
-    monkeypatch.setattr("lowrank.interop.onnx.files.LARGEST", 1000)
-    save(new, tmp_path / "b.onnx")
-    assert sorted(os.listdir(tmp_path)) == ["a.onnx", "b.onnx", "b.onnx.data"]
-    assert (tmp_path / "b.onnx").stat().st_size < (tmp_path / "a.onnx").stat().st_size
-    a, b = (next(open_model(tmp_path / n, [x]).outputs({}))[0] for n in ("a.onnx", "b.onnx"))
-    np.testing.assert_array_equal(a, b)
-
-
-HOSTILE = {
-    "absolute": ({"location": "/etc/passwd"}, "no path inside"),
-    "up": ({"location": "../secret"}, "no path inside"),
-    "up within": ({"location": "a/../../secret"}, "no path inside"),
-    "drive": ({"location": r"C:\secret"}, "no path inside"),
-    "backslashes": ({"location": r"..\secret"}, "no path inside"),
-    "nowhere": ({"location": ""}, "no path inside"),
-    "missing": ({"location": "other.bin"}, "not there"),
-    "folder": ({"location": "."}, "not there"),
-    "link": ({"location": "link"}, "a link out of"),
-    "linked folder": ({"location": "up/secret"}, "a link out of"),
-    "long": ({"length": 10**15}, "takes 1296"),
-    "short": ({"length": 8}, "takes 1296"),
-    "far": ({"offset": 10**15}, "cut short"),
-    "before": ({"offset": -8}, "from -8"),
-    "words": ({"offset": "many"}, "no number"),
-}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_external_data(rng, tmp_path, case):
-    entries, message = HOSTILE[case]
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (tmp_path / "secret").write_bytes(bytes(5000))
-    (folder / "link").symlink_to(tmp_path / "secret")
-    (folder / "up").symlink_to(tmp_path)
-    path = outside(small_net(rng)[0], folder, **entries)
-    with pytest.raises(ValueError, match=message) as caught:
-        open_model(path)
-    assert "net.onnx: external data of tensor 'b'" in str(caught.value)
-
-
-def test_a_shape_too_large_for_its_data_takes_no_memory(rng, tmp_path):
-    model, _ = small_net(rng)
-    path = outside(model, tmp_path)
-    model.graph.initializer[1].dims[0] = 2**50
-    del model.graph.initializer[1].external_data[1:]
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match=r"go beyond the end of 'w\.bin'"):
-        open_model(path)
-    model, _ = small_net(rng)
-    model.graph.initializer[1].dims[0] = 2**50
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(ValueError, match=r"net\.onnx: .*\bb\b"):
-        open_model(path)
-
-
-def test_truncated_and_other_files(rng, tmp_path):
-    whole = small_net(rng)[0].SerializeToString()
-    path = tmp_path / "net.onnx"
-    for data in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1], bytes(1000),
-                 rng.bytes(1000)):  # fmt: skip
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"net\.onnx: (not an ONNX model|not a valid)"):
-            open_model(path)
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
-        open_model(tmp_path / "other.onnx")
-    with pytest.raises(IsADirectoryError):
-        open_model(tmp_path)
-
-
-def test_a_damaged_file_is_one_clear_error(rng, tmp_path):
-    whole = small_net(rng)[0].SerializeToString()
-    path = tmp_path / "net.onnx"
-    errors = []
-    for i in rng.integers(0, len(whole), 150):
-        path.write_bytes(whole[:i] + rng.bytes(1) + whole[i + 1 :])
-        try:
-            open_model(path)
-        except ValueError as why:
-            errors.append(str(why))
-    assert len(errors) > 5
-    assert all(str(path) in e and "\n" not in e for e in errors), errors
-
-
-def test_saving_is_whole_or_not_at_all(rng, tmp_path, monkeypatch):
-    path = tmp_path / "net.onnx"
-    path.write_bytes(b"before")
-    model, _ = small_net(rng)
-    bad = onnx.ModelProto()
-    bad.CopyFrom(model)
-    bad.graph.node[0].op_type = "Convolution"
-    with pytest.raises(ValueError, match="not a valid ONNX model"):
-        save(bad, path)
-    assert path.read_bytes() == b"before"
-
-    def fails(*args):
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", fails)
-        with pytest.raises(OSError, match="no space left"):
-            save(model, path)
-    assert path.read_bytes() == b"before"
-    assert os.listdir(tmp_path) == ["net.onnx"]
-    save(model, path)
-    assert load(path) == model
-    assert os.listdir(tmp_path) == ["net.onnx"]
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        save(model, tmp_path / "nowhere" / "net.onnx")
-
-
-# Calibration data
-
-
-def test_batches_out_of_a_file(rng, tmp_path):
-    model, _ = small_net(rng)
-    (x,) = arrays(rng, (130, 3, 8, 8), dtype=np.float64)
-    path = tmp_path / "x.npz"
-    np.savez(path, anything=x)
-    net = open_model_of(model, tmp_path, path)
-    assert net.batches == 3
-    got = [b["conv"][0] for b in net.inputs(["conv"], {})]
-    assert [len(g) for g in got] == [64, 64, 2]
-    np.testing.assert_array_equal(np.concatenate(got), x.astype(np.float32))
-
-
-def open_model_of(model, folder, batches):
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return open_model(folder / "model.onnx", batches)
-
-
-def test_batches_of_several_inputs_and_of_a_fixed_number(rng, tmp_path):
-    takes = inputs_of(model_of(
-        [helper.make_node("Add", ["a", "b"], ["y"])], {"a": [4, 2], "b": [4, 2]}
-    ))  # fmt: skip
-    a, b = arrays(rng, (10, 2), (10, 2))
-    np.savez(tmp_path / "ab.npz", a=a, b=b)
-    batches = read_batches(tmp_path / "ab.npz", takes)
-    assert [x["b"].shape for x in batches] == [(4, 2), (4, 2)]  # two are left over
-    np.testing.assert_array_equal(batches[1]["a"], a[4:8])
-    np.savez(tmp_path / "ab.npz", a=a, b=b[:5])
-    with pytest.raises(ValueError, match="different numbers of examples"):
-        read_batches(tmp_path / "ab.npz", takes)
-    np.savez(tmp_path / "ab.npz", a=a[:3], b=b[:3])
-    with pytest.raises(ValueError, match="too few examples"):
-        read_batches(tmp_path / "ab.npz", takes)
-    np.savez(tmp_path / "ab.npz", a=a, c=b)
-    with pytest.raises(ValueError, match="no array 'b' among 'a', 'c'"):
-        read_batches(tmp_path / "ab.npz", takes)
-
-
-BAD = {
-    "nan": (np.full((2, 3, 8, 8), np.nan), "NaN, infinite or too large"),
-    "too large": (np.full((2, 3, 8, 8), 1e300), "NaN, infinite or too large"),
-    "shape": (np.ones((2, 4, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
-    "axes": (np.ones((3, 8, 8)), r"takes 'x', float32 of shape \(any, 3, 8, 8\)"),
-    "empty": (np.ones((0, 3, 8, 8)), "too few examples|are none"),
-    "complex": (np.ones((2, 3, 8, 8), complex), "got complex128"),
-    "text": (np.full((2, 3, 8, 8), "a"), "got <U1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_batches_that_do_not_fit(rng, tmp_path, case):
-    array, message = BAD[case]
-    model, _ = small_net(rng)
-    np.savez(tmp_path / "x.npz", x=array)
-    with pytest.raises(ValueError, match=message) as caught:
-        open_model_of(model, tmp_path, tmp_path / "x.npz")
-    assert "x.npz" in str(caught.value)
-    with pytest.raises(ValueError, match=message):
-        OnnxModel(model, [array])
-
-
-def test_batches_that_are_no_arrays(rng, tmp_path):
-    model, x = small_net(rng)
-    path = tmp_path / "x.npz"
-    takes = inputs_of(model)
-    np.savez(path, x=x)
-    whole = path.read_bytes()
-    held = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        held, {"shape": (2**40, 3, 8, 8), "fortran_order": False, "descr": "<f4"}
-    )
-    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
-        archive.writestr("x.npy", held.getvalue())
-    with pytest.raises(ValueError, match=r"huge\.npz: .* not as long as its shape"):
-        read_batches(tmp_path / "huge.npz", takes)
-    np.savez(path, x=np.array([{}]))
-    with pytest.raises(ValueError, match="Python objects"):
-        read_batches(path, takes)
-    for data in (b"", b"hello", whole[:100], whole[:-1], whole[: len(whole) // 2]):
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"x\.npz: not an \.npz file"):
-            read_batches(path, takes)
-    with pytest.raises(FileNotFoundError):
-        read_batches(tmp_path / "none.npz", takes)
-
-
-def test_integers_are_taken_as_they_are(tmp_path):
-    node = helper.make_node("Identity", ["x"], ["y"])
-    takes = inputs_of(model_of([node], {"x": ["N", 2]}, kind=TensorProto.INT32))
-    path = tmp_path / "x.npz"
-    np.savez(path, x=np.array([[1, 2]]))
-    (batch,) = read_batches(path, takes)
-    assert batch["x"].dtype == np.int32
-    np.savez(path, x=np.array([[1, 2**40]]))
-    with pytest.raises(ValueError, match="out of its range"):
-        read_batches(path, takes)
-    np.savez(path, x=np.array([[1.5, 2]]))
-    with pytest.raises(ValueError, match="got float64"):
-        read_batches(path, takes)
 
 
 def test_conformance_cases_of_onnx(data):
