@@ -25,7 +25,7 @@ class Geometry:
         Step between output samples, in input samples: output ``p`` reads from input
         ``p * stride - before`` on.
     padding : tuple of (int, int)
-        Samples added (before, after) the input along each axis.
+        Number of samples added (before, after) along each axis.
     dilation : tuple of int
         Distance between neighbouring taps, in input samples.
     padding_mode : str
