@@ -262,7 +262,7 @@ def load(path):
 
 
 def run(config, weights, x, seen=None):
-    """Return a model's output for `x`, channels last; fill `seen` with (input, output) of layers."""
+    """Return a model's output for `x`, channels last; record inputs and outputs in `seen`."""
     entries = config["config"]["layers"]
     if "output_layers" not in config["config"]:
         for entry in entries:
