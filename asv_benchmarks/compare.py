@@ -228,7 +228,7 @@ def main() -> None:
 def on_gpu(quick: bool, only: str, as_json: bool) -> None:
     """The table of the GPU."""
     from asv_benchmarks.benchmarks import gpu
-    from lowrank.engine.cuda import plan as cuda
+    from lowrank.engine.cuda import device as cuda
 
     try:
         cuda.check_device()

@@ -135,14 +135,14 @@ def main() -> None:
 def call(f: lr.Factorization, size: Any, n: int, runtime: str, threads: int) -> Any:
     x = cases.random(n, f.in_channels, *size)
     if "torch" in runtime:
-        return pytorch.call(f.stages, [Epilogue()] * len(f.stages), x, "last" in runtime)
+        return pytorch.bind_call(f.stages, [Epilogue()] * len(f.stages), x, "last" in runtime)
     run = f.compile(size, np.float32, threads=threads)
     out = run(x)
     return lambda: run(x, out)
 
 
-def report(found: list[dict[str, Any]], here: lr.machine.Machine, given: Any) -> None:
-    rates = here.rates[given.runtime]
+def report(found: list[dict[str, Any]], here: lr.perfmodel.PerformanceModel, given: Any) -> None:
+    rates = here.coefficients[given.runtime]
     print(f"{here.cpu}, {given.threads} threads, run by {given.engine}")
     print(f"as calibrated: median error {rates.error:.1%}, 90th percentile {rates.spread:.1%}")
     print(f"{'kind':20} {'rows':>4} {'median':>7} {'90 %':>7} {'predicted/measured':>18}")

@@ -126,7 +126,7 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any, dtype: str, tf32: bool) -
     for name, last in (("torch NCHW", False), ("torch NHWC", True)):
         if last and x.ndim not in (4, 5):
             continue
-        call = pytorch.call(stages, ends, x, last, device="cuda", dtype=dtype)
+        call = pytorch.bind_call(stages, ends, x, last, device="cuda", dtype=dtype)
         found[name] = with_precision(call)
     return found
 

@@ -43,9 +43,9 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch")
     from lowrank.engine import pytorch
 
     epilogues = [Epilogue(*end) for end in ends or [(None, "none")] * len(stages)]
-    found = {f"{name} NCHW": pytorch.call(stages, epilogues, x)}
+    found = {f"{name} NCHW": pytorch.bind_call(stages, epilogues, x)}
     if x.ndim in (4, 5):
-        found[f"{name} NHWC"] = pytorch.call(stages, epilogues, x, channels_last=True)
+        found[f"{name} NHWC"] = pytorch.bind_call(stages, epilogues, x, channels_last=True)
     return found
 
 

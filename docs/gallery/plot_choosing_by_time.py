@@ -39,7 +39,7 @@ NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 here = perfmodel.current()
 print(f"{here.cpu}, {here.isa}")
 print("measured on this machine" if here.calibrated else "rates that ship with the package")
-print(f"median error of a prediction: {here.rates['lowrank'].error:.0%}")
+print(f"median error of a prediction: {here.coefficients['lowrank'].error:.0%}")
 
 # %%
 # A prediction says what the time goes to.  The layer is from the small network that comes with the

@@ -46,7 +46,7 @@ def calibrate(
         print(here.to_json())
         return
     print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
-    rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.rates.items()]
+    rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.coefficients.items()]
     print_table(("runtime", "median error", "90th percentile"), rows)
     print("Errors of predicted seconds, on work that was left out of the fit.")
     if here.calibrated:

@@ -265,7 +265,7 @@ def gather(
     here = perfmodel.current()
     return Facts(
         name, plan, tuple(found), _examples(net), net.batches, batch, threads,
-        here.rates["lowrank"].error if here.calibrated else math.nan, scores, tuple(notes),
+        here.coefficients["lowrank"].error if here.calibrated else math.nan, scores, tuple(notes),
     )  # fmt: skip
 
 
