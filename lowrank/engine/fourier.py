@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy import fft
 
 from lowrank._kernels import _core
 from lowrank._typing import Array, Ints, PaddingMode
@@ -225,7 +225,7 @@ def plan(
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     # In float64, so that only the images are rounded; the new axis is that of blocks in a group.
-    spectrum = np.conj(fft.rfftn(kernel.astype(np.float64), block))
+    spectrum = np.conj(_scipy_fft().rfftn(kernel.astype(np.float64), block))
     spectrum = spectrum.astype(np.result_type(dtype, np.complex64))[..., None, :]
     return FourierPlan(axes, spectrum, dtype, float(value), threads)
 
@@ -355,6 +355,7 @@ class FourierPlan:
             start = first[i - 1] * axis.valid
             out = out[(*(slice(None),) * i, slice(start, start + count * axis.valid))]
         x = x.astype(self.dtype, copy=False)
+        fft = _scipy_fft()
         blocks_of_group = sliding_window_view(x, last.block, axis=-1)[..., :: last.valid, :]
         leading = range(1, len(self.axes))
         f = fft.rfftn(blocks_of_group, axes=(*leading, -1), workers=workers)
@@ -370,6 +371,13 @@ class FourierPlan:
         out[..., : whole * last.valid].reshape(shape)[...] = y[..., :whole, : last.valid]
         if rest:
             out[..., whole * last.valid :] = y[..., whole, :rest]
+
+
+def _scipy_fft() -> ModuleType:
+    """Import scipy.fft when needed: it imports scipy.special, which takes longer than lowrank."""
+    from scipy import fft
+
+    return fft  # type: ignore[no-any-return]
 
 
 def _shapes(kernel_shape: Sequence[int], spatial: Sequence[int]) -> tuple[Ints, Ints]:
@@ -394,7 +402,7 @@ def _sizes(taps: int, size: int) -> list[int]:
     sizes = []
     parts = 1
     while parts == 1 or -(-size // parts) >= max(taps, MIN_BLOCK_OUTPUTS):
-        sizes.append(int(fft.next_fast_len(-(-size // parts) + taps - 1, real=True)))
+        sizes.append(int(_scipy_fft().next_fast_len(-(-size // parts) + taps - 1, real=True)))
         parts *= 2
     return sizes
 
