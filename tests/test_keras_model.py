@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lowrank as lr
+from lowrank.families import NotApplicable, applicable
 
 h5py = pytest.importorskip("h5py")
 
@@ -94,7 +95,7 @@ EXACT = {
     "identity": lambda f: f,
     "channel_svd output": lambda f: full(lr.channel_svd, f, variant="output"),
     "channel_svd input": lambda f: full(
-        lr.channel_svd, f, variant=lr.families.applicable(f).get("channel_svd", ("output",))[-1]
+        lr.channel_svd, f, variant=applicable(f).get("channel_svd", ("output",))[-1]
     ),
     "spatial_svd": lambda f: full(lr.spatial_svd, f),
     "spatial_svd reversed": lambda f: full(
@@ -139,7 +140,7 @@ def applicable_chains(net, family, must):
     for x in net.layers:
         try:
             f = family(x.conv)
-        except lr.families.NotApplicable:
+        except NotApplicable:
             continue
         try:
             net.replaced({x.name: f})

@@ -22,7 +22,7 @@ from lowrank.cli.console import (
     share_bars,
     typer,
 )
-from lowrank.compress import Net, Nothing, Plan, compress_model, make_plan
+from lowrank.compress import CompressibleModel, Nothing, Plan, compress_model, make_plan
 from lowrank.compress.options import AXES, QUICK
 from lowrank.core import tables
 from lowrank.families import FAMILIES
@@ -271,7 +271,7 @@ def _wanted(
     }  # fmt: skip
 
 
-def _planned(net: Net, wanted: dict[str, Any], folder: Path | None) -> Plan:
+def _planned(net: CompressibleModel, wanted: dict[str, Any], folder: Path | None) -> Plan:
     """The plan that an interrupted run had made, or a new one."""
     kept = None if folder is None else folder / "plan.json"
     if kept is not None and kept.exists():
@@ -290,7 +290,7 @@ def _read_plan(path: Path) -> Plan:
         raise ValueError(f"{path}: {why}") from None
 
 
-def _opened(model: Path, calibrate: Path | None) -> tuple[Net, list[str]]:
+def _opened(model: Path, calibrate: Path | None) -> tuple[CompressibleModel, list[str]]:
     """The network, and which of its layers cannot be touched."""
     net = files.open_model(model, calibrate)
     left = getattr(net, "left_out", {})

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank.compress import Net
+from lowrank.compress.model import CompressibleModel
 
 #: Endings of networks that can be opened; a network is written in the format of the original.
 ENDINGS = (".onnx", ".keras", ".h5", ".hdf5", ".safetensors", ".npz")
@@ -17,7 +17,7 @@ _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 def open_model(
     path: str | os.PathLike[str], calibration: str | os.PathLike[str] | None = None
-) -> Net:
+) -> CompressibleModel:
     """Open a network.
 
     Parameters
@@ -31,7 +31,7 @@ def open_model(
 
     Returns
     -------
-    Net
+    CompressibleModel
 
     Raises
     ------
@@ -176,7 +176,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     onnx.save(model, path)
 
 
-def fingerprint(net: Net, *paths: str | os.PathLike[str] | None) -> str:
+def fingerprint(net: CompressibleModel, *paths: str | os.PathLike[str] | None) -> str:
     """Return a hash of a network's layers and of files, to recognise them again.
 
     Parameters

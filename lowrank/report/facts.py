@@ -14,7 +14,7 @@ import numpy as np
 from lowrank import perfmodel
 from lowrank._typing import Array
 from lowrank.certify import certificate
-from lowrank.compress import Compressed, Layer, Net, Plan
+from lowrank.compress import Compressed, CompressibleModel, Layer, Plan
 from lowrank.compress.options import timing
 from lowrank.compress.plan import Alternative
 from lowrank.core import chain_algebra
@@ -204,7 +204,7 @@ class Facts:
 
 
 def gather(
-    net: Net,
+    net: CompressibleModel,
     small: Compressed,
     name: str = "network",
     *,
@@ -219,7 +219,7 @@ def gather(
 
     Parameters
     ----------
-    net : Net
+    net : CompressibleModel
         The original.
     small : Compressed
         From :func:`lowrank.compress.pipeline`.
@@ -339,7 +339,7 @@ def _measured(
     return medians[0], medians[-1]
 
 
-def _examples(net: Net) -> int:
+def _examples(net: CompressibleModel) -> int:
     """How many examples the calibration data hold; a layer of linear ones may be run per vector."""
     if not net.batches or not net.layers:
         return 0

@@ -182,7 +182,7 @@ class TorchModel:
         return self._compressed
 
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
-        """See :class:`lowrank.compress.Net`."""
+        """See :class:`lowrank.compress.CompressibleModel`."""
         model = self._with_chains(chains)
         calls = {layer.name: layer.times for layer in self.layers}
         for x in self.data:
@@ -214,7 +214,7 @@ class TorchModel:
             yield {name: tuple(arrays) for name, arrays in found.items()}
 
     def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
-        """See :class:`lowrank.compress.Net`."""
+        """See :class:`lowrank.compress.CompressibleModel`."""
         return self._gradients(names, seed)
 
     def _gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples]:
@@ -266,7 +266,7 @@ class TorchModel:
         )  # fmt: skip
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
-        """See :class:`lowrank.compress.Net`."""
+        """See :class:`lowrank.compress.CompressibleModel`."""
         model = self._with_chains(chains)
         for x in self.data:
             with torch.inference_mode():
