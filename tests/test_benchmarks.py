@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 from asv_benchmarks import gate, publish  # noqa: E402
 from asv_benchmarks.benchmarks import SUITES, measure  # noqa: E402
 
-#: What asv takes for a benchmark, by the start of a function's name.
+#: Start of the names of functions that asv runs as benchmarks.
 KINDS = re.compile(r"(time|timeraw|track|mem|peakmem)_")
-#: A work of each suite that takes milliseconds.
+#: A recipe of each suite that runs in milliseconds.
 CHEAP = {
     "kernels": "call of a planned chain",
     "chains": "tucker",
@@ -37,7 +37,7 @@ def suite(name):
 
 
 def benchmarks(name):
-    """(class or None, function) of a suite."""
+    """Yield (class or None, function) of every benchmark of a suite."""
     for word, thing in vars(suite(name)).items():
         if inspect.isclass(thing) and not inspect.isabstract(thing):
             for method, function in inspect.getmembers(thing, inspect.isfunction):
@@ -53,7 +53,7 @@ def cheap(name, what="WORK"):
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_are_what_asv_takes(name):
+def test_suites_have_the_signatures_that_asv_calls(name):
     found = list(benchmarks(name))
     assert found
     for home, function in found:
@@ -72,7 +72,7 @@ def test_suites_are_what_asv_takes(name):
 
 
 @pytest.mark.parametrize("name", CHEAP)
-def test_work_is_made_and_runs(name):
+def test_recipes_make_calls_that_run(name):
     call = cheap(name)()
     call()
     assert gate.sample(call, 1, 2) >= 0
@@ -81,7 +81,7 @@ def test_work_is_made_and_runs(name):
 @pytest.mark.parametrize(
     "name", [name for name in SUITES if hasattr(suite(name), "TRACKED") and name != "models"]
 )
-def test_tracked_is_a_number_and_the_same_again(name):
+def test_tracked_values_are_finite_and_repeatable(name):
     value = list(suite(name).TRACKED.values())[-1]
     first = value()
     assert np.isfinite(first)
@@ -89,7 +89,7 @@ def test_tracked_is_a_number_and_the_same_again(name):
 
 
 @pytest.mark.parametrize("name", ["kernels", "search", "models"])
-def test_a_benchmark_of_asv_runs(name):
+def test_asv_benchmarks_run(name):
     home = {"kernels": "Calls", "search": "Search", "models": "Models"}[name]
     benchmark = getattr(suite(name), home)()
     key = next(k for k in benchmark.params[0] if CHEAP[name] in k)
@@ -99,7 +99,7 @@ def test_a_benchmark_of_asv_runs(name):
             getattr(benchmark, function.__name__)(key)
 
 
-def test_a_table_has_our_time_and_those_of_peers():
+def test_tables_hold_our_time_and_the_peers():
     table = measure.table(["volume"], seconds=0.01)
     ((name, row),) = table.items()
     assert row["lowrank"] > 0
@@ -111,7 +111,7 @@ def test_a_table_has_our_time_and_those_of_peers():
         volumes.setup(table, name, "OpenCV")
 
 
-def test_what_a_commit_lacks_is_not_applicable():
+def test_a_missing_feature_is_not_applicable():
     def absent():
         raise AttributeError("module 'lowrank' has no attribute 'frontier'")
 
@@ -137,7 +137,7 @@ print("all imported")
 """
 
 
-def test_suites_import_on_a_commit_that_had_next_to_nothing(tmp_path):
+def test_suites_import_on_an_early_commit(tmp_path):
     package = tmp_path / "lowrank"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -149,8 +149,8 @@ def test_suites_import_on_a_commit_that_had_next_to_nothing(tmp_path):
     assert done.stdout.strip() == "all imported", done.stdout + done.stderr
 
 
-def pairs(rng, truth, spread, step=gate.STEP):
-    """Whether the gate finds a step in pairs of processes that are off by a spread."""
+def finds_step(rng, truth, spread, step=gate.STEP) -> bool:
+    """Whether the gate finds a step of `truth` in pairs of processes with a relative spread."""
     first, *more = truth * np.exp(rng.normal(0, spread, gate.PAIRS + 1))
     if first <= 1 + step / 2:
         return False
@@ -161,25 +161,25 @@ def pairs(rng, truth, spread, step=gate.STEP):
     raise AssertionError("undecided")
 
 
-def test_noise_passes_and_a_step_fails():
+def test_the_gate_ignores_noise_and_detects_steps():
     rng = np.random.default_rng(0)
     # Pairs of one build were seen to be off by 1 to 3 % on a busy machine.
     for spread in (0.01, 0.03, 0.06):
-        assert not any(pairs(rng, 1.0, spread) for _ in range(2000))
+        assert not any(finds_step(rng, 1.0, spread) for _ in range(2000))
     for spread in (0.01, 0.03):
-        assert sum(pairs(rng, 1.15, spread) for _ in range(500)) >= 490
-    # faster is no fault, and a pair that is far off decides nothing
-    assert not any(pairs(rng, 0.8, 0.03) for _ in range(500))
+        assert sum(finds_step(rng, 1.15, spread) for _ in range(500)) >= 490
+    # a faster commit passes, and a single outlier decides nothing
+    assert not any(finds_step(rng, 0.8, 0.03) for _ in range(500))
     assert gate.decided([1.2] * 8 + [0.7, 1.2], 0.05) is True
     assert gate.decided([1.2, 1.0, 1.0, 1.0], 0.05) is False
     assert gate.decided([1.2] * 9, 0.05) is None
 
 
-def test_a_limit_is_below_the_median():
+def test_the_lower_limit_is_below_the_median():
     assert gate.lower_limit([1.3, 1.1, 1.2, 0.9]) == 1.2
 
 
-def test_tracked_values_may_be_off_by_rounding_only():
+def test_tracked_values_have_a_rounding_tolerance():
     assert not gate.worse(("decompositions", ""), 0.3, 0.3 * (1 + 1e-6))
     assert gate.worse(("decompositions", ""), 0.3, 0.303)
     assert not gate.worse(("decompositions", ""), 0.3, 0.2)
@@ -194,14 +194,14 @@ def config(name):
     return json.loads(re.sub(r"^\s*//.*$", "", text, flags=re.M))
 
 
-def test_the_two_configurations_differ_by_pytorch_alone():
+def test_asv_configurations_differ_only_by_pytorch():
     plain, more = config("asv.conf.json"), config("asv.torch.conf.json")
     for name in ("torch", "tensorly-torch"):
         del more["matrix"]["req"][name]
     assert plain == more
 
 
-def test_results_name_no_path_and_no_host():
+def test_results_contain_no_path_or_host():
     for path in (ROOT / "asv_benchmarks" / "results").rglob("*.json"):
         if path.name == "benchmarks.json":  # the code of the suites
             continue
@@ -210,7 +210,7 @@ def test_results_name_no_path_and_no_host():
         assert not re.search(r'"/\w|/home/|/root/', text), path
 
 
-def test_the_site_takes_nothing_from_elsewhere():
+def test_the_site_loads_nothing_from_other_hosts():
     page = (
         '<script src="https://code.jquery.com/jquery-3.3.1.min.js" integrity="x" '
         'onerror="js_load_failure()"></script>\n'
@@ -226,7 +226,7 @@ def test_the_site_takes_nothing_from_elsewhere():
 
 
 @pytest.mark.full
-def test_the_site_is_drawn_in_a_browser(tmp_path):
+def test_the_site_renders_in_a_browser(tmp_path):
     pytest.importorskip("asv")
     if not list((ROOT / "asv_benchmarks" / "results").glob("*/machine.json")):
         pytest.skip("no results")

@@ -1,4 +1,4 @@
-"""The comparison with other libraries runs, with whatever of them is installed."""
+"""The comparison with other libraries runs with those that are installed."""
 
 import json
 import subprocess
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 def test_compare_prints_json():
     command = [sys.executable, "-m", "asv_benchmarks.compare", "--quick", "--json"]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--only", "9x9x9"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout)
+    found = json.loads(process.stdout)
     assert found["machine"]["peak_gflops"] > 0
     (row,) = found["rows"]
     assert {"name", "ours_s", "peer", "peer_s", "speedup", "target", "roofline_share"} <= row.keys()
@@ -25,15 +25,15 @@ def test_compare_prints_json():
     assert row["speedup"] > 0
 
 
-def close(ours, theirs):
-    """Sums of thousands of products in float32, in other orders."""
+def assert_close(ours, theirs):
+    """Compare sums of thousands of float32 products in different orders."""
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "word",
+    "name",
     [
         "depthwise 5x5 stride 2, 128",
         "with bias and ReLU6 512 -> 512",
@@ -42,16 +42,16 @@ def close(ours, theirs):
         "filter 9x9 of rank 1, 512x512",
     ],
 )
-def test_contestants_compute_the_same(word):
+def test_all_libraries_compute_the_same_result(name):
     pytest.importorskip("torch")
     from asv_benchmarks.benchmarks import cases
 
-    found = [c for kind in cases.KINDS.values() for c in kind(2, True) if word in c.name]
+    found = [c for kind in cases.KINDS.values() for c in kind(2, True) if name in c.name]
     assert found
     for case in found:
         work = case.make()
         ours = np.squeeze(work.ours())
         for call in work.peers.values():
             theirs = call()
-            if theirs is not None:  # onnxruntime's stays where it is bound
-                close(ours, np.squeeze(np.asarray(theirs)))
+            if theirs is not None:  # onnxruntime leaves its result in a bound buffer
+                assert_close(ours, np.squeeze(np.asarray(theirs)))

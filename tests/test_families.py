@@ -1,4 +1,4 @@
-"""What every family promises, on every kind of convolution that it takes."""
+"""Contracts of every family, on every kind of convolution that it applies to."""
 
 import numpy as np
 import pytest
@@ -51,8 +51,7 @@ LEFT_OUT = {
     "depthwise": set(FAMILIES) - {"spatial_svd"},
     "pointwise": set(FAMILIES) - {"channel_svd", "kronecker"},
     "one in": MANY - {"tucker_full", "kronecker"} | {"separable_sum"},
-    "one out": MANY - {"tucker_full", "kronecker", "cp"}
-    | {"jaderberg", "separable_sum"},
+    "one out": MANY - {"tucker_full", "kronecker", "cp"} | {"jaderberg", "separable_sum"},
     "one filter": set(FAMILIES) - {"spatial_svd"},
     "one volume filter": set(FAMILIES) - {"spatial_svd", "tensor_train", "separable_sum"},
 }
@@ -78,7 +77,7 @@ def some(points, most=6):
 
 
 @pytest.mark.parametrize(("kind", "name", "variant"), PAIRS)
-def test_a_sweep_tells_the_truth(kind, name, variant):
+def test_sweeps_predict_errors_bounds_and_costs(kind, name, variant):
     conv, size = CONVS[kind]
     family, weight = FAMILIES[name], conv.to_dense()
     points = list(family.sweep(conv, variant))
@@ -103,7 +102,7 @@ def test_a_sweep_tells_the_truth(kind, name, variant):
 
 
 @pytest.mark.parametrize(("kind", "name", "variant"), PAIRS)
-def test_stages_are_the_dense_kernel_that_they_multiply_out_to(rng, kind, name, variant):
+def test_chains_compute_their_dense_kernel(rng, kind, name, variant):
     conv, size = CONVS[kind]
     x = rng.standard_normal((2, conv.in_channels, *size))
     p = some(FAMILIES[name].sweep(conv, variant), 3)[1]
@@ -142,7 +141,7 @@ def test_full_rank_is_exact(kind, name, variant):
 
 
 @pytest.mark.parametrize("kind", CONVS)
-def test_who_does_not_apply_says_so(kind):
+def test_inapplicable_families_are_left_out_with_a_reason(kind):
     conv, size = CONVS[kind]
     left_out = lr.frontier(conv, size).left_out
     for name in FAMILIES:
@@ -155,7 +154,7 @@ def test_who_does_not_apply_says_so(kind):
 # Powers of two near 1e-30 and 1e30: exact, so that iterations take the same path.
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scale_changes_nothing(name, scale):
+def test_errors_do_not_depend_on_scale(name, scale):
     shape = (1, 1, 3, 3, 3) if name == "separable_sum" else (6, 8, 3, 3)
     conv = random(*shape)
     scaled = lr.dense(conv.to_dense() * scale)
@@ -181,7 +180,7 @@ def test_constant_kernels_have_rank_one(name, value):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_float32_stays_float32_and_inputs_stay_as_they_were(name):
+def test_float32_is_kept_and_inputs_are_not_modified(name):
     shape = (1, 1, 3, 3, 3) if name == "separable_sum" else (6, 8, 3, 3)
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     before = weight.copy()
@@ -206,13 +205,13 @@ def test_float32_stays_float32_and_inputs_stay_as_they_were(name):
         lambda c: lr.tucker_cp(c, (6, 5, 12)),
     ],
 )
-def test_what_is_large_is_split_evenly_over_the_stages(make):
+def test_stages_have_equal_norms(make):
     norms = [np.linalg.norm(s.weight) for s in make(random(16, 16, 3, 3)).stages]
     np.testing.assert_allclose(norms, norms[0])
 
 
 @pytest.mark.parametrize("name", ["cp", "tucker_full"])
-def test_one_channel_in_or_out_is_enough_with_two_axes(name, rng):
+def test_one_input_or_output_channel_is_accepted(name, rng):
     for shape in ((8, 1, 5, 5), (1, 8, 5, 5)):
         conv = random(*shape, padding=2)
         if name in applicable(conv):
@@ -224,7 +223,7 @@ def test_one_channel_in_or_out_is_enough_with_two_axes(name, rng):
             assert f.error(conv.to_dense()) < 1
 
 
-def test_any_kronecker_split_can_be_asked_for(rng):
+def test_kronecker_accepts_any_split_that_divides_the_shape(rng):
     for shape, variant in (
         ((9, 3, 3, 3), "3x3x1x1 first"),
         ((64, 3, 9, 9), "8x1x3x3 last"),
@@ -242,7 +241,7 @@ def test_any_kronecker_split_can_be_asked_for(rng):
             lr.kronecker(lr.dense(np.ones((9, 3, 3, 3))), 1, variant)
 
 
-def test_spatial_error_is_the_tail_of_the_spectrum():
+def test_spatial_svd_error_is_the_spectral_tail():
     conv = random(6, 4, 3, 3)
     matrix = conv.to_dense().transpose(1, 2, 0, 3).reshape(12, 18)
     s = np.linalg.svd(matrix, compute_uv=False)
@@ -254,7 +253,7 @@ def test_spatial_error_is_the_tail_of_the_spectrum():
 
 
 @pytest.mark.parametrize("sizes", [(64, 64, 9, 9, 9), (512, 512), (64, 64, 3, 3), (8, 8, 7, 7, 7)])
-def test_a_tucker_sweep_covers_every_mode_within_its_limit(sizes):
+def test_tucker_sweeps_cover_every_mode(sizes):
     found = list(tucker._grid(sizes))
     assert len(found) <= tucker.POINTS
     for mode, size in enumerate(sizes):
@@ -263,7 +262,7 @@ def test_a_tucker_sweep_covers_every_mode_within_its_limit(sizes):
         assert len(ranks) >= min(size, 3)
 
 
-def test_a_kronecker_sum_is_found_again(rng):
+def test_kronecker_recovers_a_sum_of_two_terms(rng):
     # two terms of (3, 4, 1, 3) (x) (2, 2, 3, 1): B's tap (i, j) inside A's (I, J)
     a, b = rng.standard_normal((2, 3, 4, 1, 3)), rng.standard_normal((2, 2, 2, 3, 1))
     weight = sum(np.kron(a[r], b[r]) for r in range(2))
@@ -272,13 +271,13 @@ def test_a_kronecker_sum_is_found_again(rng):
     assert f.params == a.size + b.size
 
 
-def test_a_cp_sum_is_found_again(rng):
+def test_cp_recovers_a_sum_of_three_terms(rng):
     factors = [rng.standard_normal((n, 3)) for n in (12, 10, 3, 3)]
     weight = np.einsum("ar,br,cr,dr->abcd", *factors)
     assert lr.cp(lr.dense(weight), 3).error(weight) < 1e-3
 
 
-def test_weights_are_built_only_on_demand(monkeypatch):
+def test_frontiers_hold_no_weights(monkeypatch):
     # of the frontier of a large layer no candidate may hold its weights
     front = lr.frontier(random(64, 64, 3, 3), (8, 8), ["spatial_svd", "channel_svd", "kronecker"])
     held = [s.weight for c in front if c._point for s in c._point.stages]

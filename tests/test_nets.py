@@ -1,4 +1,4 @@
-"""The trained nets of others, as modules, do what was measured on them."""
+"""Third-party trained networks reproduce the results measured with the original code."""
 
 import json
 
@@ -11,7 +11,7 @@ from asv_benchmarks.benchmarks import nets  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def one_thread(data):
-    """Every test here needs the data."""
+    """Run on one thread; every test here needs the data."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,11 +32,11 @@ def measured(data, name, key):
         ("caffe_cifar10_full", "test_jpeg_3000", 79.55, 2 * 0.74),
     ],
 )
-def test_cifar_accuracy(name, which, percent, apart):
+def test_cifar_networks_reach_the_measured_accuracy(name, which, percent, apart):
     assert abs(nets.top1(nets.loaded(name), *nets.cifar(name, which)) - percent) < apart
 
 
-def test_crepe_gives_the_reference_activations():
+def test_crepe_agrees_with_the_reference_activations():
     frames, wanted = (x[:200] for x in nets.frames())
     found = nets.outputs(nets.loaded("crepe_tiny_1d").double(), frames.double())
     assert abs(found - wanted).max() < 6.6e-7  # rounding of the reference, which is float32
@@ -47,7 +47,7 @@ def test_crepe_gives_the_reference_activations():
 @pytest.mark.parametrize(
     ("name", "factor", "enlarge"), [("srcnn_955", 4, True), ("espcn_x3", 3, False)]
 )
-def test_super_resolution(data, name, factor, enlarge):
+def test_super_resolution_reaches_the_published_psnr(data, name, factor, enlarge):
     net = nets.loaded(name)
     rows = measured(data, name, f"psnr_x{factor} (file, bicubic, net" + (
         "; 8 px border cut, PIL bicubic both ways)" if enlarge else ")"
@@ -81,7 +81,7 @@ def test_style_keeps_the_picture_and_changes_its_colours():
     assert float((y[:, 0] - y[:, 2]).mean()) < 0.2 * float((x[:, 0] - x[:, 2]).mean())
 
 
-def test_visual_wake_words(data):
+def test_visual_wake_words_agrees_with_the_reference_probabilities(data):
     from PIL import Image
 
     wanted = measured(data, "vww_mobilenet_025_96", "functional_check [non-person, person]")
@@ -104,8 +104,8 @@ def test_meshnet_labels_white_matter_where_it_is_bright():
 
 
 @pytest.mark.full
-def test_meshnet_label_histogram(data):
-    """128^3 voxels: 15 s on one thread."""
+def test_meshnet_agrees_with_the_reference_histogram(data):
+    """Label 128^3 voxels: 15 s on one thread."""
     cube = torch.tensor(nets.volume()[64:192, 64:192, 64:192])[None, None]
     labels = nets.outputs(nets.loaded("meshnet3d_model20chan3cls"), cube).argmax(1)
     name = "label histogram on volumes/t1_crop.nii.gz [64:192]^3 treated as the whole input"
@@ -116,7 +116,7 @@ def test_meshnet_label_histogram(data):
 
 
 @pytest.mark.parametrize("name", nets.NETS)
-def test_case(name):
+def test_cases_are_reproducible_and_scored_against_the_original(name):
     (case,) = nets.cases(name)
     assert case.name == name
     assert not case.model.training
@@ -143,7 +143,7 @@ def test_case(name):
 
 @pytest.mark.parametrize("dynamo", [False, True])
 @pytest.mark.parametrize("name", nets.NETS)
-def test_onnx_model_gives_the_same(name, dynamo):
+def test_onnx_models_compute_the_same_outputs(name, dynamo):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     if dynamo:

@@ -1,4 +1,4 @@
-"""The rank rules: each keeps what it promises, and EVBMF is what its equations say it is."""
+"""Rank rules reach their targets, and EVBMF agrees with its equations."""
 
 import math
 import warnings
@@ -69,7 +69,7 @@ convs = st.builds(
 
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.01, 0.99))
-def test_the_rank_for_an_error_reaches_it_and_one_less_does_not(conv, family, limit):
+def test_for_error_returns_the_smallest_rank(conv, family, limit):
     for variant in applicable(conv).get(family, ())[:3]:
         (rank,) = ranks.for_error(conv, family, limit, variant)
         assert error_of(conv, family, (rank,), variant) <= limit + ROUNDING
@@ -78,7 +78,7 @@ def test_the_rank_for_an_error_reaches_it_and_one_less_does_not(conv, family, li
 
 @pytest.mark.parametrize("family", ["tucker", "tucker_full", "tensor_train"])
 @pytest.mark.parametrize("limit", [0.1, 0.4, 0.8])
-def test_of_several_ranks_within_an_error_the_cheapest_is_given(family, limit):
+def test_for_error_returns_the_cheapest_multilinear_rank(family, limit):
     conv = decaying()
     rank = ranks.for_error(conv, family, limit)
     assert error_of(conv, family, rank) <= limit + ROUNDING
@@ -87,13 +87,13 @@ def test_of_several_ranks_within_an_error_the_cheapest_is_given(family, limit):
         assert p.error > limit or lr.chain(p.stages).params >= size
 
 
-def test_a_rank_of_cp_for_an_error_reaches_it():
+def test_for_error_holds_for_cp():
     conv = decaying(shape=(6, 5, 3, 3))
     # one run of ALS from another start may end a little off the sweep's; here it does not
     assert error_of(conv, "cp", ranks.for_error(conv, "cp", 0.5)) <= 0.5
 
 
-def test_an_error_of_nothing_takes_the_rank_of_the_kernel():
+def test_zero_error_gives_the_rank_of_the_kernel():
     rng = np.random.default_rng(0)
     w = np.einsum("tr,rsij->tsij", rng.standard_normal((9, 4)), rng.standard_normal((4, 6, 3, 3)))
     assert ranks.for_error(lr.dense(w), "channel_svd", 0.0) == (4,)
@@ -102,16 +102,16 @@ def test_an_error_of_nothing_takes_the_rank_of_the_kernel():
     assert ranks.for_ratio(lr.dense(w), "channel_svd", params=1.0) == (4,)
 
 
-def test_an_error_that_no_rank_reaches_is_refused():
-    with pytest.raises(ValueError, match=r"sweep of cp3 .* the smallest is 0\.\d+, of rank \(\d+,"):
+def test_for_error_refuses_unreachable_errors():
+    with pytest.raises(ValueError, match=r"cp3.*0\.\d+.*rank \(\d+,"):
         ranks.for_error(decaying(shape=(4, 4, 3, 3)), "cp3", 0.0)
     for bad in (-0.1, math.nan, "0.1", None):
-        with pytest.raises(ValueError, match="max_error must be a number, at least 0"):
+        with pytest.raises(ValueError, match="max_error"):
             ranks.for_error(decaying(), "spatial_svd", bad)
 
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.3, 1.0), st.sampled_from(["params", "macs"]))
-def test_the_rank_for_a_share_costs_at_most_that_and_one_more_costs_more(conv, family, share, axis):
+def test_for_ratio_returns_the_largest_affordable_rank(conv, family, share, axis):
     size = (7, 6)
     for variant in applicable(conv).get(family, ())[:3]:
         every = [getattr(lr.chain(p.stages).cost(size), axis) for p in sweep(conv, family, variant)]
@@ -128,7 +128,7 @@ def test_the_rank_for_a_share_costs_at_most_that_and_one_more_costs_more(conv, f
 
 @pytest.mark.parametrize("family", ["tucker", "tucker_full", "tensor_train"])
 @pytest.mark.parametrize("axis", ["params", "macs"])
-def test_of_several_ranks_within_a_share_the_most_accurate_is_given(family, axis):
+def test_for_ratio_returns_the_most_accurate_multilinear_rank(family, axis):
     conv, size = decaying(stride=2, padding=1, bias=np.ones(12)), (9, 9)
     rank = ranks.for_ratio(conv, family, **{axis: 0.4}, input_shape=size)
     allowed = 0.4 * getattr(conv.cost(size), axis)
@@ -141,9 +141,9 @@ def test_of_several_ranks_within_a_share_the_most_accurate_is_given(family, axis
         assert p is not mine or cost <= allowed
 
 
-def test_a_share_that_nothing_is_within_is_refused():
+def test_for_ratio_refuses_infeasible_shares():
     conv = decaying()
-    with pytest.raises(ValueError, match=r"no rank of spatial takes .* params; the cheapest, \(1,"):
+    with pytest.raises(ValueError, match=r"spatial_svd.*params.*cheapest.*\(1,"):
         ranks.for_ratio(conv, "spatial_svd", params=0.01)
     conv = decaying(bias=np.ones(12))  # which the share counts on both sides
     least = parameters(conv, "spatial_svd", (1,)) / conv.params
@@ -152,21 +152,21 @@ def test_a_share_that_nothing_is_within_is_refused():
         ranks.for_ratio(conv, "spatial_svd", params=0.999 * least)
 
 
-def test_a_share_has_one_axis_and_is_at_most_1():
+def test_for_ratio_takes_one_axis_and_a_share_up_to_one():
     conv = decaying()
-    with pytest.raises(TypeError, match="exactly one of params and macs, got none"):
+    with pytest.raises(TypeError, match=r"params and macs.*none"):
         ranks.for_ratio(conv, "spatial_svd")
-    with pytest.raises(TypeError, match="got params and macs"):
+    with pytest.raises(TypeError, match=r"got params and macs"):
         ranks.for_ratio(conv, "spatial_svd", params=0.5, macs=0.5)
-    with pytest.raises(TypeError, match="macs needs input_shape"):
+    with pytest.raises(TypeError, match="input_shape"):
         ranks.for_ratio(conv, "spatial_svd", macs=0.5)
     for bad in (0, 1.01, -1, math.nan, "half"):
-        with pytest.raises(ValueError, match="macs must be a number above 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"macs must be.*at most 1"):
             ranks.for_ratio(conv, "spatial_svd", macs=bad, input_shape=(8, 8))
 
 
 @given(convs, st.sampled_from(EXACT), st.floats(0.01, 1.0))
-def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(conv, family, share):
+def test_energy_returns_the_smallest_rank(conv, family, share):
     for variant in applicable(conv).get(family, ())[:3]:
         (rank,) = ranks.energy(conv, family, share, variant)
         assert 1 - error_of(conv, family, (rank,), variant) ** 2 >= share - ROUNDING
@@ -174,7 +174,7 @@ def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(conv, family, shar
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
-def test_tucker_keeps_the_share_of_each_unfolding_and_little_less_of_the_whole(share):
+def test_energy_holds_for_each_tucker_unfolding(share):
     conv = decaying()
     w = conv.to_dense()
     for family, modes in (("tucker", (0, 1)), ("tucker_full", (0, 1, 2, 3))):
@@ -189,7 +189,7 @@ def test_tucker_keeps_the_share_of_each_unfolding_and_little_less_of_the_whole(s
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
-def test_a_tensor_train_keeps_the_share_at_each_joint(share):
+def test_energy_holds_for_each_tensor_train_bond(share):
     conv = decaying()
     w = conv.to_dense().transpose(1, 2, 3, 0)
     rank = ranks.energy(conv, "tensor_train", share)
@@ -202,7 +202,7 @@ def test_a_tensor_train_keeps_the_share_at_each_joint(share):
     assert 1 - f.error(conv.to_dense()) ** 2 >= 1 - 3 * (1 - share) - ROUNDING
 
 
-def test_rounding_does_not_cost_a_rank():
+def test_rounding_does_not_raise_the_rank():
     # nine of ten equal singular values are 0.9 of the energy, though not in binary
     conv = lr.dense(np.eye(10)[:, :, None])
     assert ranks.energy(conv, "channel_svd", 0.9) == (9,)
@@ -210,18 +210,18 @@ def test_rounding_does_not_cost_a_rank():
     assert ranks.for_error(conv, "channel_svd", math.sqrt(0.1)) == (9,)
 
 
-def test_a_family_without_a_spectrum_says_what_to_use_instead():
+def test_spectral_rules_refuse_families_without_spectra():
     conv = decaying()
     for family in ("cp", "cp3", "jaderberg", "tucker_cp"):
         for rule in (lambda f: ranks.energy(conv, f, 0.9), lambda f: ranks.evbmf(conv, f)):
-            with pytest.raises(ValueError, match=f"{family} has none.*for_error or for_ratio"):
+            with pytest.raises(ValueError, match=f"{family}.*for_error.*for_ratio"):
                 rule(family)
     for bad in (0, 1.5, -0.1, math.nan, "all"):
-        with pytest.raises(ValueError, match="share must be a number above 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"share must be.*at most 1"):
             ranks.energy(conv, "channel_svd", bad)
 
 
-def test_families_and_forms_are_checked_by_every_rule():
+def test_every_rule_checks_family_and_variant():
     conv = decaying()
     rules = (
         lambda *a: ranks.for_error(conv, a[0], 0.5, a[1]),
@@ -231,16 +231,18 @@ def test_families_and_forms_are_checked_by_every_rule():
         lambda *a: ranks.weakened(conv, a[0], variant=a[1]),
     )
     for rule in rules:
-        with pytest.raises(ValueError, match=r"family must be one of encode, .* got 'svd'"):
+        with pytest.raises(ValueError, match=r"family must be one of.*'svd'"):
             rule("svd", None)
         for family in ("spatial_svd", "tucker", "tensor_train", "kronecker"):
-            with pytest.raises(ValueError, match=r"variant must be .* got 'w-w'"):
+            with pytest.raises(ValueError, match=r"variant must be.*'w-w'"):
                 rule(family, "w-w")
-        with pytest.raises(lr.families.NotApplicable, match="filter needs one input channel"):
+        with pytest.raises(
+            lr.families.NotApplicable, match="separable_sum needs"
+        ):
             rule("separable_sum", None)
 
 
-def test_a_kronecker_split_of_the_callers_own_is_taken():
+def test_rules_accept_unlisted_kronecker_splits():
     conv = decaying()
     variant = "3x2x1x3 last"
     assert variant not in applicable(conv)["kronecker"]
@@ -274,7 +276,7 @@ def iterated(matrix, sweeps=20_000):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_evbmf_is_where_iterated_variational_bayes_ends(seed):
+def test_evbmf_agrees_with_iterated_variational_bayes(seed):
     matrix = planted(seed, 30, 6, 2, 4.0)
     rank, noise = iterated(matrix)
     found = ranks.evbmf_of(matrix)
@@ -299,7 +301,7 @@ def free_energy(variance, singular, rows, columns):
     st.sampled_from([0.1, 0.5, 2.0, 30.0]),
     st.booleans(),
 )
-def test_no_noise_has_a_smaller_free_energy(seed, rows, columns, ratio, decays):
+def test_evbmf_minimises_the_free_energy(seed, rows, columns, ratio, decays):
     rows, columns = sorted((rows, columns))
     matrix = planted(seed, rows, columns, max(1, rows // 3), ratio)
     if decays:
@@ -315,7 +317,7 @@ def test_no_noise_has_a_smaller_free_energy(seed, rows, columns, ratio, decays):
     assert found.rank <= math.ceil(rows / (1 + rows / columns)) - 1
 
 
-def test_a_threshold_is_where_a_component_begins_to_pay():
+def test_the_evbmf_threshold_agrees_with_its_closed_form():
     for rows, columns in ((4, 4), (6, 60), (8, 1000)):
         found = ranks.evbmf_of(planted(0, rows, columns, 1, 3.0))
         usual = 2.5129 * math.sqrt(rows / columns)
@@ -326,7 +328,7 @@ def test_a_threshold_is_where_a_component_begins_to_pay():
         assert (ratio == pytest.approx(1, abs=1e-5)) == (rows == columns)
 
 
-def test_evbmf_finds_a_planted_rank_and_nothing_in_noise():
+def test_evbmf_finds_planted_ranks_and_none_in_noise():
     for seed in range(10):
         noise = np.random.default_rng(seed).standard_normal((64, 576))
         assert ranks.evbmf_of(noise).rank == 0
@@ -335,7 +337,7 @@ def test_evbmf_finds_a_planted_rank_and_nothing_in_noise():
         assert ranks.evbmf_of(planted(seed, 64, 576, 8, 1.0)).rank == 8
 
 
-def test_evbmf_misses_what_its_documentation_says_that_it_misses():
+def test_evbmf_has_its_documented_limitations():
     for seed in range(10):
         assert 14 <= ranks.evbmf_of(planted(seed, 64, 576, 32, 1.0)).rank <= 18
         assert 1 <= ranks.evbmf_of(planted(seed, 64, 576, 8, 0.1)).rank <= 3
@@ -344,7 +346,7 @@ def test_evbmf_misses_what_its_documentation_says_that_it_misses():
 
 
 @given(st.integers(0, 999), st.integers(1, 30), st.integers(1, 30))
-def test_tall_and_wide_matrices_have_the_same_estimate(seed, rows, columns):
+def test_evbmf_is_invariant_to_transposition(seed, rows, columns):
     matrix = planted(seed, rows, columns, 2, 2.0)
     found, turned = ranks.evbmf_of(matrix), ranks.evbmf_of(matrix.T)
     assert found.rank == turned.rank
@@ -353,14 +355,14 @@ def test_tall_and_wide_matrices_have_the_same_estimate(seed, rows, columns):
 
 
 @given(st.integers(0, 99), st.sampled_from([1000.0, 1e-20, 1e-200, 1e200]))
-def test_the_scale_of_a_matrix_changes_the_noise_and_not_the_rank(seed, factor):
+def test_evbmf_noise_scales_with_the_matrix(seed, factor):
     matrix = planted(seed, 12, 40, 3, 2.0)
     found, scaled = ranks.evbmf_of(matrix), ranks.evbmf_of(factor * matrix)
     assert found.rank == scaled.rank
     assert scaled.noise / factor == pytest.approx(found.noise, rel=1e-4)  # as above
 
 
-def test_a_matrix_without_noise_has_its_rank():
+def test_evbmf_of_an_exact_low_rank_matrix_is_its_rank():
     rng = np.random.default_rng(0)
     for rank in (1, 3, 6):
         matrix = rng.standard_normal((20, rank)) @ rng.standard_normal((rank, 50))
@@ -371,36 +373,37 @@ def test_a_matrix_without_noise_has_its_rank():
         assert rank <= ranks.evbmf_of(matrix.astype(np.float32)).rank <= rank + 4
 
 
-def test_matrices_with_nothing_to_find_have_rank_0():
+def test_evbmf_of_unstructured_matrices_is_zero():
     for matrix in (np.zeros((3, 5)), np.ones((1, 9)), np.ones((9, 1)), [[2]], np.eye(6)):
         assert ranks.evbmf_of(matrix).rank == 0
     for bad in (np.zeros(3), np.zeros((0, 3)), [[math.nan]], [[1j]], [["a"]]):
-        with pytest.raises(ValueError, match="two axes and hold finite real numbers"):
+        with pytest.raises(ValueError, match=r"two axes.*finite"):
             ranks.evbmf_of(bad)
 
 
-def test_evbmf_of_a_kernel_is_that_of_its_unfoldings():
+def test_evbmf_of_a_kernel_uses_its_unfoldings():
     conv = planted_conv()
     w = conv.to_dense()
     assert ranks.evbmf(conv) == (5, 4)
     unfoldings = {
-        "tucker": [w.reshape(32, -1), w.swapaxes(0, 1).reshape(24, -1)],
-        "channel_svd": [w.reshape(32, -1)],
-        "channel_svd": [w.swapaxes(0, 1).reshape(24, -1)],
-        "spatial_svd": [w.transpose(1, 2, 0, 3).reshape(72, -1)],
-        "tensor_train": [
+        ("tucker", None): [w.reshape(32, -1), w.swapaxes(0, 1).reshape(24, -1)],
+        ("channel_svd", "output"): [w.reshape(32, -1)],
+        ("channel_svd", "input"): [w.swapaxes(0, 1).reshape(24, -1)],
+        ("spatial_svd", None): [w.transpose(1, 2, 0, 3).reshape(72, -1)],
+        ("tensor_train", None): [
             w.swapaxes(0, 1).reshape(24, -1),
             w.transpose(1, 2, 0, 3).reshape(72, -1),
             w.transpose(1, 2, 3, 0).reshape(-1, 32),
         ],
     }
-    for family, matrices in unfoldings.items():
-        assert ranks.evbmf(conv, family) == tuple(ranks.evbmf_of(m).rank for m in matrices)
+    for (family, variant), matrices in unfoldings.items():
+        expected = tuple(ranks.evbmf_of(m).rank for m in matrices)
+        assert ranks.evbmf(conv, family, variant) == expected
 
 
 @pytest.mark.parametrize("factor", [1.0, 1000.0, 1e-20])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_scale_of_a_kernel_changes_no_rule(factor, dtype):
+def test_rules_do_not_depend_on_scale(factor, dtype):
     conv = lr.dense((factor * planted_conv().to_dense()).astype(dtype))
     assert ranks.evbmf(conv) == (5, 4)
     assert ranks.weakened(conv) == (10, 8)
@@ -411,7 +414,7 @@ def test_the_scale_of_a_kernel_changes_no_rule(factor, dtype):
 
 
 @given(convs, st.sampled_from(SPECTRAL), st.floats(0.01, 1))
-def test_ranks_are_ones_that_the_family_takes_and_never_0(conv, family, k):
+def test_rules_return_ranks_that_the_family_accepts(conv, family, k):
     for variant in applicable(conv).get(family, ())[:2]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ranks.RankWarning)
@@ -422,10 +425,10 @@ def test_ranks_are_ones_that_the_family_takes_and_never_0(conv, family, k):
             assert FAMILIES[family].fit(conv, rank, variant).family == family
 
 
-def test_a_kernel_of_noise_has_rank_1_and_a_warning():
+def test_noise_gives_rank_one_and_a_warning():
     noise = lr.dense(np.random.default_rng(0).standard_normal((32, 24, 3, 3)))
     for conv in (noise, lr.dense(np.zeros((32, 24, 3, 3)))):
-        with pytest.warns(ranks.RankWarning, match=r"noise \(out, in\).* is no approximation") as w:
+        with pytest.warns(ranks.RankWarning, match=r"noise \(out, in\)") as w:
             assert ranks.evbmf(conv) == (1, 1)
         assert w[0].filename == __file__
         with pytest.warns(ranks.RankWarning) as w:
@@ -435,7 +438,7 @@ def test_a_kernel_of_noise_has_rank_1_and_a_warning():
     assert ranks.for_error(conv, "spatial_svd", 0.0) == (1,)
 
 
-def test_an_unfolding_of_one_row_needs_no_warning():
+def test_an_unfolding_of_one_row_does_not_warn():
     rng = np.random.default_rng(0)
     signal = np.einsum("s,h,w->shw", *(rng.standard_normal(n) for n in (24, 5, 5)))
     conv = lr.dense(signal[None] + 0.01 * rng.standard_normal((1, 24, 5, 5)))
@@ -443,13 +446,13 @@ def test_an_unfolding_of_one_row_needs_no_warning():
     assert ranks.evbmf(conv, "tucker_full") == (1, 1, 1, 1)
 
 
-def test_groups_share_the_largest_rank_of_theirs():
+def test_groups_use_the_largest_rank_of_any_group():
     rich = planted_conv().to_dense()
     poor = np.random.default_rng(2).standard_normal(rich.shape)
     assert ranks.evbmf(lr.dense(np.concatenate([poor, rich]), groups=2)) == (5, 4)
 
 
-def test_weakening_follows_its_formula():
+def test_relaxed_ranks_follow_the_formula():
     conv = planted_conv()
     for k in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
         tenths = round(10 * k)
@@ -457,11 +460,11 @@ def test_weakening_follows_its_formula():
         assert ranks.weakened(conv, weakening=k) == expected
     assert ranks.weakened(conv, weakening=1e-12) == (32, 24)
     for bad in (0, 1.1, -0.5, math.nan, None):
-        with pytest.raises(ValueError, match="weakening must be a number above 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"weakening must be.*at most 1"):
             ranks.weakened(conv, weakening=bad)
 
 
-def test_rules_agree_with_each_other_on_trained_layers(data):
+def test_rules_are_consistent_on_trained_layers(data):
     found = layers(data / "weights" / "resnet20_cifar10.safetensors")
     assert len(found) == 19
     for layer in found[::3]:
@@ -469,10 +472,10 @@ def test_rules_agree_with_each_other_on_trained_layers(data):
         full = conv.to_dense().shape[:2]
         low, weak = ranks.evbmf(conv), ranks.weakened(conv)
         assert all(1 <= a <= b <= n for a, b, n in zip(low, weak, full, strict=True)), layer.name
-        assert low[0] == ranks.evbmf(conv, "channel_svd")[0]
-        assert low[1] == ranks.evbmf(conv, "channel_svd")[0]
-        (rank,) = ranks.for_error(conv, "channel_svd", math.sqrt(1 - 0.9))
-        assert (rank,) == ranks.energy(conv, "channel_svd", 0.9)
-        assert ranks.energy(conv, "tucker", 0.9) == (rank, *ranks.energy(conv, "channel_svd", 0.9))
+        assert low[0] == ranks.evbmf(conv, "channel_svd", "output")[0]
+        assert low[1] == ranks.evbmf(conv, "channel_svd", "input")[0]
+        outputs, inputs = (ranks.energy(conv, "channel_svd", 0.9, v) for v in ("output", "input"))
+        assert ranks.for_error(conv, "channel_svd", math.sqrt(1 - 0.9), "output") == outputs
+        assert ranks.energy(conv, "tucker", 0.9) == (*outputs, *inputs)
         half = ranks.for_ratio(conv, "tucker", params=0.5)
         assert parameters(conv, "tucker", half) <= 0.5 * conv.params
