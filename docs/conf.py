@@ -1,4 +1,4 @@
-"""How Sphinx makes the pages: ``sphinx-build -b html docs docs/_build``."""
+"""Configuration of Sphinx: ``sphinx-build -b html docs docs/_build``."""
 
 import ast
 import re
@@ -37,7 +37,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "gallery"]
 html_math_renderer = "mathml"
-# What a module of the reference works with need not be installed to read its docstrings.
+# Optional libraries need not be installed to read the docstrings of the modules that use them.
 autodoc_mock_imports = [
     name for name in ("torch", "onnx", "onnxruntime", "h5py", "keras") if not find_spec(name)
 ]
@@ -46,27 +46,27 @@ myst_heading_anchors = 3
 html_theme = "pydata_sphinx_theme"
 extlinks = {"arxiv": ("https://arxiv.org/abs/%s", "arXiv:%s")}
 
-# Fields are described by their classes: listed once more they would be there twice.
+# Classes describe their fields; a list of members would repeat them.
 numpydoc_show_class_members = False
 add_module_names = False
 
-# A function in the configuration, as `pictures` below, is not kept between builds; nothing is lost.
+# Functions in the configuration, such as `move_images`, cannot be cached between builds.
 suppress_warnings = ["config.cache"]
 
 
-def pictures(block, variables, conf):
-    """Show pictures that a script wrote into its folder, and take them out of it."""
-    shown = []
+def move_images(block, variables, conf):
+    """Show the images that a script wrote into its folder, and move them out of it."""
+    images = []
     for written, path in zip(
         sorted(Path(variables["src_file"]).parent.glob("*.png")), variables["image_path_iterator"]
     ):
         shutil.move(written, path)
-        shown.append(path)
-    return figure_rst(shown, conf["src_dir"])
+        images.append(path)
+    return figure_rst(images, conf["src_dir"])
 
 
-def missing(script):
-    """Whether a script imports something that is not installed, as PyTorch may be."""
+def needs_missing_library(script) -> bool:
+    """Whether a script imports a library that is not installed."""
     imports = [
         n for n in ast.parse(script.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
     ]
@@ -74,16 +74,20 @@ def missing(script):
     return any(find_spec(name.split(".")[0]) is None for name in names)
 
 
-left_out = [p.name for p in sorted(Path(__file__).parent.glob("gallery/plot_*.py")) if missing(p)]
+left_out = [
+    p.name
+    for p in sorted(Path(__file__).parent.glob("gallery/plot_*.py"))
+    if needs_missing_library(p)
+]
 if left_out:
-    logging.getLogger(__name__).info("not installed: what these need: %s", ", ".join(left_out))
+    logging.getLogger(__name__).info("not run, since a library is missing: %s", ", ".join(left_out))
 
 sphinx_gallery_conf = {
-    # Shown all the same, as other pages lead there, but not run.
+    # Scripts that cannot run are shown all the same, since other pages link to them.
     "filename_pattern": rf"/(?!({'|'.join(map(re.escape, left_out)) or '$'})$)plot_",
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_gallery",
-    "image_scrapers": ("matplotlib", pictures),
+    "image_scrapers": ("matplotlib", move_images),
     "abort_on_example_error": True,
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
@@ -93,7 +97,7 @@ sphinx_gallery_conf = {
 
 
 def mathml(as_block):
-    """Formulas as MathML: browsers show it themselves, without a network and without scripts."""
+    """Return Sphinx's visitors that write formulas as MathML, which needs no network or scripts."""
 
     def visit(translator, node):
         try:
@@ -101,7 +105,7 @@ def mathml(as_block):
         except MathError as why:
             logging.getLogger(__name__).warning("formula: %s", why, location=node)
             formula = f"<code>{translator.encode(node.astext())}</code>"
-        # Bars of a norm are as high as a letter; where one bears an exponent it would hang.
+        # Bars of a norm stay as high as a letter; stretched ones misplace an exponent.
         formula = formula.replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
         name = "div" if as_block else "span"
         translator.body.append(f'<{name} class="formula">{formula}</{name}>')
@@ -111,5 +115,5 @@ def mathml(as_block):
 
 
 def setup(app):
-    """What Sphinx asks this file for once."""
+    """Register the renderer of formulas."""
     app.add_html_math_renderer("mathml", mathml(as_block=False), mathml(as_block=True))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank.families import FAMILIES, applicable
+from lowrank.families import FAMILIES, NotApplicable, applicable
 from lowrank.interop.weights import layers
 from lowrank.selection import ranks
 
@@ -236,9 +236,7 @@ def test_every_rule_checks_family_and_variant():
         for family in ("spatial_svd", "tucker", "tensor_train", "kronecker"):
             with pytest.raises(ValueError, match=r"variant must be.*'w-w'"):
                 rule(family, "w-w")
-        with pytest.raises(
-            lr.families.NotApplicable, match="separable_sum needs"
-        ):
+        with pytest.raises(NotApplicable, match="separable_sum needs"):
             rule("separable_sum", None)
 
 

@@ -1,6 +1,6 @@
 r"""
-What an error means
-===================
+Errors and certificates
+=======================
 
 "Relative error 0.36" is a number about weights.  A certificate says how good that is, as it has a
 lower bound beside it, and what it does to an output: at the most, and on average.  This page asks
@@ -31,7 +31,7 @@ print(conv, shape)
 # Achieved, possible, and the gap
 # -------------------------------
 #
-# Every family may take a third of the multiply-adds of the dense layer.  Of each the best candidate
+# Every family may take a third of the MACs of the dense layer.  Of each the best candidate
 # is built, and :func:`lowrank.certificate` compares it with the kernel.
 #
 # ``error``
@@ -75,7 +75,7 @@ axes.barh(at, np.subtract(error, bound), left=bound, color="#e69f00", alpha=0.75
           label="gap: may or may not be gained")  # fmt: skip
 axes.plot(error, at, "|", color="black", markersize=13, markeredgewidth=2, label="achieved")
 axes.set(yticks=at, yticklabels=names, xlabel="relative error of the weights",
-         title="a third of the multiply-adds, at most")  # fmt: skip
+         title="a third of the MACs, at most")  # fmt: skip
 axes.invert_yaxis()
 axes.legend(frameon=False, loc="upper right")
 plt.show()
@@ -130,7 +130,7 @@ def pictures(count, size, seed):
 
 
 def activations(seed):
-    """What the second layer gets for ten pictures."""
+    """Return the inputs of the second layer for ten pictures."""
     return np.maximum(layers["conv1"].conv(pictures(10, size, seed)[:, None]), 0)
 
 

@@ -2,7 +2,7 @@ r"""
 Choosing by time
 ================
 
-Half the multiply-adds are not half the time.  A thin stage has less work for each number that is
+Half the MACs are not half the time.  A thin stage has less work for each number that is
 moved; a depthwise stage has hardly any; and every stage more is one more to be fed.  So
 :func:`lowrank.frontier` compares candidates by the seconds that they are predicted to take on this
 machine, before anything is built, and :func:`lowrank.approximate` takes budgets of time.  This page
@@ -25,16 +25,16 @@ plt.rcParams.update(figures.STYLE)
 NET = Path(lowrank.__file__).parent / "data" / "digits.safetensors"
 
 # %%
-# The rates of this machine
-# -------------------------
+# The performance model of this machine
+# -------------------------------------
 #
-# The time model counts what a chain does (multiply-adds in vectors, samples brought in, lines from
-# each cache, calls, wakings of threads) and multiplies each count by a rate.  Rates are measured by
-# ``lowrank calibrate`` on the command line, or :func:`lowrank.perfmodel.calibrate`, which takes less
-# than a minute, once; they are kept in the user's cache folder.  **This page does not calibrate.**
-# It uses what :func:`lowrank.perfmodel.current` finds: the rates of this machine if they have been
-# measured, else those that ship with the package, which are good for comparing chains with each
-# other, and not for seconds.
+# The model counts operations of a chain (MACs in vectors, samples loaded, lines from each cache,
+# calls, forks of the thread pool) and multiplies each count by a cost coefficient.
+# ``lowrank calibrate`` on the command line, or :func:`lowrank.perfmodel.calibrate`, measures the
+# coefficients once, in less than a minute, and stores them in the user's cache folder.
+# **This page does not calibrate.**  It uses :func:`lowrank.perfmodel.current`: the coefficients of
+# this machine if they have been measured, else those that ship with the package, which are good
+# for comparing chains with each other, and not for seconds.
 
 here = perfmodel.current()
 print(f"{here.cpu}, {here.isa}")
@@ -57,8 +57,8 @@ for part, seconds in sorted(predicted.parts.items(), key=lambda x: -x[1])[:4]:
 # Two fronts
 # ----------
 #
-# A front is what no other candidate beats on both error and cost.  The cost is an ``axis``:
-# ``"seconds"`` if nothing is said; ``"macs"``, ``"params"``, ``"traffic"`` (elements read and
+# A front holds the candidates that are Pareto-optimal in error and cost.  The cost is an ``axis``:
+# ``"seconds"`` by default; ``"macs"``, ``"params"``, ``"traffic"`` (elements read and
 # written, stage by stage) and others are the same on every machine.  One family is left out here,
 # only since it takes a few seconds more.
 
@@ -69,7 +69,7 @@ print(by_seconds)
 
 # %%
 # ``faster`` is what the time model promises; ``realised`` is how much of the saving in
-# multiply-adds that is: 100 % where half of them take half the time.  Chains with depthwise
+# MACs that is: 100 % where half of them take half the time.  Chains with depthwise
 # stages (the CP families, ``network_decoupling``) realise less than those of two dense stages.
 #
 # Which candidates are on one front only?
@@ -87,15 +87,15 @@ slower = sum(c.seconds > by_macs.dense.seconds for c in by_macs)
 print(f"by macs, and predicted to take longer than the dense layer: {slower}")
 
 # %%
-# In one picture, on the left, both fronts at their predicted times.  What only multiply-adds would
+# In one picture, on the left, both fronts at their predicted times.  What only MACs would
 # choose lies above the front: something else has its error in less time.  On the right is what
 # that costs: for every error that one may allow, the time of the candidate with the fewest
-# multiply-adds over that of the fastest.
+# MACs over that of the fastest.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.8), layout="constrained")
 dense = by_seconds.dense
 groups = {
-    "only by multiply-adds": ("#d55e00", "D", only["macs"]),
+    "only by MACs": ("#d55e00", "D", only["macs"]),
     "only by seconds": ("#0072b2", "o", only["seconds"]),
     "on both fronts": ("#999999", "o", [keys["seconds"][k] for k in both]),
 }
@@ -109,7 +109,7 @@ allowed = np.linspace(0.08, 0.7, 400)
 lost = [by_macs.within(e).seconds / by_seconds.within(e).seconds - 1 for e in allowed]
 right.plot(allowed, np.multiply(lost, 100), color="#d55e00", linewidth=1.2)
 right.set(ylim=(0, None), xlabel="error allowed", ylabel="% more time than the fastest",
-          title="chosen by multiply-adds")  # fmt: skip
+          title="chosen by MACs")  # fmt: skip
 for ax in (left, right):
     ax.grid(alpha=0.25, linewidth=0.5)
 plt.show()
@@ -123,11 +123,11 @@ plt.show()
 
 half = lowrank.approximate(conv, shape, seconds="50%", families=families, threads=threads)
 by_work = by_macs.affordable(by_macs.dense.cost.macs / 2).build()
-for name, f in {"half of the time": half, "half of the multiply-adds": by_work}.items():
+for name, f in {"half of the time": half, "half of the MACs": by_work}.items():
     seconds = here.predict(f, shape, threads=threads).seconds
     print(f"{name:25}  {f.family} {f.rank}, error {f.error(conv.to_dense()):.4f}, "
           f"{seconds / predicted.seconds:.0%} of the time, "
-          f"{f.cost(shape).share_of(conv.cost(shape)):.0%} of the multiply-adds")  # fmt: skip
+          f"{f.cost(shape).share_of(conv.cost(shape)):.0%} of the MACs")  # fmt: skip
 
 # %%
 # :func:`lowrank.report.figures.error_against_cost` draws a front with the look of each family, and rings a
@@ -140,7 +140,7 @@ figures.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14",
 # The clock
 # ---------
 #
-# A prediction is a claim, so here are a few chains of about equal multiply-adds, predicted and
+# A prediction is a claim, so here are a few chains of about equal MACs, predicted and
 # timed: the fastest of a hundred runs.
 
 chains = {"dense": conv}
@@ -161,7 +161,7 @@ def clocked(f):
     return least
 
 
-rows = [("chain", "multiply-adds", "predicted", "clock", "realised by the clock")]
+rows = [("chain", "MACs", "predicted", "clock", "realised by the clock")]
 dense_seconds = clocked(conv)
 for name, f in chains.items():
     share = f.cost(shape).share_of(conv.cost(shape))
@@ -178,4 +178,4 @@ print("\n".join(tables.align_columns(rows)))
 # * Leave ``axis`` alone if speed is the aim.  Give ``batch`` and ``threads`` as they will be: both
 #   change what is fastest.  ``runtime="torch"`` predicts for PyTorch, where it has been calibrated.
 # * Use ``axis="macs"`` for tables that others are to compare with, ``"params"`` for memory.
-# * Look at ``realised`` before believing a saving in multiply-adds.
+# * Look at ``realised`` before believing a saving in MACs.

@@ -52,7 +52,7 @@ model.eval()
 
 
 def accuracy(net):
-    """Share of unseen digits that are read right, in %."""
+    """Return the accuracy on unseen digits, in %."""
     with torch.inference_mode():
         return 100 * float((net(x_test).argmax(1) == y_test).float().mean())
 
@@ -61,7 +61,7 @@ dense = accuracy(model)
 print(f"{dense:.1f} % of {len(x_test)} unseen digits")
 
 # %%
-# A twentieth of the multiply-adds
+# A twentieth of the MACs
 # --------------------------------
 #
 # A budget is spent over all layers at once, with families and ranks chosen by what they do to the
@@ -117,8 +117,8 @@ figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
 axes.axhline(dense, color="black", linestyle="--", linewidth=1, label="the dense network")
 axes.plot(curve, "o-", color="#0072b2", markersize=4, label="compressed, then trained")
 axes.plot(scratch, "s-", color="#d55e00", markersize=3.5, label="the same layers from scratch")
-axes.set(xlabel="epochs", ylabel="unseen digits read right, %", ylim=(60, 100),
-         title="a twentieth of the multiply-adds")  # fmt: skip
+axes.set(xlabel="epochs", ylabel="accuracy on unseen digits, %", ylim=(60, 100),
+         title="1/20 of the MACs")  # fmt: skip
 axes.legend(frameon=False, loc="lower left")
 plt.show()
 

@@ -53,7 +53,7 @@ picks = {
     "weakened 0.6": ranks.weakened(conv, weakening=0.6),
 }
 chains = {name: lowrank.tucker(conv, rank) for name, rank in picks.items()}
-rows = [("rule", "rank", "error", "energy kept", "parameters", "multiply-adds")]
+rows = [("rule", "rank", "error", "energy kept", "parameters", "MACs")]
 for name, f in chains.items():
     error = f.error(kernel)
     macs = f.cost(shape).share_of(conv.cost(shape))
@@ -138,12 +138,12 @@ plt.show()
 # approximation.
 
 untrained = lowrank.dense(rng.standard_normal((64, 64, 3, 3)), padding=1)
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always", ranks.RankWarning)
     rank = ranks.evbmf(untrained)
 error = lowrank.tucker(untrained, rank).error(untrained.to_dense())
 print(f"rank {rank}, error {error:.3f}")
-print(said[0].message)
+print(warned[0].message)
 
 # %%
 # *Too much noise.*  True components are given up for the sake of few false ones.  With rank 8 and

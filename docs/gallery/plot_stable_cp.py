@@ -64,7 +64,7 @@ def plain_als(f, kernel, sweeps):
     sizes = [np.linalg.norm(x, axis=0) / len(x) ** 0.5 for x in factors]
     even = np.prod(sizes, axis=0) ** (1 / len(sizes))
     out, *others = [x * even / size for x, size in zip(factors, sizes)]
-    arrays = [*(x.T for x in others), out]  # pointwise, one depthwise stage an axis, pointwise
+    arrays = [*(x.T for x in others), out]  # pointwise, one depthwise stage per axis, pointwise
     stages = zip(f.stages, arrays)
     return replace(f, stages=tuple(replace(s, weight=w.reshape(s.weight.shape)) for s, w in stages))
 
@@ -90,10 +90,10 @@ for n, c in zip(sweeps, als):
 # The error goes to 0, and both grow without end.  ``lowrank.cp`` notices that a fit has not
 # settled:
 
-with warnings.catch_warnings(record=True) as said:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always", lowrank.ConvergenceWarning)
     lowrank.cp(conv, 2)
-print(said[0].message)
+print(warned[0].message)
 
 # %%
 # An error to keep to

@@ -5,8 +5,7 @@ Sweeps over layers and budgets
 A network has many layers, each of them several families, each of those many ranks.  The pieces of
 such a sweep have nothing to do with each other, so they can be run beside each other: in processes
 of one machine by `joblib <https://joblib.readthedocs.io>`_, and on a cluster by the same lines with
-joblib's Dask backend.  All that lowrank makes can be sent: layers, chains, candidates and fronts
-pickle.
+joblib's Dask backend.  Layers, chains, candidates and fronts can be pickled.
 """
 
 import importlib.util
@@ -47,7 +46,7 @@ tasks = [
 # ------------
 #
 # ``inner_max_num_threads=1`` gives each process one thread of the engine and of BLAS: there are as
-# many processes as cores already, and a fit in a team of threads for each of them would be slower.
+# many processes as cores already, and several threads for each fit would be slower.
 # joblib's own processes (its ``loky`` backend) are started anew and not forked, so that threads of
 # OpenMP in this one do not matter to them; a forked child of this process would run the engine on
 # one thread.
@@ -59,8 +58,8 @@ with joblib.parallel_config(backend="loky", n_jobs=2, inner_max_num_threads=1):
           "with their start")  # fmt: skip
 
 # %%
-# Results come back in the order of the tasks.  Fronts of the same layer are merged by what nothing
-# beats among all of their candidates.
+# Results come back in the order of the tasks.  Fronts of the same layer are merged: what is
+# Pareto-optimal among all of their candidates remains.
 
 figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained", sharey=True)
 for ax, (name, layer) in zip(axes, layers.items()):
@@ -79,7 +78,7 @@ for ax, (name, layer) in zip(axes, layers.items()):
             best.append((share, error))
             least = error
     ax.plot(*zip(*best), drawstyle="steps-post", color="black", linewidth=0.8, zorder=0)
-    ax.set(xscale="log", xlabel="share of the multiply-adds", xlim=(None, 1.05),
+    ax.set(xscale="log", xlabel="share of the MACs", xlim=(None, 1.05),
            title=f"{name}, {'×'.join(map(str, layer.conv.stages[0].weight.shape))}")  # fmt: skip
     ax.grid(alpha=0.25, linewidth=0.5)
 axes[0].set(ylabel="relative error", ylim=(0, 1))
@@ -122,7 +121,7 @@ if importlib.util.find_spec("distributed"):
     from distributed import Client, LocalCluster
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a cluster says on its way down
+        warnings.simplefilter("ignore")  # messages of a cluster that shuts down
         cluster = LocalCluster(
             n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
         )
