@@ -9,8 +9,8 @@ import lowrank
 from lowrank.core import chain_algebra
 from lowrank.core.tensor_network import contract, tensor_network
 from lowrank.families import FAMILIES, applicable
-from lowrank.families.weighted import Weighted
-from lowrank.metric import Moments, factored, unrolled, white
+from lowrank.families.weighted import MetricFit
+from lowrank.metric import Moments, nearest_kronecker, unroll, white
 
 CASES = {
     "plain": ((8, 6, 3, 3), {"padding": 1}),
@@ -103,11 +103,11 @@ def test_energy_is_the_mean_square_of_the_outputs(name):
     x = inputs(conv)
     moments = Moments(conv)
     moments.add(x)
-    metric = moments.metric(ridge=0.0)
+    metric = moments.metric(damping=0.0)
     y = conv(x)
     want = np.square(y).sum() / (y.size / y.shape[1])
     # The same sums in another order, of thousands of terms in float64.
-    assert metric.energy(unrolled(conv)) == pytest.approx(want, rel=1e-10)
+    assert metric.energy(unroll(conv)) == pytest.approx(want, rel=1e-10)
 
 
 def test_batches_add_up():
@@ -116,7 +116,7 @@ def test_batches_add_up():
     one.add(x)
     two.add(x[:5])
     two.add(x[5:])
-    a, b = one.metric().inputs, two.metric().inputs
+    a, b = one.metric().input_moment, two.metric().input_moment
     assert np.abs(a - b).max() <= 1e-12 * np.abs(a).max()
 
 
@@ -127,25 +127,26 @@ def test_a_choice_of_outputs_is_an_estimate_and_the_same_for_a_seed():
     for seed in (3, 3, 4):
         moments = Moments(conv, positions=1500, seed=seed)
         moments.add(x)
-        found.append(moments.metric().inputs)
+        found.append(moments.metric().input_moment)
     assert (found[0] == found[1]).all()
     assert (found[0] != found[2]).any()
     whole = Moments(conv)
     whole.add(x)
-    c = whole.metric().inputs
+    c = whole.metric().input_moment
     assert 0 < np.linalg.norm(found[0] - c) < 0.2 * np.linalg.norm(c)
 
 
 def test_wide_layers_keep_factors_only(monkeypatch):
-    monkeypatch.setattr("lowrank.metric.WIDEST", 10)
+    monkeypatch.setattr("lowrank.metric.moments.WIDEST", 10)
     conv = made("plain")
     metric = metric_of(conv)
-    assert metric.inputs is None
-    assert metric.channels.shape == (1, 6, 6)
-    w = Weighted(conv, metric, "spatial_svd", "h-w")
-    point = next(p for p in w.points() if p.rank == (4,))
-    # Every mode is held by one stage: roots express all of a factored metric, to rounding.
-    assert w.error(point.build()) == pytest.approx(point.error, rel=1e-9)
+    assert metric.input_moment is None
+    assert metric.channel_factor.shape == (1, 6, 6)
+    fit = MetricFit(conv, metric)
+    points = FAMILIES["spatial_svd"].sweep(conv, "h-w", metric)
+    point = next(p for p in points if p.rank == (4,))
+    # A single stage has each mode: whitening expresses all of a factored metric, to rounding.
+    assert fit.error(point.start()) == pytest.approx(point.error, rel=1e-9)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -178,7 +179,7 @@ def test_factors_of_a_product_are_found(seed):
         a = rng.standard_normal((n, n + 2))
         parts.append(a @ a.T)
     c = np.kron(np.kron(parts[0], parts[1]), parts[2])[None]
-    channels, taps, distance = factored(c, (4, 3, 2))
+    channels, taps, distance = nearest_kronecker(c, (4, 3, 2))
     assert distance < 1e-6
     again = np.kron(np.kron(channels[0], taps[0]), taps[1])
     # Factors get a ridge of 1e-6 each.
@@ -188,17 +189,18 @@ def test_factors_of_a_product_are_found(seed):
 @pytest.mark.parametrize("name", [n for n in CASES if n != "depthwise"])
 def test_the_closed_form_of_a_bipartition_is_exact_in_the_full_metric(name):
     conv = made(name)
-    family = "channel_svd" if conv.transposed else "channel_svd"
+    family, variant = "channel_svd", "input" if conv.transposed else "output"
     metric = metric_of(conv)
-    w = Weighted(conv, metric, family, "")
-    points = list(w.points())
+    fit = MetricFit(conv, metric)
+    points = list(FAMILIES[family].sweep(conv, variant, metric))
     point = points[len(points) // 2]
-    stages = point.build()
-    assert w.error(stages) == pytest.approx(point.error, rel=1e-6)
+    stages = point.start()
+    assert point.bound == point.error  # whitening is exact
+    assert fit.error(stages) == pytest.approx(point.error, rel=1e-6)
     # A stationary point, too: alternation finds nothing better.
-    assert w.refined(stages, 20, 0.0)[1] == pytest.approx(point.error, rel=1e-6)
-    plain = FAMILIES[family].fit(conv, point.rank, "")
-    assert point.error < w.error(plain.stages)
+    assert fit.refine(stages, 20, 0.0)[1] == pytest.approx(point.error, rel=1e-6)
+    plain = FAMILIES[family].fit(conv, point.rank, variant)
+    assert point.error < fit.error(plain.stages)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,30 +208,30 @@ def test_fits_in_a_metric_beat_plain_ones(name):
     conv = made(name)
     metric = metric_of(conv)
     for family, variants in applicable(conv).items():
-        w = Weighted(conv, metric, family, variants[0])
-        points = list(w.points())
+        fit = MetricFit(conv, metric)
+        points = list(FAMILIES[family].sweep(conv, variants[0], metric))
         point = points[len(points) // 2]
         plain = FAMILIES[family].fit(conv, point.rank, variants[0])
-        stages, error = w.refined(point.build())
-        assert w.error(stages) == pytest.approx(error, rel=1e-6, abs=1e-9), family
+        stages, error = fit.refine(point.start())
+        assert fit.error(stages) == pytest.approx(error, rel=1e-6, abs=1e-9), family
         # Alternating fits end where they are led to; a plain start may lead elsewhere.
-        assert error <= 1.02 * w.error(plain.stages) + 1e-9, family
+        assert error <= 1.02 * fit.error(plain.stages) + 1e-9, family
 
 
 def test_refining_never_harms():
     conv = made("plain")
     metric = metric_of(conv)
     for family, variant, point in chains(conv, points=(3,)):
-        w = Weighted(conv, metric, family, variant)
+        fit = MetricFit(conv, metric)
         stages = point.build()
-        assert w.refined(stages, 2)[1] <= w.error(stages) * (1 + 1e-9), family
+        assert fit.refine(stages, 2)[1] <= fit.error(stages) * (1 + 1e-9), family
 
 
 def test_white_inputs_leave_optimal_fits_alone():
     conv = made("plain")
-    w = Weighted(conv, white(1, (6, 3, 3)), "spatial_svd", "h-w")
+    fit = MetricFit(conv, white(1, (6, 3, 3)))
     f = lowrank.spatial_svd(conv, rank=5)
-    stages, error = w.refined(f.stages)
+    stages, error = fit.refine(f.stages)
     assert error == pytest.approx(f.error(conv.to_dense()), rel=1e-9)
     assert lowrank.chain(stages).params == f.params
 
@@ -241,7 +243,7 @@ def test_a_paired_metric_wants_the_outputs_of_the_original():
     distorted = np.einsum("nc...,cd->nd...", x, np.diag(np.linspace(0.5, 1.5, 6)))
     moments = Moments(conv, paired=True)
     moments.add(distorted, x)
-    metric = moments.metric(ridge=0.0)
+    metric = moments.metric(damping=0.0)
     wanted = metric.target[0]
     # Channels are only scaled: undoing it is exact.
     want = conv.to_dense() / np.linspace(0.5, 1.5, 6)[:, None, None]
@@ -252,18 +254,17 @@ def test_few_samples_are_regularised():
     conv = made("plain")
     moments = Moments(conv)
     moments.add(inputs(conv)[:1, :, :3, :3])
-    c = moments.metric().inputs[0]
+    c = moments.metric().input_moment[0]
     values = np.linalg.eigvalsh(c)
     assert values[0] > 1e-2 * values.mean() * 0.9  # nine patches for 54 unknowns
-    Weighted(conv, moments.metric(), "spatial_svd", "h-w").at((3,))
+    FAMILIES["spatial_svd"].fit(conv, 3, "h-w", moments.metric())
 
 
 def test_a_layer_that_sees_nothing_can_be_fitted():
     conv = made("plain")
     moments = Moments(conv)
     moments.add(np.zeros((2, 6, 8, 8)))
-    w = Weighted(conv, moments.metric(), "spatial_svd", "h-w")
-    f = lowrank.chain(w.at((3,)))
+    f = FAMILIES["spatial_svd"].fit(conv, 3, "h-w", moments.metric())
     assert np.isfinite(f.to_dense()).all()
 
 
@@ -274,7 +275,7 @@ def test_means_far_from_zero_do_not_drown_the_moments():
     for offset, dtype in ((0, np.float64), (3000, np.float32)):
         moments = Moments(conv, centred=True)
         moments.add((x + offset).astype(dtype))
-        found.append(moments.metric().inputs)
+        found.append(moments.metric().input_moment)
     # 3000 in single precision is known to 2e-4; samples have a spread of 1.
     assert np.abs(found[0] - found[1]).max() < 2e-3
 
@@ -285,7 +286,9 @@ def test_tiny_outputs_do_not_underflow():
     conv = lowrank.dense(weight.astype(np.float32), **about)
     moments = Moments(conv)
     moments.add(inputs(conv))
-    w = Weighted(conv, moments.metric(), "spatial_svd", "h-w")
-    stages, error = w.refined(w.at((3,)), 3, dtype=np.float32)
-    assert error == pytest.approx(w.error(stages), rel=1e-3)
+    metric = moments.metric()
+    fit = MetricFit(conv, metric)
+    start = FAMILIES["spatial_svd"].fit(conv, 3, "h-w", metric).stages
+    stages, error = fit.refine(start, 3, dtype=np.float32)
+    assert error == pytest.approx(fit.error(stages), rel=1e-3)
     assert error > 0.05

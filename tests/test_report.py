@@ -12,7 +12,6 @@ import lowrank as lr
 from lowrank import compress, demo, report
 from lowrank.compress import Layer
 from lowrank.compress.pipeline import Reconstructed
-from lowrank.compress.plan import Alternative
 from lowrank.interop.weights import WeightsModel
 from lowrank.report import charts, facts
 
@@ -85,7 +84,7 @@ def test_the_facts_are_those_of_the_chains(net, small, found):
 
 def test_an_option_of_the_front_is_the_choice(found):
     for x in found.layers:
-        assert x.front[0] == Alternative("dense", (), 0.0, x.before["macs"])
+        assert x.front[0].is_dense and x.front[0].cost.macs == x.before["macs"]
         assert (x.becomes, x.rank) in {(o.name, o.rank) for o in x.front}
 
 
@@ -150,7 +149,7 @@ def test_the_page_says_what_is_and_what_is_not(found):
 def test_names_are_text_and_nothing_else(found):
     evil = '<script>alert("1")</script>\'&"><img src=x onerror=y>'
     layer = replace(found.layers[1], name=evil, becomes=evil, chain=evil, dense=evil)
-    layer = replace(layer, front=(Alternative(evil, (1,), 0.5, 5.0), *layer.front))
+    layer = replace(layer, front=(option(evil, (1,), 0.5, 5), *layer.front))
     layer = replace(layer, spectra={evil: np.array([1.0, 0.5])})
     plan = replace(found.plan, layers={evil: found.plan.layers["conv2"]})
     hostile = replace(found, name=evil, layers=(layer,), notes=(evil,), plan=plan)
@@ -207,7 +206,7 @@ def test_layers_of_every_kind_are_drawn(shape):
 
 
 def test_a_front_marks_the_choice_where_it_lies():
-    options = [Alternative("dense", (), 0.0, 100.0), Alternative("channel_svd", (2,), 0.4, 10.0)]
+    options = [option("dense", (), 0.0, 100), option("channel_svd", (2,), 0.4, 10)]
     drawn = charts.front(options, 100.0, (0.4, 10.0))
     marks = re.findall(r'class="(\w+)" cx="(.*?)" cy="(.*?)"', drawn)
     assert marks[1][1:] == marks[2][1:]
@@ -216,8 +215,8 @@ def test_a_front_marks_the_choice_where_it_lies():
     assert float(marks[1][1]) == charts.LEFT  # a tenth, of one decade
     assert "10%" in drawn
     assert "100%" in drawn
-    tiny = charts.front([*options, Alternative("cp", (1,), 0.9999, 1e-3)], 100.0, (0.0, 100.0))
+    tiny = charts.front([*options, option("cp", (1,), 0.9999, 1e-3)], 100.0, (0.0, 100.0))
     assert "nan" not in tiny
-    more = charts.front([*options, Alternative("cp", (9,), 0.1, 400.0)], 100.0, (0.1, 400.0))
+    more = charts.front([*options, option("cp", (9,), 0.1, 400)], 100.0, (0.1, 400.0))
     places = [float(x) for x in re.findall(r'cx="(.*?)"', more)]
     assert places[0] < places[2] == places[3] == charts.WIDTH - charts.RIGHT

@@ -1,18 +1,17 @@
-"""Whole networks: a budget spent on layers, families and ranks, and layers fitted to data."""
+"""Whole networks: a budget allocated over layers and families, and layers fitted to data."""
 
 from __future__ import annotations
 
+from lowrank.compress.model import CompressibleModel as CompressibleModel
 from lowrank.compress.model import Layer as Layer
-from lowrank.compress.model import Net as Net
-from lowrank.compress.optimise import Choice as Choice
-from lowrank.compress.optimise import spend as spend
-from lowrank.compress.options import Option as Option
-from lowrank.compress.options import options as options
-from lowrank.compress.pipeline import Compressed as Compressed
-from lowrank.compress.pipeline import Nothing as Nothing
+from lowrank.compress.optimise import Allocation as Allocation
+from lowrank.compress.optimise import allocate as allocate
+from lowrank.compress.options import FAST_FAMILIES as FAST_FAMILIES
+from lowrank.compress.options import Timing as Timing
+from lowrank.compress.options import layer_options as layer_options
+from lowrank.compress.pipeline import CompressedLayers as CompressedLayers
 from lowrank.compress.pipeline import compress_model as compress_model
-from lowrank.compress.pipeline import make_plan as make_plan
-from lowrank.compress.plan import Alternative as Alternative
-from lowrank.compress.plan import Entry as Entry
-from lowrank.compress.plan import Plan as Plan
-from lowrank.compress.statistics import Measured as Measured
+from lowrank.compress.plan import CompressionPlan as CompressionPlan
+from lowrank.compress.planning import NothingToCompressError as NothingToCompressError
+from lowrank.compress.planning import make_plan as make_plan
+from lowrank.compress.statistics import LayerStatistics as LayerStatistics

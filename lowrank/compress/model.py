@@ -1,4 +1,4 @@
-"""What compression asks of a trained network, wherever it comes from."""
+"""The interface of a trained model that compression needs, for every framework."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lowrank._typing import Array, Ints
+from lowrank.core.cost import Cost
 from lowrank.factorization import Factorization
 
 Chains = Mapping[str, Factorization]
@@ -15,20 +16,20 @@ Samples = dict[str, tuple[Array, ...]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One convolution of a network, or a linear layer as the pointwise convolution that it is.
+    """One convolution of a model, or a linear layer as the pointwise convolution that it is.
 
     Attributes
     ----------
     name : str
-        As the network calls it.
+        Name in the model.
     conv : Factorization
         One dense stage, with the layer's bias.
     input_size : tuple of int
         Spatial size of its input, for one example; (1,) for a linear layer.
     scale : ndarray or None, shape (out,)
-        What its outputs are multiplied by next: the gain of a batch norm.  Errors count by it.
+        Gain of the batch norm behind it, by which errors of its outputs are weighted.
     times : int
-        How often one example goes through it.
+        Number of times that one example passes it.
 
     Examples
     --------
@@ -47,42 +48,42 @@ class Layer:
     times: int = 1
 
     @property
-    def cost(self) -> Any:
-        """Of one run for one example."""
+    def cost(self) -> Cost:
+        """Cost of one run for one example."""
         return self.conv.cost(self.input_size)
 
 
-class Net(Protocol):
-    """A trained network with calibration data at hand; PyTorch's, ONNX's and others'.
+class CompressibleModel(Protocol):
+    """A trained model with calibration data, from PyTorch, ONNX, Keras or a weights file.
 
     Arrays are float32, (batch, channels, \\*spatial); those of a linear layer have one spatial
-    axis, of the vectors of an example.
+    axis, over the vectors of an example.
     """
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Its layers that may be replaced, in the order in which they first run."""
+        """Layers that may be replaced, in the order in which they first run."""
 
     @property
     def batches(self) -> int:
-        """Calibration batches; 0 where there are no data."""
+        """Number of calibration batches; 0 without data."""
 
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
-        """What layers get, a batch at a time, where `chains` stand in for layers of their names.
+        """Yield the inputs of layers, one batch at a time, with `chains` in place of layers.
 
-        One array for every time that a layer runs, which nothing writes to later.  Nothing behind
-        the last of the layers needs to be run.
+        One array per time that a layer runs; nothing writes to it later.  The model need not be
+        run beyond the last of the layers.
         """
 
     def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
-        """Gradients of the loss of every example by the outputs of layers, a batch at a time.
+        """Yield the gradients of each example's loss at the outputs of layers, batch by batch.
 
-        Of the sum over examples, with labels drawn from the network's own outputs; None where the
-        network cannot be differentiated.
+        The labels are drawn from the model's own outputs.  None where the model cannot be
+        differentiated.
         """
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
-        """What the network gives, a batch at a time."""
+        """Yield the outputs of the model, one batch at a time."""
 
     def replaced(self, chains: Chains) -> Any:
-        """A new network, in the form that the original came in; that one is not touched."""
+        """Return a new model in the form of the original, which is not changed."""

@@ -1,276 +1,160 @@
-"""What each layer could become: families, variants and ranks, with their error in the metric."""
+"""Options of one layer: its candidates, fitted in the layer's metric, with their loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from lowrank import perfmodel
-from lowrank._typing import Ints
 from lowrank.compress.model import Layer
-from lowrank.core.cost import chain_cost
-from lowrank.core.stage import Stage
-from lowrank.families import FAMILIES, NotApplicable, SweepPoint
+from lowrank.families import FAMILIES
 from lowrank.families.weighted import MetricFit, Prepared
 from lowrank.metric import Metric
+from lowrank.selection.candidates import Candidate, Pricing, candidates
+from lowrank.selection.pareto import pareto_front
 
-#: Families that are tried unless others are named: those that sweeps make quickly.
-QUICK = (
-    "channel_svd",
-    "channel_svd",
-    "spatial_svd",
-    "filter_basis",
-    "network_decoupling",
-    "tucker",
-    "tensor_train",
-)
-#: What a budget can be in.
+#: Families that are tried by default: those whose sweeps are fast.
+FAST_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.has_fast_sweep)
+#: Axes of a budget for a network.
 AXES = ("macs", "params", "seconds", "bytes")
-POINTS = 16  # of a form, that are looked at more closely
-KEPT = 16  # of a layer, that are fitted in the full metric
-SLACK = 1.25  # the error that roots say may be so far off
-SWEEPS = 3  # of a fit for comparison
-HEAVY = 1e8  # multiply-adds of a step, from which on half as many are fitted, for one sweep
+SWEPT = 16  # candidates per variant, spread over the cost, that are considered further
+FITTED = 16  # candidates per layer that are fitted in the full metric
+SLACK = 1.25  # factor by which the error of a closed-form start may be off
+SWEEPS = 3  # alternating sweeps of a fit for comparison
+HEAVY = 1e8  # MACs per conjugate-gradient step from which half as many are fitted, for one sweep
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Option:
-    """One way to write a layer.
+class Timing(NamedTuple):
+    """Call that predicted seconds are for.
 
     Attributes
     ----------
-    family, variant, rank : str, str, tuple of int
-        What it is; ``"dense"`` for the layer as it came.
-    loss : float
-        What it does to the network, in the units of the whole plan; see :func:`options`.
-    error : float
-        Relative, in the layer's metric.
-    costs : dict of str to float
-        Of one example through the network: ``"macs"``, ``"params"``, ``"bytes"`` of weights, and
-        ``"seconds"`` where times were asked for.
-    stages : tuple of Stage
-        Fitted; of the dense option the layer's own.
+    batch : int
+        Number of examples per call.
+    threads : int or None
+        Number of threads; all that OpenMP offers if None.
+    runtime : str
+        Library that runs the network; see :func:`lowrank.perfmodel.predict`.
     """
 
-    family: str
-    variant: str
-    rank: Ints
-    loss: float
-    error: float
-    costs: dict[str, float]
-    stages: tuple[Stage, ...]
-
-    @property
-    def name(self) -> str:
-        """Family and variant."""
-        return " ".join(filter(None, (self.family, self.variant)))
+    batch: int = 1
+    threads: int | None = None
+    runtime: str = "lowrank"
 
 
-def options(
+def layer_options(
     layer: Layer,
     metric: Metric,
-    families: Iterable[str] = QUICK,
+    families: Iterable[str] = FAST_FAMILIES,
     *,
     absolute: bool = False,
     biased: bool = False,
     axes: Sequence[str] = ("macs",),
-    timed: Callable[[Sequence[Stage]], float] | None = None,
-) -> list[Option]:
-    """The layer as it came, and what beats it and one another on error and costs.
+    timing: Timing = Timing(),  # noqa: B008 - immutable
+) -> list[Candidate]:
+    """Return the Pareto-optimal candidates for a layer of a network.
 
     Parameters
     ----------
     layer : Layer
-        Of a network.
+        Layer of a network.
     metric : Metric
-        Of its inputs; of its outputs, where gradients are known.
+        Second moments of its inputs and, where they are known, of its output gradients.
     families : iterable of str
         Names from :data:`lowrank.FAMILIES`.
     absolute : bool
-        Whether the metric weighs outputs by gradients of one loss, so that errors of layers are in
-        one unit.
+        Whether the metric weights outputs by gradients of one loss, so that the losses of layers
+        are in one unit.
     biased : bool
         Whether a chain gets a bias where the layer has none.
     axes : sequence of str
-        Costs that count.
-    timed : callable, optional
-        Predicted seconds of stages; needed where seconds count.
+        Costs that count, of :data:`AXES`.
+    timing : Timing
+        Call that seconds are predicted for, if they count.
 
     Returns
     -------
-    list of Option
-        The dense one first, then by the first of the costs.
+    list of Candidate
+        The dense layer first, then by the first of the costs.  Costs are per example of the
+        network; errors are relative in the metric; :meth:`Candidate.build` returns the fit.
 
     Notes
     -----
-    Where it is absolute the loss is half of :math:`\\operatorname{tr}(G E C E^\\top)`: an estimate
-    of what the network's own loss, in its units, rises by, so that layers add up.  Else it is the
+    If `absolute`, the loss is half of :math:`\\operatorname{tr}(G E C E^\\top)`, an estimate of the
+    increase of the network's own loss, in its units, so that layers add up.  Otherwise it is the
     squared relative error of the layer's output.
 
     Examples
     --------
     >>> import numpy as np
     >>> import lowrank
+    >>> from lowrank.compress import Layer, layer_options
     >>> from lowrank.metric import white
-    >>> from lowrank.compress import Layer, options
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 8, 3, 3)))
-    >>> found = options(Layer("conv", conv, (16, 16)), white(1, (8, 3, 3)), ["spatial_svd"])
-    >>> found[0].name, found[0].loss, found[-1].costs["macs"] < found[0].costs["macs"]
+    >>> layer = Layer("conv", conv, (16, 16))
+    >>> options = layer_options(layer, white(1, (8, 3, 3)), ["spatial_svd"])
+    >>> options[0].name, options[0].loss, options[-1].cost.macs < options[0].cost.macs
     ('dense', 0.0, True)
     """
     conv = layer.conv
-    shape = conv.input_shape(layer.input_size)
-
-    def costs(stages: Sequence[Stage]) -> dict[str, float]:
-        # Chains that are fitted to data get a bias that makes up for means.
-        cost = chain_cost(stages, shape, conv.bias is not None or (biased and len(stages) > 1))
-        size = conv.dtype.itemsize
-        return {
-            "macs": float(cost.macs * layer.times),
-            "params": float(cost.params),
-            "bytes": float(cost.params * size),
-        }
-
-    dense = Option("dense", "", (), 0.0, 0.0, costs(conv.stages), conv.stages)
-    found: list[Found] = []
-    fit = MetricFit(conv, metric)
+    # Chains fitted to data get a bias, which makes up for means.
+    pricing = Pricing(
+        conv, layer.input_size, *timing, times=layer.times,
+        has_bias=conv.bias is not None or biased, per_example=True,
+    )  # fmt: skip
+    dense = replace(pricing.dense, loss=0.0)
     first = next((a for a in axes if a != "seconds"), "macs")
-    for name in families:
-        try:
-            variants = FAMILIES[name].variants(conv)
-        except NotApplicable:
-            continue
-        for variant in variants:
-            sweep = FAMILIES[name].sweep(conv, variant, metric)
-            points = [((name, variant), p, costs(p.stages)) for p in sweep]
-            points = [p for p in points if p[2][first] < dense.costs[first]]
-            found += _thinned(_front(points, [first]), first, POINTS)
-    if timed is not None:
-        dense.costs["seconds"] = timed(conv.stages) * layer.times
-        for _, point, price in found:
-            price["seconds"] = timed(point.stages) * layer.times
-    found = [f for f in found if any(f[2][a] < dense.costs[a] for a in axes)]
+    swept: list[Candidate] = []
+    for group in candidates(pricing, families, metric):
+        cheaper = [c for c in group if c.amount(first) < dense.amount(first)]
+        swept += _thin(_front(cheaper, [first]), first, SWEPT)
+    if "seconds" in axes:
+        dense, swept = pricing.time(dense), [pricing.time(c) for c in swept]
+    swept = [c for c in swept if any(c.amount(a) < dense.amount(a) for a in axes)]
     n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
     heavy = conv.stages[0].weight.size * n > HEAVY
-    found = _thinned(_front(found, axes, SLACK), axes[0], KEPT // 2 if heavy else KEPT)
-    whole = fit.energy
-    scale = whole / 2 * layer.times * metric.unit if absolute else 1.0
-    fitted = [dense]
+    swept = _thin(_front(swept, axes, SLACK), axes[0], FITTED // 2 if heavy else FITTED)
+    fit = MetricFit(conv, metric)
+    scale = fit.energy / 2 * layer.times * metric.unit if absolute else 1.0
+    options = [dense]
     shared: dict[str, Prepared] = {}
-    for (name, variant), point, price in found:
-        assert point.start is not None
-        start = point.start()
-        key = f"{name} {variant}"
-        if key not in shared:
-            shared = {key: fit.prepare(start)}  # of one form at a time: they are large
+    for c in swept:
+        assert c.point.start is not None
+        start = c.point.start()
+        if c.name not in shared:
+            shared = {c.name: fit.prepare(start)}  # one variant at a time: they are large
         stages, error = fit.refine(
-            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[key]
+            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[c.name]
         )
-        fitted.append(
-            Option(
-                name,
-                variant,
-                point.rank,
-                scale * error**2,
-                error,
-                price,
-                stages,
-            )
-        )
-    return fitted
+        options.append(replace(c.with_stages(stages, error=error), loss=scale * error**2))
+    return options
 
 
-Found = tuple[tuple[str, str], SweepPoint, dict[str, float]]
-
-
-def _front(found: Sequence[Found], axes: Sequence[str], slack: float = 1.0) -> list[Found]:
-    """What nothing beats on all costs and, by more than the slack, on the error."""
+def _front(found: Sequence[Candidate], axes: Sequence[str], slack: float = 1.0) -> list[Candidate]:
+    """Return the Pareto front on all costs and the error, by the first cost, then the error."""
     if not found:
         return []
-    price = np.array([[f[2][a] for a in axes] for f in found])
-    error = np.array([f[1].error for f in found])
-    kept = []
-    for i, f in enumerate(found):
-        cheaper = (price <= price[i]).all(axis=1)
-        better = error * slack < error[i]
-        same = (price == price[i]).all(axis=1) & (error == error[i])
-        same[i:] = False
-        if not (cheaper & better).any() and not same.any():
-            kept.append(f)
-    return sorted(kept, key=lambda f: (f[2][axes[0]], f[1].error))
+    costs = [[c.amount(a) for a in axes] for c in found]
+    kept = [found[i] for i in pareto_front(costs, [c.error for c in found], slack)]
+    return sorted(kept, key=lambda c: (c.amount(axes[0]), c.error))
 
 
-def _thinned(found: Sequence[Found], axis: str, most: int) -> list[Found]:
-    """About so many, evenly spread in the logarithm of a cost; of those near one another the ones
-    with the least error, and the cheapest of all: budgets have to reach it."""
+def _thin(found: Sequence[Candidate], axis: str, most: int) -> list[Candidate]:
+    """Return about `most` candidates, evenly spread in the logarithm of a cost.
+
+    Of candidates close to one another the most accurate is kept, and the cheapest of all: budgets
+    have to reach it.
+    """
     if len(found) <= most:
         return list(found)
-    logs = np.log([f[2][axis] for f in found])
-    place = np.minimum(
-        ((logs - logs[0]) / (logs[-1] - logs[0] or 1.0) * most).astype(int), most - 1
-    )
-    best: dict[int, Found] = {}
-    for at, f in zip(place, found):
-        if at not in best or f[1].error < best[at][1].error:
-            best[int(at)] = f
+    logs = np.log([c.amount(axis) for c in found])
+    bins = np.minimum(((logs - logs[0]) / (logs[-1] - logs[0] or 1.0) * most).astype(int), most - 1)
+    best: dict[int, Candidate] = {}
+    for at, c in zip(bins, found):
+        if at not in best or c.error < best[at].error:
+            best[int(at)] = c
     kept = list(best.values())
     return kept if kept[0] is found[0] else [found[0], *kept]
-
-
-def timing(
-    layer: Layer, batch: int = 1, threads: int | None = None, runtime: str = "lowrank"
-) -> Callable[[Sequence[Stage]], float]:
-    """Predicted seconds of stages in the place of a layer, an example.
-
-    Parameters
-    ----------
-    layer : Layer
-        Whose input they get.
-    batch : int
-        Examples at a time.
-    threads : int, optional
-        All that OpenMP offers if not given.
-    runtime : str
-        As for :func:`lowrank.perfmodel.predict`.
-
-    Returns
-    -------
-    callable
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import lowrank
-    >>> from lowrank.compress import Layer
-    >>> from lowrank.compress.options import timing
-    >>> layer = Layer("conv", lowrank.dense(np.ones((8, 8, 3, 3))), (16, 16))
-    >>> timing(layer)(layer.conv.stages) > 0
-    True
-    """
-    here = perfmodel.current()
-    shape = layer.conv.input_shape(layer.input_size)
-
-    def timed(stages: Sequence[Stage]) -> float:
-        return here.of_stages(stages, shape, batch, threads, runtime).seconds / batch
-
-    return partial(timed)
-
-
-def total(options: Iterable[Option], axis: str) -> float:
-    """What options cost together.
-
-    Parameters
-    ----------
-    options : iterable of Option
-    axis : str
-        One of :data:`AXES`.
-
-    Returns
-    -------
-    float
-    """
-    return math.fsum(o.costs[axis] for o in options)

@@ -1,4 +1,4 @@
-"""A plan: what every layer is to become, as a table and as a JSON file that people can read."""
+"""The compression plan: one candidate per layer, as a table and as a readable JSON file."""
 
 from __future__ import annotations
 
@@ -6,104 +6,62 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from lowrank import io
-from lowrank._typing import Ints
 from lowrank.core import tables
+from lowrank.core.cost import AXES, Cost
+from lowrank.selection.candidates import Candidate
 
-VERSION = 1
-
-
-class Alternative(NamedTuple):
-    """One of the options that a layer had; its front is all of them.
-
-    Attributes
-    ----------
-    name : str
-        Family and variant.
-    rank : tuple of int
-    error : float
-        Relative, in the layer's metric.
-    macs : float
-        Multiply-adds of one example.
-    """
-
-    name: str
-    rank: Ints
-    error: float
-    macs: float
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What one layer is to become.
-
-    Attributes
-    ----------
-    family, variant, rank : str, str, tuple of int
-        ``"dense"`` for a layer that stays.
-    error : float
-        Relative, in the layer's metric.
-    loss : float
-        What it does to the network; see :func:`lowrank.compress.options`.
-    costs, dense : dict of str to float
-        Of one example, of the chain and of the layer as it came: ``"macs"``, ``"params"``,
-        ``"bytes"`` and, where times were asked for, ``"seconds"``.
-    """
-
-    family: str
-    variant: str
-    rank: Ints
-    error: float
-    loss: float
-    costs: dict[str, float]
-    dense: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """Family and variant."""
-        return " ".join(filter(None, (self.family, self.variant)))
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What every layer of a network is to become, and what that costs; prints itself as a table.
+class CompressionPlan:
+    """Candidate chosen for every layer of a network, and their total cost.
+
+    Prints itself as a table.
 
     Attributes
     ----------
-    layers : dict of str to Entry
-        In the order in which they run.
+    layers : dict of str to Candidate
+        Chosen candidates, in the order in which the layers run; dense for a layer that stays.
+        Costs are per example of the network.  Candidates of a plan that was just made carry their
+        fits; those of a plan read from a file do not.
+    dense : dict of str to Candidate
+        The layers as they came.
     limits : dict of str to float
-        What was asked for, in absolute amounts.
+        Budgets, as amounts.
     loss, gap : float
-        Of the choice; the gap is 0 where it is proven to be the best one.
+        Total loss, and its optimality gap; 0 if the choice is proven optimal.
     about : dict
-        How it was made: families, seed, whether gradients counted, batch, threads; ``"factored"``
-        has, by layer, how far the Kronecker product of its factors is from the second moment.
-    fronts : dict of str to tuple of Alternative
-        What each layer could have become, the layer as it came among them; nothing is fitted
-        by them, and they may be taken out.
+        Settings: families, seed, whether gradients were used, batch, threads, runtime;
+        ``"factored"`` has, per layer, the distance of the Kronecker-factored second moment.
+    alternatives : dict of str to tuple of Candidate
+        Pareto front of every layer, the dense layer first; for information, may be deleted.
 
     Examples
     --------
-    >>> from lowrank.compress import Entry, Plan
-    >>> cost = {"macs": 10.0, "params": 5.0, "bytes": 20.0}
-    >>> plan = Plan({"conv": Entry("dense", "", (), 0.0, 0.0, cost, cost)}, {}, 0.0, 0.0, {})
-    >>> Plan.from_json(plan.to_json()).layers == plan.layers
+    >>> from lowrank import Cost
+    >>> from lowrank.compress import CompressionPlan
+    >>> from lowrank.selection import Candidate
+    >>> dense = Candidate("dense", "", (), 0.0, 0.0, Cost(10, 5, 20, 20, 10), loss=0.0)
+    >>> plan = CompressionPlan({"conv": dense}, {"conv": dense}, {}, 0.0, 0.0, {})
+    >>> CompressionPlan.from_json(plan.to_json()).layers["conv"].cost == dense.cost
     True
     """
 
-    layers: dict[str, Entry]
+    layers: dict[str, Candidate]
+    dense: dict[str, Candidate]
     limits: dict[str, float]
     loss: float
     gap: float
     about: dict[str, Any]
-    fronts: dict[str, tuple[Alternative, ...]] = field(default_factory=dict)
+    alternatives: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
 
     def total(self, axis: str) -> tuple[float, float]:
-        """What the plan costs on one axis, and what the network costs as it came.
+        """Return the total cost on one axis, of the plan and of the network as it came.
 
         Parameters
         ----------
@@ -113,61 +71,58 @@ class Plan:
         Returns
         -------
         tuple of float
+            NaN for seconds that were not predicted.
         """
-        kept = [e for e in self.layers.values() if axis in e.costs]
-        return sum(e.costs[axis] for e in kept), sum(e.dense[axis] for e in kept)
+        return (
+            math.fsum(c.amount(axis) for c in self.layers.values()),
+            math.fsum(c.amount(axis) for c in self.dense.values()),
+        )
 
     @property
     def changed(self) -> list[str]:
-        """Layers that do not stay as they are."""
-        return [name for name, e in self.layers.items() if e.family != "dense"]
+        """Names of the layers that do not stay dense."""
+        return [name for name, c in self.layers.items() if not c.is_dense]
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether seconds were predicted."""
+        return not math.isnan(self.total("seconds")[1])
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table: a head, a row a layer, the total.
+        """Return the table: a head, one row per layer, the total.
 
         Returns
         -------
         list of tuple of str
         """
-        timed = any("seconds" in e.costs for e in self.layers.values())
-        rows: list[tuple[str, ...]] = [
-            ("layer", "becomes", "rank", "error", "macs", "of", "params", "of")
-            + (("predicted", "of") if timed else ())
-        ]
-        for name, e in self.layers.items():
-            rows.append(
-                (
-                    name,
-                    e.name,
-                    ",".join(map(str, e.rank)) or "-",
-                    f"{e.error:.4f}" if e.family != "dense" else "-",
-                    *_pair(e.costs, e.dense, "macs"),
-                    *_pair(e.costs, e.dense, "params"),
-                    *(_pair(e.costs, e.dense, "seconds") if timed else ()),
-                )
-            )
-        sums = {a: self.total(a) for a in ("macs", "params", "seconds")}
-        now, before = ({a: v[i] for a, v in sums.items()} for i in (0, 1))
-        rows.append(
-            (
-                "all", "", "", "", *_pair(now, before, "macs"), *_pair(now, before, "params"),
-                *(_pair(now, before, "seconds") if timed else ()),
-            )
-        )  # fmt: skip
-        return rows
+        axes = ["macs", "params", *(["seconds"] if self.is_timed else [])]
+        head = ["layer", "becomes", "rank", "error"]
+        for axis in axes:
+            head += ["predicted" if axis == "seconds" else axis, "of"]
+        rows = [tuple(head)]
+        for name, c in self.layers.items():
+            cells = [name, c.name, ",".join(map(str, c.rank)) or "-"]
+            cells.append("-" if c.is_dense else f"{c.error:.4f}")
+            for axis in axes:
+                cells += _cost_and_share(axis, c.amount(axis), self.dense[name].amount(axis))
+            rows.append(tuple(cells))
+        cells = ["all", "", "", ""]
+        for axis in axes:
+            cells += _cost_and_share(axis, *self.total(axis))
+        return [*rows, tuple(cells)]
 
     def title(self) -> str:
-        """What the table is of.
+        """Return the line above the table.
 
         Returns
         -------
         str
         """
-        asked = ", ".join(f"{a} <= {_said(a, v)}" for a, v in self.limits.items())
-        proof = "proven best" if self.gap < 1e-9 else f"within {self.gap:.2%} of the best"
+        budget = ", ".join(f"{a} <= {_format(a, v)}" for a, v in self.limits.items())
+        proof = "proven optimal" if self.gap < 1e-9 else f"within {self.gap:.2%} of the optimum"
         return (
-            f"{len(self.changed)} of {len(self.layers)} layers change; {asked or 'no limit'}; "
-            f"loss {self.loss:.4g}, {proof} of the options"
+            f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}; "
+            f"loss {self.loss:.4g}, {proof} over the options"
         )
 
     def __repr__(self) -> str:
@@ -177,44 +132,49 @@ class Plan:
         return tables.html_table(self.rows(), [self.title(), *self.notes()])
 
     def notes(self) -> list[str]:
-        """What is to be said below the table.
+        """Return the lines below the table.
 
         Returns
         -------
         list of str
         """
-        said = []
+        notes = []
         for axis, limit in self.limits.items():
             if self.total(axis)[0] > limit * (1 + 1e-9):
-                over = _said(axis, limit)
-                said.append(f"over its limit of {over} {axis}: the plan has been edited")
+                notes.append(
+                    f"over its limit of {_format(axis, limit)} {axis}: the plan was edited"
+                )
         if self.about.get("calibrated") and not self.about.get("gradients"):
-            said.append(
-                "errors count relative to each layer's output: there is no gradient for every layer"
+            notes.append(
+                "losses are relative to each layer's output: not every layer has a gradient"
             )
-        off = sorted(self.about.get("factored", {}).values())
-        if off:
-            said.append(
-                f"second moments are {off[0]:.0%} to {off[-1]:.0%} away from a product of factors "
-                "for channels and axes; errors are in the full ones"
+        distances = sorted(self.about.get("factored", {}).values())
+        if distances:
+            notes.append(
+                f"second moments are {distances[0]:.0%} to {distances[-1]:.0%} away from a "
+                "Kronecker product of channel and tap factors; errors are in the full moments"
             )
         if self.about.get("wide"):
-            said.append(
-                f"of {', '.join(self.about['wide'])} only such factors are kept: too wide for more"
+            notes.append(
+                f"too wide for full second moments, only factors kept: "
+                f"{', '.join(self.about['wide'])}"
             )
-        return said
+        return notes
 
     def to_json(self) -> str:
-        """As text, a line a layer, and a line for each of its alternatives.
+        """Return the plan as JSON text, one line per layer and per alternative.
 
         Returns
         -------
         str
         """
-        entries = [f"{_text(name)}: {_text(asdict(e))}" for name, e in self.layers.items()]
+        entries = [
+            f"{_text(name)}: {_text(_as_dict(c) | {'dense': _as_dict(self.dense[name])})}"
+            for name, c in self.layers.items()
+        ]
         fronts = [
-            f"{_text(name)}: [{_lines(map(_text, front), 3)}]"
-            for name, front in self.fronts.items()
+            f"{_text(name)}: [{_lines((_text(_as_dict(c)) for c in front), 3)}]"
+            for name, front in self.alternatives.items()
         ]
         whole = {
             "version": _text(VERSION),
@@ -223,63 +183,82 @@ class Plan:
             "gap": _text(self.gap),
             "about": _text(self.about),
             "layers": f"{{{_lines(entries, 2)}}}",
-            "fronts": f"{{{_lines(fronts, 2)}}}",
+            "alternatives": f"{{{_lines(fronts, 2)}}}",
         }
         return f"{{{_lines((f'{_text(k)}: {v}' for k, v in whole.items()), 1)}}}"
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """From what :meth:`to_json` gave; a layer may be edited by hand.
+    def from_json(cls, text: str) -> CompressionPlan:
+        """Read what :meth:`to_json` returned; layers may have been edited by hand.
 
         Parameters
         ----------
         text : str
+            JSON text.
 
         Returns
         -------
-        Plan
+        CompressionPlan
 
         Raises
         ------
         ValueError
-            If it is no plan.
+            If the text is not a plan.
         """
         try:
             read = json.loads(text)
             if read["version"] != VERSION:
-                raise ValueError(f"a plan of version {read['version']}, not {VERSION}")
-            layers = {
-                str(name): Entry(
-                    str(e["family"]), str(e["variant"]), tuple(_whole(r) for r in e["rank"]),
-                    float(e["error"]), float(e["loss"]), _numbers(e["costs"]), _numbers(e["dense"]),
-                )
-                for name, e in read["layers"].items()
-            }  # fmt: skip
-            limits, about = _numbers(read["limits"]), dict(read["about"])
-            fronts = {
-                str(name): tuple(
-                    Alternative(str(n), tuple(int(r) for r in rank), float(error), float(macs))
-                    for n, rank, error, macs in front
-                )
-                for name, front in dict(read.get("fronts", {})).items()
+                raise ValueError(f"version must be {VERSION}, got {read['version']}")
+            layers = {str(name): _candidate(e) for name, e in read["layers"].items()}
+            dense = {str(name): _candidate(e["dense"]) for name, e in read["layers"].items()}
+            limits = {str(a): _finite(v) for a, v in read["limits"].items()}
+            alternatives = {
+                str(name): tuple(map(_candidate, front))
+                for name, front in dict(read.get("alternatives", {})).items()
             }
-            return cls(layers, limits, float(read["loss"]), float(read["gap"]), about, fronts)
+            loss, gap, about = float(read["loss"]), float(read["gap"]), dict(read["about"])
+            return cls(layers, dense, limits, loss, gap, about, alternatives)
         except json.JSONDecodeError as why:
-            raise ValueError(f"not a plan: no JSON, {why}") from None
+            raise ValueError(f"not a plan: not JSON, {why}") from None
         except KeyError as why:
-            raise ValueError(f"not a plan: there is no {why}") from None
+            raise ValueError(f"not a plan: {why} is missing") from None
         except (TypeError, AttributeError, ValueError, OverflowError, RecursionError) as why:
             raise ValueError(f"not a plan: {why}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON.
+        """Write the plan as JSON.
 
         Parameters
         ----------
         path : path
+            File to write; an existing one is replaced.
         """
         with io.atomic_write(path) as part:
             part.write_text(self.to_json() + "\n", "utf-8")
+
+
+def _as_dict(c: Candidate) -> dict[str, Any]:
+    """Return a candidate as plain values, without what is not known."""
+    values = {
+        "family": c.family, "variant": c.variant, "rank": list(c.rank), "error": c.error,
+        "bound": c.bound, "loss": c.loss, "seconds": c.seconds, "itemsize": c.itemsize,
+        **{axis: getattr(c.cost, axis) for axis in AXES},
+    }  # fmt: skip
+    return {k: v for k, v in values.items() if v == v and v != math.inf}
+
+
+def _candidate(e: Mapping[str, Any]) -> Candidate:
+    return Candidate(
+        str(e["family"]),
+        str(e["variant"]),
+        tuple(_integer("rank", r) for r in e["rank"]),
+        _finite(e["error"]),
+        _finite(e["bound"]),
+        Cost(**{axis: _integer(axis, e[axis]) for axis in AXES}),
+        itemsize=_integer("itemsize", e["itemsize"]),
+        seconds=_finite(e["seconds"]) if "seconds" in e else math.nan,
+        loss=_finite(e["loss"]) if "loss" in e else math.inf,
+    )
 
 
 def _text(value: Any) -> str:
@@ -287,30 +266,28 @@ def _text(value: Any) -> str:
 
 
 def _lines(parts: Iterable[str], indent: int) -> str:
-    """Members of an object or a list, each on a line of its own."""
+    """Put the members of an object or a list on lines of their own."""
     pad = "\n" + " " * indent
     body = f",{pad}".join(parts)
     return f"{pad}{body}{pad[:-1]}" if body else ""
 
 
-def _numbers(given: Mapping[str, Any]) -> dict[str, float]:
-    """Costs or limits; finite ones, since no sum could be made of others."""
-    found = {str(k): float(v) for k, v in given.items()}
-    if not all(map(math.isfinite, found.values())):
-        raise ValueError(f"{found} are not all finite numbers")
-    return found
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"costs, errors and limits must be finite, got {value!r}")
+    return number
 
 
-def _said(axis: str, amount: float) -> str:
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _format(axis: str, amount: float) -> str:
     return tables.format_seconds(amount) if axis == "seconds" else tables.format_count(amount)
 
 
-def _pair(now: Mapping[str, float], before: Mapping[str, float], axis: str) -> tuple[str, str]:
-    whole = before[axis]
-    return _said(axis, now[axis]), f"{now[axis] / whole:.0%}" if whole else "-"
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"a rank must be a whole number, got {value!r}")
-    return int(value)
+def _cost_and_share(axis: str, cost: float, dense: float) -> list[str]:
+    return [_format(axis, cost), f"{cost / dense:.0%}" if dense else "-"]

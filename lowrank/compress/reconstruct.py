@@ -1,4 +1,4 @@
-"""Layer by layer: each fitted on what the compressed network gives it, against the original."""
+"""Fits of single layers on their inputs in the compressed model, against the original outputs."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from dataclasses import replace
 import numpy as np
 
 from lowrank._typing import Array
-from lowrank.compress.model import Layer, Net, Samples
-from lowrank.compress.options import Option
+from lowrank.compress.model import CompressibleModel, Layer, Samples
+from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
-from lowrank.families.weighted import MetricFit
+from lowrank.families.weighted import COARSE, POLISH, MetricFit
 from lowrank.metric import Metric, Moments, unroll
-
-COARSE = 0.01  # relative error above which single precision tells fits apart
-POLISH = 2  # sweeps in double precision behind it
+from lowrank.selection.candidates import Candidate
 
 
 class Originals:
-    """What layers get in the original network: kept, as far as memory is given for it.
+    """Inputs of layers in the original model, kept as far as the memory limit allows.
 
     Parameters
     ----------
-    net : Net
-        With calibration data.
+    model : CompressibleModel
+        Trained model with calibration data.
     names : sequence of str
-        Layers.
+        Names of layers.
     memory : int
-        Bytes that may be held; layers whose inputs take the most are run for again.
+        Largest number of bytes kept; the layers with the largest inputs are run again.
     """
 
-    def __init__(self, net: Net, names: Sequence[str], memory: int = 1 << 29) -> None:
-        self.net = net
+    def __init__(
+        self, model: CompressibleModel, names: Sequence[str], memory: int = 1 << 29
+    ) -> None:
+        self.model = model
         self._kept: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
-        for batch in net.inputs(names, {}) if names else ():
+        for batch in model.inputs(names, {}) if names else ():
             for name, kept in self._kept.items():
                 kept.append(batch[name])
             while (held := {k: _bytes(v) for k, v in self._kept.items()}) and (
@@ -46,11 +46,12 @@ class Originals:
                 del self._kept[max(held, key=held.__getitem__)]
 
     def of(self, name: str) -> Iterator[Samples]:
-        """A layer's inputs, a batch at a time.
+        """Yield the inputs of a layer, one batch at a time.
 
         Parameters
         ----------
         name : str
+            Name of the layer.
 
         Yields
         ------
@@ -58,7 +59,7 @@ class Originals:
         """
         if name in self._kept:
             return ({name: arrays} for arrays in self._kept[name])
-        return self.net.inputs([name], {})
+        return self.model.inputs([name], {})
 
 
 def _bytes(kept: list[tuple[Array, ...]]) -> int:
@@ -66,7 +67,7 @@ def _bytes(kept: list[tuple[Array, ...]]) -> int:
 
 
 def moments(
-    net: Net,
+    model: CompressibleModel,
     names: list[str],
     chains: Mapping[str, Factorization] | None = None,
     *,
@@ -75,22 +76,22 @@ def moments(
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Moments]:
-    """Second moments of what layers get, of all in one pass.
+    """Return the second moments of the inputs of layers, of all in one pass.
 
     Parameters
     ----------
-    net : Net
-        With calibration data.
+    model : CompressibleModel
+        Trained model with calibration data.
     names : list of str
-        Layers.
+        Names of layers.
     chains : mapping of str to Factorization, optional
-        What stands in for layers already; moments are then paired with those of the original.
+        Chains that already replace layers; moments are then paired with the original inputs.
     originals : Originals, optional
-        Where those of a single layer come from, if not from a run.
+        Original inputs of a single layer; from a run of the model if not given.
     centred : bool
-        Whether a bias is free to make up for means.
+        Whether means are subtracted, because a bias makes up for them.
     seed : int
-        For the choice of outputs in large batches.
+        Seed of the choice of output positions in large batches.
     progress : callable, optional
         Called with the share that is done.
 
@@ -98,7 +99,7 @@ def moments(
     -------
     dict of str to Moments
     """
-    layers = {layer.name: layer for layer in net.layers}
+    layers = {layer.name: layer for layer in model.layers}
     found = {
         name: Moments(
             layers[name].conv,
@@ -110,32 +111,32 @@ def moments(
     }
     pairs: Iterator[tuple[Samples, Samples | None]]
     if chains is None:
-        pairs = ((batch, None) for batch in net.inputs(names, {}))
+        pairs = ((batch, None) for batch in model.inputs(names, {}))
     else:
-        original = net.inputs(names, {}) if originals is None else originals.of(*names)
-        pairs = zip(net.inputs(names, chains), original, strict=True)
+        original = model.inputs(names, {}) if originals is None else originals.of(*names)
+        pairs = zip(model.inputs(names, chains), original, strict=True)
     for i, (batch, before) in enumerate(pairs):
         for name in names:
             first = batch[name] if before is None else before[name]
             for x, x0 in zip(batch[name], first, strict=True):
-                with named(name):
+                with naming(name):
                     found[name].add(x, None if before is None else x0)
         if progress is not None:
-            progress((i + 1) / max(net.batches, 1))
+            progress((i + 1) / max(model.batches, 1))
     return found
 
 
 @contextmanager
-def named(layer: str) -> Iterator[None]:
-    """Errors in here say which layer they are about."""
+def naming(layer: str) -> Iterator[None]:
+    """Name the layer in the message of a ValueError."""
     try:
         yield
     except ValueError as why:
         raise ValueError(f"layer {layer!r}: {why}") from why
 
 
-def gains(layer: Layer) -> Array | None:
-    """Weights of a layer's outputs: the squared gains of the norm behind it, if there is one.
+def gain_moment(layer: Layer) -> Array | None:
+    """Return the weights of a layer's outputs: the squared gains of the batch norm behind it.
 
     Parameters
     ----------
@@ -152,57 +153,67 @@ def gains(layer: Layer) -> Array | None:
     return np.asarray(squares[:, :, None] * np.eye(squares.shape[1]))
 
 
-def fitted(
-    layer: Layer, option: Option, metric: Metric, *, sweeps: int = 30, bias: bool = True
+def fit(
+    layer: Layer,
+    candidate: Candidate,
+    start: Sequence[Stage],
+    metric: Metric,
+    *,
+    sweeps: int = 30,
+    bias: bool = True,
 ) -> Factorization:
-    """An option with its weights, and a bias, fitted in a metric.
+    """Fit the weights of a candidate, and a bias, in a metric.
 
     Parameters
     ----------
     layer : Layer
-        That is replaced.
-    option : Option
-        Its form; its weights are the start.
+        Layer that is replaced.
+    candidate : Candidate
+        Family, variant and rank of the chain.
+    start : sequence of Stage
+        Chain to start from.
     metric : Metric
-        With a target, if inputs are not those of the original.
+        Metric of the inputs; with a target if they are not those of the original.
     sweeps : int
-        Of alternation, at the most.
+        Largest number of alternating sweeps.
     bias : bool
-        Whether means are made up for.
+        Whether a bias makes up for the error of the mean output.
 
     Returns
     -------
     Factorization
     """
     conv = layer.conv
-    if option.family == "dense":
-        target = metric.target
-        stages = option.stages
-        if target is not None:
-            weight = target.swapaxes(1, 2) if conv.transposed else target
-            weight = np.ascontiguousarray(weight).reshape(conv.stages[0].weight.shape)
-            stages = (replace(conv.stages[0], weight=weight.astype(conv.dtype)),)
-    else:
-        fit = MetricFit(conv, metric)
-        # Single precision takes half the time, and is not what limits a fit of such an error.
-        stages, error = fit.refine(option.stages, sweeps, dtype=np.float32)
-        stages, _ = fit.refine(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
-    f = replace(conv, stages=stages, family=option.family, variant=option.variant, rank=option.rank)
+    stages = tuple(start)
+    if not candidate.is_dense:
+        metric_fit = MetricFit(conv, metric)
+        # float32 takes half the time and is accurate enough for an error above COARSE.
+        stages, error = metric_fit.refine(stages, sweeps, dtype=np.float32)
+        stages, _ = metric_fit.refine(stages, min(sweeps, POLISH) if error > COARSE else sweeps)
+    elif metric.target is not None:
+        target = metric.target.swapaxes(1, 2) if conv.transposed else metric.target
+        weight = np.ascontiguousarray(target).reshape(conv.stages[0].weight.shape)
+        stages = (replace(conv.stages[0], weight=weight.astype(conv.dtype)),)
+    f = replace(
+        conv, stages=stages, family=candidate.family, variant=candidate.variant,
+        rank=candidate.rank,
+    )  # fmt: skip
     if bias and metric.mean is not None and metric.original_mean is not None:
         f = replace(f, bias=corrected_bias(conv, f, metric))
     return f
 
 
 def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
-    """Relative error of a layer's outputs against those of the original, means made up for.
+    """Return the relative error of a layer's outputs against the original ones, without means.
 
     Parameters
     ----------
     layer : Layer
+        Layer that is replaced.
     f : Factorization
-        What stands in for it.
+        Chain in its place.
     metric : Metric
-        Of what it gets; with a target, against what the original got.
+        Metric of its inputs; with a target if they are not those of the original.
 
     Returns
     -------
@@ -212,7 +223,7 @@ def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
     if metric.target is None or metric.output_power is None:
         missed, whole = metric.energy(v - w), metric.energy(w)
     else:
-        # What no kernel can make of these inputs comes on top.
+        # Add what no kernel can reach from these inputs.
         g = np.eye(v.shape[1])[None] if metric.gradient_moment is None else metric.gradient_moment
         whole = float((g * metric.output_power).sum())
         least = max(whole - metric.energy(metric.target), 0.0)
@@ -221,7 +232,7 @@ def output_error(layer: Layer, f: Factorization, metric: Metric) -> float:
 
 
 def corrected_bias(conv: Factorization, f: Factorization, metric: Metric) -> Array:
-    """The bias with which mean outputs are those of the original."""
+    """Return the bias for which mean outputs equal the original ones."""
     w, v = unroll(conv), unroll(conv, f.to_dense())
     assert metric.mean is not None
     assert metric.original_mean is not None

@@ -1,4 +1,4 @@
-"""What the layers of a network get, and what their outputs do: measured once, for any budget."""
+"""Layer statistics: the metric of every layer on the calibration data, computed once."""
 
 from __future__ import annotations
 
@@ -6,53 +6,55 @@ import math
 from collections.abc import Callable, Sequence
 
 from lowrank.compress import reconstruct
-from lowrank.compress.model import Layer, Net
+from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.metric import Metric, Moments, white
 
-MEMORY = 1 << 30  # bytes of second moments that are held at a time, before a further pass
+MEMORY = 1 << 30  # bytes of second moments per pass over the data
 
 Progress = Callable[[str, float], object]
 
 
-class Measured:
-    """Metrics of the layers of a network on its calibration data, each measured once.
+class LayerStatistics:
+    """Metrics of the layers of a model on its calibration data, each computed once.
 
-    Plans of several budgets for one network can share it.
+    Plans of several budgets for one model can share them.
 
     Parameters
     ----------
-    net : Net
-        With calibration data, or without: then metrics are those of white noise.
+    model : CompressibleModel
+        Trained model; without calibration data, metrics are those of white noise.
     gradients : bool
-        Whether outputs are weighed by what they do to those of the network, where it can be
+        Whether outputs are weighted by the gradient of the loss, where the model can be
         differentiated.
     seed : int
-        For every random choice.
+        Seed of every random choice.
 
     Examples
     --------
-    >>> from lowrank import demo, compress
+    >>> from lowrank import compress, demo
     >>> from lowrank.interop.weights import WeightsModel
-    >>> net = WeightsModel(demo.WEIGHTS)
-    >>> measured = compress.Measured(net)
-    >>> half, third = (compress.make_plan(net, macs=m, measured=measured) for m in (1 / 2, 1 / 3))
+    >>> model = WeightsModel(demo.WEIGHTS)
+    >>> statistics = compress.LayerStatistics(model)
+    >>> half, third = (
+    ...     compress.make_plan(model, macs=m, statistics=statistics) for m in (1 / 2, 1 / 3)
+    ... )
     >>> half.loss <= third.loss
     True
     """
 
-    def __init__(self, net: Net, *, gradients: bool = True, seed: int = 0) -> None:
-        self.net, self.gradients, self.seed = net, gradients, seed
-        self._found: dict[str, Metric] = {}
+    def __init__(self, model: CompressibleModel, *, gradients: bool = True, seed: int = 0) -> None:
+        self.model, self.gradients, self.seed = model, gradients, seed
+        self._metrics: dict[str, Metric] = {}
 
-    def of(
+    def metrics(
         self, layers: Sequence[Layer], progress: Progress | None = None
     ) -> tuple[dict[str, Metric], bool]:
-        """Metrics of these layers.
+        """Return the metrics of some layers.
 
         Parameters
         ----------
         layers : sequence of Layer
-            Of the network.
+            Layers of the model.
         progress : callable, optional
             Called with ``"moments"`` and the share of layers that is done.
 
@@ -61,48 +63,52 @@ class Measured:
         metrics : dict of str to Metric
             By layer.
         absolute : bool
-            Whether all layers so far weigh outputs by gradients of one loss, so that their errors
-            are in one unit.  Where one cannot, gains of batch norms weigh those of all.
+            Whether all layers so far weight outputs by gradients of one loss, so that their losses
+            are in one unit.  If one layer cannot, batch-norm gains weight the outputs of all.
 
         Raises
         ------
         ValueError
-            If a layer gets or gives what is not finite.
+            If an input or output of a layer is not finite.
         """
-        if not self.net.batches:
+        if not self.model.batches:
             return {x.name: white_metric(x) for x in layers}, False
-        missing = [x for x in layers if x.name not in self._found]
+        missing = [x for x in layers if x.name not in self._metrics]
         done = 0
-        for part in _parts(missing):
+        for part in _split_by_memory(missing):
             names = [x.name for x in part]
 
-            def said(share: float, done: int = done, many: int = len(part)) -> None:
+            def report(share: float, done: int = done, many: int = len(part)) -> None:
                 if progress is not None:
                     progress("moments", (done + share * many) / len(missing))
 
-            moments = reconstruct.moments(self.net, names, seed=self.seed, progress=said)
+            moments = reconstruct.moments(self.model, names, seed=self.seed, progress=report)
             if self.gradients:
-                for sample in self.net.gradients(names, self.seed) or ():
+                for sample in self.model.gradients(names, self.seed) or ():
                     for name in names:
                         for g in sample.get(name, ()):
-                            with reconstruct.named(name):
+                            with reconstruct.naming(name):
                                 moments[name].add_gradients(g)
-            self._found |= {name: moments[name].metric() for name in names}
+            self._metrics |= {name: moments[name].metric() for name in names}
             done += len(part)
-        found = {x.name: self._found[x.name] for x in layers}
-        # Where a layer has no gradient, losses would not be in one unit: then nobody's count.
-        absolute = all(m.gradient_moment is not None for m in self._found.values())
+        metrics = {x.name: self._metrics[x.name] for x in layers}
+        # Ignore gradients unless every layer has them: the losses would not be comparable.
+        absolute = all(m.gradient_moment is not None for m in self._metrics.values())
         if not absolute:
-            found = {x.name: found[x.name].with_gradient_moment(reconstruct.gains(x)) for x in layers}
-        return found, absolute
+            metrics = {
+                x.name: metrics[x.name].with_gradient_moment(reconstruct.gain_moment(x))
+                for x in layers
+            }
+        return metrics, absolute
 
 
 def white_metric(layer: Layer) -> Metric:
-    """Nothing is known of the inputs; of the outputs, the gain of a batch norm.
+    """Return the metric of white-noise inputs, outputs weighted by the gains of a batch norm.
 
     Parameters
     ----------
     layer : Layer
+        Layer of a model.
 
     Returns
     -------
@@ -114,17 +120,18 @@ def white_metric(layer: Layer) -> Metric:
     >>> import lowrank
     >>> from lowrank.compress import Layer
     >>> from lowrank.compress.statistics import white_metric
-    >>> white_metric(Layer("conv", lowrank.dense(np.ones((8, 4, 3, 3))), (16, 16))).channels.shape
+    >>> layer = Layer("conv", lowrank.dense(np.ones((8, 4, 3, 3))), (16, 16))
+    >>> white_metric(layer).channel_factor.shape
     (1, 4, 4)
     """
     weight, conv = layer.conv.stages[0].weight, layer.conv
     ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
     metric = white(conv.groups, (ins, *weight.shape[2:]))
-    return metric.with_gradient_moment(reconstruct.gains(layer))
+    return metric.with_gradient_moment(reconstruct.gain_moment(layer))
 
 
-def _parts(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Layers whose second moments fit into memory together."""
+def _split_by_memory(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Split layers into runs whose second moments fit into memory together."""
     parts: list[list[Layer]] = []
     used = math.inf
     for layer in layers:

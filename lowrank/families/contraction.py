@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from opt_einsum import contract_path
 
 from lowrank._typing import Array
 from lowrank.core.tensor_network import TensorNetwork
@@ -79,17 +79,11 @@ class Contraction:
 
 
 def _plan(names: Sequence[str], out: str, arrays: Sequence[Array]) -> list[tuple[int, int, str]]:
-    """Return the pairs to contract and the modes of each product, by NumPy's greedy search."""
-    # einsum takes ASCII letters alone, and there are fewer than 52 modes in a contraction.
-    letters = dict(zip(sorted(set("".join((*names, out)))), string.ascii_letters))
-    text = [[letters[m] for m in name] for name in (*names, out)]
-    *inputs, result = ("".join(t) for t in text)
-    shapes = [np.broadcast_to(0.0, a.shape) for a in arrays]
-    # The default limits products to the size of the largest operand.
-    greedy = ("greedy", 2**62)
-    _, *pairs = np.einsum_path(f"{','.join(inputs)}->{result}", *shapes, optimize=greedy)[0]
+    """Return the pairs to contract and the modes of each product, by opt_einsum's greedy search."""
+    shapes = [a.shape for a in arrays]
+    pairs, _ = contract_path(f"{','.join(names)}->{out}", *shapes, shapes=True, optimize="greedy")
     left, path = list(names), []
-    for i, j in pairs:
+    for i, j in map(sorted, pairs):
         rest = set(out).union(*(m for at, m in enumerate(left) if at not in (i, j)))
         modes = "".join(m for m in dict.fromkeys(left[i] + left[j]) if m in rest)
         path.append((i, j, modes if len(left) > 2 else out))

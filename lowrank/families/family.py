@@ -119,6 +119,7 @@ class Family:
         rank: int | Sequence[int],
         variant: str | None = None,
         metric: Metric | None = None,
+        refine: bool = True,
     ) -> Factorization:
         """Fit the chain of one rank.
 
@@ -132,6 +133,8 @@ class Family:
             One of ``variants(conv)``; the first if not given.
         metric : Metric, optional
             Second moments that weight the error; the Frobenius norm if not given.
+        refine : bool
+            Whether the closed-form fit in the metric is refined by alternating least squares.
 
         Returns
         -------
@@ -163,4 +166,4 @@ class Family:
         """
         if metric is None:
             return self.fit_white(conv, rank, variant)  # type: ignore[arg-type]
-        return weighted.fit(self.fit_white, conv, rank, variant, metric)
+        return weighted.fit(self.fit_white, conv, rank, variant, metric, refine)

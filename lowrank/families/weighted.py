@@ -62,13 +62,15 @@ def fit(
     rank: int | Sequence[int],
     variant: str | None,
     metric: Metric,
+    refine: bool = True,
 ) -> Factorization:
     """Fit one rank of a family in a metric; see :meth:`Family.fit`."""
     fit = MetricFit(conv, metric)
     thin = fit_white(_zero_kernel(conv), rank, variant)
     whitening = whiten(tensor_network(thin.stages), conv, metric)
     start = fit_white(fit.whitened(whitening), rank, variant)
-    stages = fit.refine_start(partial(fit.unwhiten, lambda: start.stages, whitening))
+    closed_form = partial(fit.unwhiten, lambda: start.stages, whitening)
+    stages = fit.refine_start(closed_form) if refine else closed_form()
     return replace(conv, stages=stages, family=start.family, variant=start.variant, rank=start.rank)
 
 

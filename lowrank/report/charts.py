@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from lowrank._typing import Array
-from lowrank.compress.plan import Alternative
 from lowrank.core.tables import thinned
+from lowrank.selection.candidates import Candidate
 
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 38, 20, 10, 38  # around the plot
@@ -20,12 +20,12 @@ Place = Callable[[float], float]
 Said = Callable[[float], str]
 
 
-def front(options: Sequence[Alternative], macs: float, chosen: tuple[float, float]) -> str:
+def front(options: Sequence[Candidate], macs: float, chosen: tuple[float, float]) -> str:
     """Error against multiply-adds of what a layer could have become.
 
     Parameters
     ----------
-    options : sequence of Alternative
+    options : sequence of Candidate
         The layer as it came among them.
     macs : float
         Of the layer as it came.
@@ -39,13 +39,16 @@ def front(options: Sequence[Alternative], macs: float, chosen: tuple[float, floa
 
     Examples
     --------
-    >>> from lowrank.compress.plan import Alternative
+    >>> from lowrank import Cost
     >>> from lowrank.report.charts import front
-    >>> options = [Alternative("dense", (), 0.0, 8.0), Alternative("spatial_svd", (1,), 0.5, 2.0)]
+    >>> from lowrank.selection import Candidate
+    >>> dense = Candidate("dense", "", (), 0.0, 0.0, Cost(8, 0, 0, 0, 0))
+    >>> thin = Candidate("spatial_svd", "h-w", (1,), 0.5, 0.5, Cost(2, 0, 0, 0, 0))
+    >>> options = [dense, thin]
     >>> front(options, 8.0, (0.5, 2.0)).count("<circle")
     3
     """
-    shares = [max(o.macs / macs, 1e-9) for o in options] or [1.0]
+    shares = [max(o.cost.macs / macs, 1e-9) for o in options] or [1.0]
     low, high = min(0.1, *shares), max(1.0, *shares)  # what saves parameters may take more work
     decades = math.log10(high / low)
     top = max(0.1, *(o.error for o in options)) if options else 1.0
@@ -59,15 +62,15 @@ def front(options: Sequence[Alternative], macs: float, chosen: tuple[float, floa
     parts += _under(ticks, lambda v: at(v, 0)[0], lambda v: f"{100 * v:g}%")
     parts.append(_axis_title("multiply-adds, share of the layer's"))
     best, steps = math.inf, []
-    for o in sorted(options, key=lambda o: (o.macs, o.error)):
+    for o in sorted(options, key=lambda o: (o.cost.macs, o.error)):
         if o.error < best:
-            steps.append(at(o.macs / macs, o.error))
+            steps.append(at(o.cost.macs / macs, o.error))
             best = o.error
     parts.append(_line(steps, "front"))
     for o in options:
-        x, y = at(o.macs / macs, o.error)
+        x, y = at(o.cost.macs / macs, o.error)
         rank = f" of rank {','.join(map(str, o.rank))}" if o.rank else ""
-        said = f"{o.name}{rank}: error {o.error:.4f}, {o.macs / macs:.1%} of the multiply-adds"
+        said = f"{o.name}{rank}: error {o.error:.4f}, {o.cost.macs / macs:.1%} of the multiply-adds"
         parts.append(
             f'<circle class="option" cx="{x:.1f}" cy="{y:.1f}" r="3">'
             f"<title>{escape(said)}</title></circle>"

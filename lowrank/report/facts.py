@@ -14,11 +14,10 @@ import numpy as np
 from lowrank import perfmodel
 from lowrank._typing import Array
 from lowrank.certify import certificate
-from lowrank.compress import Compressed, CompressibleModel, Layer, Plan
-from lowrank.compress.options import timing
-from lowrank.compress.plan import Alternative
+from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Layer
 from lowrank.core import chain_algebra
 from lowrank.factorization import Factorization
+from lowrank.selection.candidates import Candidate, Pricing
 
 ROUNDS = 15  # of runs that take turns, at the most
 SECONDS = 0.3  # for the runs of a layer, beyond the first of each
@@ -54,7 +53,7 @@ class LayerFacts:
         Of one example: ``"macs"``, ``"params"``, ``"bytes"`` of weights, predicted ``"seconds"``.
     measured : tuple of float or None
         Seconds of one example before and after, on lowrank's engine.
-    front : tuple of Alternative
+    front : tuple of Candidate
         What it could have become.
     spectra : dict of str to ndarray
         Singular values of unfoldings of its kernel, over the largest; groups together.
@@ -72,7 +71,7 @@ class LayerFacts:
     before: dict[str, float]
     after: dict[str, float]
     measured: tuple[float, float] | None
-    front: tuple[Alternative, ...]
+    front: tuple[Candidate, ...]
     spectra: dict[str, Array]
 
     @property
@@ -102,7 +101,7 @@ class Facts:
     ----------
     name : str
         Of the network.
-    plan : Plan
+    plan : CompressionPlan
     layers : tuple of LayerFacts
         Those that count in the plan, in the order in which they run.
     examples, batches : int
@@ -118,7 +117,7 @@ class Facts:
     """
 
     name: str
-    plan: Plan
+    plan: CompressionPlan
     layers: tuple[LayerFacts, ...]
     examples: int
     batches: int
@@ -205,7 +204,7 @@ class Facts:
 
 def gather(
     net: CompressibleModel,
-    small: Compressed,
+    small: CompressedLayers,
     name: str = "network",
     *,
     batch: int = 1,
@@ -221,7 +220,7 @@ def gather(
     ----------
     net : CompressibleModel
         The original.
-    small : Compressed
+    small : CompressedLayers
         From :func:`lowrank.compress.pipeline`.
     name : str
         Of the network.
@@ -270,12 +269,11 @@ def gather(
 
 
 def _layer(
-    layer: Layer, f: Factorization | None, plan: Plan, errors: Mapping[str, float], batch: int,
+    layer: Layer, f: Factorization | None, plan: CompressionPlan, errors: Mapping[str, float], batch: int,
     threads: int | None, measured: bool,
 ) -> LayerFacts:  # fmt: skip
     conv, entry = layer.conv, plan.layers[layer.name]
-    clock = timing(layer, batch, threads)
-    before, after = (_costs(layer, g, clock) for g in (conv, f or conv))
+    before, after = (_costs(layer, g, batch, threads) for g in (conv, f or conv))
     kernel_error = bound = None
     becomes = entry.name
     if f is not None and f.family == "dense":
@@ -296,26 +294,23 @@ def _layer(
         chain=_shapes(f or conv),
         becomes=becomes,
         rank=() if f is None else f.rank,
-        planned=None if entry.family == "dense" else entry.error,
+        planned=None if entry.is_dense else entry.error,
         fitted=None if f is None else errors.get(layer.name),
         kernel_error=kernel_error,
         kernel_bound=bound,
         before=before,
         after=after,
         measured=times,
-        front=plan.fronts.get(layer.name, ()),
+        front=plan.alternatives.get(layer.name, ()),
         spectra=spectra(conv),
     )
 
 
-def _costs(layer: Layer, f: Factorization, clock: Callable[..., float]) -> dict[str, float]:
-    cost = f.cost(layer.input_size)
-    return {
-        "macs": float(cost.macs * layer.times),
-        "params": float(f.params),
-        "bytes": float(f.params * f.dtype.itemsize),
-        "seconds": clock(f.stages) * layer.times,
-    }
+def _costs(layer: Layer, f: Factorization, batch: int, threads: int | None) -> dict[str, float]:
+    """Return the costs of a chain in the place of a layer, per example."""
+    pricing = Pricing(f, layer.input_size, batch, threads, times=layer.times, per_example=True)
+    c = pricing.time(pricing.dense)
+    return {axis: c.amount(axis) for axis in ("macs", "params", "bytes", "seconds")}
 
 
 def _measured(

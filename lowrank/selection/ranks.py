@@ -296,7 +296,9 @@ def energy(conv: Factorization, family: str, share: float, variant: str | None =
     _check_share("share", share)
     spectra = _spectra("energy", conv, family, variant)
     limit = math.sqrt(1 - share) + _rounding(conv)
-    return tuple(max(1, int(np.argmax(chain_algebra.tail_norms(s.values) <= limit))) for s in spectra)
+    return tuple(
+        max(1, int(np.argmax(chain_algebra.tail_norms(s.values) <= limit))) for s in spectra
+    )
 
 
 def evbmf(conv: Factorization, family: str = "tucker", variant: str | None = None) -> Ints:

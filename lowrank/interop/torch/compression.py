@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lowrank.compress import Plan, compress_model
+from lowrank.compress import CompressionPlan, compress_model
 from lowrank.interop.torch.batches import Run, model_input, run_model
 from lowrank.interop.torch.model import Loss, TorchModel
 
@@ -21,14 +21,14 @@ class CompressionResult(NamedTuple):
     ----------
     model : nn.Module
         Compressed copy of the model.
-    plan : lowrank.compress.Plan
+    plan : lowrank.compress.CompressionPlan
         Family, variant, rank and cost of every layer; printable.
     rows : tuple of lowrank.compress.pipeline.Reconstructed
         Reconstruction error of each layer.
     """
 
     model: nn.Module
-    plan: Plan
+    plan: CompressionPlan
     rows: tuple[Any, ...]
 
 
@@ -36,7 +36,7 @@ def compress(
     model: nn.Module,
     calibration_batches: Iterable[Any],
     *,
-    plan: Plan | None = None,
+    plan: CompressionPlan | None = None,
     loss: str | Loss = "projections",
     run: Run | None = None,
     tied: bool = True,
@@ -56,7 +56,7 @@ def compress(
         tree.  It is not changed.
     calibration_batches : iterable
         A few hundred examples; see :class:`TorchModel`.
-    plan : lowrank.compress.Plan, optional
+    plan : lowrank.compress.CompressionPlan, optional
         Plan to execute; made from `budget` if not given.
     loss : str or callable
         Loss whose gradients weight the errors; see :class:`TorchModel`.

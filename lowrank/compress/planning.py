@@ -1,0 +1,202 @@
+"""Planning: a family, variant and rank for every layer of a model, within budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from threadpoolctl import threadpool_limits
+
+from lowrank._kernels import _core
+from lowrank.compress.model import CompressibleModel, Layer
+from lowrank.compress.optimise import allocate
+from lowrank.compress.options import FAST_FAMILIES, Timing, layer_options
+from lowrank.compress.plan import CompressionPlan
+from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
+from lowrank.selection.budget import infeasible, parse_budget
+from lowrank.selection.candidates import Candidate, check_families
+
+
+class NothingToCompressError(ValueError):
+    """No layer of a model has a cheaper candidate."""
+
+
+def make_plan(
+    model: CompressibleModel,
+    *,
+    macs: float | str | None = None,
+    params: float | str | None = None,
+    seconds: float | str | None = None,
+    bytes: float | str | None = None,
+    families: Iterable[str] = FAST_FAMILIES,
+    pinned: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    capped: Mapping[str, float] | None = None,
+    gradients: bool = True,
+    batch: int = 1,
+    threads: int | None = None,
+    runtime: str = "lowrank",
+    seed: int = 0,
+    statistics: LayerStatistics | None = None,
+    progress: Progress | None = None,
+) -> CompressionPlan:
+    """Choose a family, variant and rank for every layer of a model within budgets.
+
+    Parameters
+    ----------
+    model : CompressibleModel
+        Trained model; without calibration data, kernels are approximated as for white noise.
+    macs, params, seconds, bytes : float or str, optional
+        Budgets per example over all layers; at least one, and all are kept to.  A number in
+        (0, 1] or ``"50%"`` is a share of the dense cost; counts above 1 and ``"20M"`` are amounts;
+        amounts of time have a unit: ``"3ms"``.  See :func:`lowrank.selection.parse_budget`.
+    families : iterable of str
+        Names from :data:`lowrank.FAMILIES` that may be chosen.
+    pinned : sequence of str
+        Layers, or patterns such as ``"layer1.*"``, that stay dense; they count in the budget.
+    left_out : sequence of str
+        Layers that stay dense and do not count in the budget.
+    capped : mapping of str to float, optional
+        Largest share of their own MACs that layers, or patterns, may take.
+    gradients : bool
+        Whether errors are weighted by the gradient of the loss, where the model can be
+        differentiated; otherwise the relative error of every layer has equal weight.
+    batch, threads, runtime : int, int, str
+        Examples per call, number of threads and library of the predicted seconds; see
+        :func:`lowrank.perfmodel.predict`.
+    seed : int
+        Seed of every random choice.
+    statistics : LayerStatistics, optional
+        Statistics of the same model, shared by plans of several budgets; with a seed and
+        gradients of their own.
+    progress : callable, optional
+        Called with the name of the step and the share of it that is done.
+
+    Returns
+    -------
+    CompressionPlan
+        With the fits of the chosen candidates, which :func:`compress_model` starts from.
+
+    Raises
+    ------
+    TypeError
+        If no budget is given.
+    ValueError
+        If an argument is not possible.
+    InfeasibleBudgetError
+        If a budget is below the cheapest choice; the message states the minimum.
+    NothingToCompressError
+        If no layer has a cheaper candidate.
+
+    Examples
+    --------
+    >>> from lowrank import compress, demo
+    >>> from lowrank.interop.weights import WeightsModel
+    >>> plan = compress.make_plan(WeightsModel(demo.WEIGHTS), macs=0.5)
+    >>> compressed, dense = plan.total("macs")
+    >>> compressed <= 0.5 * dense
+    True
+    """
+    given = {"macs": macs, "params": params, "seconds": seconds, "bytes": bytes}
+    budgets = [parse_budget(axis, b) for axis, b in given.items() if b is not None]
+    if not budgets:
+        raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
+    axes = [b.axis for b in budgets]
+    names = check_families([families] if isinstance(families, str) else families)
+    layers, free = _select_layers(model, pinned, left_out, capped or {})
+    if statistics is None:
+        statistics = LayerStatistics(model, gradients=gradients, seed=seed)
+    elif statistics.model is not model:
+        raise ValueError("statistics must be those of the model that is planned")
+    metrics, absolute = statistics.metrics(free, progress)
+
+    def options_of(layer: Layer) -> list[Candidate]:
+        is_free = layer.name in metrics
+        options = layer_options(
+            layer, metrics[layer.name] if is_free else white_metric(layer),
+            names if is_free else (), absolute=absolute, biased=bool(model.batches), axes=axes,
+            timing=Timing(batch, threads, runtime),
+        )  # fmt: skip
+        return _cap(layer.name, options, capped or {}) if is_free else options
+
+    options: dict[str, list[Candidate]] = {}
+    # Fits are many small products: one layer per thread is faster than several threads per product.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_core.max_threads()) as pool:
+        for i, (layer, found) in enumerate(zip(layers, pool.map(options_of, layers)), start=1):
+            options[layer.name] = found
+            if progress is not None:
+                progress("options", i / len(layers))
+    if free and all(len(found) == 1 for found in options.values()):
+        raise NothingToCompressError(
+            f"nothing to compress: no family writes any layer with fewer {' and '.join(axes)}"
+        )
+    limits = {}
+    for budget in budgets:
+        axis = budget.axis
+        dense = math.fsum(found[0].amount(axis) for found in options.values())
+        limits[axis] = budget.amount(dense)
+        least = math.fsum(min(c.amount(axis) for c in found) for found in options.values())
+        if least > limits[axis]:
+            raise infeasible(axis, limits[axis], least, dense)
+    allocation = allocate(options, limits)
+    about = {
+        "families": names, "seed": statistics.seed, "gradients": absolute, "batch": batch,
+        "threads": threads, "runtime": runtime, "calibrated": bool(model.batches),
+        "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
+        "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
+    }  # fmt: skip
+    return CompressionPlan(
+        allocation.candidates,
+        {name: found[0].summary() for name, found in options.items()},
+        limits,
+        allocation.loss,
+        allocation.gap,
+        about,
+        {name: tuple(c.summary() for c in found) for name, found in options.items()},
+    )
+
+
+def _select_layers(
+    model: CompressibleModel,
+    pinned: Sequence[str],
+    left_out: Sequence[str],
+    capped: Mapping[str, float],
+) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers that count in the budget, and those of them that may change."""
+    layers = [x for x in model.layers if not _matches(x.name, left_out)]
+    if not layers:
+        raise ValueError("model must have a convolution or linear layer that may change, got none")
+    for pattern in (*pinned, *left_out, *capped):
+        if not any(fnmatchcase(x.name, pattern) for x in model.layers):
+            known = ", ".join(x.name for x in model.layers[:20])
+            raise ValueError(f"no layer is called {pattern!r}; layers are {known}")
+    free = [x for x in layers if not _matches(x.name, pinned)]
+    for pattern, share in capped.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"cap of {pattern} must be a share in (0, 1], got {share!r}")
+        if not any(fnmatchcase(x.name, pattern) for x in free):
+            raise ValueError(f"{pattern} is capped, but pinned or left out, too: it stays dense")
+    return layers, free
+
+
+def _cap(name: str, options: list[Candidate], capped: Mapping[str, float]) -> list[Candidate]:
+    """Drop the options above the share of MACs that a layer may take."""
+    dense = options[0]
+    for pattern, share in capped.items():
+        if fnmatchcase(name, pattern):
+            kept = [c for c in options if c.amount("macs") <= share * dense.amount("macs")]
+            if not kept:
+                least = min(c.amount("macs") for c in options) / dense.amount("macs")
+                raise ValueError(
+                    f"cap of {name} must be at least {least:.1%} of its MACs, got {share:.1%}"
+                )
+            # The first option is what shares refer to; its infinite loss excludes it.
+            return kept if dense in kept else [replace(dense, loss=math.inf), *kept]
+    return options
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
