@@ -71,7 +71,7 @@ class Build(build_ext):
     def _first_that_works(self, choices):
         return next((c for c in choices if self._works(c)), [])
 
-    def _works(self, flags):
+    def _works(self, flags) -> bool:
         """Whether a small program compiles and links with these flags, without a warning."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")

@@ -130,8 +130,8 @@ for name, f in {"half of the time": half, "half of the MACs": by_work}.items():
           f"{f.cost(shape).share_of(conv.cost(shape)):.0%} of the MACs")  # fmt: skip
 
 # %%
-# :func:`lowrank.report.figures.error_against_cost` draws a front with the look of each family, and rings a
-# pick.  It writes a file.
+# :func:`lowrank.report.figures.error_against_cost` draws a front with a colour per family, marks
+# the chosen candidate, and writes a file.
 
 pick = by_seconds.affordable(by_seconds.dense.seconds / 2)
 figures.error_against_cost([by_seconds], "front.png", title="conv2 at 14 × 14", pick=pick)
@@ -166,8 +166,9 @@ dense_seconds = clocked(conv)
 for name, f in chains.items():
     share = f.cost(shape).share_of(conv.cost(shape))
     seconds = clocked(f)
-    rows.append((name, f"{share:.0%}", tables.format_seconds(here.predict(f, shape, threads=1).seconds),
-                 tables.format_seconds(seconds), f"{dense_seconds / seconds * share:.0%}"))  # fmt: skip
+    expected = here.predict(f, shape, threads=1).seconds
+    times = (tables.format_seconds(t) for t in (expected, seconds))
+    rows.append((name, f"{share:.0%}", *times, f"{dense_seconds / seconds * share:.0%}"))
 print("\n".join(tables.align_columns(rows)))
 
 # %%

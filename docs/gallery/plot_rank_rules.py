@@ -3,9 +3,9 @@ Rules that pick a rank
 ======================
 
 A rank has to come from somewhere: from an error, from a budget, from a share of the energy, or
-from a model of noise that is fitted to the weights.  This page puts the rules of
-:mod:`lowrank.selection.ranks` side by side on one trained layer, in one family, so that what differs is the
-rule, and then shows where variational Bayes (EVBMF) has nothing to go by.
+from a model of noise that is fitted to the weights.  This page compares the rules of
+:mod:`lowrank.selection.ranks` on one trained layer in one family, and then shows where variational
+Bayes (EVBMF) has nothing to go by.
 """
 
 import warnings
@@ -94,8 +94,9 @@ plt.show()
 # ---------------
 #
 # The model of EVBMF is a low-rank matrix plus white noise.  It estimates the noise, and counts the
-# singular values that noise of this size cannot explain.  :func:`lowrank.selection.ranks.evbmf_of` does it
-# for any matrix and says where it draws the line.  Four matrices of 64 × 576, the size of this
+# singular values that noise of this size cannot explain.
+# :func:`lowrank.selection.ranks.evbmf_of` does it for any matrix and returns its threshold.
+# Four matrices of 64 × 576, the size of this
 # layer's unfolding: one that fits the model, one of noise alone, the layer's, and one of full rank
 # whose singular values decay without any noise.
 
