@@ -294,18 +294,18 @@ def test_every_candidate_knows_its_realised_share(front):
 
 def test_time_budget_is_met(conv, front):
     whole = front.dense.seconds
-    for budget in (whole / 2, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
+    for budget in (0.5, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
         f = lr.approximate(conv, (48, 48), seconds=budget)
         pick = front.affordable(whole / 2)
         assert (f.family, f.variant, f.rank) == (pick.family, pick.variant, pick.rank)
         assert perfmodel.predict(f, (48, 48)).seconds <= whole / 2
-    with pytest.raises(ValueError, match="nothing costs at most 1e-12 seconds; the cheapest is"):
-        lr.approximate(conv, (48, 48), seconds=1e-12)
+    with pytest.raises(ValueError, match=r"infeasible.*minimum"):
+        lr.approximate(conv, (48, 48), seconds="1e-12s")
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan, "2", "fast", "-1ms", "1 minute"])
 def test_wrong_time_budget_is_rejected(conv, budget):
-    with pytest.raises(ValueError, match="seconds must be above 0"):
+    with pytest.raises(ValueError, match=r"seconds must be .* amount with a unit"):
         lr.approximate(conv, (48, 48), seconds=budget)
 
 
@@ -316,7 +316,7 @@ def test_batch_changes_the_prediction(conv):
     assert "batch 8" in str(eight)
     with pytest.raises(ValueError, match="batch must be at least 1"):
         lr.frontier(conv, (48, 48), batch=0)
-    with pytest.raises(ValueError, match="axis must be one of seconds, macs"):
+    with pytest.raises(ValueError, match="axis must be one of seconds"):
         lr.frontier(conv, (48, 48), axis="time")
 
 
