@@ -24,7 +24,7 @@ import scipy.ndimage as ndi
 import scipy.signal
 
 from asv_benchmarks.benchmarks.libraries import cv2
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank import filters, perfmodel
 from lowrank._kernels import _core
 from lowrank.filters import choose
@@ -138,7 +138,7 @@ def row(case: Case, threads: int, seconds: float) -> dict[str, Any]:
     out, x = np.empty_like(image)[None, None], image[None, None]
     ours = [lambda run=run: run(x, out) for run in runs]
     others = peers(name, kernel, image)
-    times = measured([*ours, *others.values()], seconds)
+    times = measure_seconds([*ours, *others.values()], seconds)
     mine = dict(zip((f"{o.name} {o.rank or ''}".strip() for o in allowed), times))
     theirs = dict(zip(others, times[len(allowed) :]))
     taken = times[allowed.index(plan.choice)]

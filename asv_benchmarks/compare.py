@@ -33,8 +33,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 
 from asv_benchmarks.benchmarks.cases import KINDS
-from asv_benchmarks.benchmarks.libraries import keep_to
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.libraries import set_threads
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank._kernels import _core
 
 #: Peers with columns of their own, that are not what a chain is compared with.
@@ -65,7 +65,7 @@ def machine(threads: int) -> dict[str, Any]:
         rates.append(done / (time.perf_counter() - start))
     a, b = (np.zeros((threads, 32_000_000 // threads), np.float32) for _ in range(2))
     with ThreadPoolExecutor(threads) as pool:
-        (copy,) = measured([lambda: list(pool.map(np.copyto, a, b))], 0.5)
+        (copy,) = measure_seconds([lambda: list(pool.map(np.copyto, a, b))], 0.5)
     return {
         "cpu": cpu(),
         "isa": _core.default_isa(),
@@ -84,7 +84,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             work = case.make()
             names = list(work.peers)
             calls = [work.ours, *work.peers.values(), *work.dense.values()]
-            ours, *others = measured(calls, 0.15 if quick else 0.6)
+            ours, *others = measure_seconds(calls, 0.15 if quick else 0.6)
             seen = dict(zip([*names, *work.dense], others))
             rivals = [name for name in names if name not in ASIDE]
             best = min(rivals, key=seen.__getitem__) if rivals else None
@@ -189,7 +189,7 @@ def main() -> None:
     if given.device == "cuda":
         on_gpu(given.quick, given.only, given.json)
         return
-    keep_to(given.threads)
+    set_threads(given.threads)
     about = machine(given.threads)
     found = []
     if not given.json:

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 #: (512, 512, 3, 3), R = 256, 20 sweeps: seconds, and bytes beside the tensor itself.
 SECONDS, BYTES = 4.0, 400e6
@@ -69,7 +69,7 @@ def cp() -> Iterator[dict[str, Any]]:
             weights, factors = parafac(tensor, len(init[0]), n_iter_max=n, init=init, tol=0)
             return [factors[0] * weights, *factors[1:]]
 
-        fast, slow = measured([ours, theirs], 1.0)
+        fast, slow = measure_seconds([ours, theirs], 1.0)
         errors = [_missed(tensor, f()) for f in (ours, theirs)]
         yield {
             "what": f"CP-ALS ({c}, {c}, 3, 3), R = {rank}, {sweeps} sweeps",
@@ -113,7 +113,7 @@ def tucker() -> Iterator[dict[str, Any]]:
         def theirs(tensor: Any = tensor, rank: int = rank) -> Any:
             return partial_tucker(tensor, rank=[rank, rank], modes=[0, 1])
 
-        fast, slow = measured([ours, theirs], 1.0)
+        fast, slow = measure_seconds([ours, theirs], 1.0)
         (core, factors), _ = theirs()
         whole = np.einsum("abij,ta,sb->tsij", core, *factors, optimize=True)
         error = float(np.linalg.norm(tensor - whole) / np.linalg.norm(tensor))
@@ -143,7 +143,7 @@ def stability() -> Iterator[dict[str, Any]]:
         def corrected(tensor: Any = tensor, best: Any = best, error: float = fit.error) -> Any:
             return als.corrected(tensor[None], best, als.spared(error))
 
-        (took,) = measured([corrected], 0.1)
+        (took,) = measure_seconds([corrected], 0.1)
         after = corrected()
         ratio = als.sensitivity(best) / als.sensitivity(after)
         yield {

@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from asv_benchmarks.benchmarks import nets, whole
-from lowrank.compress import Nothing
+from lowrank.compress import NothingToCompressError
 from lowrank.interop.torch import compress
 
 SHARES = (1 / 2, 1 / 3)
@@ -71,7 +71,7 @@ def row(
         begin = time.perf_counter()
         try:
             small = compress(case.model, case.calibration(seed), macs=share, seed=seed, **how)
-        except (Nothing, ValueError) as why:
+        except (NothingToCompressError, ValueError) as why:
             return {"net": case.name, "asked": share, "share": share, "says": str(why)}
         took = time.perf_counter() - begin
         found.append((case.score(small.model), took, small))

@@ -26,7 +26,7 @@ import numpy as np
 
 import lowrank as lr
 from asv_benchmarks.benchmarks import cases
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank._kernels import _core
 from lowrank.core.stage import Epilogue
 from lowrank.engine import pytorch
@@ -49,7 +49,7 @@ def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
 
 def items(quick: bool, runtime: str = "lowrank") -> Iterator[Item]:
     """What is predicted: layers, chains and families; images and volumes for our engine alone."""
-    for row in cases.layers():
+    for row in cases.CHAIN_LAYERS:
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         whole = lr.dense(cases.weight(c, c, *kernel), padding=[k // 2 for k in kernel])
         *variant, rank = row["kronecker"].split()
@@ -122,7 +122,7 @@ def main() -> None:
     left = items(given.quick, given.runtime)
     while some := list(itertools.islice(left, GROUP)):
         calls = [call(f, size, n, given.runtime, given.threads) for _, f, size, n in some]
-        for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
+        for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
             p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime)
             found.append({"kind": kind, "chain": repr(f), "size": size, "batch": n,
                           "seconds": took, "predicted": p.seconds})  # fmt: skip

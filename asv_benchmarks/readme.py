@@ -24,7 +24,7 @@ import scipy.ndimage as ndi
 
 from asv_benchmarks.benchmarks.cases import KINDS, Work, bell
 from asv_benchmarks.benchmarks.libraries import Call, cv2, torch, torch_peers
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from asv_benchmarks.compare import cpu
 from lowrank._kernels import _core
 
@@ -93,7 +93,7 @@ def worker(column: str, threads: int) -> dict[str, float]:
         calls = {"ours": work.ours} | work.peers | others(name)
         mine = [call for peer, call in calls.items() if peer.startswith(COLUMNS[column])]
         if mine:
-            found[title] = min(measured(mine, SECONDS))
+            found[title] = min(measure_seconds(mine, SECONDS))
     return found
 
 

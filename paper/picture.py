@@ -34,7 +34,7 @@ def main(target=HERE.parent / "docs" / "picture.svg"):
     chain(left)
     families(middle, [r for r in layers if r["layer"] == LAYER and style.curve(r) in SHOWN])
     accuracy(right, network)
-    about = figures.STEADY[".svg"] | {"Description": f"of tables {digest()}"}
+    about = figures.METADATA[".svg"] | {"Description": f"of tables {digest()}"}
     figure.savefig(target, metadata=about, transparent=False)
 
 

@@ -51,4 +51,4 @@ def within(limits, value):
 
 def save(figure, target):
     """Write a figure; the same table gives the same bytes."""
-    figure.savefig(target, dpi=200, metadata=figures.STEADY[Path(target).suffix])
+    figure.savefig(target, dpi=200, metadata=figures.METADATA[Path(target).suffix])

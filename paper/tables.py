@@ -15,7 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import lowrank
-from lowrank import NotApplicable, demo
+from lowrank import demo
+from lowrank.families import NotApplicable
 from lowrank.interop.weights import layers
 
 #: File names of third-party networks by label, in the order of the figures.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from asv_benchmarks import gate, publish  # noqa: E402
-from asv_benchmarks.benchmarks import SUITES, measure  # noqa: E402
+from asv_benchmarks.benchmarks import SUITES, compat, tables  # noqa: E402
 
 #: Start of the names of functions that asv runs as benchmarks.
 KINDS = re.compile(r"(time|timeraw|track|mem|peakmem)_")
@@ -100,7 +100,7 @@ def test_asv_benchmarks_run(name):
 
 
 def test_tables_hold_our_time_and_the_peers():
-    table = measure.table(["volume"], seconds=0.01)
+    table = tables.measure_table(["volume"], seconds=0.01)
     ((name, row),) = table.items()
     assert row["lowrank"] > 0
     assert row["SciPy"] > 0
@@ -116,20 +116,20 @@ def test_a_missing_feature_is_not_applicable():
         raise AttributeError("module 'lowrank' has no attribute 'frontier'")
 
     with pytest.raises(NotImplementedError, match="frontier"):
-        measure.available(absent)
+        compat.require(absent)
 
 
 OLD = """
 import importlib
 from asv_benchmarks import gate
-from asv_benchmarks.benchmarks import SUITES, measure
+from asv_benchmarks.benchmarks import SUITES, compat
 gate.from_the_path()
 for name in SUITES:
     module = importlib.import_module(f"asv_benchmarks.benchmarks.{name}")
     for work, make in getattr(module, "WORK", {}).items():
         if name != "imports":
             try:
-                measure.available(measure.available(make))
+                compat.require(compat.require(make))
             except NotImplementedError:
                 continue
             raise SystemExit(f"{name}: {work} was made of nothing")

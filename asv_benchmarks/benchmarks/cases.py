@@ -1,7 +1,7 @@
-"""The work that the engine is compared on, beside the same work in other libraries.
+"""Cases of the comparison with other libraries.
 
-A case is a name and a recipe: arrays and plans are made when it is measured.  Shapes of layers,
-and the ranks of tensor trains and Kronecker products, are those of compared.csv.
+A case is a name and a recipe; arrays and plans are made when it is measured.  Shapes of layers,
+and ranks of tensor trains and Kronecker sums, are in compared.csv.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import scipy.signal
 try:
     import lowrank as lr
     from lowrank import blocks, filters
-except ImportError:  # asv imports every module of this folder, on commits that had less, too
+except ImportError:  # asv imports every module of this folder on older commits as well
     lr = blocks = filters = None
 
+from .compat import family_function
 from .libraries import Call, cv2, onnx_peer, opencv_separable, tensorly_torch_peer, torch_peers
 
 LAYERS = Path(__file__).with_name("compared.csv")
@@ -38,32 +39,32 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
     dense: dict[str, Call] = field(default_factory=dict)  # PyTorch's dense layer
-    fewer: float = 0.0  # times fewer multiply-adds than the dense layer
+    fewer: float = 0.0  # ratio of the dense layer's MACs to ours
 
 
 @dataclass
 class Case:
-    """One row: its name, least speed-ups over the best peer and over PyTorch's NCHW, its work."""
+    """One row: name, recipe, target speed-ups over the best peer and over PyTorch's NCHW."""
 
     name: str
     make: Callable[[], Work]
     target: float
     nchw: float | None = None
-    least: float | None = None  # that no single row may be under
+    least: float | None = None  # required of every single row
 
 
 def random(*shape: int) -> np.ndarray:
-    """Normally distributed float32, the same for the same shape."""
+    """Return normal float32 numbers, the same for the same shape."""
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 def weight(*shape: int) -> np.ndarray:
-    """A random kernel that keeps the size of its input."""
+    """Return a random kernel that keeps the magnitude of its input."""
     return random(*shape) / np.float32(math.sqrt(math.prod(shape[1:])))
 
 
 def layer(f: lr.Factorization, n: int, size: tuple[int, ...], threads: int) -> Work:
-    """A chain beside the same chain elsewhere, for `n` examples."""
+    """Return a chain and the same chain in other libraries, for `n` examples."""
     x = random(n, f.in_channels, *size)
     run = f.compile(size, np.float32, threads=threads)
     out = run(x)
@@ -73,8 +74,8 @@ def layer(f: lr.Factorization, n: int, size: tuple[int, ...], threads: int) -> W
     return Work(lambda: run(x, out), peers, 2.0 * n * cost.macs, moved)
 
 
-def layers() -> Iterator[dict[str, Any]]:
-    """The rows of compared.csv, their numbers read."""
+def read_layers() -> Iterator[dict[str, Any]]:
+    """Yield the rows of compared.csv with parsed numbers."""
     with LAYERS.open(newline="") as file:
         for row in csv.DictReader(file):
             numbers = {k: tuple(map(int, row[k].split("x"))) for k in ("kernel", "size")}
@@ -85,17 +86,21 @@ def layers() -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def named(values: tuple[int, ...]) -> str:
+CHAIN_LAYERS = tuple(read_layers())
+
+
+def format_shape(values: tuple[int, ...]) -> str:
+    """Return a shape as 3x3."""
     return "x".join(map(str, values))
 
 
-def along(kernel: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The kernel's taps along some axes, one elsewhere."""
+def taps_along(kernel: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the taps along some axes, 1 along the others."""
     return tuple(k if a in axes else 1 for a, k in enumerate(kernel))
 
 
 def dense_rows(threads: int, quick: bool) -> Iterator[Case]:
-    for row in layers():
+    for row in CHAIN_LAYERS:
         for n in row["batches"][:1] if quick else row["batches"]:
             c, kernel, size = row["channels"], row["kernel"], row["size"]
 
@@ -103,7 +108,7 @@ def dense_rows(threads: int, quick: bool) -> Iterator[Case]:
                 f = lr.dense(weight(c, c, *kernel), padding=[k // 2 for k in kernel])
                 return layer(f, n, size, threads)
 
-            name = f"dense {named(kernel)}, {c} at {named(size)}, N={n}"
+            name = f"dense {format_shape(kernel)}, {c} at {format_shape(size)}, N={n}"
             yield Case(name, make, 0.9, 1.1)
 
 
@@ -130,7 +135,7 @@ def series_rows(threads: int, quick: bool) -> Iterator[Case]:
         yield Case(f"depthwise 9 taps, {c} series of {length}", make, 2.0)
 
 
-#: MobileNetV1's blocks: input channels, output channels, input size, stride, how often.
+#: MobileNetV1's blocks: input channels, output channels, input size, stride, repeats.
 MOBILENET = [
     (32, 64, 112, 1, 1), (64, 128, 112, 2, 1), (128, 128, 56, 1, 1), (128, 256, 56, 2, 1),
     (256, 256, 28, 1, 1), (256, 512, 28, 2, 1), (512, 512, 14, 1, 5), (512, 1024, 14, 2, 1),
@@ -139,7 +144,7 @@ MOBILENET = [
 
 
 def mobilenet_rows(threads: int, quick: bool) -> Iterator[Case]:
-    """Depthwise and pointwise in one call, bare and with bias and ReLU6; all 13 pairs in a row."""
+    """Yield fused depthwise + pointwise pairs, plain and with bias and ReLU6, and all 13 pairs."""
 
     def block(c: int, out: int, size: int, stride: int, n: int, ends: bool) -> Work:
         w = weight(c, 1, 3, 3), weight(out, c, 1, 1)
@@ -192,21 +197,23 @@ def mobilenet_rows(threads: int, quick: bool) -> Iterator[Case]:
 
 
 def chain_shapes(row: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
-    """Weights of the chains of a layer, by family and rank."""
+    """Return the weight shapes of a layer's chains by family and rank."""
     c, kernel = row["channels"], row["kernel"]
     axes = tuple(range(len(kernel)))
-    q, h, one = c // 4, c // 2, along(kernel, ())
-    passes = [(c, 1, *along(kernel, (a,))) for a in axes]
-    first, others = along(kernel, axes[:1]), along(kernel, axes[1:])
+    q, h, one = c // 4, c // 2, taps_along(kernel, ())
+    passes = [(c, 1, *taps_along(kernel, (a,))) for a in axes]
+    first, others = taps_along(kernel, axes[:1]), taps_along(kernel, axes[1:])
     ranks = row["tensor_train"]
     train = [(ranks[0], c, *one)]
-    train += [(b, a, *along(kernel, (k,))) for k, (a, b) in enumerate(itertools.pairwise(ranks))]
+    train += [
+        (b, a, *taps_along(kernel, (k,))) for k, (a, b) in enumerate(itertools.pairwise(ranks))
+    ]
     return {
         f"tucker {q},{q}": [(q, c, *one), (q, q, *kernel), (c, q, *one)],
         f"cp {c}": [(c, c, *one), *passes, (c, c, *one)],
         f"cp3 {c}": [(c, c, *one), (c, 1, *kernel), (c, c, *one)],
-        f"spatial {h}": [(h, c, *first), (c, h, *others)],
-        f"encode {h}": [(h, c, *kernel), (c, h, *one)],
+        f"spatial_svd {h}": [(h, c, *first), (c, h, *others)],
+        f"channel_svd output {h}": [(h, c, *kernel), (c, h, *one)],
         "network_decoupling dw-pw 1": [(c, 1, *kernel), (c, c, *one)],
         "network_decoupling dw-pw 3": [(3 * c, 1, *kernel), (c, 3 * c, *one)],
         "network_decoupling pw-dw 1": [(c, c, *one), (c, 1, *kernel)],
@@ -215,7 +222,7 @@ def chain_shapes(row: dict[str, Any]) -> dict[str, list[tuple[int, ...]]]:
 
 
 def chain_rows(threads: int, quick: bool) -> Iterator[Case]:
-    for row in layers():
+    for row in CHAIN_LAYERS:
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         *variant, rank = row["kronecker"].split()
         names = [*chain_shapes(row), f"kronecker {' '.join(variant)} {rank}"]
@@ -225,7 +232,7 @@ def chain_rows(threads: int, quick: bool) -> Iterator[Case]:
                 def make(row: Any = row, n: int = n, family: str = family) -> Work:
                     return chain_work(row, n, family, threads)
 
-                where = f"{c} {named(kernel)} at {named(size)}, N={n}"
+                where = f"{c} {format_shape(kernel)} at {format_shape(size)}, N={n}"
                 yield Case(f"{family}, {where}", make, 1.5)
 
 
@@ -265,7 +272,7 @@ def image_rows(threads: int, quick: bool) -> Iterator[Case]:
 
 
 def type_rows(threads: int, quick: bool) -> Iterator[Case]:
-    """Other images than float32 of one channel."""
+    """Yield images of other types and of several channels."""
     for taps in (9,) if quick else (3, 9, 31):
         for shape, dtype in [((2048, 2048), "uint8"), ((2048, 2048), "uint16"),
                              ((1024, 1024, 3), "float32"), ((1024, 1024, 3), "uint8")]:  # fmt: skip
@@ -281,7 +288,7 @@ def type_rows(threads: int, quick: bool) -> Iterator[Case]:
                     peers, 4.0 * taps * image.size, moved,
                 )  # fmt: skip
 
-            yield Case(f"filter {taps}x{taps} of rank 1, {named(shape)} {dtype}", make, 1.0)
+            yield Case(f"filter {taps}x{taps} of rank 1, {format_shape(shape)} {dtype}", make, 1.0)
 
 
 def rank_rows(threads: int, quick: bool) -> Iterator[Case]:
@@ -345,7 +352,7 @@ def bell(taps: int) -> np.ndarray:
 def filtered(
     f: lr.Factorization, image: np.ndarray, peers: dict[str, Call], flops: float, threads: int
 ) -> Work:
-    """A filter of one image; `flops` of one sample."""
+    """Return a filter of one image; `flops` are per sample."""
     x = image[None, None]
     run = f.compile(image.shape, np.float32, threads=threads)
     out = run(x)
@@ -353,8 +360,8 @@ def filtered(
 
 
 def scaling_rows(threads: int, quick: bool) -> Iterator[Case]:
-    """The same call with one thread: for work that is bound by arithmetic."""
-    for row in list(layers())[:2] if quick else layers():
+    """Yield compute-bound calls relative to the same call on one thread."""
+    for row in CHAIN_LAYERS[:2] if quick else CHAIN_LAYERS:
         c, kernel, size = row["channels"], row["kernel"], row["size"]
 
         def make(c: int = c, kernel: Any = kernel, size: Any = size) -> Work:
@@ -366,19 +373,19 @@ def scaling_rows(threads: int, quick: bool) -> Iterator[Case]:
             cost = f.cost(size)
             return Work(lambda: all_(x, out), peers, 2.0 * cost.macs, 4.0 * cost.fused)
 
-        name = f"{threads} threads, dense {named(kernel)}, {c} at {named(size)}"
+        name = f"{threads} threads, dense {format_shape(kernel)}, {c} at {format_shape(size)}"
         yield Case(name, make, 0.9 * threads)
 
 
 def call_rows(threads: int, quick: bool) -> Iterator[Case]:
     def make() -> Work:
-        f = lr.spatial_svd(lr.dense(weight(4, 4, 3, 3), padding=1), 2)
+        f = family_function("spatial_svd")(lr.dense(weight(4, 4, 3, 3), padding=1), 2)
         x = random(1, 4, 4, 4)
         run = f.compile((4, 4), np.float32, threads=threads)
         out = run(x)
         return Work(lambda: run(x, out), {}, 2.0 * f.cost((4, 4)).macs, 4.0 * 2 * x.size)
 
-    yield Case("call of a planned chain on a tiny input, 5 us at the most", make, 5e-6)
+    yield Case("call of a planned chain on a tiny input, at most 5 us", make, 5e-6)
 
 
 KINDS: dict[str, Callable[[int, bool], Iterator[Case]]] = {

@@ -1,26 +1,26 @@
-"""Chains of every family, of the ranks in compared.csv, beside other libraries: one thread."""
+"""Chains of every family at the ranks of compared.csv, beside other libraries; one thread."""
 
-from . import measure
+from . import tables
 
-#: Three of the layers; asv_benchmarks.compare has them all.
+#: Three of the layers; asv_benchmarks.compare measures all.
 LAYERS = "64 3x3 at 56x56|256 3x3 at 14x14|32 3x3x3"
 PEERS = ["PyTorch", "TensorLy-Torch", "onnxruntime", "dense layer, PyTorch"]
-WORK = measure.works(["chain"], "64 3x3 at 56x56")
+WORK = tables.case_recipes(["chain"], "64 3x3 at 56x56")
 
 
-class Chains(measure.Beside):
-    """The same chain in other libraries, and the layer that it stands for in PyTorch."""
+class Chains(tables.PeerRatios):
+    """Times relative to the same chain in other libraries and to the dense layer in PyTorch."""
 
-    params = (measure.names(["chain"], LAYERS), PEERS)
+    params = (tables.case_names(["chain"], LAYERS), PEERS)
 
     def setup_cache(self):
-        return measure.table(["chain"], LAYERS)
+        return tables.measure_table(["chain"], LAYERS)
 
     setup_cache.timeout = 600
 
 
-class ChainTimes(measure.Alone):
-    """Their own times."""
+class ChainTimes(tables.OwnTimes):
+    """Absolute times."""
 
-    params = (measure.names(["chain"], LAYERS),)
+    params = (tables.case_names(["chain"], LAYERS),)
     setup_cache = Chains.setup_cache

@@ -1,8 +1,8 @@
 """Error, cost and speed of every family, on layer shapes of well-known networks.
 
-What is tracked does not depend on the machine: a change in it is a change of behaviour, and asv
-flags it without noise.  What is timed does: it is a share of the dense engine's time, measured
-in turns with it, so that a busy machine hits both.  Fits of CP and Tucker are beside TensorLy's.
+Tracked errors and costs are machine-independent: a change is a change of behaviour.  Times are
+relative to the dense layer's, measured interleaved.  Fits of CP and Tucker-2 are compared with
+TensorLy's.
 """
 
 import csv
@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import measure
+from . import tables
+from .compat import MISSING, family_function, family_names, require
+from .timing import measure_seconds
 
 with open(Path(__file__).with_name("layers.csv"), newline="") as file:
     LAYERS = {
@@ -20,14 +22,13 @@ with open(Path(__file__).with_name("layers.csv"), newline="") as file:
     }
 
 FAMILIES = [
-    "channel_svd", "channel_svd", "spatial_svd", "filter_basis", "network_decoupling", "kronecker", "cp", "cp3", "jaderberg",
-    "tucker", "tucker_full", "tucker_cp", "tensor_train",
+    "channel_svd", "spatial_svd", "filter_basis", "network_decoupling", "kronecker", "cp", "cp3",
+    "jaderberg", "tucker", "tucker_full", "tucker_cp", "tensor_train",
 ]  # fmt: skip
 
 
 def weight(layer):
-    """Noise with a spectrum that falls off as that of a trained layer: what can be tracked
-    anywhere, without the weights of anyone."""
+    """Return noise whose spectrum decays like that of a trained layer."""
     p = LAYERS[layer]
     rng = np.random.default_rng(0)
     w = rng.standard_normal((p["out"], p["in"], p["kernel"], p["kernel"]))
@@ -49,7 +50,7 @@ def size(layer):
     return LAYERS[layer]["height"], LAYERS[layer]["width"]
 
 
-#: Fitted by iterations, minutes of them on all but the smaller layers.
+#: Iterative fits, which take minutes on all but the smaller layers.
 SLOW = ("cp", "cp3", "jaderberg", "tucker_cp")
 SMALLER = ("64x64", "128x64")
 LARGE = "resnet18 layer3 256x256 3x3 at 14"
@@ -57,38 +58,41 @@ SMALL = "resnet20 layer3 64x64 3x3 at 8"  # the kernel is that of the 56x56 laye
 
 
 def pick(layer, family, share):
-    """The best chain of a family within a share of the multiply-adds, or None."""
+    """Return the best chain of a family within a share of the MACs, or None."""
     import lowrank as lr
 
-    if family not in lr.FAMILIES or (family in SLOW and layer.split()[2] not in SMALLER):
+    names = family_names(family)
+    if not names or (family in SLOW and layer.split()[2] not in SMALLER):
         return None
-    front = lr.frontier(dense(layer), size(layer), [family], axis="macs")
+    front = lr.frontier(dense(layer), size(layer), names, axis="macs")
     within = [c for c in front if c.cost.macs <= share * front.dense.cost.macs]
     return within[-1].build() if within else None
 
 
 def quality(layer, family, share=0.25):
-    """The chain, its error, and its parameters and traffic as shares; or None."""
+    """Return the chain, its error, and its shares of parameters and traffic; or None."""
     f = pick(layer, family, share)
     if f is None:
         return None
     conv = dense(layer)
-    cost, whole = f.cost(size(layer)), conv.cost(size(layer))
-    return f, f.error(conv.to_dense()), cost.params / whole.params, cost.fused / whole.traffic
+    cost, dense_cost = f.cost(size(layer)), conv.cost(size(layer))
+    return (
+        f,
+        f.error(conv.to_dense()),
+        cost.params / dense_cost.params,
+        cost.fused / dense_cost.traffic,
+    )
 
 
-def fit(family, *rank, **how):
-    """A recipe of a call that fits one family to the 64-channel layer."""
+def fit(family, *rank, **options):
+    """Return a recipe that fits one family to the 64-channel layer."""
 
     def make():
-        import lowrank as lr
-
-        conv = dense(SMALL)
-        fitted = getattr(lr, family)
+        conv, fit_family = dense(SMALL), family_function(family)
 
         def call():
-            with warnings.catch_warnings(action="ignore"):  # of few sweeps, that they are few
-                return fitted(conv, *rank, **how)
+            with warnings.catch_warnings(action="ignore"):  # few sweeps: not converged
+                return fit_family(conv, *rank, **options)
 
         return call
 
@@ -96,7 +100,7 @@ def fit(family, *rank, **how):
 
 
 def als(c, rank, sweeps):
-    """CP by alternating least squares of a (c, c, 3, 3) tensor: ours and TensorLy's own."""
+    """Return calls of CP-ALS on a (c, c, 3, 3) tensor: ours and TensorLy's."""
     from tensorly.decomposition import parafac
 
     from lowrank.families import _tensorly
@@ -113,7 +117,7 @@ def als(c, rank, sweeps):
 
 
 def tucker2(c, rank):
-    """Tucker-2 of a (c, c, 3, 3) tensor: ours and TensorLy's partial_tucker."""
+    """Return calls of Tucker-2 on a (c, c, 3, 3) tensor: ours and TensorLy's."""
     from tensorly.decomposition import partial_tucker
 
     import lowrank as lr
@@ -133,21 +137,21 @@ FITS = {
 }
 
 
-def ours(name):
+def our_fit(name):
     def make():
-        which, *what = FITS[name]
-        return which(*what)[0]
+        pair, *arguments = FITS[name]
+        return pair(*arguments)[0]
 
     return make
 
 
 WORK = {
-    "spatial 64x64x3x3, rank 16": fit("spatial_svd", 16),
+    "spatial_svd 64x64x3x3, rank 16": fit("spatial_svd", 16),
     "kronecker 64x64x3x3, 4 terms": fit("kronecker", 4, "8x8x1x1 first"),
     "tucker 64x64x3x3, ranks 16": fit("tucker", (16, 16)),
     "tensor_train 64x64x3x3, ranks 16,32,16": fit("tensor_train", (16, 32, 16)),
     "cp3 64x64x3x3, rank 32, 10 sweeps": fit("cp3", 32, iterations=10),
-} | {name: ours(name) for name in list(FITS)[:2]}
+} | {name: our_fit(name) for name in list(FITS)[:2]}
 
 
 def error_of(family):
@@ -160,11 +164,11 @@ def error_of(family):
     return error
 
 
-TRACKED = {f"error of {f}, a quarter of the work": error_of(f) for f in FAMILIES if f not in SLOW}
+TRACKED = {f"error of {f}, a quarter of the MACs": error_of(f) for f in FAMILIES if f not in SLOW}
 
 
 class Quality:
-    """Chains of a quarter of the multiply-adds: errors and costs, and their share of the time."""
+    """Errors, costs and times of chains at a quarter of the MACs."""
 
     layers = [name for name in LAYERS if name != SMALL]
     params = (layers, FAMILIES)
@@ -178,33 +182,33 @@ class Quality:
                     one = quality(layer, family)
                     if one is not None:
                         found[layer, family] = (*one[1:], share_of_time(layer, one[0]))
-                except measure.ABSENT:
+                except MISSING:
                     continue
         return found
 
     setup_cache.timeout = 900
 
-    def setup(self, found, *what):
-        if what not in found:
-            raise NotImplementedError  # asv's word for n/a
+    def setup(self, found, *key):
+        if key not in found:
+            raise NotImplementedError
 
-    def track_error(self, found, *what):
-        return found[what][0]
+    def track_error(self, found, *key):
+        return found[key][0]
 
     track_error.unit = "relative Frobenius error"
 
-    def track_params(self, found, *what):
-        return found[what][1]
+    def track_params(self, found, *key):
+        return found[key][1]
 
     track_params.unit = "share of the dense parameters"
 
-    def track_fused_traffic(self, found, *what):
-        return found[what][2]
+    def track_fused_traffic(self, found, *key):
+        return found[key][2]
 
     track_fused_traffic.unit = "share of the dense traffic"
 
-    def track_time_share(self, found, *what):
-        return found[what][3]
+    def track_time_share(self, found, *key):
+        return found[key][3]
 
     track_time_share.unit = "share of the dense layer's time, one thread"
 
@@ -214,45 +218,42 @@ def share_of_time(layer, f):
     shape = conv.input_shape(size(layer))
     x = np.ones((1, *shape), np.float32)
     runs = [g.compile(shape, np.float32, threads=1) for g in (f, conv)]
-    chain, whole = measure.measured([lambda run=run: run(x) for run in runs], 0.15)
-    return chain / whole
+    chain_time, dense_time = measure_seconds([lambda run=run: run(x) for run in runs], 0.15)
+    return chain_time / dense_time
 
 
 class BesideTensorly:
-    """Fits beside TensorLy's own, from the same start where they iterate."""
+    """Times of fits relative to TensorLy's, from the same start if they iterate."""
 
     params = (list(FITS),)
     param_names = ["fit"]
     timeout = 120
 
     def setup(self, name):
-        which, *what = FITS[name]
-        self.calls = measure.available(which, *what)
+        pair, *arguments = FITS[name]
+        self.calls = require(pair, *arguments)
 
     def track_ours_over_tensorly(self, name):
-        ours, theirs = measure.measured(self.calls, 1.0)
+        ours, theirs = measure_seconds(self.calls, 1.0)
         return ours / theirs
 
     track_ours_over_tensorly.unit = "ours / TensorLy"
 
 
-class Fit:
-    """What a fit takes."""
+class Fit(tables.Recipes):
+    """Time of a fit."""
+
+    recipes = WORK
 
     params = (list(WORK),)
     param_names = ["fit"]
-    timeout = 120
-
-    def setup(self, name):
-        self.call = measure.available(WORK[name])
-        measure.available(self.call)
 
     def time_fit(self, name):
         self.call()
 
 
 class Sweep:
-    """What all ranks of a family take, with their errors and costs."""
+    """Time of the Pareto front of a family over all ranks."""
 
     params = (FAMILIES,)
     param_names = ["family"]
@@ -262,9 +263,10 @@ class Sweep:
     def setup(self, family):
         import lowrank as lr
 
-        if family not in measure.available(lambda: lr.FAMILIES):
+        self.names = require(family_names, family)
+        if not self.names:
             raise NotImplementedError
         self.conv, self.frontier = dense(SMALL), lr.frontier
 
     def time_sweep(self, family):
-        self.frontier(self.conv, size(SMALL), [family], axis="macs")
+        self.frontier(self.conv, size(SMALL), self.names, axis="macs")

@@ -1,14 +1,14 @@
-"""Filters of images and volumes beside OpenCV and SciPy: one thread."""
+"""Filters of images and volumes beside OpenCV and SciPy; one thread."""
 
 import numpy as np
 
-from . import measure
+from . import tables
 
 KINDS = ("image", "rank", "volume", "type")
 
 
-def chosen(kernel, mode="reflect", tolerance=None):
-    """A call of the way that is chosen for one of the classical filters, on an image."""
+def correlate_call(kernel, mode="reflect", tolerance=None):
+    """Return a recipe that filters an image with the automatically chosen method."""
 
     def make():
         from lowrank import filters
@@ -23,41 +23,39 @@ def chosen(kernel, mode="reflect", tolerance=None):
 
 
 CHOSEN = {
-    "sobel, direct": chosen(lambda filters: filters.sobel(), "nearest"),
-    "gauss 4, separable": chosen(lambda filters: filters.gauss(4.0)),
-    "disk 9.5 within 5 %": chosen(lambda filters: filters.disk(9.5), tolerance=0.05),
-    "disk 19.5 by transforms": chosen(lambda filters: filters.disk(19.5)),
+    "sobel, direct": correlate_call(lambda filters: filters.sobel(), "nearest"),
+    "gauss 4, separable": correlate_call(lambda filters: filters.gauss(4.0)),
+    "disk 9.5 within 5 %": correlate_call(lambda filters: filters.disk(9.5), tolerance=0.05),
+    "disk 19.5 by transforms": correlate_call(lambda filters: filters.disk(19.5)),
 }
-WORK = CHOSEN | measure.works(KINDS, "512x512|128^3|uint8")
+WORK = CHOSEN | tables.case_recipes(KINDS, "512x512|128^3|uint8")
 
 
-class Filters(measure.Beside):
-    """Beside the fastest way that another library has for the same."""
+class Filters(tables.PeerRatios):
+    """Times relative to the fastest method of another library."""
 
-    params = (measure.names(KINDS), ["OpenCV", "SciPy"])
+    params = (tables.case_names(KINDS), ["OpenCV", "SciPy"])
 
     def setup_cache(self):
-        return measure.table(KINDS)
+        return tables.measure_table(KINDS)
 
     setup_cache.timeout = 600
 
 
-class FilterTimes(measure.Alone):
-    """Their own times."""
+class FilterTimes(tables.OwnTimes):
+    """Absolute times."""
 
-    params = (measure.names(KINDS),)
+    params = (tables.case_names(KINDS),)
     setup_cache = Filters.setup_cache
 
 
-class Chosen:
-    """Calls that choose a way: the plan is kept, so that this is a look-up and a run."""
+class Chosen(tables.Recipes):
+    """Calls that choose a method; the plan is cached, so this is a look-up and a run."""
+
+    recipes = CHOSEN
 
     params = (list(CHOSEN),)
     param_names = ["filter"]
-
-    def setup(self, name):
-        self.call = measure.available(CHOSEN[name])
-        measure.available(self.call)
 
     def time_filter(self, name):
         self.call()

@@ -1,14 +1,12 @@
-"""The work that the GPU's kernels are compared on: filters, depthwise layers, blocks, chains.
+"""Cases for the GPU kernels: filters, depthwise layers, blocks, chains.
 
-The peers are cupyx.scipy.ndimage and PyTorch (cuDNN) in both layouts.  Nothing is imported of them
-before a row is made.
+The peers are cupyx.scipy.ndimage and PyTorch (cuDNN) in both layouts, imported when a row is made.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,8 @@ from lowrank import filters
 from lowrank.core.stage import Epilogue
 from lowrank.engine import pytorch
 
-from .cases import MOBILENET, chain_shapes, layers, random, weight
+from .cases import CHAIN_LAYERS, MOBILENET, chain_shapes, format_shape, random, weight
+from .timing import measure_seconds
 
 Call = Callable[[], object]
 BATCH = 32
@@ -28,7 +27,7 @@ BATCH = 32
 
 @dataclass
 class Work:
-    """Our call and the peers' by name; our bytes in and out with weights, and operations."""
+    """Our call and the peers' by name; bytes of input, output and weights; operations."""
 
     ours: Call
     peers: dict[str, Call]
@@ -38,7 +37,7 @@ class Work:
 
 @dataclass
 class Case:
-    """A row: kind and name; the least speed-up over the best peer, and share of the copy rate."""
+    """A row: kind, name, recipe, target speed-up over the best peer, target share of copy rate."""
 
     kind: str
     name: str
@@ -48,14 +47,14 @@ class Case:
 
 
 def device() -> dict[str, Any]:
-    """Its name and what it copies, bytes read and written."""
+    """Return the device's name, versions and copy rate (bytes read and written)."""
     import cupy
 
     current = cupy.cuda.Device()
     facts = cupy.cuda.runtime.getDeviceProperties(current.id)
-    a = cupy.zeros(1 << 28, cupy.float32)  # 1 GiB: past every cache
+    a = cupy.zeros(1 << 28, cupy.float32)  # 1 GiB: larger than every cache
     b = cupy.empty_like(a)
-    (seconds,) = measured([lambda: cupy.copyto(b, a)], 0.5)
+    (seconds,) = measure_gpu_seconds([lambda: cupy.copyto(b, a)], 0.5)
     name = facts["name"]
     return {
         "device": name.decode() if isinstance(name, bytes) else name,
@@ -66,47 +65,28 @@ def device() -> dict[str, Any]:
     }
 
 
-def measured(calls: list[Call], seconds: float) -> list[float]:
-    """Medians of seconds a call, samples of at least five milliseconds that end with the GPU idle.
-
-    In turns, like :func:`measure.measured`; waiting for the device takes in all streams.
-    """
+def measure_gpu_seconds(calls: list[Call], seconds: float) -> list[float]:
+    """Return the median seconds per call, in samples that end with an idle device."""
     import cupy
 
-    wait = cupy.cuda.Device().synchronize
-    each, times = [], [[] for _ in calls]
-    for call in calls:
-        for _ in range(3):  # compiled, tuned, and in the pool
-            call()
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        each.append(max(1, math.ceil(5e-3 / max(time.perf_counter() - start, 1e-7))))
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(times[0]) < 5:
-        for call, n, seen in zip(calls, each, times):
-            wait()
-            start = time.perf_counter()
-            for _ in range(n):
-                call()
-            wait()
-            seen.append((time.perf_counter() - start) / n)
-    return [statistics.median(t) for t in times]
+    wait = cupy.cuda.Device().synchronize  # waits for all streams
+    # 3 warm-up calls: compile, tune, fill the memory pool
+    return measure_seconds(calls, seconds, sample=5e-3, warm_up=3, wait=wait)
 
 
-def _planned(f: lr.Factorization, x: np.ndarray, dtype: str, activation: str = "none") -> Call:
+def _compiled_call(
+    f: lr.Factorization, x: np.ndarray, dtype: str, activation: str = "none"
+) -> Call:
     import cupy
 
-    there = f.to("cuda")
-    given = cupy.asarray(x).astype(dtype)
-    run = there.compile(x.shape[1:], dtype, activation=activation)
-    out = run(given)
-    return lambda: run(given, out)
+    image = cupy.asarray(x).astype(dtype)
+    run = f.to("cuda").compile(x.shape[1:], dtype, activation=activation)
+    out = run(image)
+    return lambda: run(image, out)
 
 
 def torch_peers(stages: Any, x: np.ndarray, ends: Any, dtype: str, tf32: bool) -> dict[str, Call]:
-    """The stages as PyTorch's layers on the GPU, in both layouts, where it is installed."""
+    """Return the stages as PyTorch layers on the GPU in both layouts, if it is installed."""
     try:
         import torch
     except ImportError:
@@ -132,7 +112,7 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any, dtype: str, tf32: bool) -
 
 
 def filter_work(taps: int, rank: int, shape: tuple[int, ...]) -> Work:
-    """Correlation with a kernel of one or more separable terms, border reflected."""
+    """Return correlation with a sum of separable terms, symmetric borders."""
     import cupy
     from cupyx.scipy import ndimage
 
@@ -142,11 +122,11 @@ def filter_work(taps: int, rank: int, shape: tuple[int, ...]) -> Work:
     f = filters.separate(kernel, rank=rank)
     x = rng.random((1, 1, *shape), dtype=np.float32)
     image = cupy.asarray(x[0, 0])
-    there = [[cupy.asarray(v) for v in line] for line in lines]
+    gpu_lines = [[cupy.asarray(v) for v in line] for line in lines]
 
     def passes() -> object:
         total = None
-        for line in there:
+        for line in gpu_lines:
             y = image
             for axis, v in enumerate(line):
                 y = ndimage.correlate1d(y, v, axis, mode="reflect")
@@ -158,7 +138,7 @@ def filter_work(taps: int, rank: int, shape: tuple[int, ...]) -> Work:
         dense = cupy.asarray(kernel)
         peers["cupyx correlate"] = lambda: ndimage.correlate(image, dense, mode="reflect")
     macs = rank * len(shape) * taps * math.prod(shape)
-    return Work(_planned(f, x, "float32"), peers, 8.0 * x.size, 2.0 * macs)
+    return Work(_compiled_call(f, x, "float32"), peers, 8.0 * x.size, 2.0 * macs)
 
 
 def _outer(line: list[np.ndarray]) -> np.ndarray:
@@ -172,13 +152,13 @@ def layer_work(
     f: lr.Factorization, n: int, size: tuple[int, ...], dtype: str, tf32: bool,
     activations: tuple[str, ...] = (),
 ) -> Work:  # fmt: skip
-    """A chain beside the same stages in PyTorch."""
+    """Return a chain and the same stages in PyTorch."""
     x = random(n, f.in_channels, *size)
     ends = [Epilogue(None, a) for a in activations or ("none",) * len(f.stages)]
     cost, width = f.cost(size), 8 if dtype == "float64" else 4 if dtype == "float32" else 2
     moved = width * (n * (cost.fused - cost.params) + cost.params)
     return Work(
-        _planned(f, x, dtype), torch_peers(f.stages, x, ends, dtype, tf32), moved,
+        _compiled_call(f, x, dtype), torch_peers(f.stages, x, ends, dtype, tf32), moved,
         2.0 * n * cost.macs,
     )  # fmt: skip
 
@@ -188,7 +168,7 @@ def depthwise(c: int, k: int, stride: int) -> lr.Factorization:
 
 
 def block(c: int, out: int, stride: int) -> lr.Factorization:
-    """Depthwise, then pointwise."""
+    """Return a depthwise-separable block."""
     g = lr.Geometry.of(2, stride=stride, padding=1)
     first = lr.Stage(weight(c, 1, 3, 3), g, groups=c)
     return lr.chain([first, lr.Stage(weight(out, c, 1, 1), lr.Geometry.of(2))])
@@ -211,7 +191,7 @@ def all_blocks(dtype: str, tf32: bool) -> Work:
     )  # fmt: skip
 
 
-#: Rows of floating point: dtype, and whether PyTorch may round products to TF32.
+#: Precision: dtype, and whether PyTorch may use TF32.
 PRECISIONS = {
     "float32": ("float32", False),
     "TF32": ("float32", True),
@@ -220,12 +200,12 @@ PRECISIONS = {
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All rows, or a few of every kind."""
+    """Yield all rows, or a few of every kind."""
     sizes = ((4096, 4096),) if quick else ((1024, 1024), (2048, 2048), (4096, 4096))
     for shape in sizes:
         for taps in (3, 15) if quick else (3, 5, 9, 15, 31):
             name = f"filter {taps}x{taps} of rank 1, {shape[0]}x{shape[1]}"
-            copy = 0.7 if taps <= 5 else None  # longer ones are bound by arithmetic, too
+            copy = 0.7 if taps <= 5 else None  # longer kernels are compute-bound
             yield Case("filter", name, lambda t=taps, s=shape: filter_work(t, 1, s), 3.0, copy)
         for rank in (2,) if quick else (2, 3):
             name = f"filter 15x15 of rank {rank}, {shape[0]}x{shape[1]}"
@@ -257,7 +237,7 @@ def cases(quick: bool) -> Iterator[Case]:
         name = f"all 13 blocks of MobileNetV1, N={BATCH}, {word}"
         target = 1.3 if word == "float32" else None
         yield Case("blocks", name, lambda d=dtype, f=tf32: all_blocks(d, f), target)
-    for row in layers():
+    for row in CHAIN_LAYERS:
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         for family, shapes in chain_shapes(row).items():
             for word, (dtype, tf32) in PRECISIONS.items():
@@ -274,18 +254,20 @@ def cases(quick: bool) -> Iterator[Case]:
                         channels = shape[0]
                     return layer_work(lr.chain(stages), BATCH, row["size"], d, f)
 
-                where = f"{c} {'x'.join(map(str, kernel))} at {'x'.join(map(str, size))}"
+                where = f"{c} {format_shape(kernel)} at {format_shape(size)}"
                 target = 1.3 if word == "float32" else None
                 yield Case("chain", f"{family}, {where}, N={BATCH}, {word}", make_chain, target)
 
 
 def rows(quick: bool, only: str, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure every case."""
+    """Measure the selected cases."""
     for case in cases(quick):
         if only not in f"{case.kind}: {case.name}":
             continue
         work = case.make()
-        ours, *others = measured([work.ours, *work.peers.values()], 0.1 if quick else 0.3)
+        ours, *others = measure_gpu_seconds(
+            [work.ours, *work.peers.values()], 0.1 if quick else 0.3
+        )
         seen = dict(zip(work.peers, others))
         best = min(seen, key=seen.__getitem__) if seen else None
         yield {
@@ -304,7 +286,7 @@ def rows(quick: bool, only: str, about: dict[str, Any]) -> Iterator[dict[str, An
 
 
 def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Geometric means by kind and precision against their targets."""
+    """Yield geometric means by kind and precision with their targets."""
 
     def group(r: dict[str, Any]) -> tuple[str, str]:
         word = r["name"].rsplit(", ", 1)[-1]

@@ -1,20 +1,20 @@
-"""What `import lowrank` costs: time, and the modules that nobody asked for yet."""
+"""Time of `import lowrank`, and the modules that it imports."""
 
 import subprocess
 import sys
 
-#: Libraries that few calls need.
+#: Optional libraries, which `import lowrank` must not import.
 HEAVY = {"tensorly", "matplotlib", "torch", "typer", "rich", "cupy", "onnx", "h5py", "dask"}
 
 
-def modules(statement="import lowrank"):
-    code = f"{statement}; import sys; print('\\n'.join(sys.modules))"
+def modules():
+    code = "import lowrank; import sys; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
 def importing(statement):
-    """A recipe of a call that imports in a process of its own."""
+    """Return a recipe of an import in a new process."""
 
     def make():
         command = [sys.executable, "-c", statement]
@@ -23,16 +23,16 @@ def importing(statement):
     return make
 
 
-def heavy_modules():
+def count_heavy_modules():
     return len(HEAVY & {name.split(".")[0] for name in modules()})
 
 
-def own_modules():
+def count_own_modules():
     return sum(name.split(".")[0] == "lowrank" for name in modules())
 
 
 WORK = {"import lowrank, a process": importing("import lowrank")}
-TRACKED = {"optional libraries imported": heavy_modules}
+TRACKED = {"optional libraries imported": count_heavy_modules}
 
 
 def timeraw_import():
@@ -40,17 +40,17 @@ def timeraw_import():
 
 
 def timeraw_import_numpy_scipy():
-    """What of it is not ours."""
+    """Return the share that is not ours."""
     return "import numpy, scipy.fft, scipy.linalg, scipy.ndimage"
 
 
 class Modules:
     def track_heavy(self):
-        return heavy_modules()
+        return count_heavy_modules()
 
     track_heavy.unit = "optional libraries imported"
 
     def track_own(self):
-        return own_modules()
+        return count_own_modules()
 
     track_own.unit = "modules of lowrank imported"

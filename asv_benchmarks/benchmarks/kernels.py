@@ -1,10 +1,10 @@
-"""The engine on single stages and fused chains, beside NumPy's matrix product.
+"""Rates of single stages and fused chains relative to NumPy's matrix product.
 
-    python -m asv_benchmarks.benchmarks.kernels [THREADS]      prints the rates as a table
+    python -m asv_benchmarks.benchmarks.kernels [THREADS]      prints a table of rates
 
-A share of 1 is the rate of a large float32 matrix product on one thread, measured in turns,
-times the threads: what the machine gives to a library that has been tuned for it.  The product
-keeps to one thread, since a BLAS whose threads spin while they wait takes ours their cores.
+A share of 1 is the rate of a large float32 GEMM on one thread, measured interleaved, times the
+number of threads.  The GEMM runs on one thread because spinning BLAS threads would occupy our
+cores.
 """
 
 import os
@@ -18,7 +18,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
 
-from . import measure
+from . import tables
+from .compat import MISSING
 
 #: Spatial size of the input, then the stages: (out, in, kernel, stride, groups).
 PROBLEMS = {
@@ -43,7 +44,7 @@ PROBLEMS = {
 
 
 def problem(name):
-    """(chain, input shape) of one of the above."""
+    """Return (chain, input shape) of a problem."""
     import lowrank as lr
 
     size, *specs = PROBLEMS[name]
@@ -58,8 +59,8 @@ def problem(name):
     return lr.chain(stages), (specs[0][1], *size)
 
 
-def planned(name):
-    """A call of one of the above on one thread."""
+def compiled_call(name):
+    """Return a call of a compiled problem on one thread."""
     f, shape = problem(name)
     x = np.ones((1, *shape), np.float32)
     run = f.compile(shape, np.float32, threads=1)
@@ -67,13 +68,13 @@ def planned(name):
     return lambda: run(x, out)
 
 
-#: Layers of well-known networks beside other libraries, one thread.
+#: Kinds of layers that are compared with other libraries.
 LAYERS = ("dense", "depthwise", "series", "mobilenet")
-WORK = {name: partial(planned, name) for name in PROBLEMS} | measure.works(["call"])
+WORK = {name: partial(compiled_call, name) for name in PROBLEMS} | tables.case_recipes(["call"])
 
 
 class Problems:
-    """Time of the engine over that of a matrix product with as many multiply-adds."""
+    """Time relative to a matrix product with equal MACs."""
 
     params = (list(PROBLEMS),)
     param_names = ["problem"]
@@ -83,8 +84,8 @@ class Problems:
         for name in PROBLEMS:
             try:
                 f, shape = problem(name)
-                share, rate = measured(f, shape, threads=1)
-            except measure.ABSENT:
+                share, rate = gemm_share(f, shape, threads=1)
+            except MISSING:
                 continue
             found[name] = 1 / share, 2e-9 * f.cost(shape).macs / rate
         return found
@@ -98,7 +99,7 @@ class Problems:
     def track_time_over_gemm(self, found, name):
         return found[name][0]
 
-    track_time_over_gemm.unit = "times a matrix product of as many multiply-adds"
+    track_time_over_gemm.unit = "times a matrix product of equal MACs"
 
     def track_time(self, found, name):
         return found[name][1]
@@ -106,38 +107,37 @@ class Problems:
     track_time.unit = "seconds"
 
 
-class Layers(measure.Beside):
-    """Layers, and MobileNet's blocks, beside the same in other libraries."""
+class Layers(tables.PeerRatios):
+    """Times of layers and MobileNet blocks relative to other libraries."""
 
-    params = (measure.names(LAYERS), ["PyTorch", "onnxruntime"])
+    params = (tables.case_names(LAYERS), ["PyTorch", "onnxruntime"])
 
     def setup_cache(self):
-        return measure.table(LAYERS)
+        return tables.measure_table(LAYERS)
 
     setup_cache.timeout = 600
 
 
-class LayerTimes(measure.Alone):
-    """Their own times."""
+class LayerTimes(tables.OwnTimes):
+    """Absolute times."""
 
-    params = (measure.names(LAYERS),)
+    params = (tables.case_names(LAYERS),)
     setup_cache = Layers.setup_cache
 
 
-class Calls:
-    """A call of a planned chain on a tiny input: what is paid beside the work."""
+class Calls(tables.Recipes):
+    """Call overhead: a compiled chain on a tiny input."""
 
-    params = (measure.names(["call"]),)
+    recipes = WORK
 
-    def setup(self, name):
-        self.call = measure.available(WORK[name])
+    params = (tables.case_names(["call"]),)
 
     def time_call(self, name):
         self.call()
 
 
-def measured(f, shape, threads, seconds=0.5):
-    """(share of the rate of a matrix product, GFLOP/s): medians of runs that take turns."""
+def gemm_share(f, shape, threads, seconds=0.5):
+    """Return (share of the GEMM rate, GFLOP/s): medians of interleaved runs."""
     x = np.ones((1, *shape), np.float32)
     run = f.compile(shape, np.float32, threads=threads)
     out = run(x)
@@ -161,7 +161,7 @@ def main():
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     print(f"{'problem':26}  GFLOP/s  share of a matrix product, {threads} thread(s)")
     for name in PROBLEMS:
-        share, rate = measured(*problem(name), threads)
+        share, rate = gemm_share(*problem(name), threads)
         print(f"{name:26}  {rate:7.1f}  {share:.2f}")
 
 

@@ -1,4 +1,4 @@
-"""Stages and filters as other libraries run them, where they are installed."""
+"""Stages and filters in other libraries, where they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .measure import measured
+from .compat import is_replicated, resolve
+from .timing import measure_seconds
 
 try:
     import torch
@@ -27,8 +28,8 @@ except ImportError:
 Call = Callable[[], object]
 
 
-def keep_to(threads: int) -> None:
-    """Have PyTorch and OpenCV run on so many threads."""
+def set_threads(threads: int) -> None:
+    """Set the number of threads of PyTorch and OpenCV."""
     if torch is not None:
         torch.set_num_threads(threads)
     if cv2 is not None:
@@ -36,27 +37,26 @@ def keep_to(threads: int) -> None:
 
 
 def torch_peers(stages: Any, x: np.ndarray, ends: Any = (), name: str = "torch") -> dict[str, Call]:
-    """The stages as PyTorch's layers, in both layouts; `ends` are (bias, activation) pairs."""
+    """Return the stages as PyTorch layers in both layouts; `ends` are (bias, activation) pairs."""
     if torch is None:
         return {}
-    from lowrank.core.stage import Epilogue
-    from lowrank.engine import pytorch
-
+    bind_call = resolve("engine.pytorch:bind_call", "backends.pytorch:call")
+    Epilogue = resolve("core.stage:Epilogue", "stage:Epilogue")
     epilogues = [Epilogue(*end) for end in ends or [(None, "none")] * len(stages)]
-    found = {f"{name} NCHW": pytorch.bind_call(stages, epilogues, x)}
+    found = {f"{name} NCHW": bind_call(stages, epilogues, x)}
     if x.ndim in (4, 5):
-        found[f"{name} NHWC"] = pytorch.bind_call(stages, epilogues, x, channels_last=True)
+        found[f"{name} NHWC"] = bind_call(stages, epilogues, x, channels_last=True)
     return found
 
 
 def tensorly_torch_peer(family: str, stages: Any, x: np.ndarray) -> dict[str, Call]:
-    """The chain as a FactorizedConv of TensorLy-Torch, for the three families that it has.
+    """Return the chain as a FactorizedConv of TensorLy-Torch, which has three of the families.
 
-    The factors are those of the stages.  Of its implementations, in both layouts of the input, the
-    one that a short trial finds the fastest.
+    The factors are those of the stages.  A short trial picks the fastest of its implementations
+    and input layouts.
     """
-    form = family.rsplit(" ", 1)[0]
-    if torch is None or form not in ("cp", "tucker", "tensor train"):
+    kind = family.rsplit(" ", 1)[0]
+    if torch is None or kind not in ("cp", "tucker", "tensor train"):
         return {}
     try:
         import tltorch
@@ -66,12 +66,12 @@ def tensorly_torch_peer(family: str, stages: Any, x: np.ndarray) -> dict[str, Ca
     first, *middle, last = weights
     first, last = first.flatten(1), last.flatten(1)  # (rank, inputs), (outputs, rank)
     kernel = [max(w.shape[2 + a] for w in middle) for a in range(x.ndim - 2)]
-    shape, ways = (len(last), first.shape[1], *kernel), ["factorized"]
-    if form == "cp":
+    shape, implementations = (len(last), first.shape[1], *kernel), ["factorized"]
+    if kind == "cp":
         factors = [last, first.T, *(w.flatten(1).T for w in middle)]
         made = tltorch.CPTensor(torch.ones(len(first)), factors, shape=shape, rank=len(first))
-        ways.append("mobilenet")
-    elif form == "tucker":
+        implementations.append("mobilenet")
+    elif kind == "tucker":
         ranks = (last.shape[1], len(first), *kernel)
         made = tltorch.TuckerTensor(middle[0], [last, first.T], shape=shape, rank=ranks)
     else:
@@ -83,23 +83,25 @@ def tensorly_torch_peer(family: str, stages: Any, x: np.ndarray) -> dict[str, Ca
     last_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     inputs = [given, given.contiguous(memory_format=last_format)]
 
-    def call(way: str, t: Any) -> Call:
-        conv = tltorch.FactorizedConv.from_factorization(made, implementation=way, padding=padding)
+    def call(implementation: str, t: Any) -> Call:
+        conv = tltorch.FactorizedConv.from_factorization(
+            made, implementation=implementation, padding=padding
+        )
 
-        def go() -> Any:
+        def run() -> Any:
             with torch.inference_mode():
                 return conv(t)
 
-        return go
+        return run
 
-    calls = [call(way, t) for way in ways for t in inputs]
-    times = measured(calls, 0.05)
+    calls = [call(i, t) for i in implementations for t in inputs]
+    times = measure_seconds(calls, 0.05)
     return {"TensorLy-Torch": calls[times.index(min(times))]}
 
 
 def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[str, Call]:
-    """The stages as a network of Conv nodes in onnxruntime, its output bound beforehand."""
-    if onnxruntime is None or any(s.outer > 1 or s.inner > 1 for s in stages):
+    """Return the stages as Conv nodes in onnxruntime, with a preallocated output."""
+    if onnxruntime is None or any(map(is_replicated, stages)):
         return {}
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     nodes, values, at = [], [], "x"
@@ -132,7 +134,7 @@ def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # as OpenMP's teams do here
+    # The same policy as our OpenMP threads.
     spins = "0" if os.environ.get("OMP_WAIT_POLICY") == "passive" else "1"
     options.add_session_config_entry("session.intra_op.allow_spinning", spins)
     network = onnxruntime.InferenceSession(
@@ -147,6 +149,7 @@ def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[
 
 
 def opencv_separable(image: np.ndarray, line: np.ndarray) -> dict[str, Call]:
+    """Return OpenCV's separable filter."""
     if cv2 is None:
         return {}
     out, border = np.empty_like(image), cv2.BORDER_REFLECT

@@ -1,19 +1,19 @@
-"""Memory: workspaces of plans, arrays of runs and fits, peaks of whole processes."""
+"""Memory: workspaces of plans, arrays of runs and fits, peaks of processes."""
 
 import tracemalloc
 
 import numpy as np
 
-from . import measure
-from .cases import chain_shapes, layers
+from .cases import CHAIN_LAYERS, chain_shapes
+from .compat import family_function, require
 from .decompositions import LARGE, dense
 
-ROW = next(layers())  # 64 channels at 56x56
+ROW = CHAIN_LAYERS[0]  # 64 channels at 56x56
 FAMILIES = list(chain_shapes(ROW))
 
 
 def chain(family):
-    """A chain of the comparison, float32."""
+    """Return a float32 chain of the comparison."""
     import lowrank as lr
 
     from .cases import weight
@@ -27,14 +27,14 @@ def chain(family):
 
 
 def workspace(family):
-    """Bytes that one thread works in."""
+    """Return the workspace of one thread in bytes."""
     f = chain(family)
     run = f.compile((f.in_channels, *ROW["size"]), np.float32, threads=1)
     return max(s.core.workspace for s in run.segments)
 
 
 def allocated(call):
-    """Most bytes of NumPy's arrays that a call holds at once."""
+    """Return the peak of NumPy array bytes that a call allocates."""
     call()
     tracemalloc.start()
     try:
@@ -44,14 +44,14 @@ def allocated(call):
         tracemalloc.stop()
 
 
-def of_run(family):
+def run_bytes(family):
     f = chain(family)
     x = np.ones((1, f.in_channels, *ROW["size"]), np.float32)
     run = f.compile(x.shape[1:], np.float32, threads=1)
     return allocated(lambda: run(x))
 
 
-def of_filter():
+def filter_bytes():
     from lowrank import filters
 
     image = np.ones((1024, 1024), np.float32)
@@ -59,47 +59,45 @@ def of_filter():
     return allocated(lambda: filters.correlate(image, taps, method="fft", threads=1))
 
 
-def of_fit(name, *rank):
-    import lowrank as lr
-
-    conv = dense(LARGE)
-    return allocated(lambda: getattr(lr, name)(conv, *rank))
+def fit_bytes(name, *rank):
+    conv, fit = dense(LARGE), family_function(name)
+    return allocated(lambda: fit(conv, *rank))
 
 
-#: The same on every run, but for a few bytes of Python's own.
+#: Repeatable up to a few bytes of Python objects.
 TRACKED = {
     **{f"workspace of {family}, bytes": lambda f=family: workspace(f) for family in FAMILIES},
-    "arrays of a run, bytes": lambda: of_run(FAMILIES[0]),
-    "arrays of a filter by transforms, bytes": of_filter,
-    "arrays of spatial, 256 channels, bytes": lambda: of_fit("spatial_svd", 64),
-    "arrays of tucker, 256 channels, bytes": lambda: of_fit("tucker", (64, 64)),
+    "arrays of a run, bytes": lambda: run_bytes(FAMILIES[0]),
+    "arrays of an FFT filter, bytes": filter_bytes,
+    "arrays of spatial_svd, 256 channels, bytes": lambda: fit_bytes("spatial_svd", 64),
+    "arrays of tucker, 256 channels, bytes": lambda: fit_bytes("tucker", (64, 64)),
 }
 
 
 class Bytes:
-    """What a plan, a run, a fit holds beside its arguments."""
+    """Bytes that a plan, a run or a fit holds besides its arguments."""
 
     params = (list(TRACKED),)
     param_names = ["what"]
     timeout = 120
 
     def track_bytes(self, name):
-        return measure.available(TRACKED[name])
+        return require(TRACKED[name])
 
     track_bytes.unit = "bytes"
 
 
 class Peak:
-    """A process that runs a chain on a large input, fused and stage by stage.
+    """Resident memory of a run on a large input, fused and stage by stage.
 
-    Of the resident memory some hundred megabytes are the libraries that asv has imported.
+    Some hundred megabytes are the libraries that asv has imported.
     """
 
     params = (["fused", "stage by stage"],)
     param_names = ["how"]
 
     def setup(self, how):
-        self.f = measure.available(chain, "cp 64")
+        self.f = require(chain, "cp 64")
         self.x = np.ones((1, 64, 768, 768), np.float32)  # 151 MB
 
     def peakmem_run(self, how):

@@ -1,38 +1,41 @@
-"""The digit network that ships with the package, planned, compressed, run and scored."""
+"""The shipped digit network: plan, compress, run, score."""
 
 from functools import cache
 
 import numpy as np
 
-from . import measure
+from . import tables
+from .compat import family_names, require, resolve
+from .timing import measure_seconds
 
 SHARES = (1 / 2, 1 / 4)
-FAMILIES = [
-    "channel_svd",
-    "channel_svd",
-    "spatial_svd",
-]  # quick to fit; what a whole choice takes is in Whole
+#: Families with a fast sweep.
+FAMILIES = ["channel_svd", "spatial_svd"]
+
+
+def make_plan():
+    return resolve("compress:make_plan", "models:make_plan")
+
+
+def compress():
+    return resolve("compress:compress_model", "models:compress")
 
 
 @cache
 def net():
-    from lowrank import demo
-    from lowrank.interop import files
-
-    return files.open_model(demo.WEIGHTS)
+    open_model = resolve("interop.files:open_model", "interop.files:open_net")
+    return open_model(resolve("demo:WEIGHTS"))
 
 
 @cache
-def small(share):
-    """The network within a share of its multiply-adds, by all families."""
-    from lowrank import compress
-
-    return compress.compress_model(net(), compress.make_plan(net(), macs=share, pinned=["conv1"]))
+def compressed(share):
+    """Return the network compressed to a share of its MACs by all families."""
+    return compress()(net(), make_plan()(net(), macs=share, pinned=["conv1"]))
 
 
 @cache
 def images():
-    """The digits that the network was not trained on, as the demo has them."""
+    """Return the test images of the digit network."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -42,62 +45,56 @@ def images():
 
 
 def layers():
+    read_layers = resolve("interop.weights:layers", "weights:layers")
+    return read_layers(resolve("demo:WEIGHTS"))
+
+
+def top1_error(share):
+    """Return the top-1 error on the test images."""
     from lowrank import demo
-    from lowrank.interop import weights
 
-    return weights.layers(demo.WEIGHTS)
-
-
-def wrong(share):
-    """Share of unseen digits that are read wrong."""
-    from lowrank import demo
-    from lowrank.interop.weights import read_weights
-
+    read_weights = resolve("interop.weights:read_weights", "weights:read_weights")
     chains = {layer.name: layer.conv for layer in layers()}
     if share < 1:
-        chains |= small(share).chains
+        chains |= compressed(share).chains
     return 1 - demo.accuracy(chains, read_weights(demo.WEIGHTS), *images())
 
 
-def spent(share):
-    now, before = small(share).plan.total("macs")
-    return now / before
+def macs_share(share):
+    macs, dense_macs = compressed(share).plan.total("macs")
+    return macs / dense_macs
 
 
 def loss(share):
-    return small(share).plan.loss
+    return compressed(share).plan.loss
 
 
-TRACKED = {"digits read wrong, dense": lambda: wrong(1)}
+TRACKED = {"top-1 error, dense": lambda: top1_error(1)}
 for s in SHARES:
     TRACKED |= {
-        f"digits read wrong, {s:.0%} of the work": lambda s=s: wrong(s),
-        f"multiply-adds, {s:.0%} asked for": lambda s=s: spent(s),
-        f"loss, {s:.0%} of the work": lambda s=s: loss(s),
+        f"top-1 error, {s:.0%} of the MACs": lambda s=s: top1_error(s),
+        f"share of MACs, budget {s:.0%}": lambda s=s: macs_share(s),
+        f"loss, {s:.0%} of the MACs": lambda s=s: loss(s),
     }
 
 
 def planning():
-    from lowrank import compress
-
-    given = net()
-    return lambda: compress.make_plan(given, macs=0.5, pinned=["conv1"], families=FAMILIES)
+    model, plan, families = net(), make_plan(), family_names(*FAMILIES)
+    return lambda: plan(model, macs=0.5, pinned=["conv1"], families=families)
 
 
 def compressing():
-    from lowrank import compress
-
-    plan = compress.make_plan(net(), macs=0.5, pinned=["conv1"], families=FAMILIES)
-    return lambda: compress.compress_model(net(), plan)
+    plan, compress_net = planning()(), compress()
+    return lambda: compress_net(net(), plan)
 
 
 def running(share):
-    """The chains of all layers, one after another, on a batch of eight."""
+    """Return a recipe that runs the chains of all layers on a batch of eight."""
 
     def make():
         chains = {layer.name: layer.conv for layer in layers()}
         if share < 1:
-            chains |= small(share).chains
+            chains |= compressed(share).chains
         calls = []
         for layer in layers():
             f = chains[layer.name]
@@ -105,81 +102,78 @@ def running(share):
             run = f.compile(x.shape[1:], np.float32, threads=1)
             calls.append((run, x, run(x)))
 
-        def go():
+        def run_all():
             for run, x, out in calls:
                 run(x, out)
 
-        return go
+        return run_all
 
     return make
 
 
 WORK = {
-    "make_plan, three families": planning,
+    "make_plan, two families": planning,
     "compress, planned": compressing,
     "run, dense": running(1),
-    "run, half of the work": running(0.5),
+    "run, half of the MACs": running(0.5),
 }
 
 
-class Models:
-    """How long the steps take."""
+class Models(tables.Recipes):
+    """Time of each step."""
 
+    recipes = WORK
     params = (list(WORK),)
     param_names = ["step"]
-    timeout = 120
-
-    def setup(self, name):
-        self.call = measure.available(WORK[name])
-        measure.available(self.call)
 
     def time_step(self, name):
         self.call()
 
 
 class Kept:
-    """What a compressed network keeps and what it costs: the same on every machine."""
+    """Accuracy and cost of compressed networks: machine-independent."""
 
     params = (list(TRACKED),)
     param_names = ["what"]
     timeout = 120
 
     def track_kept(self, name):
-        return measure.available(TRACKED[name])
+        return require(TRACKED[name])
 
     track_kept.unit = "shares"
 
 
 class Predicted:
-    """How far predicted seconds are from those of the clock, for layers before and after."""
+    """Errors of predicted times of dense and compressed layers."""
 
     params = (list(SHARES),)
-    param_names = ["share of the multiply-adds"]
+    param_names = ["share of the MACs"]
     timeout = 120
 
     def setup(self, share):
-        self.chains = measure.available(lambda: small(share).chains)
+        self.chains = require(lambda: compressed(share).chains)
 
     def track_predicted_off(self, share):
-        """The worse of predicted / actual and its inverse, less 1."""
-        from lowrank import perfmodel
-
+        """Return the largest of predicted / actual and its inverse over the layers, minus 1."""
+        predict = resolve("perfmodel:predict", "machine:predict")
         off = []
         for layer in layers():
             f = self.chains.get(layer.name, layer.conv)
             x = np.ones((1, f.in_channels, *layer.input_size), np.float32)
             run = f.compile(x.shape[1:], np.float32, threads=1)
             out = run(x)
-            (actual,) = measure.measured([lambda run=run, x=x, out=out: run(x, out)], 0.2)
-            predicted = perfmodel.predict(f, layer.input_size, threads=1).seconds
+            (actual,) = measure_seconds([lambda run=run, x=x, out=out: run(x, out)], 0.2)
+            predicted = predict(f, layer.input_size, threads=1).seconds
             off.append(max(predicted / actual, actual / predicted) - 1)
         return max(off)
 
-    track_predicted_off.unit = "of the time, worst layer; rates of this machine or those that ship"
+    track_predicted_off.unit = (
+        "of the time, worst layer; coefficients of this machine or the shipped ones"
+    )
 
     def track_time_share(self, share):
         calls = [running(share)(), running(1)()]
-        chains, dense = measure.measured(calls, 0.5)
+        chains, dense = measure_seconds(calls, 0.5)
         return chains / dense
 
     track_time_share.unit = "share of the dense layers' time, eight images"

@@ -1,35 +1,31 @@
-"""The choice of a chain or of a way to run a filter, and what is said of it."""
+"""Choice of a chain or of a filter's method, and certificates."""
 
-from . import measure
+from . import tables
+from .compat import family_function, family_names, require, resolve
 from .decompositions import SMALL, dense, size
 
-FAMILIES = [
-    "channel_svd",
-    "channel_svd",
-    "spatial_svd",
-    "filter_basis",
-    "network_decoupling",
-]  # those that an SVD fits
+#: Families that are fitted by a single SVD.
+FAMILIES = ["channel_svd", "spatial_svd", "filter_basis", "network_decoupling"]
 
 
 def frontier(axis):
-    """All ranks of five families, with what nothing beats on error and cost."""
+    """Return a recipe of the Pareto front of four families."""
 
     def make():
         import lowrank as lr
 
-        conv = dense(SMALL)
-        return lambda: lr.frontier(conv, size(SMALL), FAMILIES, axis=axis)
+        conv, families = dense(SMALL), family_names(*FAMILIES)
+        return lambda: lr.frontier(conv, size(SMALL), families, axis=axis)
 
     return make
 
 
-def approximate(**wanted):
+def approximate(**budget):
     def make():
         import lowrank as lr
 
-        conv = dense(SMALL)
-        return lambda: lr.approximate(conv, size(SMALL), families=FAMILIES, **wanted)
+        conv, families = dense(SMALL), family_names(*FAMILIES)
+        return lambda: lr.approximate(conv, size(SMALL), families=families, **budget)
 
     return make
 
@@ -48,7 +44,7 @@ def certificate():
     import lowrank as lr
 
     conv = dense(SMALL)
-    f = lr.spatial_svd(conv, 16)
+    f = family_function("spatial_svd")(conv, 16)
     return lambda: lr.certificate(conv, f)
 
 
@@ -62,21 +58,18 @@ def operator_norm():
 def compiling():
     import numpy as np
 
-    import lowrank as lr
-
-    f = lr.spatial_svd(dense(SMALL), 16)
+    f = family_function("spatial_svd")(dense(SMALL), 16)
     return lambda: f.compile((64, 56, 56), np.float32, threads=1)
 
 
 def predicting():
-    import lowrank as lr
-
-    f = lr.spatial_svd(dense(SMALL), 16)
-    return lambda: lr.machine.predict(f, (56, 56))
+    f = family_function("spatial_svd")(dense(SMALL), 16)
+    predict = resolve("perfmodel:predict", "machine:predict")
+    return lambda: predict(f, (56, 56))
 
 
 WORK = {
-    "frontier by multiply-adds": frontier("macs"),
+    "frontier by MACs": frontier("macs"),
     "frontier by seconds": frontier("seconds"),
     "approximate within an error": approximate(max_error=0.3, axis="macs"),
     "plan_filter, disk within 5 %": plan_filter(lambda filters: filters.disk(9.5), 0.05),
@@ -90,19 +83,19 @@ WORK = {
 
 def macs_within(error):
     def share():
-        f = measure.available(approximate(max_error=error, axis="macs"))()
+        f = require(approximate(max_error=error, axis="macs"))()
         return f.cost(size(SMALL)).macs / dense(SMALL).cost(size(SMALL)).macs
 
     return share
 
 
 def error_at_half():
-    f = measure.available(approximate(macs=0.5))()
+    f = require(approximate(macs=0.5))()
     return f.error(dense(SMALL).to_dense())
 
 
-def terms_of_disk():
-    """Multiply-adds a sample of the separable terms that are within 5 %."""
+def macs_of_disk():
+    """Return MACs per sample of the smallest separable sum within 5 %."""
     from lowrank import filters
 
     taps = filters.disk(9.5)
@@ -115,35 +108,31 @@ def terms_of_disk():
 
 
 TRACKED = {
-    "multiply-adds within an error of 0.3": macs_within(0.3),
-    "multiply-adds within an error of 0.1": macs_within(0.1),
-    "error at half of the multiply-adds": error_at_half,
-    "taps a sample of a disk within 5 %": terms_of_disk,
+    "MACs within an error of 0.3": macs_within(0.3),
+    "MACs within an error of 0.1": macs_within(0.1),
+    "error at half of the MACs": error_at_half,
+    "MACs per sample of a disk within 5 %": macs_of_disk,
 }
 
 
-class Search:
-    """How long an answer takes."""
+class Search(tables.Recipes):
+    """Time of a choice or a certificate."""
 
+    recipes = WORK
     params = (list(WORK),)
     param_names = ["question"]
-    timeout = 120
-
-    def setup(self, name):
-        self.call = measure.available(WORK[name])
-        measure.available(self.call)
 
     def time_answer(self, name):
         self.call()
 
 
 class Found:
-    """What is found: the same on every machine."""
+    """Machine-independent results."""
 
     params = (list(TRACKED),)
     param_names = ["what"]
 
     def track_found(self, name):
-        return measure.available(TRACKED[name])
+        return require(TRACKED[name])
 
-    track_found.unit = "shares, errors, taps"
+    track_found.unit = "shares, errors, MACs per sample"

@@ -1,4 +1,4 @@
-"""Whole networks: PyTorch's dense and compressed ones beside the same on lowrank's engine."""
+"""Whole networks, dense and compressed: PyTorch beside lowrank's engine."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from .measure import measured
+from .timing import measure_seconds
 
 try:
     import torch
     from torch.fx.experimental.optimization import fuse
-except ImportError:  # asv imports every module of this folder, whatever is installed
+except ImportError:  # asv imports every module of this folder
     torch = None
 
-SECONDS = 4.0  # of measuring
-SIZES = {"faststyle_udnie": (256, 256)}  # spatial sizes of inputs that are not those of the data
+SECONDS = 4.0  # measurement time
+SIZES = {"faststyle_udnie": (256, 256)}  # spatial sizes that differ from the data's
 
 
 def inputs(case: Any, batch: int) -> Any:
-    """Inputs of a case, some of them several times."""
+    """Return a batch of inputs, repeated where the data are too few."""
     if case.name in SIZES:
         random = torch.Generator().manual_seed(0)
         return 255 * torch.rand(batch, 3, *SIZES[case.name], generator=random)
@@ -28,7 +28,7 @@ def inputs(case: Any, batch: int) -> Any:
 
 
 def calls(case: Any, small: Any, x: Any, threads: int) -> dict[str, Callable[[], object]]:
-    """The dense and the compressed net on `x`, in PyTorch's two layouts and on the engine."""
+    """Return calls of both networks on `x`, in PyTorch's two layouts and on the engine."""
     from lowrank.interop.torch import on_engine
 
     found = {}
@@ -45,16 +45,16 @@ def calls(case: Any, small: Any, x: Any, threads: int) -> dict[str, Callable[[],
 
 
 def timings(case: Any, small: Any, batch: int, threads: int) -> dict[str, float]:
-    """Seconds a batch of a case's net and of a compressed copy of it, by who runs it.
+    """Return seconds per batch of a network and its compressed copy, by runtime.
 
-    Medians of calls that take turns, after batch norms were folded for all.  The environment
-    variable OMP_WAIT_POLICY should be "passive": two libraries' threads share the cores.
+    Medians of interleaved calls with folded batch norms.  The environment variable
+    OMP_WAIT_POLICY should be "passive", since two libraries' threads share the cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             some = calls(case, small, inputs(case, batch), threads)
-            return dict(zip(some, measured(list(some.values()), SECONDS), strict=True))
+            return dict(zip(some, measure_seconds(list(some.values()), SECONDS), strict=True))
     finally:
         torch.set_num_threads(before)

@@ -13,7 +13,7 @@ import tables
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank import compress, demo
 from lowrank.compress import Layer
 from lowrank.interop.weights import WeightsModel, read_weights
@@ -79,15 +79,15 @@ def rows():
     net, blind = DigitNet(fit, weights), WeightsModel(demo.WEIGHTS)
     dense = net.with_chains({})
     total = sum(layer.cost.macs for layer in net.layers)
-    statistics, weights_only = compress.Measured(net), compress.Measured(blind)
+    statistics, weights_only = compress.LayerStatistics(net), compress.LayerStatistics(blind)
     methods = {
         f"uniform {f}": lambda share, f=f: tables.uniform(net.layers, f, share) for f in UNIFORM
     }
     methods["optimised, weights only"] = lambda share: (
-        compress.compress_model(blind, macs=share, measured=weights_only).chains
+        compress.compress_model(blind, macs=share, statistics=weights_only).chains
     )
     methods["optimised, on data"] = lambda share: (
-        compress.compress_model(net, macs=share, measured=statistics).chains
+        compress.compress_model(net, macs=share, statistics=statistics).chains
     )
     few = x[:BATCH]
     dense_call = runner(dense, few, weights)
@@ -100,7 +100,9 @@ def rows():
                 continue
             macs = sum(chains[k.name].cost(k.input_size).macs for k in net.layers)
             accuracy = demo.accuracy(chains, weights, x, y)
-            seconds, dense_seconds = measured([runner(chains, few, weights), dense_call], SECONDS)
+            seconds, dense_seconds = measure_seconds(
+                [runner(chains, few, weights), dense_call], SECONDS
+            )
             yield method, f"{macs / total:.4f}", f"{accuracy:.4f}", f"{seconds / dense_seconds:.3f}"
 
 

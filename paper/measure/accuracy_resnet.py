@@ -24,7 +24,7 @@ def rows(case):
 
     net = TorchModel(case.model, case.calibration(0))
     blind = WeightsModel(tables.folder() / "weights" / "resnet20_cifar10.safetensors")
-    statistics, weights_only = compress.Measured(net), compress.Measured(blind)
+    statistics, weights_only = compress.LayerStatistics(net), compress.LayerStatistics(blind)
     methods = {
         f"uniform {family}": lambda share, family=family: tables.uniform(net.layers, family, share)
         for family in UNIFORM
@@ -35,17 +35,17 @@ def rows(case):
     def capped(share):
         """Spatial SVD within one share of MACs per layer, fitted front to back on data."""
         plan = compress.make_plan(
-            net, macs=1.0, families=["spatial_svd"], pinned=dense, measured=statistics,
+            net, macs=1.0, families=["spatial_svd"], pinned=dense, statistics=statistics,
             capped=dict.fromkeys(inner, share),
         )  # fmt: skip
         return compress.compress_model(net, plan).chains
 
     methods["uniform spatial_svd, on data"] = capped
     methods["optimised, weights only"] = lambda share: (
-        compress.compress_model(blind, macs=share, measured=weights_only).chains
+        compress.compress_model(blind, macs=share, statistics=weights_only).chains
     )
     methods["optimised, on data"] = lambda share: (
-        compress.compress_model(net, macs=share, measured=statistics).chains
+        compress.compress_model(net, macs=share, statistics=statistics).chains
     )
     total = sum(x.cost.macs for x in net.layers)
     yield "dense", "1.0000", f"{case.score(case.model):.2f}", *times(whole, case, case.model)

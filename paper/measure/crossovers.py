@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import tables
 
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank import filters
 from lowrank.filters import choose
 
@@ -36,7 +36,7 @@ def rows():
             if rank < taps:
                 plan = filters.plan_filter(kernel, SIZE, rank=rank, threads=1)
                 options[f"rank {rank}"] = plan.choice
-        times = measured([call(o) for o in options.values()], SECONDS)
+        times = measure_seconds([call(o) for o in options.values()], SECONDS)
         for (method, option), seconds in zip(options.items(), times):
             yield taps, method, f"{option.seconds:.4g}", f"{seconds:.4g}"
 

@@ -22,7 +22,7 @@ import tables
 from threadpoolctl import threadpool_limits
 
 import lowrank
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank import compress, filters
 from lowrank.filters import choose
 
@@ -112,7 +112,7 @@ def main(target):
             whole = conv(images)[0, 0]
             chains = {("dense", "", ""): conv}
             net = Single(conv, noisy)
-            statistics = compress.Measured(net, gradients=False)
+            statistics = compress.LayerStatistics(net, gradients=False)
             ranks = (1, 2, 3, 4, 6, 8) if patches == MAIN else (2,)
             for rank in ranks:
                 chains["dh-w", "weights", rank] = lowrank.spatial_svd(conv, rank, variant="dh-w")
@@ -130,7 +130,7 @@ def main(target):
                     ):
                         share = (rank * each + 0.5) / kernel.size
                         small = compress.compress_model(
-                            net, macs=share, families=[family], measured=statistics
+                            net, macs=share, families=[family], statistics=statistics
                         )
                         f = small.chains["filter"]
                         chains[f.variant or f.family, "output", rank] = f
@@ -146,7 +146,7 @@ def main(target):
                 took["fft", "", ""] = lambda run=run, out=out: run(images, out)
                 predicted["fft", "", ""] = options["fft"].seconds
                 took["SciPy", "", ""] = lambda k=kernel: scipy.ndimage.correlate(noisy, k)
-                took = dict(zip(took, measured(list(took.values()), SECONDS)))
+                took = dict(zip(took, measure_seconds(list(took.values()), SECONDS)))
             for key in dict.fromkeys([*chains, *took]):
                 f = chains.get(key)
                 about = [""] * 4

@@ -10,7 +10,7 @@ import numpy as np
 import tables
 
 import lowrank
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 LAYERS = {"digits": ["conv3"], "ResNet-20": ["layer1.1.conv1", "layer3.1.conv2"],
           "style": ["resid3.conv1"]}  # fmt: skip
@@ -48,7 +48,7 @@ def measure(name, conv, size):
             f = c.build()
             run = f.compile(shape, np.float32, threads=1)
             y = run(x)
-            seconds, dense_s = measured(
+            seconds, dense_s = measure_seconds(
                 [lambda r=run, y=y: r(x, y), lambda: dense(x, out)], SECONDS
             )
             rank = " ".join(map(str, c.rank))

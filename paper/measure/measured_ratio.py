@@ -14,7 +14,7 @@ from scipy import ndimage
 
 import lowrank
 from asv_benchmarks.benchmarks.libraries import cv2, torch_peers
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 try:
     import torch
@@ -96,7 +96,7 @@ def rows():
         for size, full, separated, x, calls in cases:
             counted = separated.cost(x.shape[1:]).macs / full.cost(x.shape[1:]).macs
             for library, pair in calls.items():
-                dense, chain = measured(list(pair), SECONDS)
+                dense, chain = measure_seconds(list(pair), SECONDS)
                 yield (claim, size, f"{limit(size):.6f}", f"{counted:.6f}", library,
                        f"{dense:.4g}", f"{chain:.4g}")  # fmt: skip
 

@@ -9,7 +9,7 @@ import sys
 import tables
 
 from asv_benchmarks import predicted
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 RUNTIMES = ("lowrank", "torch")
 
@@ -21,7 +21,7 @@ def rows(here):
         remaining = predicted.items(True, runtime)
         while some := list(itertools.islice(remaining, predicted.GROUP)):
             calls = [predicted.call(f, size, n, runtime, 1) for _, f, size, n in some]
-            for (kind, f, size, n), took in zip(some, measured(calls, 0.05 * len(calls))):
+            for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
                 p = here.predict(f, size, batch=n, threads=1, runtime=runtime)
                 yield runtime, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}"
 

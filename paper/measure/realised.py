@@ -13,7 +13,7 @@ import sys
 import tables
 
 from asv_benchmarks.benchmarks import cases
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 SECONDS = 0.4  # per row
 
@@ -25,7 +25,7 @@ def measure_layer(layer, some, own):
         work = case.make()
         peers = {n: c for n, c in work.peers.items() if n.startswith(("torch", "onnx"))}
         calls = [work.ours, own, *work.dense.values(), *peers.values()]
-        ours, own_dense, *others = measured(calls, SECONDS)
+        ours, own_dense, *others = measure_seconds(calls, SECONDS)
         dense = min(others[: len(work.dense)])
         seen = dict(zip(peers, others[len(work.dense) :]))
         torch = min(t for n, t in seen.items() if n.startswith("torch"))

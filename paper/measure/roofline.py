@@ -15,7 +15,7 @@ import tables
 from asv_benchmarks import compare
 from asv_benchmarks.benchmarks import libraries
 from asv_benchmarks.benchmarks.cases import KINDS
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 WORK = ("dense", "depthwise", "series", "mobilenet", "chain", "image", "rank", "volume")
 SECONDS = 0.2  # per row
@@ -40,7 +40,7 @@ def rows():
     for kind in WORK:
         for case in KINDS[kind](1, True):
             work = case.make()
-            ours, *others = measured([work.ours, *work.peers.values()], SECONDS)
+            ours, *others = measure_seconds([work.ours, *work.peers.values()], SECONDS)
             peer, best = min(zip(others, work.peers), default=("", ""))
             peer = peer if peer == "" else f"{peer:.4g}"
             yield (kind, case.name, f"{work.flops:.6g}", f"{work.bytes:.6g}", f"{ours:.4g}",

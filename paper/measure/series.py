@@ -221,12 +221,12 @@ def compressed(net, x):
     total = macs(net, {})
     for method in ("uniform", "weights", "inputs", "gradients"):
         net.data = np.split(x, 6) if method in ("inputs", "gradients") else None
-        statistics = compress.Measured(net, gradients=method == "gradients")
+        statistics = compress.LayerStatistics(net, gradients=method == "gradients")
         for share in SHARES:
             if method == "uniform":
                 chains = uniform(net, share * total)
             else:
-                plan = compress.make_plan(net, macs=share, measured=statistics)
+                plan = compress.make_plan(net, macs=share, statistics=statistics)
                 chains = compress.compress_model(net, plan).chains
             yield method, share, chains
 

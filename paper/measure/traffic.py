@@ -11,7 +11,7 @@ import numpy as np
 import tables
 
 import lowrank
-from asv_benchmarks.benchmarks.measure import measured
+from asv_benchmarks.benchmarks.timing import measure_seconds
 
 SECONDS = 0.3
 #: Output channels, input channels, size: layers of MobileNet.
@@ -62,7 +62,7 @@ def rows():
             x = np.random.default_rng(1).standard_normal((1, ins, *size), np.float32)
             y = run(x)
             fused_call = functools.partial(run, x, y)
-            fused, single = measured([fused_call, stage_by_stage(stages, size)], SECONDS)
+            fused, single = measure_seconds([fused_call, stage_by_stage(stages, size)], SECONDS)
             yield (name, f"{ins} to {out} at {side}²", cost.macs, dense.traffic, cost.traffic,
                    cost.fused, f"{single:.4g}", f"{fused:.4g}")  # fmt: skip
 

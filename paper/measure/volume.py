@@ -69,7 +69,7 @@ def kernels(reach):
     return {name: (k / abs(k).sum()).astype(np.float32) for name, k in found.items()}
 
 
-def time_calls(calls):
+def measure_seconds(calls):
     """Return median seconds of interleaved calls; calls longer than 0.5 s run once."""
     times = {name: [] for name in calls}
     for _ in range(REPEATS + 1):
@@ -133,7 +133,7 @@ def main(target):
                 calls[method] = lambda run=run, out=outs[method]: run(images, out)
             full = options["direct", ""].chain.cost(volume.shape).macs
             truth = outs["direct", ""]
-            took = time_calls(calls | scipy_calls(volume, kernel, name, reach))
+            took = measure_seconds(calls | scipy_calls(volume, kernel, name, reach))
             for (method, terms), seconds in took.items():
                 o = options.get((method, terms))
                 if o is None:

@@ -1,0 +1,34 @@
+"""Time calls beside one another."""
+
+import math
+import statistics
+import time
+
+
+def measure_seconds(calls, seconds, sample=1e-3, warm_up=1, wait=lambda: None):
+    """Return the median seconds per call, measured interleaved.
+
+    A sample takes at least `sample` seconds; there are at least five per call, or three where they
+    exceed five times the budget `seconds`.  `wait` blocks until an asynchronous call has finished.
+    """
+    repeats, times = [], [[] for _ in calls]
+    for call in calls:
+        for _ in range(warm_up):
+            call()
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        repeats.append(max(1, math.ceil(sample / max(time.perf_counter() - start, 1e-7))))
+    begin = time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < seconds or len(times[0]) < (
+        5 if elapsed < 5 * seconds else 3
+    ):
+        for call, n, samples in zip(calls, repeats, times):
+            wait()
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            wait()
+            samples.append((time.perf_counter() - start) / n)
+    return [statistics.median(t) for t in times]
