@@ -1,6 +1,7 @@
 """Budgets over whole networks: the choice, plans, layers fitted one after another."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import strategies as st
 import lowrank
 from lowrank import compress
 from lowrank.compress import CompressionPlan, Layer, allocate
-from lowrank.compress.options import options
+from lowrank.compress.options import layer_options
 from lowrank.metric import white
+from lowrank.selection import Candidate
 
 
 def option(loss, macs, params=1.0):
-    return Option("channel_svd", "", (1,), loss, loss, {"macs": macs, "params": params}, ())
+    cost = lowrank.Cost(macs, params, 0, 0, 0)
+    return Candidate("channel_svd", "", (1,), loss, loss, cost, loss=loss)
 
 
 table = st.lists(
@@ -44,14 +47,15 @@ def test_the_choice_is_the_best_of_all(rows, share, other):
         if all(sum(o.amount(a) for o in pick) <= limits[a] for a in limits)
     ]
     if not fitting:
-        with pytest.raises(ValueError, match=r"cheapest|no choice"):
+        with pytest.raises(ValueError, match=r"minimum|no allocation"):
             allocate(some, limits)
         return
     found = allocate(some, limits)
     # Losses are whole numbers, so that the best choice is told from all others.
     assert found.loss == min(fitting)
     assert all(
-        sum(o.amount(a) for o in found.candidates.values()) <= limits[a] * (1 + 1e-12) for a in limits
+        sum(o.amount(a) for o in found.candidates.values()) <= limits[a] * (1 + 1e-12)
+        for a in limits
     )
     assert found.gap == 0
 
@@ -175,7 +179,7 @@ def test_layers_are_fitted_to_what_they_now_get(net):
     one_by_one = compress.compress_model(net, plan)
     apart = {}
     for name in plan.changed:
-        alone = Plan({name: plan.layers[name]}, plan.limits, plan.loss, plan.gap, plan.about)
+        alone = replace(plan, layers={name: plan.layers[name]})
         apart |= compress.compress_model(net, alone).chains
     assert net.error(one_by_one.chains) < net.error(apart)
     again = compress.compress_model(net, plan, passes=2, refit=True)
@@ -204,7 +208,7 @@ def test_layers_can_be_pinned_capped_and_left_out(net):
     assert plan.layers["conv0"].family == "dense"
     assert "conv3" not in plan.layers
     capped = plan.layers["conv2"]
-    assert capped.amount("macs") <= 0.3 * capped.dense["macs"]
+    assert capped.amount("macs") <= 0.3 * plan.dense["conv2"].amount("macs")
     assert plan.total("macs")[1] == sum(x.cost.macs for x in net.layers if x.name != "conv3")
 
 
@@ -212,12 +216,12 @@ def test_a_plan_is_a_readable_file(net, tmp_path):
     plan = compress.make_plan(net, macs=0.5)
     plan.save(tmp_path / "plan.json")
     read = CompressionPlan.from_json((tmp_path / "plan.json").read_text())
-    assert read.layers == plan.layers
+    assert read.to_json() == plan.to_json()
     assert read.limits == plan.limits
     a, b = compress.compress_model(net, plan).chains, compress.compress_model(net, read).chains
     assert all((a[k].to_dense() == b[k].to_dense()).all() for k in a)
     assert "conv1" in repr(plan)
-    assert "proven best" in repr(plan)
+    assert "proven optimal" in repr(plan)
 
 
 @pytest.mark.parametrize(
@@ -289,13 +293,13 @@ def test_seconds_are_a_budget(net):
 
 def test_options_beat_one_another_and_the_layer():
     conv = lowrank.dense(np.random.default_rng(0).standard_normal((16, 16, 3, 3)))
-    found = options(Layer("conv", conv, (8, 8)), white(1, (16, 3, 3)))
+    found = layer_options(Layer("conv", conv, (8, 8)), white(1, (16, 3, 3)))
     dense, *rest = found
     assert dense.name == "dense"
     assert len({o.family for o in rest}) > 1
     for o in rest:
-        assert o.amount("macs") < dense.costs["macs"]
-        f = lowrank.chain(o.stages)
+        assert o.amount("macs") < dense.amount("macs")
+        f = lowrank.chain(o.build().stages)
         assert f.cost((8, 8)).macs == o.amount("macs")
         assert o.error == pytest.approx(f.error(conv.to_dense()), rel=1e-6)
 
@@ -332,7 +336,7 @@ def test_a_dead_branch_costs_nothing(net):
     plan = compress.make_plan(dead, macs=0.8)
     assert plan.about["gradients"]
     assert plan.layers["conv2"].loss == 0
-    assert plan.layers["conv2"].costs["macs"] < 0.1 * plan.layers["conv2"].dense["macs"]
+    assert plan.layers["conv2"].amount("macs") < 0.1 * plan.dense["conv2"].amount("macs")
 
 
 def test_another_network_or_other_data_are_not_resumed(net, tmp_path):
@@ -357,8 +361,7 @@ def test_a_plan_edited_by_hand_is_counted_anew(net):
     read = CompressionPlan.from_json(text)
     entry = read.layers[name]
     largest = min(net.convs[name].to_dense().shape[0], net.convs[name].to_dense()[0].size)
-    layers = read.layers | {name: entry.__class__(**{**fields(entry), "rank": (largest,)})}
-    edited = Plan(layers, read.limits, read.loss, read.gap, read.about)
+    edited = replace(read, layers=read.layers | {name: replace(entry, rank=(largest,))})
     small = compress.compress_model(net, edited)
     chains = {x.name: small.chains.get(x.name, x.conv) for x in net.layers}
     macs = sum(chains[x.name].cost(x.input_size).macs for x in net.layers)
@@ -366,10 +369,6 @@ def test_a_plan_edited_by_hand_is_counted_anew(net):
     assert "over its limit" in repr(small.plan)
     with pytest.raises(ValueError, match="whole number"):
         CompressionPlan.from_json(text.replace(f'"rank": [{entry.rank[0]}]', '"rank": [2.7]', 1))
-
-
-def fields(entry):
-    return {name: getattr(entry, name) for name in entry.__dataclass_fields__}
 
 
 def test_the_bias_that_chains_get_is_paid_for(net):
@@ -391,11 +390,11 @@ def test_a_plan_from_a_file_gives_the_same_bits(net):
 
 def test_everything_pinned_is_no_failure(net):
     assert compress.make_plan(net, macs=1.0, pinned=["*"]).changed == []
-    with pytest.raises(ValueError, match="cheapest"):
+    with pytest.raises(ValueError, match="infeasible"):
         compress.make_plan(net, macs=0.5, pinned=["*"])
 
 
-@pytest.mark.parametrize("bad", [True, 0, -0.5, 2, float("nan"), "half", "x%"])
+@pytest.mark.parametrize("bad", [True, 0, -0.5, float("nan"), "half", "x%", "200%", "3ms"])
 def test_what_is_no_budget_is_refused_at_once(net, bad):
     with pytest.raises((ValueError, TypeError), match=r"macs|share"):
         compress.make_plan(net, macs=bad)
@@ -405,7 +404,7 @@ def test_what_is_no_budget_is_refused_at_once(net, bad):
 def test_the_cheapest_rank_of_all_is_an_option():
     """Budgets have to reach it, however many ranks there are to thin out."""
     conv = lowrank.dense(np.random.default_rng(0).standard_normal((48, 48, 3, 3)))
-    found = options(
+    found = layer_options(
         Layer("conv", conv, (8, 8)), white(1, (48, 3, 3)), ["channel_svd", "spatial_svd"]
     )
     least = min(
@@ -422,7 +421,7 @@ def test_budgets_share_what_was_measured(net):
     shared = compress.make_plan(net, macs=0.7, statistics=statistics)
     assert net.passes == passes
     apart = compress.make_plan(net, macs=0.7, seed=5)
-    assert shared.layers == apart.layers
+    assert shared.to_json() == apart.to_json()
     assert shared.about == apart.about
 
 
@@ -430,5 +429,5 @@ def test_values_that_are_not_finite_are_named(net):
     bad = Straight(list(net.convs.values()), [net.data[0] * np.float32(np.inf)])
     with pytest.raises(ValueError, match="layer 'conv0': inputs must be finite"):
         compress.make_plan(bad, macs=0.5)
-    with pytest.raises(ValueError, match="same network"):
+    with pytest.raises(ValueError, match="model that is planned"):
         compress.make_plan(net, macs=0.5, statistics=compress.LayerStatistics(bad))

@@ -11,7 +11,7 @@ import pytest
 import lowrank as lr
 from lowrank import compress, demo, report
 from lowrank.compress import Layer
-from lowrank.compress.pipeline import Reconstructed
+from lowrank.compress.pipeline import LayerError
 from lowrank.interop.weights import WeightsModel
 from lowrank.report import charts, facts
 
@@ -183,7 +183,7 @@ def test_layers_that_take_too_long_are_not_run(net, small, monkeypatch):
 def test_a_dense_layer_with_new_weights_is_called_one(net, small):
     conv = net.layers[0].conv
     new = replace(conv, stages=(replace(conv.stages[0], weight=conv.stages[0].weight * 2),))
-    rows = (*small.rows, Reconstructed("conv1", 0.25))
+    rows = (*small.rows, LayerError("conv1", 0.25))
     told = report.gather(
         net, replace(small, chains=small.chains | {"conv1": new}, rows=rows), measured=False
     )

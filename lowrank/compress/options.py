@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank.compress.model import Layer
-from lowrank.families import FAMILIES
+from lowrank.core.stage import Stage
+from lowrank.factorization import Factorization
+from lowrank.families import FAMILIES, SweepPoint
 from lowrank.families.weighted import MetricFit, Prepared
 from lowrank.metric import Metric
 from lowrank.selection.candidates import Candidate, Pricing, candidates
@@ -114,23 +116,75 @@ def layer_options(
     if "seconds" in axes:
         dense, swept = pricing.time(dense), [pricing.time(c) for c in swept]
     swept = [c for c in swept if any(c.amount(a) < dense.amount(a) for a in axes)]
-    n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
-    heavy = conv.stages[0].weight.size * n > HEAVY
+    heavy = _is_heavy(conv, metric)
     swept = _thin(_front(swept, axes, SLACK), axes[0], FITTED // 2 if heavy else FITTED)
     fit = MetricFit(conv, metric)
     scale = fit.energy / 2 * layer.times * metric.unit if absolute else 1.0
     options = [dense]
     shared: dict[str, Prepared] = {}
     for c in swept:
-        assert c.point.start is not None
-        start = c.point.start()
+        start = _start(c.point)
         if c.name not in shared:
             shared = {c.name: fit.prepare(start)}  # one variant at a time: they are large
-        stages, error = fit.refine(
-            start, 1 if heavy else SWEEPS, dtype=np.float32, prepared=shared[c.name]
-        )
+        stages, error = _fit_briefly(fit, start, shared[c.name])
         options.append(replace(c.with_stages(stages, error=error), loss=scale * error**2))
     return options
+
+
+def fit_option(layer: Layer, metric: Metric, candidate: Candidate) -> Sequence[Stage]:
+    """Repeat the fit of an option: for a plan from a file, which holds no weights.
+
+    Parameters
+    ----------
+    layer : Layer
+        Layer of a network.
+    metric : Metric
+        Metric that the options were fitted in.
+    candidate : Candidate
+        Family, variant and rank.
+
+    Returns
+    -------
+    tuple of Stage
+        The same bits as the option had; a closed-form fit for a rank that no sweep has.
+
+    Raises
+    ------
+    ValueError
+        If the family, variant or rank is not possible for the layer.
+    """
+    conv, variant, rank = layer.conv, candidate.variant, candidate.rank
+    if candidate.family not in FAMILIES:
+        raise ValueError(
+            f"family of {layer.name} must be one of {', '.join(FAMILIES)}, got {candidate.family!r}"
+        )
+    family = FAMILIES[candidate.family]
+    if variant in family.variants(conv):
+        for point in family.sweep(conv, variant, metric):
+            if point.rank == rank:
+                fit, start = MetricFit(conv, metric), _start(point)
+                return _fit_briefly(fit, start, fit.prepare(start))[0]
+    return family.fit(conv, rank, variant, metric, refine=False).stages
+
+
+def _start(point: SweepPoint) -> tuple[Stage, ...]:
+    """Return the closed-form start of a point of a sweep in a metric."""
+    assert point.start is not None
+    return point.start()
+
+
+def _fit_briefly(
+    fit: MetricFit, start: tuple[Stage, ...], prepared: Prepared
+) -> tuple[tuple[Stage, ...], float]:
+    """Fit a chain well enough to compare it, and return its relative error."""
+    sweeps = 1 if _is_heavy(fit.conv, fit.metric) else SWEEPS
+    return fit.refine(start, sweeps, dtype=np.float32, prepared=prepared)
+
+
+def _is_heavy(conv: Factorization, metric: Metric) -> bool:
+    """Whether a step of a fit takes so long that fewer options are fitted."""
+    n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
+    return conv.stages[0].weight.size * n > HEAVY
 
 
 def _front(found: Sequence[Candidate], axes: Sequence[str], slack: float = 1.0) -> list[Candidate]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from lowrank import io
 from lowrank.compress import reconstruct
 from lowrank.compress.model import CompressibleModel, Layer
+from lowrank.compress.options import fit_option
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.planning import make_plan
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
-from lowrank.families import FAMILIES
 from lowrank.metric import Metric
 from lowrank.selection.candidates import Candidate, Pricing
 
@@ -173,26 +173,12 @@ def compress_model(
 
 
 def _start(layer: Layer, candidate: Candidate, metric: Metric | None) -> Sequence[Stage]:
-    """Return the stages to start a fit from: those of the plan, or of a new closed-form fit."""
+    """Return the stages to start a fit from: those of the plan, or the same fit anew."""
     if candidate.is_dense:
         return layer.conv.stages
     if candidate.is_fitted:
         return candidate.build().stages
-    if candidate.family not in FAMILIES:
-        raise ValueError(
-            f"family of {layer.name} must be one of {', '.join(FAMILIES)}, got {candidate.family!r}"
-        )
-    return (
-        FAMILIES[candidate.family]
-        .fit(
-            layer.conv,
-            candidate.rank,
-            candidate.variant,
-            metric or white_metric(layer),
-            refine=False,
-        )
-        .stages
-    )
+    return fit_option(layer, metric or white_metric(layer), candidate)
 
 
 def _recount(
