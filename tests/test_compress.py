@@ -260,21 +260,21 @@ def test_the_same_seed_gives_the_same_bits(net):
 def test_what_cannot_be_is_said(net):
     with pytest.raises(TypeError, match="give a budget"):
         compress.make_plan(net)
-    with pytest.raises(ValueError, match="the cheapest options take"):
+    with pytest.raises(ValueError, match=r"infeasible.*minimum"):
         compress.make_plan(net, macs=0.001)
-    with pytest.raises(ValueError, match=r"share in .0, 1."):
-        compress.make_plan(net, macs=3)
+    with pytest.raises(compress.InfeasibleBudgetError, match="minimum is"):
+        compress.make_plan(net, macs=3)  # an amount
     with pytest.raises(ValueError, match="no layer is called 'convX'"):
         compress.make_plan(net, macs=0.5, pinned=["convX"])
-    with pytest.raises(ValueError, match="family must be one of"):
+    with pytest.raises(ValueError, match="families must be"):
         compress.make_plan(net, macs=0.5, families=["svd"])
-    with pytest.raises(ValueError, match="capped"):
+    with pytest.raises(ValueError, match="cap of conv1 must be at least"):
         compress.make_plan(net, macs=0.5, capped={"conv1": 0.001})
     with pytest.raises(ValueError, match="conv1 is capped, but pinned"):
         compress.make_plan(net, macs=0.5, capped={"conv1": 0.5}, pinned=["conv1"])
     plan = compress.make_plan(net, macs=0.5)
     other = Straight(list(net.convs.values()), net.data, ["a", "b", "c", "d"])
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match="plan must be of this model"):
         compress.compress_model(other, plan)
 
 

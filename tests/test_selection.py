@@ -2,14 +2,21 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
+from hypothesis import given as given_examples
+from hypothesis import settings
+from hypothesis import strategies as st
 
 import lowrank as lr
 from lowrank.families import FAMILIES, applicable
+from lowrank.families.weighted import MetricFit
 from lowrank.interop.weights import layers
-from lowrank.selection import choose
+from lowrank.metric import Moments
+from lowrank.selection import choose, parse_budget
+from lowrank.selection.pareto import pareto_front
 
 SIZE = (8, 8)
 
@@ -87,12 +94,13 @@ def test_the_pick_by_rank_is_of_that_rank(conv):
     f = lr.approximate(conv, SIZE, rank=5, families=["spatial_svd", "channel_svd"])
     assert f.rank == (5,)
     others = [lr.spatial_svd(conv, 5), lr.spatial_svd(conv, 5, "w-h"), lr.channel_svd(conv, 5)]
+    others.append(lr.channel_svd(conv, 5, "input"))
     assert f.error(conv.to_dense()) == min(o.error(conv.to_dense()) for o in others)
     assert lr.approximate(conv, SIZE, rank=(4, 3), families=["tucker"]).rank == (4, 3)
 
 
 def test_a_rank_that_saves_nothing_is_refused(conv):
-    with pytest.raises(ValueError, match="lower rank"):
+    with pytest.raises(ValueError, match="rank must be lower"):
         lr.approximate(conv, SIZE, rank=48, families=["spatial_svd"])
 
 
@@ -210,3 +218,89 @@ def test_errors_of_trained_layers_are_those_that_others_computed(data):
             if "cp" in known:
                 assert lr.cp(conv, 1).error(conv.to_dense()) <= entry["cp_rank1_err"] + 1e-3
     assert count > 20
+
+
+@pytest.mark.parametrize(
+    ("axis", "given", "amount"),
+    [
+        ("macs", 0.5, 500.0),
+        ("macs", "0.5", 500.0),
+        ("macs", "50%", 500.0),
+        ("macs", 1, 1000.0),
+        ("macs", 300, 300.0),
+        ("macs", 5_000_000, 5e6),
+        ("macs", "20M", 2e7),
+        ("params", "300k", 3e5),
+        ("bytes", "1.5e3", 1500.0),
+        ("seconds", 0.5, 500.0),
+        ("seconds", "50%", 500.0),
+        ("seconds", "1", 1000.0),
+        ("seconds", "0.6ms", 6e-4),
+        ("seconds", "300us", 3e-4),
+        ("seconds", "2 s", 2.0),
+    ],
+)
+def test_a_budget_is_a_share_or_an_amount(axis, given, amount):
+    assert parse_budget(axis, given).amount(1000.0) == pytest.approx(amount, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("axis", "given"),
+    [
+        ("macs", 0), ("macs", -1), ("macs", "0%"), ("macs", "150%"), ("macs", "3ms"),
+        ("macs", "half"), ("macs", float("nan")), ("macs", float("inf")), ("macs", ""),
+        ("seconds", 2), ("seconds", "3"), ("seconds", "20M"), ("seconds", "-1ms"),
+        ("seconds", "0ms"), ("params", "1e400"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_is_neither_is_refused(axis, given):
+    with pytest.raises(ValueError, match=rf"{axis} must be a share.*got {re.escape(repr(given))}"):
+        parse_budget(axis, given)
+
+
+@pytest.mark.parametrize("given", [True, None, [1]])
+def test_a_budget_of_another_type_is_refused(given):
+    with pytest.raises(TypeError, match="macs must be a number or a string"):
+        parse_budget("macs", given)
+
+
+@settings(max_examples=200)
+@given_examples(
+    st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=1, max_size=12),
+    st.sampled_from([1.0, 1.25]),
+    st.integers(1, 2),
+)
+def test_the_pareto_front_is_that_of_every_pair(items, slack, axes):
+    costs, errors = [x[:axes] for x in items], [float(x[2]) for x in items]
+
+    def dominates(i, j):
+        cheaper = all(a <= b for a, b in zip(costs[i], costs[j]))
+        equal = errors[i] == errors[j] and (costs[i] != costs[j] or i < j)
+        return cheaper and (slack * errors[i] < errors[j] or equal)
+
+    n = range(len(items))
+    want = {j for j in n if not any(dominates(i, j) for i in n if i != j)}
+    assert set(pareto_front(costs, errors, slack)) == want
+
+
+def test_one_layer_is_approximated_in_a_metric():
+    """A frontier and a pick in a metric beat those of the Frobenius norm there."""
+    rng = np.random.default_rng(0)
+    conv = lr.dense(rng.standard_normal((12, 8, 3, 3)), padding=1)
+    moments = Moments(conv)
+    moments.add(rng.standard_normal((32, 8, 10, 10)).cumsum(axis=-1))
+    metric = moments.metric()
+    fit, families = MetricFit(conv, metric), ["channel_svd", "spatial_svd", "tucker"]
+    front = lr.frontier(conv, (10, 10), families, axis="macs", metric=metric)
+    for c in front[:-1:5]:
+        # Whitening does not express the metric of a spatial SVD: its errors are estimates.
+        slack = 1 + 1e-6 if c.exact else 1.02
+        assert fit.error(c.build().stages) <= slack * c.error
+    plain = lr.approximate(conv, (10, 10), macs=0.4, families=families)
+    weighted = lr.approximate(conv, (10, 10), macs=0.4, families=families, metric=metric)
+    assert fit.error(weighted.stages) < 0.9 * fit.error(plain.stages)
+    limit = fit.error(weighted.stages) * 1.001
+    f = lr.approximate(
+        conv, (10, 10), max_error=limit, families=families, axis="macs", metric=metric
+    )
+    assert fit.error(f.stages) <= limit

@@ -15,3 +15,4 @@ from lowrank.compress.plan import CompressionPlan as CompressionPlan
 from lowrank.compress.planning import NothingToCompressError as NothingToCompressError
 from lowrank.compress.planning import make_plan as make_plan
 from lowrank.compress.statistics import LayerStatistics as LayerStatistics
+from lowrank.selection.budget import InfeasibleBudgetError as InfeasibleBudgetError

@@ -37,7 +37,8 @@ class Candidate:
     cost : Cost
         Cost per example.
     exact : bool
-        Whether error equals bound in theory: one SVD, or the dense kernel itself.
+        Whether error equals bound in theory: one SVD, or the dense kernel itself.  In a metric
+        also: whether whitening expresses the metric; if not, `error` is an estimate.
     itemsize : int
         Bytes per weight.
     seconds : float
@@ -93,6 +94,11 @@ class Candidate:
     def shapes(self) -> tuple[Ints, ...]:
         """Weight shapes of the stages."""
         return tuple(s.weight.shape for s in self.stages)
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether the chain that :meth:`build` returns may have a larger error than `error`."""
+        return self._metric is not None and not self.exact and not self.is_fitted
 
     @property
     def point(self) -> SweepPoint:
@@ -394,13 +400,15 @@ def candidates(
                 left_out[name] = str(why)
             continue
         for variant in variants:
-            for_variant = Candidate(
-                name, variant, (), 0.0, 0.0, pricing.dense.cost, family.exact,
-                conv.dtype.itemsize, _conv=conv, _metric=metric,
+            unpriced = Candidate(
+                name, variant, (), 0.0, 0.0, pricing.dense.cost, itemsize=conv.dtype.itemsize,
+                _conv=conv, _metric=metric,
             )  # fmt: skip
-            yield [
-                pricing.price(
-                    replace(for_variant, rank=p.rank, error=p.error, bound=p.bound, _point=p)
+            group = []
+            for p in family.sweep(conv, variant, metric):
+                exact = family.exact and p.bound == p.error
+                c = replace(
+                    unpriced, rank=p.rank, error=p.error, bound=p.bound, exact=exact, _point=p
                 )
-                for p in family.sweep(conv, variant, metric)
-            ]
+                group.append(pricing.price(c))
+            yield group

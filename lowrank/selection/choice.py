@@ -168,7 +168,7 @@ runtime, metric
 def _refine_within(front: Frontier, limit: float) -> Candidate:
     """Return the cheapest candidate within `limit`, refining those whose short fit is near it."""
     for c in front:
-        if c.error <= limit:
+        if c.error <= limit and not c.is_estimate:
             return c
         if not c.exact and c.bound <= limit and c.error <= REFINABLE * limit:
             f = c.build()
