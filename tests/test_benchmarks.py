@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from asv_benchmarks import gate, publish  # noqa: E402
+from asv_benchmarks import gate, publish, worker  # noqa: E402
 from asv_benchmarks.benchmarks import SUITES, compat, tables  # noqa: E402
 
 #: Start of the names of functions that asv runs as benchmarks.
@@ -75,7 +75,7 @@ def test_suites_have_the_signatures_that_asv_calls(name):
 def test_recipes_make_calls_that_run(name):
     call = cheap(name)()
     call()
-    assert gate.sample(call, 1, 2) >= 0
+    assert worker.sample(call, 1, 2) >= 0
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_a_missing_feature_is_not_applicable():
 
 OLD = """
 import importlib
-from asv_benchmarks import gate
+from asv_benchmarks import worker
 from asv_benchmarks.benchmarks import SUITES, compat
-gate.from_the_path()
+worker.disable_editable_installs()
 for name in SUITES:
     module = importlib.import_module(f"asv_benchmarks.benchmarks.{name}")
     for work, make in getattr(module, "WORK", {}).items():
@@ -155,7 +155,7 @@ def finds_step(rng, truth, spread, step=gate.STEP) -> bool:
     if first <= 1 + step / 2:
         return False
     for k in range(1, gate.PAIRS + 1):
-        verdict = gate.decided(more[:k], step)
+        verdict = gate.decide(more[:k], step)
         if verdict is not None:
             return verdict
     raise AssertionError("undecided")
@@ -170,9 +170,9 @@ def test_the_gate_ignores_noise_and_detects_steps():
         assert sum(finds_step(rng, 1.15, spread) for _ in range(500)) >= 490
     # a faster commit passes, and a single outlier decides nothing
     assert not any(finds_step(rng, 0.8, 0.03) for _ in range(500))
-    assert gate.decided([1.2] * 8 + [0.7, 1.2], 0.05) is True
-    assert gate.decided([1.2, 1.0, 1.0, 1.0], 0.05) is False
-    assert gate.decided([1.2] * 9, 0.05) is None
+    assert gate.decide([1.2] * 8 + [0.7, 1.2], 0.05) is True
+    assert gate.decide([1.2, 1.0, 1.0, 1.0], 0.05) is False
+    assert gate.decide([1.2] * 9, 0.05) is None
 
 
 def test_the_lower_limit_is_below_the_median():
