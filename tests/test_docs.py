@@ -32,7 +32,8 @@ PAGES = [
 def public():
     """Yield (name, object) of every public function, class and method."""
     for module in (lowrank, blocks, families, filters, perfmodel, figures, ranks, weights):
-        for name, value in vars(module).items():
+        for name in dir(module):  # names of lowrank are imported at their first use
+            value = getattr(module, name)
             is_ours = getattr(value, "__module__", "").startswith(module.__name__)
             if name.startswith("_") or not is_ours or not callable(value):
                 continue

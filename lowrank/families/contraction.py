@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from opt_einsum import contract_path
 
 from lowrank._typing import Array
 from lowrank.core.tensor_network import TensorNetwork
@@ -80,6 +79,8 @@ class Contraction:
 
 def _plan(names: Sequence[str], out: str, arrays: Sequence[Array]) -> list[tuple[int, int, str]]:
     """Return the pairs to contract and the modes of each product, by opt_einsum's greedy search."""
+    from opt_einsum import contract_path  # imported at the first fit in a metric
+
     shapes = [a.shape for a in arrays]
     pairs, _ = contract_path(f"{','.join(names)}->{out}", *shapes, shapes=True, optimize="greedy")
     left, path = list(names), []
