@@ -172,7 +172,7 @@ def separate_lens_blur(folder: Path) -> None:
         )
     print("\n".join(tables.align_columns(rows)))
     picture = folder / "blur.svg"
-    figures.filter_and_form(
+    figures.filter_and_chain(
         kernel, filters.separate(kernel, rank=3), picture, title="a lens blur in three terms"
     )
     print(f"\nThe blur, its three-term approximation, and the difference: {picture}")

@@ -26,9 +26,13 @@ def test_writes_to_the_descriptor_are_discarded(capfd):
 
 
 def test_stdout_is_restored_after_an_error(capfd):
-    with pytest.raises(ValueError, match="solver"), discard_c_stdout():
-        os.write(1, b"discarded")
-        raise ValueError("solver failed")
+    def solve():
+        with discard_c_stdout():
+            os.write(1, b"discarded")
+            raise ValueError("solver failed")
+
+    with pytest.raises(ValueError, match="solver"):
+        solve()
     os.write(1, b"printed")
     assert capfd.readouterr().out == "printed"
 

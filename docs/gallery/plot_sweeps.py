@@ -68,9 +68,9 @@ for ax, (name, layer) in zip(axes, layers.items()):
     dense = own[0].dense.cost.macs
     for family, front in zip(families, own):
         found = [c for c in front if c.family != "dense"]
-        colour, mark = figures.LOOK[family]
-        ax.plot([c.cost.macs / dense for c in found], [c.error for c in found], mark, color=colour,
-                markersize=3.5, alpha=0.7, label=family)  # fmt: skip
+        look = lowrank.FAMILIES[family]
+        ax.plot([c.cost.macs / dense for c in found], [c.error for c in found], look.marker,
+                color=look.color, markersize=3.5, alpha=0.7, label=look.label)  # fmt: skip
     every = sorted({(c.cost.macs / dense, c.error) for front in own for c in front})
     best, least = [], float("inf")
     for share, error in every:

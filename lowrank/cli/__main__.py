@@ -1,4 +1,4 @@
-"""``python -m lowrank.cli`` is the command, too."""
+"""Entry point of ``python -m lowrank.cli``."""
 
 from lowrank.cli import main
 

@@ -1,4 +1,4 @@
-"""The time model of this machine."""
+"""Command ``calibrate``: the performance model of this machine."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
 def calibrate(
     runtime: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Measure only this, of {', '.join(perfmodel.RUNTIMES)}; may be repeated."
-        ),
+        typer.Option(help=f"Runtime to measure: {', '.join(perfmodel.RUNTIMES)}; may be repeated."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="'cpu', or 'cuda' to measure the GPU; what is kept stays.")
+        str, typer.Option(help="cpu, or cuda to add the GPU to the stored model.")
     ] = "cpu",
     show: Annotated[
-        bool, typer.Option("--show", help="Measure nothing; show what is kept.")
+        bool, typer.Option("--show", help="Show the stored model without measuring.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine, so that times are predicted; takes less than a minute.
+    """Measure this machine in less than a minute, to predict its times.
 
-    Run it when the machine has nothing else to do.  The result is kept in the cache folder.
+    Run it while the machine is idle.  The result is stored in the cache folder.
     """
     if runtime and set(runtime) - set(perfmodel.RUNTIMES):
         raise ValueError(f"--runtime must be one of {', '.join(perfmodel.RUNTIMES)}, got {runtime}")
@@ -48,8 +46,10 @@ def calibrate(
     print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
     rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.coefficients.items()]
     print_table(("runtime", "median error", "90th percentile"), rows)
-    print("Errors of predicted seconds, on work that was left out of the fit.")
+    print("Cross-validated relative errors of predicted times.")
     if here.calibrated:
-        print(f"kept in {perfmodel.path()}")
+        print(f"stored in {perfmodel.path()}")
     else:
-        print("These rates came with lowrank: run 'lowrank calibrate' for those of this machine.")
+        print(
+            "This model was shipped with lowrank: run 'lowrank calibrate' to measure this machine."
+        )

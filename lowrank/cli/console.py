@@ -1,79 +1,98 @@
-"""What all commands share: tables, JSON, progress, and options that are read alike."""
+"""Parts shared by all commands: the application, parsers of options, tables and progress."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
-try:
-    import typer as typer
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-    from rich.table import Table
-except ImportError:  # the library works without; the command does not
-    raise SystemExit("the command needs typer and rich: pip install 'lowrank[cli]'") from None
+import typer as typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
 
 from lowrank._typing import Ints
+from lowrank.families import FAMILIES
+from lowrank.interop import files
 
 app = typer.Typer(
-    help="Separable and low-rank convolution: what it costs and what it saves.",
+    help="Separable and low-rank approximation of convolutions.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
 )
 
-# Click's base of all usage errors; newer typers carry a copy of click of their own.
-USAGE: Any = typer.BadParameter.__mro__[2]
+# Base class of usage errors in Click; recent versions of typer contain a copy of Click.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Size = Annotated[
-    str | None, typer.Option("--input", metavar="HxW", help="Spatial size of the input, as 56x56.")
+    str | None,
+    typer.Option("--input", metavar="HxW", help="Spatial size of the input, such as 56x56."),
+]
+_BUDGET = "share such as 0.5 or 50%, or amount such as"
+Macs = Annotated[str | None, typer.Option(help=f"MAC budget: {_BUDGET} 20M.")]
+Params = Annotated[str | None, typer.Option(help=f"Parameter budget: {_BUDGET} 100k.")]
+Seconds = Annotated[
+    str | None, typer.Option(help=f"Budget of predicted time per example: {_BUDGET} 3ms.")
+]
+Bytes = Annotated[str | None, typer.Option(help=f"Budget of weight bytes: {_BUDGET} 1M.")]
+Families = Annotated[
+    str | None,
+    typer.Option(help=f"Families to try, separated by commas: {', '.join(FAMILIES)}."),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Batch size of predicted times.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of predicted times; all if not given.")
 ]
 
 
 def fail(message: str) -> None:
-    """One line, and exit code 2."""
+    """Print one line to stderr and exit with code 2."""
     print(f"lowrank: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def size_of(text: str | None) -> Ints | None:
-    """Of ``--input``."""
+def parse_size(text: str | None) -> Ints | None:
+    """Parse ``--input``: sizes joined by x."""
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]+(x[0-9]+){0,2}", text) or "0" in text.split("x"):
-        raise ValueError(f"--input must be 1 to 3 sizes, as 56x56, got {text!r}")
+        raise ValueError(f"--input must be 1 to 3 positive sizes, such as 56x56, got {text!r}")
     return tuple(map(int, text.split("x")))
 
 
-def numbers_of(option: str, text: str | None) -> int | list[int] | None:
-    """One number, or one an axis."""
+def parse_numbers(option: str, text: str | None) -> int | list[int] | None:
+    """Parse one integer, or one per axis."""
     if text is None:
         return None
     try:
         numbers = [int(n) for n in text.split(",")]
     except ValueError:
         raise ValueError(
-            f"{option} must be one number or one an axis, as 2,1, got {text!r}"
+            f"{option} must be one integer, or one per axis such as 2,1, got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def padding_of(text: str | None) -> int | str | list[Any] | None:
-    """Of ``--padding``."""
+def parse_padding(text: str | None) -> int | str | list[Any] | None:
+    """Parse ``--padding``: amounts per axis, before:after pairs, same or valid."""
     if text is None or text in ("same", "valid"):
         return text
     try:
@@ -82,53 +101,119 @@ def padding_of(text: str | None) -> int | str | list[Any] | None:
         parts = [[]]
     if any(len(p) not in (1, 2) for p in parts):
         raise ValueError(
-            f"--padding must be as 1 or 1,0 or 0:1,0:1 (before:after), same or valid, got {text!r}"
+            f"--padding must be same, valid, 1, 1,0 or 0:1,0:1 (before:after), got {text!r}"
         )
     pairs = [[p[0], p[-1]] for p in parts]
     return pairs if len(pairs) > 1 or len(parts[0]) > 1 else parts[0][0]
 
 
-def rank_of(text: str) -> int | Sequence[int]:
-    """Of ``--rank``."""
+def parse_rank(text: str) -> int | Sequence[int]:
+    """Parse ``--rank``: integers separated by commas."""
     try:
         ranks = tuple(int(r) for r in text.split(","))
     except ValueError:
-        raise ValueError(f"--rank must be integers, as 8 or 8,12, got {text!r}") from None
+        raise ValueError(f"--rank must be integers, such as 8 or 8,12, got {text!r}") from None
     return ranks[0] if len(ranks) == 1 else ranks
 
 
-def budget_of(text: str | None) -> float | str | None:
-    """A share, or an amount with its unit."""
+def parse_families(text: str | None) -> list[str] | None:
+    """Parse ``--families``: names separated by commas."""
     if text is None:
         return None
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--families must name some of {', '.join(FAMILIES)}, got {text!r}")
+    return names
+
+
+def check_output(
+    option: str, path: Path | None, *others: Path | None, endings: tuple[str, ...] = ()
+) -> None:
+    """Check that an output path is writable in principle and is no other file of the command."""
+    if path is None:
+        return
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"{option}: {path} must end in {endings[0]}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option}: {path}: there is no folder {path.parent}")
+    for other in others:
+        if other is not None and files.same_file(path, other):
+            raise ValueError(f"{option}: {path} is also another file of this command")
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Declare one command-line option per field of each dataclass parameter of a command."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    records: dict[str, type[Any]] = {}
+    for p in inspect.signature(command).parameters.values():
+        if dataclasses.is_dataclass(hints[p.name]):
+            records[p.name] = hints[p.name]
+            types = get_type_hints(records[p.name], include_extras=True)
+            parameters += [
+                inspect.Parameter(
+                    f.name, p.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
+                )
+                for f in dataclasses.fields(records[p.name])
+            ]
+        else:
+            parameters.append(p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]))
+
+    def expanded(**values: Any) -> None:
+        for name, record in records.items():
+            names = [f.name for f in dataclasses.fields(record)]
+            values[name] = record(**{n: values.pop(n) for n in names})
+        command(**values)
+
+    expanded.__name__, expanded.__doc__ = command.__name__, command.__doc__
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded
 
 
 def print_json(value: Any) -> None:
-    """What ``--json`` asks for."""
+    """Print a value as JSON."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table as wide as it needs: a narrow terminal wraps lines, but no number is cut."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+def print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, optional: Sequence[str] = ()
+) -> None:
+    """Print a table without cutting cells.
+
+    Optional columns are dropped, in the given order, while the table is wider than the terminal;
+    a table that is still wider wraps its lines.
+    """
+    width = shutil.get_terminal_size((1000, 24)).columns
     wide = Console(width=1000)
-    need = wide.measure(table).maximum
+    dropped: list[str] = []
+    for name in (None, *optional):
+        if name is not None:
+            dropped.append(name)
+        shown = [i for i, title in enumerate(head) if title not in dropped]
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+        for i in shown:
+            table.add_column(head[i], justify="left" if i < left else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[i] for i in shown))
+        need = wide.measure(table).maximum
+        if need <= width:
+            break
     Console(width=max(need, wide.options.min_width), highlight=False).print(table)
+    if dropped:
+        print(f"Columns that do not fit in {width} characters: {', '.join(dropped)}.")
 
 
-class _Left(ProgressColumn):
-    """Time left, from the first step on: rich's own waits for more of them, which are minutes."""
+class _TimeLeft(ProgressColumn):
+    """Estimated time left.
+
+    Rich's own column needs several updates, which are minutes apart here.
+    """
 
     def render(self, task: Task) -> str:
-        """Of one thing."""
+        """Return the time left of one task."""
         share = task.completed / (task.total or 1.0)
         if not 0 < share < 1 or task.elapsed is None:
             return ""
@@ -138,11 +223,11 @@ class _Left(ProgressColumn):
 
 @contextmanager
 def share_bars() -> Iterator[Any]:
-    """Bars on stderr of how much is done and how long the rest takes, one for each thing."""
+    """Show one progress bar per task on stderr; yield ``step(name, share)``."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:20}"), BarColumn(), TaskProgressColumn(),
-        TimeElapsedColumn(), _Left(),
+        TimeElapsedColumn(), _TimeLeft(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
@@ -157,7 +242,7 @@ def share_bars() -> Iterator[Any]:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Any]:
-    """A bar on stderr, gone when done; calling what it gives begins the next part."""
+    """Show a transient progress bar on stderr; yield ``step(name)``, which starts the next part."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(

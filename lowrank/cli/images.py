@@ -12,7 +12,7 @@ import numpy as np
 
 from lowrank import filters
 from lowrank._typing import Array
-from lowrank.cli.console import AsJson, app, numbers_of, print_json, typer
+from lowrank.cli.console import AsJson, app, parse_numbers, print_json, typer
 from lowrank.interop.weights import read_weights
 from lowrank.report import figures
 
@@ -97,7 +97,7 @@ def filter_image(
         "sigma": _reals("--sigma", sigma),
         "ratio": ratio,
         "amount": amount,
-        "size": numbers_of("--size", size),
+        "size": parse_numbers("--size", size),
         "radius": radius,
         "length": length,
         "wavelength": wavelength,
@@ -132,7 +132,7 @@ def filter_image(
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:
-        figures.filter_and_form(correlated, chain, plot, title=kernel)
+        figures.filter_and_chain(correlated, chain, plot, title=kernel)
     macs, dense_macs = chain.cost(shape).macs, taps.size * math.prod(shape)
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
     record = {

@@ -1,9 +1,9 @@
-"""What compression did to a network, as one page of HTML that needs nothing else."""
+"""Report on a compressed network, as one HTML page without external resources."""
 
 from __future__ import annotations
 
-from lowrank.report.facts import Facts as Facts
-from lowrank.report.facts import LayerFacts as LayerFacts
-from lowrank.report.facts import gather as gather
-from lowrank.report.page import page as page
-from lowrank.report.page import save as save
+from lowrank.report.comparison import Comparison as Comparison
+from lowrank.report.comparison import LayerComparison as LayerComparison
+from lowrank.report.comparison import compare as compare
+from lowrank.report.html import render as render
+from lowrank.report.html import save as save

@@ -1,4 +1,4 @@
-"""Pictures: error against cost, and a filter with its separable form.  Needs matplotlib."""
+"""Figures with matplotlib: error against cost, spectra, and filters with their chains."""
 
 from __future__ import annotations
 
@@ -13,30 +13,13 @@ import numpy as np
 from lowrank._typing import Array
 from lowrank.core import chain_algebra, tables
 from lowrank.factorization import Factorization
+from lowrank.families import FAMILIES
 from lowrank.selection import Candidate, Frontier
 
-#: A colour and a mark a family: Okabe and Ito's palette, which the colour-blind tell apart,
-#: and the mark for those that share a colour.
-LOOK = {
-    "dense": ("#555555", "*"),
-    "channel_svd": ("#0072b2", "o"),
-    "channel_svd": ("#0072b2", "s"),
-    "spatial_svd": ("#d55e00", "o"),
-    "filter_basis": ("#d55e00", "s"),
-    "network_decoupling": ("#009e73", "o"),
-    "kronecker": ("#e69f00", "o"),
-    "cp": ("#cc79a7", "o"),
-    "cp3": ("#cc79a7", "s"),
-    "jaderberg": ("#cc79a7", "^"),
-    "separable_sum": ("#cc79a7", "D"),
-    "tucker": ("#56b4e9", "o"),
-    "tucker_full": ("#56b4e9", "s"),
-    "tucker_cp": ("#56b4e9", "^"),
-    "tensor_train": ("#000000", "o"),
-}
+_DENSE_LOOK = ("#555555", "*")  # color and marker
 
-#: The same data give the same file, byte for byte.
-STEADY: dict[str, dict[str, Any]] = {
+#: Metadata without dates and versions, so that equal data give equal files.
+METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None},
     ".png": {"Software": None},
     ".pdf": {"CreationDate": None, "ModDate": None},
@@ -50,16 +33,17 @@ STYLE = {
 }
 _AXIS_LABELS = {
     "seconds": "predicted seconds",
-    "macs": "multiply-adds",
+    "bytes": "bytes of weights",
+    "macs": "MACs",
     "params": "parameters",
-    "traffic": "elements moved, stage by stage",
-    "fused": "elements moved, fused",
-    "peak": "elements held at once",
+    "traffic": "memory traffic in elements, unfused",
+    "fused": "memory traffic in elements, fused",
+    "peak": "peak memory in elements",
 }
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Check that a picture can be written to a path; before the work, not after it.
+    """Check that a figure can be written to a path, before the figure is computed.
 
     Parameters
     ----------
@@ -73,9 +57,9 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ValueError
-        If the ending is another one.
+        If the file name has another ending.
     OSError
-        If the folder is not there.
+        If the folder does not exist.
 
     Examples
     --------
@@ -84,8 +68,8 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     '.svg'
     """
     path = Path(path)
-    if path.suffix.lower() not in STEADY:
-        raise ValueError(f"{path}: a picture ends in {', '.join(STEADY)}, not {path.suffix!r}")
+    if path.suffix.lower() not in METADATA:
+        raise ValueError(f"{path} must end in {', '.join(METADATA)}, got {path.suffix!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     return path
@@ -98,23 +82,23 @@ def error_against_cost(
     title: str = "",
     pick: Candidate | None = None,
 ) -> None:
-    """Draw frontiers into one picture, each candidate with the look of its family.
+    """Draw frontiers into one figure, with colors and markers by family.
 
     Parameters
     ----------
     fronts : sequence of Frontier
-        Such as one of each family, which draws what every family can do.
+        Frontiers, for example one per family.
     path : path
         ``.svg``, ``.png`` or ``.pdf``.
     title : str
-        Above the picture.
+        Title of the figure.
     pick : Candidate, optional
-        Ringed and named.
+        Candidate to highlight.
 
     Raises
     ------
     ValueError
-        If there is nothing to draw, or the ending is unknown.
+        If there are no frontiers, or the file name has an unknown ending.
     ImportError
         If matplotlib is missing.
 
@@ -132,32 +116,34 @@ def error_against_cost(
     """
     path = check_path(path)
     if not fronts:
-        raise ValueError("there are no frontiers to draw")
+        raise ValueError("fronts must not be empty")
     axis = fronts[0].axis
     figure, axes = _figure(6.4, 4.2)
-    whole = fronts[0].dense.amount(axis)
+    dense = fronts[0].dense.amount(axis)
     curves: dict[tuple[str, str], list[Candidate]] = {}
     for front in fronts:
         for c in front:
             curves.setdefault((c.family, c.variant), []).append(c)
     seen: set[str] = set()
     for (family, _), candidates in curves.items():
-        colour, mark = LOOK[family]
-        points = sorted((c.amount(axis) / whole, c.error) for c in candidates)
+        is_dense = family == "dense"
+        known = FAMILIES.get(family)
+        color, marker = (known.color, known.marker) if known else _DENSE_LOOK
+        points = sorted((c.amount(axis) / dense, c.error) for c in candidates)
         axes.plot(
             *zip(*points),
-            color=colour,
-            marker=mark,
-            markersize=9 if family == "dense" else 3.5,
+            color=color,
+            marker=marker,
+            markersize=9 if is_dense else 3.5,
             linewidth=0.8 if len(fronts) > 1 else 0,
             alpha=0.9,
-            clip_on=family != "dense",
-            label="_" if family in seen else family,
-            zorder=3 if family == "dense" else 2,
+            clip_on=not is_dense,
+            label="_" if family in seen else (known.label if known else family),
+            zorder=3 if is_dense else 2,
         )
         seen.add(family)
     if pick is not None:
-        x, y = pick.amount(axis) / whole, pick.error
+        x, y = pick.amount(axis) / dense, pick.error
         axes.plot(
             [x], [y], "o", markersize=12, fillstyle="none", color="black", clip_on=False,
             zorder=4, label="_",
@@ -170,7 +156,7 @@ def error_against_cost(
         xscale="log",
         xlim=(None, 1.0),
         ylim=(0, None),
-        xlabel=f"{_AXIS_LABELS[axis]}, share of the dense kernel's {_said(axis, whole)}",
+        xlabel=f"{_AXIS_LABELS[axis]}, share of the dense kernel's {_format(axis, dense)}",
         ylabel="relative error of the weights",
         title=title,
     )
@@ -190,7 +176,7 @@ def spectrum(
     *,
     title: str = "",
 ) -> None:
-    """Draw what every matricisation of a kernel leaves out at each rank: how separable it is.
+    """Draw the truncation error of every matricisation of a kernel against the rank.
 
     Parameters
     ----------
@@ -199,20 +185,19 @@ def spectrum(
     path : path
         ``.svg``, ``.png`` or ``.pdf``.
     title : str
-        Above the picture.
+        Title of the figure.
 
     Raises
     ------
     ValueError
-        If the kernel has one mode only, or the ending is unknown.
+        If the kernel has only one mode, or the file name has an unknown ending.
     ImportError
         If matplotlib is missing.
 
     Notes
     -----
-    A curve that falls early is a cheap family: the tail of the singular values is the error of
-    the best truncation, and no chain whose matricisation has that rank is nearer.  Groups are cut
-    at one rank together.
+    The norm of the singular values beyond a rank is the error of the best truncation, a lower
+    bound for every chain whose matricisation has that rank.  Groups share one rank.
 
     Examples
     --------
@@ -234,18 +219,18 @@ def spectrum(
     letters = "ts" + "dhw"[3 - conv.ndim :]
     long = [m for m, n in enumerate(w.shape[1:], start=1) if n > 1]
     if len(long) < 2:
-        raise ValueError(f"a kernel of shape {w.shape[1:]} has nothing to separate")
+        raise ValueError(f"kernel must have at least two modes, got shape {w.shape[1:]}")
     figure, axes = _figure(6.4, 4.0)
     for n in range(1, len(long) // 2 + 1):
         for rows in itertools.combinations(long, n):
             if 2 * n == len(long) and long[0] not in rows:
-                continue  # the other half was drawn
-            tails = chain_algebra.truncation_errors(w, rows, (0,))
+                continue  # the transpose was drawn
+            errors = chain_algebra.truncation_errors(w, rows, (0,))
             names = ["".join(letters[m - 1] for m in side)
                      for side in (rows, [m for m in long if m not in rows])]  # fmt: skip
-            share = np.arange(len(tails)) / (len(tails) - 1)
+            share = np.arange(len(errors)) / (len(errors) - 1)
             axes.plot(
-                share, tails, label=f"{names[0]} | {names[1]}, {len(tails) - 1}", linewidth=1.2,
+                share, errors, label=f"{names[0]} | {names[1]}, {len(errors) - 1}", linewidth=1.2,
                 linestyle=("-", "--", ":")[n - 1],
             )  # fmt: skip
     axes.set(
@@ -260,30 +245,30 @@ def spectrum(
     _save(figure, path)
 
 
-def _said(axis: str, amount: float) -> str:
+def _format(axis: str, amount: float) -> str:
     return tables.format_seconds(amount) if axis == "seconds" else f"{amount:,.0f}"
 
 
-def filter_and_form(
+def filter_and_chain(
     kernel: Array, chain: Factorization, path: str | os.PathLike[str], *, title: str = ""
 ) -> None:
-    """Draw a 2-D filter, its separable form multiplied out, and what is left between them.
+    """Draw a 2-D filter, the kernel of its separable chain, and their difference.
 
     Parameters
     ----------
     kernel : ndarray, shape (h, w)
-        The filter.
+        Filter.
     chain : Factorization
-        From :func:`lowrank.filters.separate`.
+        Chain from :func:`lowrank.filters.separate`.
     path : path
         ``.svg``, ``.png`` or ``.pdf``.
     title : str
-        Above the picture.
+        Title of the figure.
 
     Raises
     ------
     ValueError
-        If the kernel has not two axes, or the ending is unknown.
+        If the kernel is not 2-D, or the file name has an unknown ending.
     ImportError
         If matplotlib is missing.
 
@@ -294,40 +279,40 @@ def filter_and_form(
     >>> from lowrank.report import figures
     >>> kernel = filters.disk(5.0)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "disk.svg")
-    >>> figures.filter_and_form(kernel, filters.separate(kernel, rank=2), path)
+    >>> figures.filter_and_chain(kernel, filters.separate(kernel, rank=2), path)
     >>> path.exists()
     True
     """
     path = check_path(path)
     kernel = np.asarray(kernel, np.float64)
     if kernel.ndim != 2:
-        raise ValueError(f"only filters over two axes are drawn, got shape {kernel.shape}")
-    variant = chain.to_dense()[0, 0]
+        raise ValueError(f"kernel must be 2-D, got shape {kernel.shape}")
+    product = chain.to_dense()[0, 0]
     figure, axes = _figure(7.0, 2.9, 3)
     largest = float(np.abs(kernel).max()) or 1.0
-    passes = " + ".join("x".join(map(str, s.weight.shape[2:])) for s in chain.stages)
+    shapes = " + ".join("x".join(map(str, s.weight.shape[2:])) for s in chain.stages)
     parts = {
         f"filter, {kernel.shape[0]}x{kernel.shape[1]}": kernel,
-        f"passes {passes}": variant,
-        f"difference, {chain.error(kernel[None, None]):.2g} of it": variant - kernel,
+        f"chain {shapes}": product,
+        f"difference, relative error {chain.error(kernel[None, None]):.2g}": product - kernel,
     }
     for ax, (name, values) in zip(axes, parts.items()):
-        shown = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        image = ax.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest)
         ax.set_title(name, fontsize=9)
         ax.set_xticks([])
         ax.set_yticks([])
-    figure.colorbar(shown, ax=list(axes), shrink=0.8)
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
     figure.suptitle(title)
     _save(figure, path)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of its own, which no global state of matplotlib knows of."""
+    """Return a figure outside of pyplot's global state."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("pictures need matplotlib: pip install 'lowrank[cli]'") from None
+        raise ImportError("figures need matplotlib: pip install 'lowrank[cli]'") from None
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         axes = figure.subplots(1, columns)
@@ -338,4 +323,4 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=150, metadata=STEADY[path.suffix.lower()])
+        figure.savefig(path, dpi=150, metadata=METADATA[path.suffix.lower()])

@@ -1,4 +1,4 @@
-"""The look of the page: light and dark, narrow and wide, by the browser's own wishes."""
+"""Style sheet of the report: light or dark by the browser's setting, narrow or wide screens."""
 
 from __future__ import annotations
 

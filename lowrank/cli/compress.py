@@ -1,0 +1,368 @@
+"""Commands for whole networks: ``plan`` and ``compress``."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from lowrank import report
+from lowrank.cli.console import (
+    AsJson,
+    Batch,
+    Bytes,
+    Families,
+    Macs,
+    Params,
+    Seconds,
+    Threads,
+    app,
+    check_output,
+    expand_options,
+    parse_families,
+    print_json,
+    print_table,
+    share_bars,
+    typer,
+)
+from lowrank.compress import (
+    FAST_FAMILIES,
+    CompressibleModel,
+    CompressionPlan,
+    NothingToCompressError,
+    compress_model,
+    make_plan,
+)
+from lowrank.compress.options import AXES
+from lowrank.core import tables
+from lowrank.interop import files
+
+Model = Annotated[Path, typer.Argument(help=f"Network: {', '.join(files.ENDINGS)}.")]
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of both commands: the calibration data and what the plan may choose."""
+
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration data (.npz): inputs of the network for .onnx, else inputs of its "
+            "layers, by name."
+        ),
+    ] = None
+    macs: Macs = None
+    params: Params = None
+    seconds: Seconds = None
+    bytes: Bytes = None
+    families: Families = None
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer, or pattern such as 'layer1.*', to keep dense; may be repeated."),
+    ] = None
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Like --pin, and excluded from the budget; may be repeated."),
+    ] = None
+    cap: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SHARE",
+            help="Maximum share of its MACs that a layer or pattern keeps; may be repeated.",
+        ),
+    ] = None
+    no_gradients: Annotated[
+        bool, typer.Option("--no-gradients", help="Weight the errors of all layers equally.")
+    ] = False
+    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None
+    batch: Batch = 1
+    threads: Threads = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of :func:`lowrank.compress.make_plan`."""
+        budgets = {axis: getattr(self, axis) for axis in AXES}
+        budgets = {axis: _budget(value) for axis, value in budgets.items() if value is not None}
+        if not budgets:
+            raise ValueError("give a budget: --macs, --params, --seconds or --bytes")
+        families = parse_families(self.families)
+        return {
+            **budgets,
+            "families": list(FAST_FAMILIES) if families is None else families,
+            "pinned": list(self.pin or ()),
+            "left_out": list(self.leave_out or ()),
+            "capped": dict(map(_parse_cap, self.cap or ())),
+            "gradients": not self.no_gradients,
+            "seed": self.seed or 0,
+            "batch": self.batch,
+            "threads": self.threads,
+        }
+
+    def conflicts_with_plan(self) -> list[str]:
+        """Return the given options that a plan file decides."""
+        decided = set(vars(self)) - {"calibrate", "batch", "threads"}
+        given = {name: value for name, value in vars(self).items() if name in decided}
+        given["no_gradients"] = self.no_gradients or None
+        return [f"--{n.replace('_', '-')}" for n, value in given.items() if value is not None]
+
+
+@app.command()
+@expand_options
+def plan(
+    model: Model,
+    options: PlanOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the plan as JSON, for compress --plan."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a family and rank per layer within a budget, without changing the network.
+
+    Numbers in (0, 1] are shares of the network; absolute amounts carry a unit.
+    """
+    check_output("--out", out, model, options.calibrate)
+    arguments = options.arguments()
+    net, notes = _open(model, options.calibrate)
+    try:
+        with share_bars() as step:
+            result = make_plan(net, progress=step, **arguments)
+    except NothingToCompressError as error:
+        _exit_unchanged(str(error), as_json)
+    if out is not None:
+        result.save(out)
+    if as_json:
+        print(result.to_json())
+        return
+    _print_plan(result, notes)
+    if out is not None:
+        print(f"wrote {out}")
+
+
+@app.command()
+@expand_options
+def compress(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Compressed network, in the file format of MODEL."),
+    ],
+    options: PlanOptions,
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan from 'lowrank plan', instead of a budget.")
+    ] = None,
+    passes: Annotated[int, typer.Option(min=1, help="Passes over all layers.")] = 1,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Refit dense layers to compensate errors of earlier ones."),
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Store finished layers here; the same command resumes from them.",
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCRIPT:FUNCTION",
+            help="Your function from the path of a network to a number, run before and after.",
+        ),
+    ] = None,
+    report_to: Annotated[
+        Path | None, typer.Option("--report", help="Write a report (.html); layers are timed.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a network within a budget, each layer fitted to calibration data.
+
+    Numbers in (0, 1] are shares of the network; absolute amounts carry a unit.  If nothing can be
+    saved, no file is written and the exit code is 1.
+    """
+    calibrate = options.calibrate
+    files.check_target(out, model)
+    check_output("--out", out, calibrate, plan)
+    check_output("--report", report_to, model, calibrate, plan, out, endings=(".html", ".htm"))
+    score = None if evaluate is None else _load_scorer(evaluate)
+    chosen = None if plan is None else _read_plan(plan)
+    if chosen is None:
+        arguments = options.arguments()
+    else:
+        arguments = {}
+        if conflicts := options.conflicts_with_plan():
+            raise ValueError(f"--plan excludes {', '.join(conflicts)}: the plan contains them")
+    net, notes = _open(model, calibrate)
+    folder = None
+    if resume is not None:
+        run = {"passes": passes, "refit": refit, "plan": chosen and chosen.to_json(), **arguments}
+        key = files.fingerprint(net, model, calibrate) + json.dumps(run, sort_keys=True)
+        folder = resume / hashlib.sha256(key.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+    before = None if score is None else score(model)
+    try:
+        if chosen is None:
+            chosen = _resume_plan(net, arguments, folder)
+    except NothingToCompressError as error:
+        _exit_unchanged(str(error), as_json)
+    if not as_json:
+        _print_plan(chosen, notes)
+    if not chosen.changed:
+        _exit_unchanged("the network is within the budget already", as_json)
+    try:
+        with share_bars() as step:
+            result = compress_model(
+                net, chosen, passes=passes, refit=refit, folder=folder, progress=step
+            )
+            files.save(net.replaced(result.chains), out)
+    except KeyboardInterrupt:
+        if resume is not None:
+            print("interrupted: run the same command to resume", file=sys.stderr)
+        raise
+    scores = None if score is None or before is None else (before, score(out))
+    if report_to is not None or as_json:
+        with share_bars() as step:
+            comparison = report.compare(
+                net,
+                result,
+                model.name,
+                batch=options.batch,
+                threads=options.threads,
+                scores=scores,
+                notes=notes,
+                measure=report_to is not None,
+                progress=step,
+            )
+    if report_to is not None:
+        report.save(comparison, report_to)
+    if as_json:
+        print_json(comparison.as_dict() | {"out": str(out)})
+        return
+    if scores is not None:
+        print(f"evaluation: {scores[0]:.6g} before, {scores[1]:.6g} after")
+    if report_to is not None and (measured := comparison.measured()):
+        print(
+            f"measured{comparison.measured_layers}: {tables.format_seconds(measured[0])} before, "
+            f"{tables.format_seconds(measured[1])} after, {measured[0] / measured[1]:.2f}x faster"
+        )
+    for path in (out, report_to):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+def _budget(text: str) -> float | str:
+    """Return a number if the text is one, else an amount with its unit."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _parse_cap(text: str) -> tuple[str, float]:
+    """Parse ``--cap NAME=SHARE``."""
+    name, _, number = text.rpartition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = math.nan
+    if not name or not 0 < share <= 1:
+        raise ValueError(f"--cap must be NAME=SHARE with a share in (0, 1], got {text!r}")
+    return name, share
+
+
+def _resume_plan(
+    net: CompressibleModel, arguments: dict[str, Any], folder: Path | None
+) -> CompressionPlan:
+    """Return the plan of an interrupted run, or make one."""
+    path = None if folder is None else folder / "plan.json"
+    if path is not None and path.exists():
+        return _read_plan(path)
+    with share_bars() as step:
+        plan = make_plan(net, progress=step, **arguments)
+    if path is not None:
+        plan.save(path)
+    return plan
+
+
+def _read_plan(path: Path) -> CompressionPlan:
+    try:
+        return CompressionPlan.from_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _open(model: Path, calibrate: Path | None) -> tuple[CompressibleModel, list[str]]:
+    """Open a network; return it and notes on layers that cannot be compressed."""
+    net = files.open_model(model, calibrate)
+    left = getattr(net, "left_out", {})
+    if not left:
+        return net, []
+    some = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:5])
+    more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+    if not net.layers:
+        raise ValueError(f"{model}: no layer can be compressed: {some}{more}")
+    return net, [f"Layers left unchanged and not counted: {some}{more}."]
+
+
+def _print_plan(plan: CompressionPlan, notes: Sequence[str]) -> None:
+    head, *rows = plan.rows()
+    print(plan.title())
+    print_table(head, rows, left=2)
+    totals = [(axis, *plan.total(axis)) for axis in AXES]
+    shares = (f"{axis} {after / before:.1%}" for axis, after, before in totals if before > 0)
+    print(f"share of the original: {', '.join(shares)}")
+    if not plan.about.get("calibrated"):
+        print("note: no calibration data: kernels are approximated for white-noise inputs")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _exit_unchanged(reason: str, as_json: bool) -> NoReturn:
+    """Print why nothing was written, and exit with code 1."""
+    if as_json:
+        print_json({"changed": [], "why": reason})
+    else:
+        print(f"{reason}\nNo file was written.")
+    raise typer.Exit(1)
+
+
+def _load_scorer(text: str) -> Callable[[Path], float]:
+    """Return the function that a user's script defines; its output goes to stderr."""
+    script, _, name = text.rpartition(":")
+    path = Path(script)
+    if not script or not name or path.suffix != ".py":
+        raise ValueError(f"--evaluate must be SCRIPT.py:FUNCTION, got {text!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"--evaluate: {path}: no such file")
+
+    def guarded(run: Callable[[], Any]) -> Any:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                return run()
+        except Exception as error:  # user code may raise anything
+            raise ValueError(f"--evaluate: {text}: {type(error).__name__}: {error}") from error
+
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None  # a .py file always has one
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.resolve()))  # for imports of files beside it
+    loader = spec.loader
+    guarded(lambda: loader.exec_module(module))
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--evaluate: {path} has no function {name!r}")
+
+    def score(model: Path) -> float:
+        value = float(guarded(lambda: float(function(str(model)))))
+        if not math.isfinite(value):
+            raise ValueError(f"--evaluate: {text} must return a finite number, got {value}")
+        return value
+
+    return score

@@ -1,0 +1,54 @@
+"""The program: all commands, and one line on stderr per error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+from lowrank.cli.console import USAGE_ERROR, app, fail, typer
+from lowrank.engine import NoGPU
+
+# Importing a module registers its commands; help lists them in this order.
+from lowrank.cli import layers as layers  # isort: skip
+from lowrank.cli import compress as compress  # isort: skip
+from lowrank.cli import images as images  # isort: skip
+from lowrank.cli import calibrate as calibrate  # isort: skip
+
+
+def run() -> None:
+    """Run the command in ``sys.argv``; report an error in one line and exit."""
+    try:
+        status = app(standalone_mode=False)
+        raise SystemExit(status if isinstance(status, int) else 0)
+    except USAGE_ERROR as error:
+        fail(error.format_message())
+    except BrokenPipeError:  # stdout was closed early (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
+    except (ValueError, TypeError, ImportError, NoGPU) as error:
+        fail(str(error))
+    except MemoryError as error:
+        fail(f"not enough memory: {error}")
+    except (KeyboardInterrupt, typer.Abort):
+        raise SystemExit(130) from None
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"lowrank {version('lowrank')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None: ...
