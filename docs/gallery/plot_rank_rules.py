@@ -42,15 +42,15 @@ print(conv, shape)
 #     How many singular values of each unfolding keep 95 % of its squared norm?
 # ``evbmf(conv)``
 #     How many singular values of each unfolding stand out of white noise?
-# ``weakened(conv, weakening=0.6)``
-#     The same, but going only three fifths of the way from the full rank to there.
+# ``relaxed_evbmf(conv, relaxation=0.6)``
+#     What rank lies three fifths of the way from the full rank to that of EVBMF?
 
 picks = {
     "for_error 0.2": ranks.for_error(conv, "tucker", 0.2),
     "for_ratio 0.1": ranks.for_ratio(conv, "tucker", params=0.1),
     "energy 0.95": ranks.energy(conv, "tucker", 0.95),
     "evbmf": ranks.evbmf(conv),
-    "weakened 0.6": ranks.weakened(conv, weakening=0.6),
+    "relaxed_evbmf 0.6": ranks.relaxed_evbmf(conv, relaxation=0.6),
 }
 chains = {name: lowrank.tucker(conv, rank) for name, rank in picks.items()}
 rows = [("rule", "rank", "error", "energy kept", "parameters", "MACs")]
@@ -174,7 +174,7 @@ print()
 # * ``energy`` is a compromise for many layers: each loses about the same share.  Remember that 0.9
 #   of the energy is an error of 0.32.
 # * EVBMF needs no number from you, which is why it is popular; it is a guess to start from, with
-#   training afterwards.  Look at the error of what it picks.  ``weakened`` takes less away at a
-#   time, for several rounds of compression and training.
+#   training afterwards.  Look at the error of what it picks.  ``relaxed_evbmf`` compresses less
+#   per round, for several rounds of compression and training.
 # * None of the rules looks at data.  One share for every layer is simple, not good: layers differ
 #   in what they lose.

@@ -243,6 +243,6 @@ def explain_dense_pick(front: Frontier, limit: float) -> str:
     share = c.amount(front.axis) / front.dense.amount(front.axis)
     rank = ",".join(map(str, c.rank))
     return (
-        f"{reason}; the cheapest within {more:.3g} is {c.name} of rank {rank}, error {c.error:.3g}, "
-        f"at {share:.3g} of the {front.axis}"
+        f"{reason}; the cheapest within {more:.3g} is {c.name} of rank {rank}, error "
+        f"{c.error:.3g}, at {share:.3g} of the {front.axis}"
     )
