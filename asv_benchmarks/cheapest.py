@@ -1,10 +1,10 @@
-"""Which family is the cheapest for an error, counted over the layers of trained networks.
+"""Count which family is the cheapest for a given error, over layers of trained networks.
 
     LOWRANK_DATA=... python -m asv_benchmarks.cheapest [--net WORD] [--json]
 
-For every layer and error the cheapest candidate of all families: by multiply-adds, and by seconds
-that are predicted for one thread.  A line is a kind of layer and an error: how many layers each
-family is the cheapest for, and the median share of the dense layer's cost.  Takes long.
+For every layer and error: the cheapest candidate of all families by MACs, and by predicted time on
+one thread.  A row is a kind of layer and an error: for how many layers each family is the cheapest,
+and the median share of the dense layer's cost.  Takes long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import lowrank
 from lowrank.interop.weights import StoredLayer, layers
 
 ERRORS = (0.1, 0.2, 0.3, 0.5)
-SLOW = 6  # 128 channels of the style network are alike: so many of them are enough
+MAX_EQUAL = 6  # layers of equal shape with 128 or more outputs (style network)
 
 
 def kind(layer: StoredLayer) -> str:
@@ -39,24 +39,24 @@ def kind(layer: StoredLayer) -> str:
     return " × ".join(map(str, taps))
 
 
-def found(word: str) -> Iterator[dict[str, Any]]:
+def measure_layers(word: str) -> Iterator[dict[str, Any]]:
     folder = os.environ.get("LOWRANK_DATA")
     if not folder:
         sys.exit("LOWRANK_DATA names no folder with the trained networks")
     for path in sorted(Path(folder, "weights").glob(f"*{word}*.safetensors")):
-        alike: Counter[Any] = Counter()
+        seen_shapes: Counter[Any] = Counter()
         for layer in layers(path):
             shape = layer.conv.stages[0].weight.shape
-            alike[shape] += 1
-            if (shape[0] >= 128 and alike[shape] > SLOW) or layer.input_size is None:
+            seen_shapes[shape] += 1
+            if (shape[0] >= 128 and seen_shapes[shape] > MAX_EQUAL) or layer.input_size is None:
                 continue
             row = {"net": path.stem, "layer": layer.name, "kind": kind(layer)}
             for axis in ("macs", "seconds"):
                 front = lowrank.frontier(layer.conv, layer.input_size, axis=axis, threads=1)
-                whole = cost(front.dense, axis)
+                dense_cost = cost(front.dense, axis)
                 for error in ERRORS:
                     c = front.within(error)
-                    row[f"{axis} {error}"] = c.family, cost(c, axis) / whole
+                    row[f"{axis} {error}"] = c.family, cost(c, axis) / dense_cost
             yield row
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--net", default="", help="part of a name")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = list(found(given.net))
+    rows = list(measure_layers(given.net))
     if given.json:
         json.dump(rows, sys.stdout, indent=1)
         return

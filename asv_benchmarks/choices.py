@@ -1,11 +1,11 @@
-"""Whether filters choose well: every way that is allowed, beside what was chosen, beside others.
+"""Compare the chosen filter method with all allowed methods and with other libraries.
 
     python -m asv_benchmarks.choices [--threads N] [--quick] [--json]
 
-A case is a classical filter, an image or a volume, and a tolerance.  All ways within it are run
-in turns, and so are those of SciPy, OpenCV and scikit-image to do the same.  `best` is how much
-longer the choice took than the fastest of its own options, `peer` how many times faster it was than
-the fastest of the others.  Only cases that take a millisecond count.
+A case is a classical filter, an image or a volume, and a tolerance.  All methods within the
+tolerance run interleaved with those of SciPy, OpenCV and scikit-image.  `best` is the time of the
+chosen method relative to the fastest of ours, `peer` its speed-up over the fastest other library.
+Cases under a millisecond do not count.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ try:
 except ImportError:
     skimage = None
 
-LEAST = 1e-3  # seconds of a case that counts
-NEAR, NEVER, MOST = 1.10, 1.25, 0.95  # of the best option: usually, always, how often
-FASTER = 0.9  # of the cases, than every peer
-SLOW = 3e8  # multiply-adds of a peer's direct filter that nobody waits for
+SHORTEST = 1e-3  # seconds below which a case does not count
+#: Time relative to our best method: within NEAR in a share MOST of the cases, within NEVER always.
+NEAR, NEVER, MOST = 1.10, 1.25, 0.95
+FASTER = 0.9  # share of cases that must be faster than every peer
+SLOW = 3e8  # MACs above which a peer's direct filter is skipped
 
 Case = tuple[str, np.ndarray, tuple[int, ...], float | None]
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Name, kernel, size of the image, tolerance."""
+    """Yield (name, kernel, image size, tolerance)."""
     kernels = {
         "gauss 1.5": filters.gauss(1.5),
         "gauss 4": filters.gauss(4.0),
         "gauss 12": filters.gauss(12.0),
-        "turned gauss": filters.gauss([6.0, 2.0], angle=0.6),
+        "rotated gauss": filters.gauss([6.0, 2.0], angle=0.6),
         "dog 2": filters.dog(2.0),
         "log 3": filters.log(3.0),
         "unsharp 3": filters.unsharp(3.0),
@@ -83,7 +84,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def peers(name: str, kernel: np.ndarray, image: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The same filter elsewhere, in every way that somebody may think of."""
+    """Return calls of the same filter in other libraries, by every suitable function."""
     found: dict[str, Callable[[], Any]] = {}
     k = kernel.astype(np.float32)
     flipped = np.flip(k)
@@ -91,7 +92,7 @@ def peers(name: str, kernel: np.ndarray, image: np.ndarray) -> dict[str, Callabl
         found["ndimage.correlate"] = lambda: ndi.correlate(image, k)
     found["signal.fftconvolve"] = lambda: scipy.signal.fftconvolve(image, flipped, "same")
     found["signal.oaconvolve"] = lambda: scipy.signal.oaconvolve(image, flipped, "same")
-    lines = separated(kernel)
+    lines = separable_lines(kernel)
     if lines is not None:
 
         def passes() -> Any:
@@ -119,8 +120,8 @@ def peers(name: str, kernel: np.ndarray, image: np.ndarray) -> dict[str, Callabl
     return found
 
 
-def separated(kernel: np.ndarray) -> list[np.ndarray] | None:
-    """Its lines, if it is a product of lines."""
+def separable_lines(kernel: np.ndarray) -> list[np.ndarray] | None:
+    """Return the 1-D factors of a rank-1 kernel, or None."""
     if filters.rank(kernel) > 1:
         return None
     lines = [stage.weight.ravel() for stage in filters.separate(kernel, rank=1).stages]
@@ -132,7 +133,7 @@ def row(case: Case, threads: int, seconds: float) -> dict[str, Any]:
     image = np.random.default_rng(0).random(size, dtype=np.float32)
     plan = filters.plan_filter(kernel, size, tolerance=tolerance, threads=threads)
     allowed = [o for o in plan.methods if o.error <= plan.tolerance]
-    # The fastest of each way, and what else is predicted to be near: the others are not close.
+    # Methods predicted to be more than 6 times slower cannot be the fastest.
     allowed = [o for o in allowed if o.seconds <= 6 * plan.choice.seconds]
     runs = [choose.compile_method(o, size, np.float32, threads) for o in allowed]
     out, x = np.empty_like(image)[None, None], image[None, None]
@@ -152,16 +153,16 @@ def row(case: Case, threads: int, seconds: float) -> dict[str, Any]:
 
 
 def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
-    counted = [r for r in found if r["seconds"] >= LEAST]
+    counted = [r for r in found if r["seconds"] >= SHORTEST]
     near = [r["over_best"] <= NEAR for r in counted]
     share, worst = sum(near) / len(near), max(r["over_best"] for r in counted)
     met = "met" if share >= MOST else "MISSED"
     yield f"{len(counted)} cases of at least 1 ms, of {len(found)}"
-    yield f"within 10 % of the best of its own options: {share:.0%} (95 %: {met})"
+    yield f"within 10 % of the best of its own methods: {share:.0%} (95 %: {met})"
     yield f"never beyond 25 %: {worst - 1:.0%} ({'met' if worst <= NEVER else 'MISSED'})"
     share = sum(r["faster"] > 1 for r in counted) / len(counted)
     met = "met" if share >= FASTER else "MISSED"
-    yield f"faster than the best of the others: {share:.0%} (90 %: {met})"
+    yield f"faster than the best other library: {share:.0%} (90 %: {met})"
 
 
 def main() -> None:

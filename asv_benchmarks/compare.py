@@ -1,18 +1,17 @@
-"""Every kind of work that the engine does, beside the libraries that people use for it today.
+"""Compare all kinds of workloads with other libraries.
 
     python -m asv_benchmarks.compare [--quick] [--only WORD] [--threads N] [--json]
     python -m asv_benchmarks.compare --device cuda [--quick] [--only WORD] [--json]
 
-Contestants of a row run in turns in one process, each on N threads (2 if not given; SciPy has one);
-times are medians.  A peer that is not installed is left out.  The fastest one counts against the
-target, PyTorch in the better of its two layouts; onnxruntime and TensorLy-Torch, whose factorised
-layers are chains of PyTorch's convolutions, have columns of their own.  The
-roofline is what arithmetic at the measured peak, or the bytes of input, weights and output at the
-measured copy rate, would take.  A thread that waits sleeps (OMP_WAIT_POLICY=passive): teams
-that spin take each other's cores.
+The libraries of a row run interleaved in one process on N threads (default 2; SciPy has one); times
+are medians.  Peers that are not installed are omitted.  The target refers to the fastest peer, with
+PyTorch in the better of its two layouts; onnxruntime and TensorLy-Torch (chains of PyTorch
+convolutions) have separate columns.  The roofline is the time of the arithmetic at the measured
+peak or of the compulsory traffic at the measured copy rate, whichever is longer.  Waiting threads
+sleep (OMP_WAIT_POLICY=passive), since spinning ones would occupy the other libraries' cores.
 
-On a GPU the peers are cupyx.scipy.ndimage and PyTorch (cuDNN); float32 is without TF32 on both
-sides, TF32 and float16 are rows of their own, and the share is that of the device's copy rate.
+On a GPU the peers are cupyx.scipy.ndimage and PyTorch (cuDNN).  float32 is without TF32 on both
+sides; TF32 and float16 have separate rows.  The share is relative to the device's copy rate.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from asv_benchmarks.benchmarks.libraries import set_threads
 from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank._kernels import _core
 
-#: Peers with columns of their own, that are not what a chain is compared with.
-ASIDE = ("onnxruntime", "TensorLy-Torch")
+#: Peers with separate columns, which do not count for the target.
+SEPARATE = ("onnxruntime", "TensorLy-Torch")
 
 
 def cpu() -> str:
-    """Its name, where the system tells."""
+    """Return the processor's name, family and model."""
     try:
         with open("/proc/cpuinfo") as about:
             facts = dict(line.split(":", 1) for line in about if ":" in line)
@@ -56,7 +55,7 @@ def cpu() -> str:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Peak of arithmetic, of one thread times the threads, and of copying, by all of them."""
+    """Return the arithmetic peak (of one thread, times the threads) and the copy rate."""
     _core.peak(100_000)
     rates = []
     for _ in range(7):
@@ -76,7 +75,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure every case."""
+    """Measure the selected cases."""
     for kind, cases in KINDS.items():
         for case in cases(threads, quick):
             if only not in f"{kind}: {case.name}":
@@ -86,9 +85,9 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             calls = [work.ours, *work.peers.values(), *work.dense.values()]
             ours, *others = measure_seconds(calls, 0.15 if quick else 0.6)
             seen = dict(zip([*names, *work.dense], others))
-            rivals = [name for name in names if name not in ASIDE]
+            rivals = [name for name in names if name not in SEPARATE]
             best = min(rivals, key=seen.__getitem__) if rivals else None
-            limited = not names and kind == "call"  # a limit in place of a peer
+            limited = not names and kind == "call"  # compared with a limit instead of a peer
             if limited:
                 best, seen["limit"] = "limit", case.target
                 names = [best]
@@ -96,7 +95,7 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
                 work.flops / (about["peak_gflops"] * 1e9), work.bytes / (about["copy_gbs"] * 1e9)
             )
             dense = min((seen[name] for name in work.dense), default=None)
-            nchw, onnx, tltorch = (seen.get(name) for name in ("torch NCHW", *ASIDE))
+            nchw, onnx, tltorch = (seen.get(name) for name in ("torch NCHW", *SEPARATE))
             yield {
                 "kind": kind,
                 "name": case.name,
@@ -117,14 +116,14 @@ def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterato
             }
 
 
-#: Shares of the saved multiply-adds that chains are to make time of: in the mean, and each.
+#: Targets of speed-up / MAC ratio of chains: geometric mean, and every single one.
 REALISED, NEVER_UNDER = 0.8, 0.5
-#: Share of the copy rate that short filters of large images are to reach.
+#: Target share of the copy rate for short filters of large images.
 COPY = 0.75
 
 
 def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Geometric means by kind against their targets, and rows under what no row may be under."""
+    """Yield geometric means by kind with their targets, and rows under the minimum."""
     for kind in dict.fromkeys(r["kind"] for r in found):
         these = [r for r in found if r["kind"] == kind]
         layers = any(r["nchw_speedup"] is not None for r in these)
@@ -135,7 +134,7 @@ def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
             ("nchw_speedup", "torch NCHW", _mean(targets[1]), 1.0 if layers else None),
             ("onnxruntime_speedup", "onnxruntime", None, 1.0),
             ("tensorly_torch_speedup", "TensorLy-Torch", None, 1.0),
-            ("realised", "realised share", REALISED, NEVER_UNDER),
+            ("realised", "speed-up/MACs", REALISED, NEVER_UNDER),
         ):
             of = [r for r in these if r[key] is not None]
             if key == "nchw_speedup" and wanted is not None:
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.device == "cuda":
-        on_gpu(given.quick, given.only, given.json)
+        compare_on_gpu(given.quick, given.only, given.json)
         return
     set_threads(given.threads)
     about = machine(given.threads)
@@ -225,15 +224,15 @@ def main() -> None:
         print(line)
 
 
-def on_gpu(quick: bool, only: str, as_json: bool) -> None:
-    """The table of the GPU."""
+def compare_on_gpu(quick: bool, only: str, as_json: bool) -> None:
+    """Print the table of the GPU."""
     from asv_benchmarks.benchmarks import gpu
     from lowrank.engine.cuda import device as cuda
 
     try:
         cuda.check_device()
-    except RuntimeError as why:
-        sys.exit(str(why))
+    except RuntimeError as error:
+        sys.exit(str(error))
     about = gpu.device()
     found = []
     if not as_json:

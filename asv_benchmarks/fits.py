@@ -1,10 +1,10 @@
-"""How fast kernels are fitted, and how stable the result is.
+"""Time and stability of fits.
 
     python -m asv_benchmarks.fits [--only WORD] [--json]
 
-One thread.  CP by alternating least squares beside TensorLy's own, from the same start; its memory
-at the size of the largest layers, measured in a process of its own; Tucker-2 beside TensorLy's
-partial_tucker; and what the error-preserving correction does to sensitivity.
+One thread.  CP-ALS and TensorLy's, from the same start; memory of CP-ALS at the size of the largest
+layers, measured in a separate process; Tucker-2 and TensorLy's partial_tucker; and the effect of
+the error-preserving correction on the sensitivity.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from asv_benchmarks.benchmarks.timing import measure_seconds
 
-#: (512, 512, 3, 3), R = 256, 20 sweeps: seconds, and bytes beside the tensor itself.
+#: Limits for (512, 512, 3, 3), R = 256, 20 sweeps: seconds, and bytes besides the tensor.
 SECONDS, BYTES = 4.0, 400e6
 
 MEMORY = """
@@ -39,7 +39,7 @@ first = start(tensor, 256)
 begin = time.perf_counter()
 _tensorly.parafac(tensor, first, 20, 0.0, 0.0)
 took = time.perf_counter() - begin
-tracemalloc.start()  # NumPy tells it of every array
+tracemalloc.start()  # NumPy reports every array
 _tensorly.parafac(tensor, first, 20, 0.0, 0.0)
 print(took, tracemalloc.get_traced_memory()[1])
 """
@@ -70,7 +70,7 @@ def cp() -> Iterator[dict[str, Any]]:
             return [factors[0] * weights, *factors[1:]]
 
         fast, slow = measure_seconds([ours, theirs], 1.0)
-        errors = [_missed(tensor, f()) for f in (ours, theirs)]
+        errors = [_relative_error(tensor, f()) for f in (ours, theirs)]
         yield {
             "what": f"CP-ALS ({c}, {c}, 3, 3), R = {rank}, {sweeps} sweeps",
             "seconds": fast, "peer": slow, "faster": slow / fast,
@@ -80,18 +80,18 @@ def cp() -> Iterator[dict[str, Any]]:
     out = subprocess.run(
         [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True
     ).stdout
-    took, held = map(float, out.split())
+    took, allocated = map(float, out.split())
     yield {
         "what": "CP-ALS (512, 512, 3, 3), R = 256, 20 sweeps",
         "seconds": took, "peer": SECONDS, "faster": SECONDS / took,
-        "wanted": 1.0, "met": took <= SECONDS and held <= BYTES,
-        "note": f"limits {SECONDS:g} s and {BYTES / 1e6:.0f} MB; {held / 1e6:.0f} MB are held",
+        "wanted": 1.0, "met": took <= SECONDS and allocated <= BYTES,
+        "note": f"limits {SECONDS:g} s and {BYTES / 1e6:.0f} MB; used {allocated / 1e6:.0f} MB",
     }  # fmt: skip
 
 
-def _missed(tensor: np.ndarray, factors: Any) -> float:
-    whole = np.einsum("ar,br,cr,dr->abcd", *factors, optimize=True)
-    return float(np.linalg.norm(tensor - whole) / np.linalg.norm(tensor))
+def _relative_error(tensor: np.ndarray, factors: Any) -> float:
+    approximation = np.einsum("ar,br,cr,dr->abcd", *factors, optimize=True)
+    return float(np.linalg.norm(tensor - approximation) / np.linalg.norm(tensor))
 
 
 def tucker() -> Iterator[dict[str, Any]]:
@@ -150,7 +150,7 @@ def stability() -> Iterator[dict[str, Any]]:
             "what": f"correction of cp3, {layer.name}, R = {rank}",
             "seconds": took, "peer": None, "faster": ratio,
             "wanted": None, "met": True,
-            "note": "times less sensitive, "
+            "note": "sensitivity ratio, "
             f"error {fit.error:.4f} -> {als.batched_error(tensor[None], after):.4f}",
         }  # fmt: skip
 

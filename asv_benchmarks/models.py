@@ -1,13 +1,12 @@
-"""Trained networks compressed within budgets: what they keep, how long it takes, how fast they run.
+"""Compress trained networks within budgets: accuracy, time to compress, speed.
 
     LOWRANK_DATA=... python -m asv_benchmarks.models [--net WORD] [--seeds N] [--json] [--no-speed]
 
-The nets and their data lie in the folder that LOWRANK_DATA names.  One set of defaults for all of
-them, nothing is trained.  A row is a net and a share of its multiply-adds: the score of the
-original and the median over calibration seeds, each with the compressed stages themselves; for
-classifiers the paired difference on the test images with its 95 % interval, of the median seed.
-Then the time of the whole forward pass, of medians of runs in turns: PyTorch's dense net in its
-better layout with batch norms folded, the chains there, and both on lowrank's engine.
+Networks and data are in the folder LOWRANK_DATA.  Default settings for all, no fine-tuning.  A row
+is a network and a share of its MACs: the score of the original and the median over calibration
+seeds; for classifiers also the paired difference on the test images with its 95 % interval, for the
+median seed.  Then times of the whole forward pass, medians of interleaved runs with folded batch
+norms: the dense and the compressed network in PyTorch's better layout and on lowrank's engine.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from lowrank.compress import NothingToCompressError
 from lowrank.interop.torch import compress
 
 SHARES = (1 / 2, 1 / 3)
-#: The most points that may be lost, by net and share.
+#: Largest permitted loss in points, by network and inverse share.
 TARGETS = {
     ("resnet20_cifar10", 2): 1.5,
     ("resnet20_cifar10", 3): 3.0,
     ("caffe_cifar10_full", 2): 1.0,
     ("caffe_cifar10_full", 3): 3.5,
 }
-#: Networks that are timed, and at which batches.
+#: Timed networks and batch sizes.
 TIMED = {"resnet20_cifar10": (1, 64), "faststyle_udnie": (1,)}
-MINUTE = 60.0  # seconds that the pipeline may take for ResNet-20
-FASTER = 1.6  # than PyTorch's dense net, at half the multiply-adds
+MINUTE = 60.0  # limit of the time to compress ResNet-20, in seconds
+FASTER = 1.6  # target speed-up over PyTorch's dense network at half the MACs
 
 
-def hits(model: torch.nn.Module, case: nets.Case) -> torch.Tensor | None:
-    """Which test images a classifier gets right; None where there are no labels."""
+def correct_predictions(model: torch.nn.Module, case: nets.Case) -> torch.Tensor | None:
+    """Return 1 per correctly classified test image, else 0; None without labels."""
     images, labels = case.test()
     if labels is None:
         return None
@@ -55,8 +54,8 @@ def hits(model: torch.nn.Module, case: nets.Case) -> torch.Tensor | None:
 
 
 def paired(case: nets.Case, small: torch.nn.Module) -> tuple[float, float] | None:
-    """Points gained on the test images, and half the width of the 95 % interval."""
-    before, after = hits(case.model, case), hits(small, case)
+    """Return the change in points and half the width of its 95 % interval."""
+    before, after = correct_predictions(case.model, case), correct_predictions(small, case)
     if before is None or after is None:
         return None
     change = 100 * (after - before)
@@ -64,25 +63,25 @@ def paired(case: nets.Case, small: torch.nn.Module) -> tuple[float, float] | Non
 
 
 def row(
-    case: nets.Case, share: float, seeds: int, threads: int, speed: bool, **how: Any
+    case: nets.Case, share: float, seeds: int, threads: int, speed: bool, **options: Any
 ) -> dict[str, Any]:
     found = []
     for seed in range(seeds):
         begin = time.perf_counter()
         try:
-            small = compress(case.model, case.calibration(seed), macs=share, seed=seed, **how)
-        except (NothingToCompressError, ValueError) as why:
-            return {"net": case.name, "asked": share, "share": share, "says": str(why)}
+            small = compress(case.model, case.calibration(seed), macs=share, seed=seed, **options)
+        except (NothingToCompressError, ValueError) as error:
+            return {"net": case.name, "asked": share, "share": share, "error": str(error)}
         took = time.perf_counter() - begin
         found.append((case.score(small.model), took, small))
     found.sort(key=lambda f: f[0])
     score, _, small = found[(len(found) - 1) // 2]
-    now, before = small.plan.total("macs")
+    macs, dense_macs = small.plan.total("macs")
     result = {
         "net": case.name,
         "unit": case.unit,
         "asked": share,
-        "share": now / before,
+        "share": macs / dense_macs,
         "original": case.score(case.model),
         "score": score,
         "scores": [f[0] for f in found],
@@ -96,9 +95,9 @@ def row(
     return result
 
 
-def said(r: dict[str, Any]) -> Iterator[str]:
-    if "says" in r:
-        yield f"{r['net']:26} {r['share']:5.0%}  {r['says']}"
+def lines_of(r: dict[str, Any]) -> Iterator[str]:
+    if "error" in r:
+        yield f"{r['net']:26} {r['share']:5.0%}  {r['error']}"
         return
     line = (
         f"{r['net']:26} {r['share']:5.0%} {r['original']:8.2f} {r['score']:8.2f} {r['unit']:18} "
@@ -136,28 +135,28 @@ def main() -> None:
     parser.add_argument("--no-gradients", action="store_true")
     parser.add_argument("--refit", action="store_true")
     parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--families", help="names with commas between them")
-    parser.add_argument("--seconds", type=float, help="a share of the predicted time, too")
-    parser.add_argument("--batch", type=int, default=1, help="that seconds are predicted for")
+    parser.add_argument("--families", help="comma-separated names")
+    parser.add_argument("--seconds", type=float, help="also a share of the predicted time")
+    parser.add_argument("--batch", type=int, default=1, help="batch size of predicted times")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    how = {
+    options = {
         "loss": given.loss,
         "gradients": not given.no_gradients,
         "refit": given.refit,
         "passes": given.passes,
     }
     if given.families:
-        how["families"] = given.families.split(",")
+        options["families"] = given.families.split(",")
     if given.seconds:
-        how |= {"seconds": given.seconds, "batch": given.batch, "threads": given.threads}
+        options |= {"seconds": given.seconds, "batch": given.batch, "threads": given.threads}
     found = []
     for case in nets.cases(given.net):
         for share in SHARES:
-            r = row(case, share, given.seeds, given.threads, not given.no_speed, **how)
+            r = row(case, share, given.seeds, given.threads, not given.no_speed, **options)
             found.append(r)
             if not given.json:
-                for line in said(r):
+                for line in lines_of(r):
                     print(line, flush=True)
     if given.json:
         json.dump(found, sys.stdout, indent=1)

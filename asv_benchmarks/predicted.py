@@ -1,11 +1,11 @@
-"""The time model beside the clock: how far predictions are off, by kind of work.
+"""Errors of the performance model by kind of workload.
 
     python -m asv_benchmarks.predicted [--runtime NAME] [--threads N] [--quick] [--worst N] [--json]
 
-The rates are those of `lowrank calibrate`; none of the shapes here is among those that it measures.
-Layers, chains, blocks and filters are those of the comparison with other libraries, and every
-family is there with a few of its ranks.  A row is a kind: the median and the 90th percentile of
-the relative error of predicted seconds, and the median of predicted over measured.
+The coefficients are those of `lowrank calibrate`, whose workloads have other shapes.  Workloads
+are the cases of the comparison with other libraries and a few ranks of every family.  Each row
+has the median and the 90th percentile of the relative error of predicted times, and the median of
+predicted / measured.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from lowrank.engine import pytorch
 from lowrank.families import FAMILIES, NotApplicable
 
 Item = tuple[str, lr.Factorization, tuple[int, ...], int]  # kind, chain, input size, batch
-GROUP = 24  # chains that are measured in turns
+GROUP = 24  # chains that are measured interleaved
 
 
 def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
-    """Stages of these weights that keep the size; the first has the stride."""
+    """Return stages of these weight shapes that keep the size; the first has the stride."""
     stages = []
     for k, shape in enumerate(shapes):
         pads = [n // 2 for n in shape[2:]]
@@ -48,7 +48,7 @@ def chain(channels: int, shapes: Any, stride: int = 1) -> lr.Factorization:
 
 
 def items(quick: bool, runtime: str = "lowrank") -> Iterator[Item]:
-    """What is predicted: layers, chains and families; images and volumes for our engine alone."""
+    """Yield layers, chains and families; images and volumes for lowrank only."""
     for row in cases.CHAIN_LAYERS:
         c, kernel, size = row["channels"], row["kernel"], row["size"]
         whole = lr.dense(cases.weight(c, c, *kernel), padding=[k // 2 for k in kernel])
@@ -79,7 +79,7 @@ def items(quick: bool, runtime: str = "lowrank") -> Iterator[Item]:
 
 
 def families(quick: bool) -> Iterator[Item]:
-    """A few ranks of every form of every family, on layers whose fits are quick."""
+    """Yield a few ranks of every variant of every family, on layers with fast fits."""
     rng = np.random.default_rng(0)
     for c, size, k in [(32, 56, 3)] if quick else [(32, 56, 3), (64, 28, 3), (48, 14, 5)]:
         weight = cases.weight(c, c, k, k)
@@ -108,10 +108,10 @@ def main() -> None:
     parser.add_argument("--runtime", default="lowrank")
     parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
     parser.add_argument("--quick", action="store_true", help="fewer batches and families")
-    parser.add_argument("--worst", type=int, default=0, help="print so many of the worst, too")
+    parser.add_argument("--worst", type=int, default=0, help="number of worst rows to print")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    here = lr.machine.current()
+    here = lr.perfmodel.current()
     if not here.calibrated:
         sys.exit("this machine is not calibrated: run 'lowrank calibrate' first")
     if "torch" in given.runtime:
@@ -119,8 +119,8 @@ def main() -> None:
 
         torch.set_num_threads(given.threads)
     found = []
-    left = items(given.quick, given.runtime)
-    while some := list(itertools.islice(left, GROUP)):
+    remaining = items(given.quick, given.runtime)
+    while some := list(itertools.islice(remaining, GROUP)):
         calls = [call(f, size, n, given.runtime, given.threads) for _, f, size, n in some]
         for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
             p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime)
@@ -143,7 +143,7 @@ def call(f: lr.Factorization, size: Any, n: int, runtime: str, threads: int) -> 
 
 def report(found: list[dict[str, Any]], here: lr.perfmodel.PerformanceModel, given: Any) -> None:
     rates = here.coefficients[given.runtime]
-    print(f"{here.cpu}, {given.threads} threads, run by {given.engine}")
+    print(f"{here.cpu}, {given.threads} threads, run by {given.runtime}")
     print(f"as calibrated: median error {rates.error:.1%}, 90th percentile {rates.spread:.1%}")
     print(f"{'kind':20} {'rows':>4} {'median':>7} {'90 %':>7} {'predicted/measured':>18}")
     kinds = defaultdict(list)

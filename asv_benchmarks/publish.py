@@ -1,11 +1,11 @@
-"""The history as asv's site, with the scripts that it takes from the network beside it.
+"""Publish the history as asv's site, with local copies of the scripts it loads.
 
     python -m asv_benchmarks.publish [--check] [--shots FOLDER]
 
 Makes asv_benchmarks/.asv/html from the results in asv_benchmarks/results; `asv preview --config
 asv_benchmarks/asv.conf.json` shows it.  asv's pages load jQuery, flot, Bootstrap and others from
-servers elsewhere, and are blank without them; here npm brings the same versions.  `--check` opens
-the site in a headless Chromium that can reach nothing but it, and looks for what was drawn.
+the network and are blank offline; npm installs the same versions here.  `--check` opens the site in
+a headless Chromium without network access and checks that graphs are drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIG = HERE / "asv.conf.json"
 SITE = HERE / ".asv" / "html"
 PACKAGES = HERE / ".asv" / "npm"
 
-#: npm's package of what a page asks for, by the name of the file there, and the file in it.
+#: File name in asv's pages: npm package, and path in it.
 VENDORED = {
     "jquery-3.3.1.min.js": ("jquery@3.3.1", "dist/jquery.min.js"),
     "jquery.flot.min.js": ("flot@0.8.3", "jquery.flot.js"),
@@ -42,17 +42,17 @@ VENDORED = {
     "bootstrap.min.js": ("bootstrap@3.1.1", "dist/js/bootstrap.min.js"),
     "bootstrap.min.css": ("bootstrap@3.1.1", "dist/css/bootstrap.min.css"),
 }
-FONTS = "dist/fonts"  # Bootstrap's style sheet looks for them in ../fonts
-ASKED = re.compile(r"""<(script|link)\b[^>]*?(?:src|href)="(https?://[^"]+)"[^>]*>""")
+FONTS = "dist/fonts"  # Bootstrap's style sheet expects them in ../fonts
+REMOTE_FILE = re.compile(r"""<(script|link)\b[^>]*?(?:src|href)="(https?://[^"]+)"[^>]*>""")
 
 
 def publish() -> None:
-    """Make the site, and put the scripts into it."""
+    """Make the site and copy the scripts into it."""
     asv = [sys.executable, "-m", "asv", "publish", "--config", str(CONFIG)]
     subprocess.run(asv, cwd=HERE, check=True)
     index = SITE / "index.html"
-    index.write_text(ASKED.sub(local, index.read_text()))
-    folder = fetched()
+    index.write_text(REMOTE_FILE.sub(local, index.read_text()))
+    folder = install_packages()
     for name, (package, path) in VENDORED.items():
         kind = "css" if name.endswith(".css") else "vendor"
         target = SITE / kind / name
@@ -62,18 +62,18 @@ def publish() -> None:
 
 
 def local(tag: re.Match[str]) -> str:
-    """The same element with the file beside it."""
+    """Return the element with the local file."""
     kind, url = tag.groups()
     name = url.rsplit("/", 1)[-1]
     if name not in VENDORED:
-        raise SystemExit(f"asv's pages ask for {url}, which {Path(__file__).name} does not know")
+        raise SystemExit(f"asv's pages load {url}, which is not in {Path(__file__).name}")
     if kind == "link":
         return f'<link rel="stylesheet" href="css/{name}">'
     return f'<script src="vendor/{name}">'
 
 
-def fetched() -> Path:
-    """npm's folder with the packages, installed once."""
+def install_packages() -> Path:
+    """Install the npm packages once and return their folder."""
     if not shutil.which("npm"):
         raise SystemExit("npm is missing; on Debian: apt install npm.")
     wanted = sorted({package for package, _ in VENDORED.values()})
@@ -98,7 +98,7 @@ def browser() -> str | None:
 
 @contextmanager
 def served() -> Iterator[str]:
-    """The site's address on this machine, as long as one looks at it."""
+    """Serve the site; yield its address."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -111,8 +111,8 @@ def served() -> Iterator[str]:
         server.shutdown()
 
 
-def opened(url: str, shot: Path | None = None) -> str:
-    """What a page is when its scripts have run, and a picture of it."""
+def render(url: str, shot: Path | None = None) -> str:
+    """Return a page's DOM after its scripts have run; write a screenshot if asked."""
     command = [
         browser() or "chromium", "--headless", "--no-sandbox", "--disable-gpu",
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
@@ -127,26 +127,26 @@ def opened(url: str, shot: Path | None = None) -> str:
 
 
 def check(shots: Path | None = None) -> list[str]:
-    """What is not drawn: nothing, if all is well."""
+    """Return a list of faults."""
     names = json.loads((SITE / "index.json").read_text())["benchmarks"]
     some = next(name for name in names if name.endswith("track_ours_over_peer"))
-    wrong = []
+    faults = []
     with served() as url:
-        front = opened(url, shots and shots / "index.png")
-        one = opened(f"{url}#{some}", shots and shots / "benchmark.png")
+        front = render(url, shots and shots / "index.png")
+        one = render(f"{url}#{some}", shots and shots / "benchmark.png")
     thumbs = len(re.findall(r'class="benchmark-plot"', front))
     if thumbs < len(names) or front.count('class="flot-base"') + front.count("<img") < thumbs / 4:
-        wrong.append(f"the front page shows {thumbs} of {len(names)} benchmarks")
+        faults.append(f"the front page shows {thumbs} of {len(names)} benchmarks")
     if 'class="flot-base"' not in one or some not in html.unescape(one):
-        wrong.append(f"no graph of {some}")
-    return wrong
+        faults.append(f"no graph of {some}")
+    return faults
 
 
 def main() -> None:
-    """Publish, and check if asked."""
+    """Publish, and check with --check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="open it in Chromium")
-    parser.add_argument("--shots", type=Path, metavar="FOLDER", help="pictures of what it shows")
+    parser.add_argument("--shots", type=Path, metavar="FOLDER", help="folder for screenshots")
     given = parser.parse_args()
     publish()
     print(SITE / "index.html")
@@ -157,9 +157,9 @@ def main() -> None:
         return
     if given.shots:
         given.shots.mkdir(parents=True, exist_ok=True)
-    wrong = check(given.shots)
-    print("\n".join(wrong) or "checked: the front page and a benchmark's graph are drawn")
-    sys.exit(bool(wrong))
+    faults = check(given.shots)
+    print("\n".join(faults) or "checked: the front page and a benchmark's graph are drawn")
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The table of the README: a dozen works beside the libraries that people use for them today.
+"""The README's table: times of common workloads in several libraries.
 
     python -m asv_benchmarks.readme [--rounds N] [--threads 1 2]      prints it as Markdown
 
-Milliseconds.  A column is a library's fastest way to do the same work: PyTorch's better layout,
-OpenCV's and SciPy's best function, TensorLy-Torch's better implementation of the same factors; on
-as many threads as suit it best.  Every library runs in a process of its own, since teams of threads
-that wait for work take each other's cores; the processes take turns, a figure is the median of
-their medians, and of numbers of threads the better one.  The fastest library is printed bold.
+Milliseconds, each library in its fastest configuration: PyTorch's better layout, the best function
+of OpenCV and SciPy, the better implementation of TensorLy-Torch, and the best number of threads.
+Each library runs in its own process, since idle thread pools would occupy the others' cores; the
+processes run alternately, and a cell is the median of their medians.  The fastest is bold.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from asv_benchmarks.benchmarks.timing import measure_seconds
 from asv_benchmarks.compare import cpu
 from lowrank._kernels import _core
 
-#: What the table says, and the row of the comparison that it is.
+#: Title in the table: name of the case.
 ROWS = {
     "3×3 layer, 64 channels at 56²": "dense 3x3, 64 at 56x56, N=1",
     "the same as CP of rank 64": "cp 64, 64 3x3 at 56x56, N=1",
     "the same as Tucker, 16 × 16": "tucker 16,16, 64 3x3 at 56x56, N=1",
     "3×3 layer, 256 channels at 14², as CP": "cp 256, 256 3x3 at 14x14, N=1",
-    "the same in two passes of 128 maps": "spatial 128, 256 3x3 at 14x14, N=1",
+    "the same in two passes of 128 maps": "spatial_svd 128, 256 3x3 at 14x14, N=1",
     "the same as three depthwise terms": "network_decoupling dw-pw 3, 256 3x3 at 14x14, N=1",
     "3×3 layer, 512 channels at 7², 8 images": "dense 3x3, 512 at 7x7, N=8",
     "the 13 blocks of MobileNetV1": "all 13 blocks of MobileNetV1, N=1",
@@ -44,7 +43,7 @@ ROWS = {
     "separable 9×9, colours of 1024², uint8": "filter 9x9 of rank 1, 1024x1024x3 uint8",
     "separable 9×9×9, volume of 256³": "filter 9x9x9 of rank 1, 256^3",
 }
-#: A column, and the beginnings of its peers' names.
+#: Column: prefixes of its peers' names.
 COLUMNS = {
     "lowrank": ("ours",),
     "PyTorch": ("torch",),
@@ -53,11 +52,11 @@ COLUMNS = {
     "OpenCV": ("cv2", "R x cv2"),
     "SciPy": ("scipy",),
 }
-SECONDS = 0.3  # a row and library
+SECONDS = 0.3  # per row and library
 
 
-def others(name: str) -> dict[str, Call]:
-    """PyTorch's and SciPy's ways to filter an image: the comparison leaves them out."""
+def extra_peers(name: str) -> dict[str, Call]:
+    """Return PyTorch's and SciPy's image filters, which asv_benchmarks.compare omits."""
     if not name.endswith("of rank 1, 2048x2048"):
         return {}
     line = bell(int(name.split()[1].split("x")[0]))
@@ -69,7 +68,7 @@ def others(name: str) -> dict[str, Call]:
         import lowrank
 
         f = lowrank.filters.separate(np.outer(line, line), rank=1)
-        stages = [  # PyTorch has no mirrored borders of its own: zeros cost it less
+        stages = [  # PyTorch has no mirrored borders; zero padding is cheaper
             lowrank.Stage(
                 s.weight.astype(np.float32),
                 lowrank.Geometry.of(2, padding=[k // 2 for k in s.kernel]),
@@ -81,7 +80,7 @@ def others(name: str) -> dict[str, Call]:
 
 
 def worker(column: str, threads: int) -> dict[str, float]:
-    """Seconds of one library's works, by title."""
+    """Return seconds of one library by title."""
     if torch is not None:
         torch.set_num_threads(threads)
     if cv2 is not None:
@@ -90,18 +89,18 @@ def worker(column: str, threads: int) -> dict[str, float]:
     found = {}
     for title, name in ROWS.items():
         work: Work = cases[name].make()
-        calls = {"ours": work.ours} | work.peers | others(name)
+        calls = {"ours": work.ours} | work.peers | extra_peers(name)
         mine = [call for peer, call in calls.items() if peer.startswith(COLUMNS[column])]
         if mine:
             found[title] = min(measure_seconds(mine, SECONDS))
     return found
 
 
-def apart(column: str, threads: int) -> dict[str, float]:
-    """The same in a process of its own."""
+def run_in_process(column: str, threads: int) -> dict[str, float]:
+    """Run `worker` in a new process."""
     command = [sys.executable, "-m", "asv_benchmarks.readme", "--worker", column]
     command += ["--threads", str(threads)]
-    # Teams may spin: nobody else is there.
+    # Threads may spin: no other library runs.
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "active"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +118,7 @@ def main() -> None:
         print(json.dumps(worker(given.worker, given.threads[0])))
         return
     rounds = [
-        {(column, n): apart(column, n) for column in COLUMNS for n in given.threads}
+        {(column, n): run_in_process(column, n) for column in COLUMNS for n in given.threads}
         for _ in range(given.rounds)
     ]
     many = " or ".join(map(str, given.threads))

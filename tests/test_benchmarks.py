@@ -217,12 +217,12 @@ def test_the_site_loads_nothing_from_other_hosts():
         '<link rel="stylesheet" href="https://cdn/bootstrap.min.css" integrity="y">\n'
         '<a href="https://asv.readthedocs.io/">asv</a>'
     )
-    made = publish.ASKED.sub(publish.local, page)
+    made = publish.REMOTE_FILE.sub(publish.local, page)
     assert '<script src="vendor/jquery-3.3.1.min.js"></script>' in made
     assert '<link rel="stylesheet" href="css/bootstrap.min.css">' in made
     assert '<a href="https://asv.readthedocs.io/">' in made
     with pytest.raises(SystemExit, match=r"unknown\.js"):
-        publish.ASKED.sub(publish.local, '<script src="https://cdn/unknown.js"></script>')
+        publish.REMOTE_FILE.sub(publish.local, '<script src="https://cdn/unknown.js"></script>')
 
 
 @pytest.mark.full

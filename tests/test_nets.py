@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from asv_benchmarks.benchmarks import nets  # noqa: E402
+from asv_benchmarks.benchmarks import net_data, net_onnx, net_weights, nets  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +33,16 @@ def measured(data, name, key):
     ],
 )
 def test_cifar_networks_reach_the_measured_accuracy(name, which, percent, apart):
-    assert abs(nets.top1(nets.loaded(name), *nets.cifar(name, which)) - percent) < apart
+    assert (
+        abs(nets.top1(net_weights.load_net(name), *net_data.cifar(name, which)) - percent) < apart
+    )
 
 
 def test_crepe_agrees_with_the_reference_activations():
-    frames, wanted = (x[:200] for x in nets.frames())
-    found = nets.outputs(nets.loaded("crepe_tiny_1d").double(), frames.double())
+    frames, wanted = (x[:200] for x in net_data.frames())
+    found = nets.outputs(net_weights.load_net("crepe_tiny_1d").double(), frames.double())
     assert abs(found - wanted).max() < 6.6e-7  # rounding of the reference, which is float32
-    found = nets.outputs(nets.loaded("crepe_tiny_1d"), frames)
+    found = nets.outputs(net_weights.load_net("crepe_tiny_1d"), frames)
     assert abs(found - wanted).max() < 5e-6  # 8,192 products, in whatever order
 
 
@@ -48,7 +50,7 @@ def test_crepe_agrees_with_the_reference_activations():
     ("name", "factor", "enlarge"), [("srcnn_955", 4, True), ("espcn_x3", 3, False)]
 )
 def test_super_resolution_reaches_the_published_psnr(data, name, factor, enlarge):
-    net = nets.loaded(name)
+    net = net_weights.load_net(name)
     rows = measured(data, name, f"psnr_x{factor} (file, bicubic, net" + (
         "; 8 px border cut, PIL bicubic both ways)" if enlarge else ")"
     ))  # fmt: skip
@@ -56,11 +58,11 @@ def test_super_resolution_reaches_the_published_psnr(data, name, factor, enlarge
     for file, *wanted in rows:
         if not (data / "images" / file).exists():  # one is not in the folder
             continue
-        image = nets.image(file.removesuffix(".png"), "L")
+        image = net_data.image(file.removesuffix(".png"), "L")
         w, h = (n // factor * factor for n in image.size)
         truth = torch.tensor(np.asarray(image.crop((0, 0, w, h)), np.float32) / 255)
-        bicubic = nets.reduced(image, factor, True)
-        found = nets.outputs(net, nets.reduced(image, factor, enlarge)).clamp(0, 1)
+        bicubic = net_data.downscale(image, factor, True)
+        found = nets.outputs(net, net_data.downscale(image, factor, enlarge)).clamp(0, 1)
         inside = (slice(8, -8), slice(8, -8))
         values = [nets.psnr(x[0, 0][inside], truth[inside], 1) for x in (bicubic, found)]
         np.testing.assert_allclose(values, wanted, atol=0.0051)  # printed with two digits
@@ -69,9 +71,9 @@ def test_super_resolution_reaches_the_published_psnr(data, name, factor, enlarge
 
 
 def test_style_keeps_the_picture_and_changes_its_colours():
-    image = np.asarray(nets.image("coffee", "RGB").crop((100, 0, 356, 256)), np.float32)
+    image = np.asarray(net_data.image("coffee", "RGB").crop((100, 0, 356, 256)), np.float32)
     x = torch.tensor(image.transpose(2, 0, 1).copy())[None]
-    y = nets.outputs(nets.loaded("faststyle_udnie"), x)
+    y = nets.outputs(net_weights.load_net("faststyle_udnie"), x)
     assert y.shape == x.shape
     assert float(y.min()) >= 0
     assert float(y.max()) <= 255
@@ -85,17 +87,17 @@ def test_visual_wake_words_agrees_with_the_reference_probabilities(data):
     from PIL import Image
 
     wanted = measured(data, "vww_mobilenet_025_96", "functional_check [non-person, person]")
-    net = nets.loaded("vww_mobilenet_025_96")
+    net = net_weights.load_net("vww_mobilenet_025_96")
     for file, probabilities in wanted.items():
-        image = nets.image(file.removesuffix(".png"), "RGB")
+        image = net_data.image(file.removesuffix(".png"), "RGB")
         small = np.asarray(image.resize((96, 96), Image.Resampling.BILINEAR), np.float32) / 255
         found = nets.outputs(net, torch.tensor(small.transpose(2, 0, 1).copy())[None])
         np.testing.assert_allclose(found[0], probabilities, atol=1e-5)
 
 
 def test_meshnet_labels_white_matter_where_it_is_bright():
-    cube = torch.tensor(nets.volume()[96:160, 96:160, 96:160])[None, None]
-    labels = nets.outputs(nets.loaded("meshnet3d_model20chan3cls"), cube).argmax(1)
+    cube = torch.tensor(net_data.volume()[96:160, 96:160, 96:160])[None, None]
+    labels = nets.outputs(net_weights.load_net("meshnet3d_model20chan3cls"), cube).argmax(1)
     rest, white, grey = (cube[0][labels == k] for k in range(3))
     # 1.12 and 0.96, 0.08 and 0.13 apart within a tissue: those means are not alike by chance
     assert float(white.mean() - grey.mean()) > max(float(white.std()), 0.1)
@@ -106,8 +108,8 @@ def test_meshnet_labels_white_matter_where_it_is_bright():
 @pytest.mark.full
 def test_meshnet_agrees_with_the_reference_histogram(data):
     """Label 128^3 voxels: 15 s on one thread."""
-    cube = torch.tensor(nets.volume()[64:192, 64:192, 64:192])[None, None]
-    labels = nets.outputs(nets.loaded("meshnet3d_model20chan3cls"), cube).argmax(1)
+    cube = torch.tensor(net_data.volume()[64:192, 64:192, 64:192])[None, None]
+    labels = nets.outputs(net_weights.load_net("meshnet3d_model20chan3cls"), cube).argmax(1)
     name = "label histogram on volumes/t1_crop.nii.gz [64:192]^3 treated as the whole input"
     wanted = measured(data, "meshnet3d_model20chan3cls", name)
     found = np.bincount(labels.flatten(), minlength=3)
@@ -115,7 +117,7 @@ def test_meshnet_agrees_with_the_reference_histogram(data):
     assert np.abs(found - wanted).sum() <= 20
 
 
-@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("name", net_weights.NETS)
 def test_cases_are_reproducible_and_scored_against_the_original(name):
     (case,) = nets.cases(name)
     assert case.name == name
@@ -126,7 +128,9 @@ def test_cases_are_reproducible_and_scored_against_the_original(name):
     inputs, labels = case.test()
     assert first.dtype == inputs.dtype == torch.float32
     assert first.shape[1] == inputs.shape[1]
-    parameters = json.loads((nets.folder() / "weights" / f"{name}.json").read_text())["parameters"]
+    parameters = json.loads((net_data.folder() / "weights" / f"{name}.json").read_text())[
+        "parameters"
+    ]
     state = case.model.state_dict().items()
     assert sum(v.numel() for k, v in state if not k.endswith("num_batches_tracked")) == parameters
     best = case.score(case.model)
@@ -142,7 +146,7 @@ def test_cases_are_reproducible_and_scored_against_the_original(name):
 
 
 @pytest.mark.parametrize("dynamo", [False, True])
-@pytest.mark.parametrize("name", nets.NETS)
+@pytest.mark.parametrize("name", net_weights.NETS)
 def test_onnx_models_compute_the_same_outputs(name, dynamo):
     pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
@@ -151,7 +155,7 @@ def test_onnx_models_compute_the_same_outputs(name, dynamo):
     (case,) = nets.cases(name)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
-    model = nets.onnx_model(case, dynamo).SerializeToString()
+    model = net_onnx.onnx_model(case, dynamo).SerializeToString()
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     assert session.get_outputs()[0].shape[0] == "batch"
     x = torch.cat(case.calibration(1))[:3]  # it was exported with two
