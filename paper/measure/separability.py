@@ -24,6 +24,8 @@ def needed(conv, family, variant=None):
         variants = FAMILIES[family].variants(conv)
     except NotApplicable:
         return ""
+    if variant not in (None, *variants):
+        return ""
     points = list(FAMILIES[family].sweep(conv, variant or variants[0]))
     full = max(p.rank[0] for p in points)
     return f"{min(p.rank[0] for p in points if p.error <= ERROR or p.rank[0] == full) / full:.4f}"
