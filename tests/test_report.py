@@ -1,4 +1,4 @@
-"""The page on a compressed network: complete, self-contained, harmless, and true to the facts."""
+"""HTML report: correct numbers, self-contained, accessible, safe with hostile names."""
 
 import itertools
 import re
@@ -13,13 +13,15 @@ from lowrank import compress, demo, report
 from lowrank.compress import Layer
 from lowrank.compress.pipeline import LayerError
 from lowrank.interop.weights import WeightsModel
-from lowrank.report import charts, facts
+from lowrank.report import charts
+from lowrank.report import comparison as comparisons
+from lowrank.selection import Candidate
 
 VOID = {"meta", "line", "circle", "polyline", "br", "wbr"}
 
 
 class Page(HTMLParser):
-    """Elements, and what is wrong with their order."""
+    """Parser that collects elements and checks their nesting."""
 
     def __init__(self, text):
         super().__init__()
@@ -46,65 +48,70 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.all if name == tag]
 
 
+def option(family, rank, error, macs):
+    return Candidate(family, "", rank, error, error, lr.Cost(macs, 0, 0, 0, 0))
+
+
 @pytest.fixture(scope="module")
 def net():
     return WeightsModel(demo.WEIGHTS)
 
 
 @pytest.fixture(scope="module")
-def small(net):
+def result(net):
     return compress.compress_model(net, macs=0.5, families=["spatial_svd", "channel_svd"])
 
 
 @pytest.fixture(scope="module")
-def found(net, small):
-    return report.gather(net, small, "digits", scores=(0.9, 0.8125), notes=["<all>"], threads=1)
+def comparison(net, result):
+    return report.compare(net, result, "digits", scores=(0.9, 0.8125), notes=["<all>"], threads=1)
 
 
-def test_the_facts_are_those_of_the_chains(net, small, found):
-    for layer, x in zip(net.layers, found.layers, strict=True):
-        f = small.chains.get(layer.name, layer.conv)
-        assert x.changed == (layer.name in small.chains)
+def test_costs_and_errors_are_those_of_the_chains(net, result, comparison):
+    for layer, x in zip(net.layers, comparison.layers, strict=True):
+        f = result.chains.get(layer.name, layer.conv)
+        assert x.changed == (layer.name in result.chains)
         assert x.before["macs"] == layer.cost.macs
         assert x.after["macs"] == f.cost(layer.input_size).macs
         assert x.after["params"] == f.params
         assert x.after["bytes"] == sum(s.weight.nbytes for s in f.stages) + f.bias.nbytes
-        at = lr.machine.predict(f, layer.input_size, threads=1).seconds
+        at = lr.perfmodel.predict(f, layer.input_size, threads=1).seconds
         assert x.after["seconds"] == pytest.approx(at, rel=1e-6)
         if x.changed:
             assert x.kernel_error == f.error(layer.conv.to_dense())
             assert x.kernel_bound == lr.certificate(layer.conv, f).bound
             # for white noise the best chain for the outputs is the best for the kernel
             assert x.planned == pytest.approx(x.kernel_error, rel=1e-3)
-    assert found.total("macs")[1] == sum(x.after["macs"] for x in found.layers)
-    before, after, macs, left = found.timed()
-    assert found.realised == pytest.approx(before / after / (macs / left))
-    assert (found.examples, found.batches) == (0, 0)
+    assert comparison.total("macs")[1] == sum(x.after["macs"] for x in comparison.layers)
+    before, after, macs, left = comparison.measured()
+    assert comparison.realised == pytest.approx(before / after / (macs / left))
+    assert (comparison.examples, comparison.batches) == (0, 0)
 
 
-def test_an_option_of_the_front_is_the_choice(found):
-    for x in found.layers:
-        assert x.front[0].is_dense and x.front[0].cost.macs == x.before["macs"]
+def test_the_choice_is_one_of_the_options(comparison):
+    for x in comparison.layers:
+        assert x.front[0].is_dense
+        assert x.front[0].cost.macs == x.before["macs"]
         assert (x.becomes, x.rank) in {(o.name, o.rank) for o in x.front}
 
 
 def test_spectra_are_singular_values(rng):
     w = rng.standard_normal((6, 4, 3, 5))
-    found = facts.spectra(lr.dense(w, groups=2))
-    assert list(found) == ["outputs", "inputs", "inputs and height", "taps"]
+    curves = comparisons.spectra(lr.dense(w, groups=2))
+    assert list(curves) == ["outputs", "inputs", "inputs and height", "taps"]
     both = np.linalg.svd(w.reshape(2, 3, 60), compute_uv=False)
     expected = np.sqrt((both**2).sum(0))
-    np.testing.assert_allclose(found["outputs"], expected / expected[0], atol=1e-7)
+    np.testing.assert_allclose(curves["outputs"], expected / expected[0], atol=1e-7)
     rows = w.reshape(2, 3, 4, 3, 5).transpose(0, 2, 3, 1, 4).reshape(2, 12, 15)
     expected = np.sqrt((np.linalg.svd(rows, compute_uv=False) ** 2).sum(0))
-    np.testing.assert_allclose(found["inputs and height"], expected / expected[0], atol=1e-7)
-    assert facts.spectra(lr.dense(np.zeros((2, 2, 1))))["outputs"].tolist() == [0, 0]
-    assert facts.spectra(lr.dense(np.ones((1, 1, 1)))) == {}
+    np.testing.assert_allclose(curves["inputs and height"], expected / expected[0], atol=1e-7)
+    assert comparisons.spectra(lr.dense(np.zeros((2, 2, 1))))["outputs"].tolist() == [0, 0]
+    assert comparisons.spectra(lr.dense(np.ones((1, 1, 1)))) == {}
 
 
-def test_the_page_is_one_whole_and_asks_for_nothing(found):
-    text = report.page(found)
-    assert report.page(found) == text
+def test_the_page_loads_no_external_resources(comparison):
+    text = report.render(comparison)
+    assert report.render(comparison) == text
     page = Page(text)
     assert len(text) < 100_000
     fetched = {"src", "href", "srcset", "action", "data", "xlink:href"}
@@ -114,8 +121,8 @@ def test_the_page_is_one_whole_and_asks_for_nothing(found):
     assert "default-src 'none'" in str(page.of("meta"))
 
 
-def test_people_without_a_mouse_or_eyes_find_their_way(found):
-    page = Page(report.page(found))
+def test_the_page_is_accessible_by_keyboard_and_screen_reader(comparison):
+    page = Page(report.render(comparison))
     assert page.all[0] == ("html", {"lang": "en"})
     levels = [int(tag[1]) for tag, _ in page.all if re.fullmatch("h[1-6]", tag)]
     assert levels.count(1) == 1
@@ -129,74 +136,76 @@ def test_people_without_a_mouse_or_eyes_find_their_way(found):
     assert {a["aria-labelledby"] for _, a in page.all if "aria-labelledby" in a} <= ids
 
 
-def test_the_page_says_what_is_and_what_is_not(found):
-    text = "".join(Page(report.page(found)).text)
-    for said in ("white noise", "<all>", "0.8125", "was 0.9", "Realised", "spatial_svd"):
-        assert said in text
+def test_the_page_names_its_data_and_omissions(comparison):
+    text = "".join(Page(report.render(comparison)).text)
+    for words in ("white-noise", "<all>", "0.8125", "was 0.9", "MAC ratio:", "spatial_svd"):
+        assert words in text
     bare = replace(
-        found, scores=None, layers=tuple(replace(x, measured=None) for x in found.layers)
+        comparison, scores=None, layers=tuple(replace(x, measured=None) for x in comparison.layers)
     )
-    text = "".join(Page(report.page(bare)).text)
-    assert "No layer that changed was measured" in text
-    assert "Realised" not in text
-    seen = "".join(Page(report.page(replace(found, examples=48, batches=3))).text)
+    text = "".join(Page(report.render(bare)).text)
+    assert "No changed layer was measured" in text
+    assert "MAC ratio:" not in text
+    seen = "".join(Page(report.render(replace(comparison, examples=48, batches=3))).text)
     assert "48 examples in 3 batches" in seen
-    part = (replace(found.layers[0], measured=None), *found.layers[1:])
-    text = "".join(Page(report.page(replace(found, layers=part))).text)
+    part = (replace(comparison.layers[0], measured=None), *comparison.layers[1:])
+    text = "".join(Page(report.render(replace(comparison, layers=part))).text)
     assert "of 2 of 3 layers" in text
 
 
-def test_names_are_text_and_nothing_else(found):
+def test_names_are_escaped(comparison):
     evil = '<script>alert("1")</script>\'&"><img src=x onerror=y>'
-    layer = replace(found.layers[1], name=evil, becomes=evil, chain=evil, dense=evil)
+    layer = replace(comparison.layers[1], name=evil, becomes=evil, chain=evil, dense=evil)
     layer = replace(layer, front=(option(evil, (1,), 0.5, 5), *layer.front))
     layer = replace(layer, spectra={evil: np.array([1.0, 0.5])})
-    plan = replace(found.plan, layers={evil: found.plan.layers["conv2"]})
-    hostile = replace(found, name=evil, layers=(layer,), notes=(evil,), plan=plan)
-    page = Page(report.page(hostile))
-    tame = Page(report.page(replace(found, layers=found.layers[1:2])))
+    plan = replace(comparison.plan, layers={evil: comparison.plan.layers["conv2"]})
+    hostile = replace(comparison, name=evil, layers=(layer,), notes=(evil,), plan=plan)
+    page = Page(report.render(hostile))
+    tame = Page(report.render(replace(comparison, layers=comparison.layers[1:2])))
     assert {tag for tag, _ in page.all} <= {tag for tag, _ in tame.all} | {"wbr"}
     assert not page.of("script") + page.of("img")
     assert evil in "".join(page.text)
 
 
-def test_a_network_in_which_nothing_changed(net, found):
+def test_an_unchanged_network_is_reported(net):
     plan = compress.make_plan(net, macs=1.0, families=["channel_svd"])
-    same = report.gather(net, compress.compress_model(net, plan), measured=False)
+    same = report.compare(net, compress.compress_model(net, plan), measure=False)
     assert same.total("macs")[0] == same.total("macs")[1]
-    text = "".join(Page(report.page(same)).text)
+    text = "".join(Page(report.render(same)).text)
     assert "No layer changed" in text
     assert "0 of 3 layers changed" in text
 
 
-def test_layers_that_take_too_long_are_not_run(net, small, monkeypatch):
-    monkeypatch.setattr(facts, "LONGEST", 1e-9)
-    assert report.gather(net, small).timed() is None
-    monkeypatch.setattr(facts, "LONGEST", 20.0)
-    monkeypatch.setattr(facts, "LARGEST", 4 * 128 * 16)  # bytes: what conv3 takes and gives
-    told = report.gather(net, small)
-    assert [x.measured is not None for x in told.layers] == [False, False, True]
-    assert told.measured_layers == " of 1 of 3 layers"
-    assert told.timed()[:2] == told.layers[2].measured
+def test_large_layers_are_not_timed(net, result, monkeypatch):
+    monkeypatch.setattr(comparisons, "MAX_PREDICTED_SECONDS", 1e-9)
+    assert report.compare(net, result).measured() is None
+    monkeypatch.setattr(comparisons, "MAX_PREDICTED_SECONDS", 20.0)
+    monkeypatch.setattr(
+        comparisons, "MAX_BYTES", 4 * 128 * 16
+    )  # bytes of inputs and outputs of conv3
+    timed = report.compare(net, result)
+    assert [x.measured is not None for x in timed.layers] == [False, False, True]
+    assert timed.measured_layers == " of 1 of 3 layers"
+    assert timed.measured()[:2] == timed.layers[2].measured
 
 
-def test_a_dense_layer_with_new_weights_is_called_one(net, small):
+def test_a_refitted_dense_layer_is_labelled(net, result):
     conv = net.layers[0].conv
     new = replace(conv, stages=(replace(conv.stages[0], weight=conv.stages[0].weight * 2),))
-    rows = (*small.rows, LayerError("conv1", 0.25))
-    told = report.gather(
-        net, replace(small, chains=small.chains | {"conv1": new}, rows=rows), measured=False
+    rows = (*result.rows, LayerError("conv1", 0.25))
+    timed = report.compare(
+        net, replace(result, chains=result.chains | {"conv1": new}, rows=rows), measure=False
     )
-    assert told.layers[0].becomes == "dense, new weights"
-    assert told.layers[0].kernel_error == pytest.approx(1.0)
-    assert (told.layers[0].planned, told.layers[0].fitted) == (None, 0.25)
+    assert timed.layers[0].becomes == "dense, new weights"
+    assert timed.layers[0].kernel_error == pytest.approx(1.0)
+    assert (timed.layers[0].planned, timed.layers[0].fitted) == (None, 0.25)
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 5), (4, 1, 3, 3), (3, 4, 3, 3, 3), (8, 8, 1)])
-def test_layers_of_every_kind_are_drawn(shape):
+def test_spectra_of_every_kind_of_layer_are_drawn(shape):
     conv = lr.dense(np.random.default_rng(1).standard_normal(shape))
     layer = Layer("x", conv, (9,) * (len(shape) - 2))
-    curves = facts.spectra(conv)
+    curves = comparisons.spectra(conv)
     drawn = charts.spectrum(curves)
     assert drawn.count("<polyline") == len(curves) > 0
     points = [float(v) for p in re.findall(r'points="(.*?)"', drawn) for v in re.split("[ ,]", p)]
@@ -205,7 +214,7 @@ def test_layers_of_every_kind_are_drawn(shape):
     assert layer.cost.macs > 0
 
 
-def test_a_front_marks_the_choice_where_it_lies():
+def test_a_front_marks_the_choice_at_its_position():
     options = [option("dense", (), 0.0, 100), option("channel_svd", (2,), 0.4, 10)]
     drawn = charts.front(options, 100.0, (0.4, 10.0))
     marks = re.findall(r'class="(\w+)" cx="(.*?)" cy="(.*?)"', drawn)

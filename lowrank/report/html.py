@@ -279,8 +279,9 @@ def _notes(comparison: Comparison) -> str:
         "Other layers, such as pooling or normalisation, and layers left out are not counted.",
         "Spectra are those of the kernels, groups combined. A curve that falls early belongs to a "
         "kernel of low rank in that unfolding.",
-        "Speed-up ÷ MAC ratio: 100% means that time falls as much as MACs.",
     ]
+    if comparison.realised is not None:
+        notes.append("Speed-up ÷ MAC ratio: 100% means that time falls as much as MACs.")
     if comparison.scores is not None:
         notes.append("Your evaluation: the number that your function returned for each file.")
     return _section("Notes", "notes", f"<ul>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul>")
