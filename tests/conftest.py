@@ -43,6 +43,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # The controller of parallel workers receives their reports; a worker has no file to write.
+    if config.getoption("--update-slow") and config.getoption("--quick"):
+        raise pytest.UsageError("--update-slow needs every test: leave out --quick")
     if config.getoption("--update-slow") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SlowTests())
 
