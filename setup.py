@@ -1,4 +1,4 @@
-"""The compiled part: one extension, its kernels compiled once for each instruction set."""
+"""Build of the C extension, whose kernels are compiled once per instruction set."""
 
 import os
 import platform
@@ -12,10 +12,10 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("lowrank/_kernels")
 HEADERS = ["setup.py", *(str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc")))]
 WARNINGS = ["-Wall", "-Wextra"]
-# Sanitized builds ask for less: optimising what they add takes minutes.
+# Sanitized builds lower it: optimising the added checks takes minutes.
 COMMON = [os.environ.get("LOWRANK_OPTIMIZE", "-O3"), "-g0", "-fvisibility=hidden"]
 
-# Vector bytes and flags of each instruction set; the baseline is what every such CPU has.
+# Vector bytes and flags per instruction set; every x86-64 CPU of interest has the baseline.
 X86 = {
     "baseline": (16, ["-msse4.2", "-mpopcnt"]),
     "avx2": (32, ["-mavx2", "-mfma"]),
@@ -31,23 +31,23 @@ PLAIN = {"baseline": (16, [])}
 
 
 class Build(build_ext):
-    """build_ext, with kernels for each instruction set and only the flags the compiler takes."""
+    """build_ext that compiles kernels per instruction set, with flags that the compiler accepts."""
 
     def build_extension(self, ext):
         """Compile the kernels first and link them into the extension."""
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        # Copies of a few vectors are faster as they are than as calls of memcpy.
-        plain = self._first_that_works([["-fno-tree-loop-distribute-patterns"]])
-        # A product that two branches share must stay beside its sum: only there is it fused, and
-        # an output must not depend on the branch that computes it.
-        plain += self._first_that_works([["-fno-code-hoisting"]])
-        openmp = self._first_that_works([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
+        # Copies of a few vectors are faster inline than as calls of memcpy.
+        plain = self._first_supported([["-fno-tree-loop-distribute-patterns"]])
+        # A product that two branches share must not be hoisted from its sum: it would not be fused
+        # into an FMA, and outputs would depend on the branch that computes them.
+        plain += self._first_supported([["-fno-code-hoisting"]])
+        openmp = self._first_supported([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
         have, objects = [], []
         for name, (width, flags) in (X86 if x86 else PLAIN).items():
-            if not self._works(flags):
+            if not self._supports(flags):
                 if name != "baseline":
                     continue
-                flags = []  # the compiler knows best what its baseline is
+                flags = []  # use the compiler's default baseline
             objects += self.compiler.compile(
                 [str(KERNELS / "isa.c")],
                 output_dir=os.path.join(self.build_temp, f"isa-{name}"),
@@ -68,11 +68,11 @@ class Build(build_ext):
         ext.extra_link_args = openmp
         super().build_extension(ext)
 
-    def _first_that_works(self, choices):
-        return next((c for c in choices if self._works(c)), [])
+    def _first_supported(self, choices):
+        return next((c for c in choices if self._supports(c)), [])
 
-    def _works(self, flags) -> bool:
-        """Whether a small program compiles and links with these flags, without a warning."""
+    def _supports(self, flags) -> bool:
+        """Return whether a small program compiles and links with these flags without warnings."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text("int main(void) { return 0; }\n")
@@ -87,7 +87,7 @@ class Build(build_ext):
                     self.compiler.link_executable(
                         objects,
                         str(Path(folder, "probe")),
-                        # sanitizers are asked for there, and want to be linked as well
+                        # sanitizers in CFLAGS must be linked, too
                         extra_postargs=[*flags, *os.environ.get("CFLAGS", "").split()],
                     )
             except Exception:

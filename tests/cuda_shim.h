@@ -1,10 +1,10 @@
-/* What stands in for a GPU where kernels.cu runs on the CPU: exactly, and with what no GPU checks.
+/* GPU emulation that runs kernels.cu on the CPU, with checks that no GPU makes.
  *
  * A thread of a block is a fiber: it runs until it waits at a barrier, then the next one runs.  Blocks
- * run one after another.  Reported as errors: barriers that not all threads of a block reach, accesses
- * outside of arrays (which lie before a page that cannot be touched) and undefined behaviour (which
- * traps).  Shared memory is full of NaN before every block, and threads run in turns from the first to
- * the last and from the last to the first, so that what a missing barrier lets through shows.
+ * run one after another.  Errors are barriers that not all threads of a block reach, accesses outside
+ * arrays (each ends at a protected page) and undefined behaviour (which traps).  Shared memory is
+ * filled with NaN before every block, and the order of threads is reversed at every barrier, so that
+ * missing barriers change results.
  */
 #pragma once
 
@@ -24,13 +24,13 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __shared__ static /* lies in .bss, with nothing else: all of that is filled before a block */
+#define __shared__ static /* in .bss, alone there: the whole section is filled before a block */
 #define __align__(n) alignas(n)
 #define __syncthreads() lr_shim::barrier(__LINE__)
 #define LR_SHARED(S) S *const shared = (S *)lr_shim::dynamic
 
 #define LR_KEPT __attribute__((section(".data"))) static
-extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[]; /* of this library */
+extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[]; /* .bss of this library */
 
 struct lr_three { unsigned x, y, z; };
 LR_KEPT lr_three threadIdx, blockIdx, blockDim, gridDim;
@@ -41,20 +41,20 @@ struct fiber {
     ucontext_t context;
     std::vector<char> stack;
     lr_three thread;
-    int line; /* of the barrier where it waits, or 0 */
+    int line; /* line of the barrier where it waits, or 0 */
 };
 
-LR_KEPT std::deque<fiber> fibers;          /* kept: stacks are used again */
+LR_KEPT std::deque<fiber> fibers;          /* stacks are reused */
 LR_KEPT std::vector<fiber *> idle, waiting;
 LR_KEPT fiber *current;
 LR_KEPT ucontext_t scheduler;
 LR_KEPT std::function<void()> body;        /* the kernel with its arguments */
-LR_KEPT unsigned next, threads;            /* of the block: to be started, and all */
+LR_KEPT unsigned next, threads;            /* next thread to start, and number of threads of the block */
 LR_KEPT char *dynamic;
 LR_KEPT char message[200];
 LR_KEPT sigjmp_buf fault;
 
-/* A fiber runs thread after thread until one waits: without barriers a single one does them all. */
+/* Run threads in one fiber until one waits: without barriers, one fiber runs the whole block. */
 static void run_threads()
 {
     for (;;) {
@@ -107,7 +107,7 @@ static bool run_block()
     waiting.clear();
     for (next = 0; next < threads;) resume(unused());
     while (!waiting.empty()) {
-        const std::vector<fiber *> all(waiting.rbegin(), waiting.rend()); /* the other way round */
+        const std::vector<fiber *> all(waiting.rbegin(), waiting.rend()); /* in reverse order */
         for (const fiber *f : all)
             if (all.size() != threads || f->line != all[0]->line) {
                 snprintf(message, sizeof message, "%zu of %u threads of block %u wait at a barrier, in "
@@ -128,7 +128,7 @@ static void failed(int signal, siginfo_t *info, void *)
     siglongjmp(fault, 1);
 }
 
-/* Memory whose end is the start of a page that cannot be touched, as far as 16 bytes are aligned. */
+/* Memory aligned to 16 bytes that ends (but for the alignment) at a protected page. */
 struct guarded {
     size_t page = (size_t)sysconf(_SC_PAGESIZE), size, room;
     char *all, *begin;
@@ -139,7 +139,7 @@ struct guarded {
         begin = all + room - page - (n + 15) / 16 * 16;
         memset(all, 0xcd, room - page);
     }
-    bool kept() const /* what is not part of it is as it was */
+    bool is_intact() const /* nothing was written beside it */
     {
         for (const char *p = all; p < all + room - page; p++)
             if ((p < begin || p >= begin + size) && *p != (char)0xcd) return false;
@@ -172,12 +172,12 @@ static const char *run(const unsigned *grid, const unsigned *block, size_t share
     for (int i = 0; i < 3; i++) sigaction(signals[i], &action, &before[i]);
     const bool done = !sigsetjmp(fault, 1) && run_grid(shared);
     for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], 0);
-    if (!done) idle.clear(), fibers.clear(); /* some are in the middle of a kernel */
-    if (done && !memory.kept()) snprintf(message, sizeof message, "write beside the shared memory");
+    if (!done) idle.clear(), fibers.clear(); /* some stopped within a kernel */
+    if (done && !memory.is_intact()) snprintf(message, sizeof message, "write beside the shared memory");
     return message[0] ? message : 0;
 }
 
-/* Size and kind of a parameter, to check arguments with: what it is, or what it points to. */
+/* Kind of a parameter or of the elements that it points to, for checks of arguments. */
 template <class T> constexpr char kind()
 {
     typedef std::remove_cv_t<std::remove_pointer_t<T>> to;
@@ -195,7 +195,7 @@ const char *launch(void (*kernel)(A...), const unsigned *grid, const unsigned *b
 
 } // namespace lr_shim
 
-/* Launch a kernel on arguments, a pointer to each; what went wrong, or 0. */
+/* Launch a kernel with pointers to its arguments; return an error message, or 0. */
 template <class... A>
 const char *lr_launch(void (*kernel)(A...), const unsigned *grid, const unsigned *block, size_t shared,
                       void **args)
@@ -203,7 +203,7 @@ const char *lr_launch(void (*kernel)(A...), const unsigned *grid, const unsigned
     return lr_shim::launch(kernel, grid, block, shared, args, std::index_sequence_for<A...>());
 }
 
-/* A parameter is two letters: p for a pointer or v for a value, then its kind. */
+/* Write two letters per parameter: p for a pointer or v for a value, then its kind. */
 template <class... A> void lr_signature(void (*)(A...), char *to)
 {
     ((*to++ = std::is_pointer_v<A> ? 'p' : 'v', *to++ = lr_shim::kind<A>()), ...);

@@ -1,8 +1,8 @@
-"""What stands in for CuPy where there is no GPU: NumPy arrays, and kernels compiled for the CPU.
+"""Emulation of CuPy without a GPU: NumPy arrays, and kernels compiled for the CPU.
 
-It refuses what CuPy refuses (NumPy arrays beside its own, silent copies to the CPU, arrays of
-another device than the current one), and what a GPU does not even notice: arguments of another
-type than the kernel's, accesses outside of arrays, barriers that not all threads reach; see
+It rejects what CuPy rejects (mixing with NumPy arrays, implicit copies to the CPU, arrays on
+another device than the current one), and errors that a GPU does not report: arguments of another
+type than the kernel's, accesses outside arrays, barriers that not all threads reach; see
 cuda_shim.h.
 """
 
@@ -34,23 +34,23 @@ import numpy as np
 __version__ = "14.0.0"
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
-# Undefined behaviour traps, and the shim says where; warnings are errors, as for the engine in C.
+# Undefined behaviour traps, and the shim reports where; warnings are errors.
 FLAGS = ["-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-fno-gnu-unique"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-MEMORY = 16 << 30  # bytes of a device, as far as anybody asks
+MEMORY = 16 << 30  # reported bytes of a device
 
 
 class _Hooks(SimpleNamespace):
-    """What tests set: devices, and what is to fail the next time that it is tried."""
+    """Settings of tests: number of devices, and the operations that shall fail."""
 
     def reset(self):
-        self.devices = 2  # that there are
-        self.allocations = None  # that still succeed before one runs out of memory
-        self.compiling = None  # what the compiler says
-        self.capturing = False  # whether a graph is
-        self.counting = None  # status of CUDA's error when devices are counted
-        self.launches = collections.deque(maxlen=10000)  # each a Launch
+        self.devices = 2
+        self.allocations = None  # number that succeed before one raises OutOfMemoryError
+        self.compile_error = None  # message of the next compilation
+        self.is_capturing = False  # a graph
+        self.count_error = None  # CUDA status when devices are counted
+        self.launches = collections.deque(maxlen=10000)  # of Launch
 
 
 hooks = _Hooks()
@@ -72,7 +72,7 @@ class CUDARuntimeError(RuntimeError):
 
 
 class CUDADriverError(RuntimeError):
-    """As for a launch that asks for too much."""
+    """Error of a launch that exceeds a limit."""
 
 
 class OutOfMemoryError(MemoryError):
@@ -87,8 +87,8 @@ class CompileException(Exception):
 
 
 def _device_count():
-    if hooks.counting is not None:
-        raise CUDARuntimeError(hooks.counting)
+    if hooks.count_error is not None:
+        raise CUDARuntimeError(hooks.count_error)
     return hooks.devices
 
 
@@ -202,14 +202,14 @@ class Event:
 
 
 def _elapsed(start, end):
-    """Milliseconds."""
+    """Return milliseconds."""
     return (end.time - start.time) * 1e3
 
 
 def _module(name, **members):
-    made = types.ModuleType(name)
-    vars(made).update(members)
-    return made
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    return module
 
 
 runtime = _module(
@@ -219,7 +219,7 @@ runtime = _module(
     getDevice=_current,
     setDevice=lambda number: Device(number).use(),
     getDeviceProperties=lambda number: {"name": b"none", "major": 8, "minor": 0},
-    streamIsCapturing=lambda stream: hooks.capturing,
+    streamIsCapturing=lambda stream: hooks.is_capturing,
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
     deviceSynchronize=lambda: None,
@@ -237,7 +237,7 @@ cuda = _module(
     Event=Event,
     get_current_stream=_stream,
     get_elapsed_time=_elapsed,
-    is_available=lambda: hooks.counting is None and hooks.devices > 0,
+    is_available=lambda: hooks.count_error is None and hooks.devices > 0,
 )
 
 
@@ -255,7 +255,7 @@ def get_default_memory_pool():
 
 
 def _matrix(pointer, columns, rows, kind):
-    """Columns of `rows` numbers each, one after another, as NumPy's (rows, columns)."""
+    """Return a column-major matrix as an array (rows, columns)."""
     dtype = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}[kind]
     size = np.dtype(dtype).itemsize * rows * columns
     held = np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype)
@@ -266,7 +266,7 @@ def _gemm(
     handle, transa, transb, m, n, k, alpha, a, kind_a, lda, stride_a, b, kind_b, ldb, stride_b,
     beta, c, kind_c, ldc, stride_c, many, compute, algo,
 ):  # fmt: skip
-    """Products of matrices that lie column by column, without gaps or transposes."""
+    """Multiply contiguous column-major matrices, none transposed."""
     assert (handle, transa, transb, algo) == (1, 0, 0, -1)
     assert (lda, ldb, ldc) == (m, k, m)
     assert kind_a == kind_b == kind_c
@@ -301,7 +301,7 @@ _C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _unwritten(shape, dtype):
-    """A NumPy array of nonsense that ends where a page begins that cannot be touched."""
+    """Return an array of NaN or arbitrary integers that ends at a protected page."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if hooks.allocations is not None:
@@ -322,7 +322,7 @@ def _unwritten(shape, dtype):
 
 
 def _placed(a):
-    """`a` in memory of that kind, in its order, if it is not a view of some."""
+    """Copy `a` to such memory in its order, unless it is a view."""
     if a.base is not None or not a.size:
         return a
     if a.flags.f_contiguous and not a.flags.c_contiguous:
@@ -398,7 +398,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     def __getitem__(self, index):
         found = self._held[_opened(index)]
         if np.ndim(found) and not np.may_share_memory(found, self._held):
-            found = np.ascontiguousarray(found)  # NumPy leaves what it gathers in another order
+            found = np.ascontiguousarray(found)  # NumPy's gathers may have another order
         return _closed(found, self._device)
 
     def __setitem__(self, index, value):
@@ -447,7 +447,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self._held[...] = values
 
     def copy(self, order="C"):
-        """On the current device, from any."""
+        """Copy from any device to the current one."""
         return _closed(self._held.copy(order))
 
     def item(self, *index):
@@ -468,7 +468,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         _opened(self).fill(_opened(value))
 
 
-#: What NumPy's methods take and CuPy's do not.
+#: Arguments of NumPy's methods that CuPy's lack.
 REFUSED = {"initial", "where", "correction"}
 
 
@@ -485,7 +485,7 @@ def _method(name):
     return method
 
 
-# What looks at an array of another device than the current one without touching it.
+# Functions that need no access to the data: allowed on another device than the current one.
 VIEWS = ["reshape", "transpose", "swapaxes", "ravel", "view", "squeeze", "diagonal", "moveaxis"]
 VIEWS += ["rollaxis", "expand_dims", "broadcast_to", "permute_dims", "shape", "ndim", "size"]
 METHODS = ["sum", "max", "min", "mean", "all", "any", "prod", "std", "var", "argmax", "argmin"]
@@ -506,7 +506,7 @@ for _name in (*METHODS, *VIEWS[:7]):
 
 
 def _opened(value, views=False):
-    """What NumPy gets, of the current device; no array of its own is let through."""
+    """Return NumPy's arrays for CuPy's on the current device; reject NumPy's own."""
     if isinstance(value, ndarray):
         if value._device != _current() and not views:
             raise ValueError(
@@ -528,20 +528,20 @@ def _opened(value, views=False):
 
 
 def _closed(value, device=None):
-    """What CuPy gives for what NumPy does: arrays of its own, for numbers also."""
+    """Return CuPy's arrays for NumPy's arrays and scalars."""
     device = _current() if device is None else device
     if isinstance(value, np.ndarray):
         return ndarray(_placed(value), device)
     if isinstance(value, np.generic):
         return ndarray(_placed(np.array(value)), device)
     if isinstance(value, (tuple, list)):
-        kind = list if type(value) is list else tuple  # NumPy's named tuples are plain ones here
+        kind = list if type(value) is list else tuple  # CuPy has no named tuples
         return kind(_closed(v, device) for v in value)
     return value
 
 
 def _call(function, args, kwargs, views=False):
-    if "device" in kwargs:  # of NumPy's, and not of CuPy's
+    if "device" in kwargs:  # an argument that CuPy lacks
         raise TypeError(f"{function.__name__}() got an unexpected keyword argument 'device'")
     first = next((a._device for a in args if isinstance(a, ndarray)), None)
     result = function(*_opened(args, views), **_opened(kwargs, views))
@@ -552,7 +552,7 @@ def _call(function, args, kwargs, views=False):
 
 
 def _all_numpy(value):
-    """A copy for NumPy of lists that may hold arrays of either kind."""
+    """Replace CuPy's arrays in nested lists by NumPy's."""
     if isinstance(value, ndarray):
         return value._held
     return [_all_numpy(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -615,7 +615,7 @@ def _wrapped(owner, name):
 
 
 class _Namespace:
-    """linalg, fft or random."""
+    """The linalg, fft or random module."""
 
     def __init__(self, owner):
         self._owner = owner
@@ -638,17 +638,17 @@ def __getattr__(name):
 
 @functools.cache
 def _folder():
-    made = tempfile.mkdtemp(prefix="fake-cupy-")
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(made)
+    path = tempfile.mkdtemp(prefix="fake-cupy-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
-_built = {}  # by code and name: the launcher, and the kinds of the kernel's parameters
+_built = {}  # (code, name): launcher and parameter kinds of a kernel
 _lock = threading.RLock()
 
 
 def prepare(code, names, jobs=1):
-    """Compile what is not compiled yet, with so many compilers at once."""
+    """Compile the kernels that are not compiled yet, in `jobs` processes."""
     with _lock:
         names = [n for n in dict.fromkeys(names) if (code, n) not in _built]
         parts = [part for i in range(jobs) if (part := names[i::jobs])]
@@ -697,8 +697,8 @@ class RawModule:
         self.code, self.options, self.name_expressions = code, options, name_expressions
 
     def compile(self, log_stream=None):
-        if hooks.compiling is not None:
-            message, hooks.compiling = hooks.compiling, None
+        if hooks.compile_error is not None:
+            message, hooks.compile_error = hooks.compile_error, None
             raise CompileException(message, self.code, "kernels.cu", self.options)
         prepare(self.code, self.name_expressions)
 
@@ -751,7 +751,7 @@ class RawKernel:
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
         used = stream or _stream()
         hooks.launches.append(Launch(self.name, grid, block, shared_mem, _current(), used.ptr))
-        with _lock:  # kernels keep what they share in one place
+        with _lock:  # shared memory is static: one kernel at a time
             wrong = self._launcher(*sizes, ctypes.c_size_t(shared_mem), pointers)
         if wrong:
             odd = [
@@ -761,7 +761,7 @@ class RawKernel:
             raise AssertionError(f"{self.name}: {wrong.decode()}{hint}")
 
     def _value(self, number, given, kind):
-        """One argument as an array of what is passed, if it is of the kind of the parameter."""
+        """Return one argument as an array of one value; check it against the parameter's kind."""
         what = f"argument {number} of {self.name}, of kind {kind}"
         if isinstance(given, ndarray):
             assert kind[0] == "p", f"{what}: got an array"
@@ -781,12 +781,12 @@ def _kind(dtype):
     return known.get(dtype.name, "h" if dtype.itemsize == 2 else "?")
 
 
-# --- taking CuPy's place --------------------------------------------------------------------------
+# --- installation ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def installed(devices=2):
-    """Take CuPy's place; what imported CuPy is imported anew, then and afterwards."""
+    """Replace CuPy in sys.modules; modules that import it are reloaded, also afterwards."""
     import lowrank.engine.cuda
 
     package = lowrank.engine.cuda
@@ -804,8 +804,8 @@ def installed(devices=2):
         return removed
 
     before = remove()
-    me = sys.modules[__name__]
-    sys.modules["cupy"] = me
+    this = sys.modules[__name__]
+    sys.modules["cupy"] = this
     for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
         sys.modules[module.__name__] = module
     for module in LIBRARIES:
@@ -814,7 +814,7 @@ def installed(devices=2):
     hooks.devices = devices
     vars(_thread).clear()
     try:
-        yield me
+        yield this
     finally:
         remove()
         sys.modules.update(before)

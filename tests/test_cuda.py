@@ -1,4 +1,4 @@
-"""Chains on a GPU, or on a stand-in that runs the kernels compiled for the CPU."""
+"""Chains on a GPU, or on an emulated one that runs the kernels compiled for the CPU."""
 
 import warnings
 from pathlib import Path
@@ -24,18 +24,18 @@ ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11}
 
 
 @pytest.fixture
-def standin():
-    """Provide the stand-in for CuPy, which records launches."""
+def emulated():
+    """Install the emulated CuPy, which records launches."""
     with fake_cupy.installed() as module:
         fake_cupy.prepare(SOURCE.read_text(), KERNELS, jobs=2)
         yield module
 
 
-@pytest.fixture(params=["stand-in", "gpu"])
+@pytest.fixture(params=["emulated", "gpu"])
 def cupy(request):
-    """Provide the stand-in, and CuPy itself if there is a GPU."""
-    if request.param == "stand-in":
-        yield request.getfixturevalue("standin")
+    """Provide the emulated CuPy, and CuPy itself if there is a GPU."""
+    if request.param == "emulated":
+        yield request.getfixturevalue("emulated")
         return
     module = pytest.importorskip("cupy", exc_type=ImportError)
     if not module.cuda.is_available():
@@ -125,13 +125,13 @@ def test_every_kind_of_step_applies_its_epilogue(activation, cupy, rng):
 
 @pytest.mark.parametrize("shape", [(40, 37), (9, 10, 11)])
 @pytest.mark.parametrize("mode", ["reflect", "mirror", "nearest", "wrap", "constant"])
-def test_filters_of_rank_2_run_as_one_kernel(shape, mode, standin, rng):
+def test_filters_of_rank_2_run_as_one_kernel(shape, mode, emulated, rng):
     kernel = sum(
         np.multiply.outer(a, b) if len(shape) == 2 else np.einsum("i,j,k->ijk", a, b, a)
         for a, b in rng.standard_normal((2, 2, 5))
     )
     image = rng.random(shape)
-    found = filters.correlate(standin.asarray(image), kernel, rank=2, mode=mode)
+    found = filters.correlate(emulated.asarray(image), kernel, rank=2, mode=mode)
     assert [k.name for k in fake_cupy.hooks.launches] == ["filter<double>"]
     wanted = filters.correlate(image, kernel, rank=2, mode=mode)
     assert_close(found, wanted, 100, "float64")
@@ -143,7 +143,7 @@ def test_colour_images_and_integers_match_the_cpu(cupy, rng):
         found = lowrank.filter_image(cupy.asarray(picture), kernel)
         assert found.dtype == np.uint8
         wanted = lowrank.filter_image(picture, kernel)
-        # a sum that lies between two levels may be rounded either way
+        # a sum halfway between two levels may round either way
         assert np.abs(found.get().astype(int) - wanted.astype(int)).max() <= 1
 
 
@@ -176,10 +176,10 @@ def test_half_precision_is_stored_and_summed_in_float32(cupy, rng):
     x = rng.standard_normal((2, 4, 8, 8)).astype(np.float16)
     y = f.to("cuda")(cupy.asarray(x))
     assert y.dtype == np.float16
-    held = lowrank.dense(
+    rounded = lowrank.dense(
         f.stages[0].weight.astype(np.float16), f.bias, groups=4, padding=1
     )  # weights are rounded, too
-    assert_close(y, held(x.astype(np.float32)), 9, "float16")
+    assert_close(y, rounded(x.astype(np.float32)), 9, "float16")
 
 
 def test_results_go_to_out(cupy, rng):
@@ -214,79 +214,79 @@ def test_each_stream_has_its_own_buffers(cupy, rng):
     assert len(run.buffers) <= 8
 
 
-def test_repeated_runs_allocate_nothing(standin, rng):
+def test_repeated_runs_allocate_nothing(emulated, rng):
     f = lowrank.network_decoupling(
         lowrank.dense(rng.standard_normal((200, 64, 3, 3)).astype(np.float32)), 1
     )
     run = f.to("cuda").compile((6, 6))
-    x = standin.asarray(rng.standard_normal((2, 64, 6, 6)).astype(np.float32))
+    x = emulated.asarray(rng.standard_normal((2, 64, 6, 6)).astype(np.float32))
     out = run(x)
     fake_cupy.hooks.allocations = 0
     run(x, out)
 
 
 @pytest.mark.parametrize("family", ["network_decoupling", "tucker", "spatial_svd"])
-def test_graphs_can_be_captured_after_a_run(family, standin, rng):
+def test_graphs_can_be_captured_after_a_run(family, emulated, rng):
     conv = lowrank.dense(rng.standard_normal((48, 40, 3, 3)).astype(np.float32), padding=1)
     rank = {"network_decoupling": 2, "tucker": (40, 40), "spatial_svd": 40}[family]
     f = FAMILIES[family].fit(conv, rank, None)
     run = f.to("cuda").compile((6, 6))
-    x = standin.asarray(rng.standard_normal((2, 40, 6, 6)).astype(np.float32))
-    out = standin.empty((2, 48, 6, 6), np.float32)
-    fake_cupy.hooks.capturing = True
+    x = emulated.asarray(rng.standard_normal((2, 40, 6, 6)).astype(np.float32))
+    out = emulated.empty((2, 48, 6, 6), np.float32)
+    fake_cupy.hooks.is_capturing = True
     with pytest.raises(RuntimeError, match="run the plan once on this stream with 2 examples"):
         run(x, out)
-    fake_cupy.hooks.capturing = False
+    fake_cupy.hooks.is_capturing = False
     wanted = run(x, out).get()
-    fake_cupy.hooks.capturing = True
+    fake_cupy.hooks.is_capturing = True
     with pytest.raises(ValueError, match="while a graph is captured"):
         run(x)
     fake_cupy.hooks.allocations = 0
     assert (run(x, out).get() == wanted).all()
     fake_cupy.hooks.reset()
-    (kept,) = run.captured
+    (captured,) = run.captured
     for batch in range(3, 20):
-        run(standin.asarray(np.zeros((batch, 40, 6, 6), np.float32)))
-    assert kept in run.buffers  # the graph has its addresses
+        run(emulated.asarray(np.zeros((batch, 40, 6, 6), np.float32)))
+    assert captured in run.buffers  # the graph refers to its addresses
 
 
-def test_arrays_on_another_device_are_rejected(standin, rng):
+def test_arrays_on_another_device_are_rejected(emulated, rng):
     f = lowrank.dense(rng.standard_normal((4, 3, 3, 3)).astype(np.float32))
     x = rng.standard_normal((1, 3, 6, 6)).astype(np.float32)
     with pytest.raises(TypeError, match=r"x is a cupy array but the weights are numpy arrays"):
-        f(standin.asarray(x))
+        f(emulated.asarray(x))
     with pytest.raises(TypeError, match=r"x is a numpy array but the weights are cupy arrays"):
         f.to("cuda")(x)
     other = f.to("cuda:1")
     assert other.device == "cuda:1"
     with pytest.raises(ValueError, match="x is on cuda:0 but the weights are on cuda:1"):
-        other(standin.asarray(x))
+        other(emulated.asarray(x))
     run = f.to("cuda").compile((6, 6))
-    with standin.cuda.Device(1):
-        there = standin.asarray(x)
+    with emulated.cuda.Device(1):
+        x_on_1 = emulated.asarray(x)
     with pytest.raises(ValueError, match="x is on cuda:1 but the weights are on cuda:0"):
-        run(there)
+        run(x_on_1)
     with pytest.raises(TypeError, match="x must be a CuPy array"):
         run(x)
-    assert_close(other(there), f(x.astype(np.float32)).astype(np.float64), 27)
+    assert_close(other(x_on_1), f(x.astype(np.float32)).astype(np.float64), 27)
     with pytest.raises(ValueError, match="there is no cuda:7: this machine has 2 GPUs"):
         f.to("cuda:7")
     with pytest.raises(ValueError, match="device must be"):
         f.to("gpu")
 
 
-def test_chains_move_to_the_gpu_and_back(standin, rng):
+def test_chains_move_to_the_gpu_and_back(emulated, rng):
     f = lowrank.tucker(
         lowrank.dense(rng.standard_normal((8, 6, 3, 3)), rng.standard_normal(8)), (2, 3)
     )
     back = f.to("cuda").to("cpu")
     assert all((a.weight == b.weight).all() for a, b in zip(f.stages, back.stages))
     assert (back.bias == f.bias).all()
-    there = f.to("cuda")
-    assert there.to("cuda") is there
-    assert there.to("cuda:1").device == "cuda:1"
-    assert (there.params, there.cost((9, 9)).macs) == (f.params, f.cost((9, 9)).macs)
-    assert "Factorization tucker" in repr(there)
+    g = f.to("cuda")
+    assert g.to("cuda") is g
+    assert g.to("cuda:1").device == "cuda:1"
+    assert (g.params, g.cost((9, 9)).macs) == (f.params, f.cost((9, 9)).macs)
+    assert "Factorization tucker" in repr(g)
 
 
 def test_wrong_shapes_and_types_are_rejected(cupy):
@@ -312,37 +312,37 @@ def test_wrong_shapes_and_types_are_rejected(cupy):
         (2, "does not start"),
     ],
 )
-def test_cuda_errors_are_explained(status, words, standin):
-    fake_cupy.hooks.counting = status
+def test_cuda_errors_are_explained(status, words, emulated):
+    fake_cupy.hooks.count_error = status
     with pytest.raises(lowrank.engine.NoGPU, match=words):
         lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
 
 
-def test_missing_device_is_an_error(standin, monkeypatch):
+def test_missing_device_is_an_error(emulated, monkeypatch):
     fake_cupy.hooks.devices = 0
     with pytest.raises(lowrank.engine.NoGPU, match="no device"):
         lowrank.dense(np.ones((4, 3, 3, 3))).to("cuda")
 
 
-def test_chains_run_in_array_code_without_a_compiler(standin, rng):
+def test_chains_run_in_array_code_without_a_compiler(emulated, rng):
     f = lowrank.tucker(
         lowrank.dense(rng.standard_normal((8, 6, 3, 3)), rng.standard_normal(8), padding=1), (2, 3)
     )
     x = rng.standard_normal((2, 6, 7, 7)).astype(np.float32)
-    fake_cupy.hooks.compiling = "no NVRTC"
+    fake_cupy.hooks.compile_error = "no NVRTC"
     with pytest.warns(RuntimeWarning, match="could not be compiled"):
         run = f.astype(np.float32).to("cuda").compile((7, 7), activation="relu")
-    assert_close(run(standin.asarray(x)), np.maximum(f(x.astype(np.float64)), 0), 60)
+    assert_close(run(emulated.asarray(x)), np.maximum(f(x.astype(np.float64)), 0), 60)
 
 
-def test_memory_errors_say_how_much_is_free(standin):
+def test_memory_errors_say_how_much_is_free(emulated):
     f = lowrank.dense(np.ones((4, 3, 3, 3), np.float32))
     fake_cupy.hooks.allocations = 0
     with pytest.raises(MemoryError, match="MiB free"):
         f.to("cuda")
     fake_cupy.hooks.allocations = None
     run = f.to("cuda").compile((6, 6))
-    x = standin.asarray(np.ones((1, 3, 6, 6), np.float32))
+    x = emulated.asarray(np.ones((1, 3, 6, 6), np.float32))
     fake_cupy.hooks.allocations = 0
     with pytest.raises(MemoryError, match="smaller batches"):
         run(x)
@@ -376,16 +376,16 @@ def test_gpu_predictions_need_a_calibration():
     conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        here = lowrank.perfmodel.current()
-    if "cuda" in here.coefficients:
+        model = lowrank.perfmodel.current()
+    if "cuda" in model.coefficients:
         pytest.skip("this machine's GPU has been measured")
     with pytest.raises(ValueError, match="calibrate --device cuda"):
-        here.predict(conv, (28, 28), runtime="cuda")
+        model.predict(conv, (28, 28), runtime="cuda")
 
 
 @pytest.fixture
 def tensorly(cupy, monkeypatch):
-    """TensorLy's backend of CuPy, over what stands in for CuPy; gone afterwards."""
+    """Provide TensorLy with its CuPy backend, which is unloaded afterwards if emulated."""
     import sys
     import types
 
@@ -416,7 +416,7 @@ def test_kernels_are_decomposed_on_their_device(transposed, cupy, tensorly):
         )  # fmt: skip
         found = FAMILIES[name].fit(conv.to("cuda"), wanted.rank, wanted.variant)
         assert found.device == "cuda:0", name
-        # The same decompositions, in another library's order of sums.
+        # Another library sums in another order.
         gap = np.abs(found.to_dense() - wanted.to_dense()).max()
         assert gap <= 1e-10 * np.abs(wanted.to_dense()).max(), name
 
@@ -439,15 +439,15 @@ def test_metrics_are_accumulated_on_the_gpu(wide, cupy, monkeypatch, rng):
     if wide:
         monkeypatch.setattr(moments, "WIDEST", 10)
     conv = lowrank.dense(rng.standard_normal((5, 4, 3, 3)), padding=1)
-    here, there = (metric.Moments(conv, paired=not wide, centred=True) for _ in range(2))
+    on_cpu, on_gpu = (metric.Moments(conv, paired=not wide, centred=True) for _ in range(2))
     for _ in range(2):
         x, x0 = rng.standard_normal((2, 3, 4, 7, 7)).astype(np.float32)
         g = rng.standard_normal((3, 5, 7, 7)).astype(np.float32)
-        here.add(x, None if wide else x0)
-        there.add(cupy.asarray(x), None if wide else cupy.asarray(x0))
-        here.add_gradients(g)
-        there.add_gradients(cupy.asarray(g))
-    a, b = here.metric(), there.metric()
+        on_cpu.add(x, None if wide else x0)
+        on_gpu.add(cupy.asarray(x), None if wide else cupy.asarray(x0))
+        on_cpu.add_gradients(g)
+        on_gpu.add_gradients(cupy.asarray(g))
+    a, b = on_cpu.metric(), on_gpu.metric()
     for name in ("input_moment", "channel_factor", "gradient_moment", "target", "mean"):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None)
@@ -456,7 +456,7 @@ def test_metrics_are_accumulated_on_the_gpu(wide, cupy, monkeypatch, rng):
             assert np.abs(x - y).max() <= 1e-6 * np.abs(x).max()  # products in float32
 
 
-def test_blocks_move_to_the_gpu(standin, rng):
+def test_blocks_move_to_the_gpu(emulated, rng):
     block = lowrank.blocks.fused_separable(
         rng.standard_normal((8, 1, 3, 3)).astype(np.float32),
         rng.standard_normal((16, 8, 1, 1)).astype(np.float32),
@@ -465,7 +465,7 @@ def test_blocks_move_to_the_gpu(standin, rng):
     x = rng.standard_normal((2, 8, 9, 9)).astype(np.float32)
     wanted = block.compile((9, 9))(x)
     run = block.to("cuda").compile((9, 9))
-    assert_close(run(standin.asarray(x)), wanted.astype(np.float64), 80)
+    assert_close(run(emulated.asarray(x)), wanted.astype(np.float64), 80)
     assert [k.name for k in fake_cupy.hooks.launches] == ["separable<float, 64, 64>"]
 
 
@@ -477,8 +477,8 @@ def test_infinities_do_not_spread_beyond_the_taps(cupy):
     assert not np.isnan(found).any()
 
 
-def test_plans_that_share_a_kernel_keep_their_shared_memory(standin, rng):
-    x = standin.asarray(rng.random((70, 70)))
+def test_plans_that_share_a_kernel_keep_their_shared_memory(emulated, rng):
+    x = emulated.asarray(rng.random((70, 70)))
     large, small = np.outer(*rng.random((2, 67))), np.outer(*rng.random((2, 47)))
     first = filters.correlate(x, large, method="separable").get()
     filters.correlate(x, small, method="separable")
@@ -496,11 +496,11 @@ def test_bfloat16_is_stored_and_summed_in_float32(cupy, rng):
     run = f.to("cuda").compile((8, 8), "bfloat16")
     y = run(cupy.asarray(x))
     assert y.dtype == ml_dtypes.bfloat16
-    held = lowrank.dense(f.stages[0].weight.astype(ml_dtypes.bfloat16).astype(np.float32), f.bias,
-                         padding=1)  # fmt: skip
-    wanted = held(x.astype(np.float64))
+    weight = f.stages[0].weight.astype(ml_dtypes.bfloat16).astype(np.float32)
+    rounded = lowrank.dense(weight, f.bias, padding=1)
+    wanted = rounded(x.astype(np.float64))
     gap = np.abs(y.get().astype(np.float64) - wanted).max()
-    # Half a unit of 8 bits, twice: a product is stored before its bias is added.
+    # Two roundings to 8 bits: the product is stored before the bias is added.
     assert gap <= 2.0**-7 * np.abs(wanted).max()
 
 
@@ -516,20 +516,20 @@ def test_breakdown_accepts_integers(cupy, rng):
         f.compile((6, 6), "float16")(cupy.asarray(np.zeros((1, 3, 6, 6), np.uint16)))
 
 
-def test_weights_and_bias_must_share_a_device(standin):
-    here = lowrank.dense(np.ones((4, 3, 3, 3), np.float32), np.ones(4, np.float32))
-    there = here.to("cuda")
+def test_weights_and_bias_must_share_a_device(emulated):
+    f = lowrank.dense(np.ones((4, 3, 3, 3), np.float32), np.ones(4, np.float32))
+    g = f.to("cuda")
     with pytest.raises(ValueError, match=r"weights and bias .* cpu and cuda:0"):
-        lowrank.chain([*there.stages], here.bias)
-    assert there.error(there.stages[0].weight) == 0
+        lowrank.chain([*g.stages], f.bias)
+    assert g.error(g.stages[0].weight) == 0
 
 
-def test_results_stay_on_the_device_of_the_arrays(standin, rng):
+def test_results_stay_on_the_device_of_the_arrays(emulated, rng):
     from lowrank.metric import Moments
 
     conv = lowrank.dense(rng.standard_normal((6, 4, 3, 3)), padding=1)
-    with standin.cuda.Device(1):
-        x = standin.asarray(rng.standard_normal((2, 4, 6, 6)).astype(np.float32))
+    with emulated.cuda.Device(1):
+        x = emulated.asarray(rng.standard_normal((2, 4, 6, 6)).astype(np.float32))
     other = conv.astype(np.float32).to("cuda:1")
     assert other(x).device.id == 1
     moments = Moments(conv)

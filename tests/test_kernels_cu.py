@@ -1,4 +1,4 @@
-"""The GPU's kernels, compiled for the CPU, against plain NumPy; and what their compiler says."""
+"""GPU kernels: compiled for the CPU against the reference, and compiled by NVRTC."""
 
 import ctypes
 import math
@@ -32,11 +32,10 @@ KERNELS = [
 ]
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 
-# Sums are made in float32, in float64 for double: a sum of n products is off by at most about n
-# roundings of the sum of their magnitudes (Higham, Accuracy and Stability of Numerical Algorithms,
-# 2002, eq. 3.5), and bias and activation add two.  What is stored is then rounded once more, by
-# half a unit of the storage type, or by half of the smallest number there.  2 is room for the
-# products of these.
+# Sums are in float32, in float64 for double.  The error of a sum of n products is at most about n
+# unit roundoffs of the sum of their magnitudes (Higham, Accuracy and Stability of Numerical
+# Algorithms, 2002, eq. 3.5); bias and activation add two.  Storing rounds once more, by half a unit
+# of the storage type or half of its smallest number.  A factor of 2 covers second-order terms.
 SUM = {"float": 2.0**-24, "double": 2.0**-53, "f16": 2.0**-24, "bf16": 2.0**-24}
 UNIT = {"float": 0, "double": 0, "f16": 2.0**-11, "bf16": 2.0**-8}
 SMALLEST = {"float": 0, "double": 0, "f16": 2.0**-25, "bf16": 2.0**-134}
@@ -44,15 +43,15 @@ SMALLEST = {"float": 0, "double": 0, "f16": 2.0**-25, "bf16": 2.0**-134}
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    """All of them, compiled once."""
+    """Compile all kernels once."""
     if not shutil.which("g++"):
-        pytest.skip("there is no g++ to compile the kernels for the CPU with")
+        pytest.skip("compiling the kernels for the CPU needs g++")
     cp.hooks.reset()
     cp.prepare(CODE, KERNELS, jobs=2)
 
 
 def launch(name, blocks, *args, threads=256, shared=0, code=CODE):
-    """Launch a kernel; numbers become what its signature asks for, and None a null pointer."""
+    """Launch a kernel; ints become its parameters' types, and None a null pointer."""
     module = cp.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
     kernel = module.get_function(name)
     if shared > 48 << 10:
@@ -64,11 +63,11 @@ def launch(name, blocks, *args, threads=256, shared=0, code=CODE):
     kernel((blocks,), (threads,), tuple(given), shared_mem=shared)
 
 
-# --- numbers in memory -------------------------------------------------------------------------
+# --- storage types -----------------------------------------------------------------------------
 
 
 def narrowed(values, kind):
-    """Float32 numbers as bfloat16, or others as the storage type: to nearest, halves to even."""
+    """Round to the storage type: to nearest, halves to even; bfloat16 from float32, as uint16."""
     if kind != "bf16":
         with np.errstate(over="ignore"):
             return np.asarray(values).astype({"f16": "f2", "float": "f4", "double": "f8"}[kind])
@@ -80,7 +79,7 @@ def narrowed(values, kind):
 
 
 def widened(stored, kind):
-    """What is stored as float64."""
+    """Convert stored numbers to float64."""
     if kind == "bf16":
         stored = (stored.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -88,7 +87,7 @@ def widened(stored, kind):
 
 
 def sums(values, kind):
-    """An array of what the kernels add in; None stays."""
+    """Return an array of the type of the kernels' sums, or None for None."""
     if values is None:
         return None
     return cp.asarray(np.asarray(values).astype("f8" if kind == "double" else "f4"))
@@ -99,9 +98,9 @@ def integers(values):
 
 
 def stored(rng, shape, kind):
-    """Random numbers as they are stored, and exactly the same in float64."""
-    held = narrowed(rng.standard_normal(shape), kind)
-    return cp.asarray(held), widened(held, kind)
+    """Return random numbers in the storage type, and the same numbers in float64."""
+    numbers = narrowed(rng.standard_normal(shape), kind)
+    return cp.asarray(numbers), widened(numbers, kind)
 
 
 def unwritten(shape, kind):
@@ -121,13 +120,13 @@ def of_16_bits(bits, kind):
 
 
 def assert_numbers(found, expected, numbers):
-    """The same bits, zeros' signs too; and NaN where there is no number, of whatever bits."""
+    """Check equal bits, including signs of zero; elsewhere, any NaN."""
     assert np.array_equal(found.view("u2")[numbers], expected.view("u2")[numbers])
     assert np.isnan(widened(found[~numbers], "bf16" if found.dtype == "u2" else "f16")).all()
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_all_numbers_of_16_bits_are_read_and_written_back_unchanged(kind):
+def test_all_16_bit_numbers_survive_loading_and_storing(kind):
     given = of_16_bits(np.arange(1 << 16), kind)
     y = cp.asarray(given)
     launch(f"epilogue<{kind}>", 7, y, None, 1, len(given), 1, 0)
@@ -135,23 +134,23 @@ def test_all_numbers_of_16_bits_are_read_and_written_back_unchanged(kind):
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_sums_are_rounded_to_the_nearest_number_of_16_bits_and_halves_to_even(kind):
-    """Every number, the middle to the next one, and what stands right beside either."""
+def test_sums_are_rounded_to_nearest_even_in_16_bit_types(kind):
+    """Test every number, every midpoint, and their float32 neighbours."""
     infinity, beyond = (0x7C00, 2.0**16) if kind == "f16" else (0x7F80, 2.0**128)
     every = widened(of_16_bits(np.arange(infinity), kind), kind)
-    middles = (every + np.append(every[1:], beyond)) / 2  # which float32 has all
+    middles = (every + np.append(every[1:], beyond)) / 2  # exact in float32
     values = np.concatenate([every, middles, [np.inf, np.nan]]).astype(np.float32)
     beside = [np.nextafter(values, np.float32(to)) for to in (-1, np.inf)]
     values = np.concatenate([values, *beside])
     values = np.concatenate([values, -values])
-    y = cp.asarray(narrowed(np.full(len(values), -0.0), kind))  # which changes no sum
+    y = cp.asarray(narrowed(np.full(len(values), -0.0), kind))  # -0 changes no sum
     launch(f"epilogue<{kind}>", 7, y, sums(values, kind), 1, len(values), 1, 0)
     assert_numbers(y.get(), narrowed(values, kind), ~np.isnan(values))
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-def test_products_are_finished_with_a_bias_a_channel_and_an_activation(kind, activation, rng):
+def test_epilogue_adds_bias_per_channel_and_applies_activation(kind, activation, rng):
     shape = 3, 5, 77
     y, values = stored(rng, shape, kind)
     bias = rng.standard_normal(5).astype(np.float32) * 5
@@ -163,8 +162,8 @@ def test_products_are_finished_with_a_bias_a_channel_and_an_activation(kind, act
 # --- stages ------------------------------------------------------------------------------------
 
 
-def drawn(rng, kernel, *, ins, outs, dilation=None, stride=None, transposed=False):
-    """A stage of random everything, of one group's channels; and the size of an input."""
+def random_stage(rng, kernel, *, ins, outs, dilation=None, stride=None, transposed=False):
+    """Return a random stage with zero weights, `ins` and `outs` per group, and an input size."""
     ndim = len(kernel)
     mode = rng.choice(["zeros", "reflect", "replicate", "circular", "symmetric", "constant"])
     groups, left, right = (int(n) for n in rng.integers(1, 4, 3))
@@ -187,7 +186,7 @@ def drawn(rng, kernel, *, ins, outs, dilation=None, stride=None, transposed=Fals
 
 
 def weighted(stage, rng, kind):
-    """The stage with random weights as they are stored, and these as a kernel takes them."""
+    """Return the stage with random weights, rounded to `kind`, and these packed for a kernel."""
     weight = widened(narrowed(rng.standard_normal(stage.weight.shape), kind), kind)
     stage = Stage(
         weight, stage.geometry, stage.groups, stage.outer, stage.inner, stage.shuffle,
@@ -202,7 +201,7 @@ def three(sizes, fill=1):
 
 
 def tables(stage, size, out=None):
-    """What each padded place sees of an axis, or each output; of three axes."""
+    """Return the input index of each padded position, or of each output's taps, for three axes."""
     found = [np.zeros((1, 1) if out else 1, np.int32)] * (3 - len(size))
     for axis, n in enumerate(size):
         more = (n, out[axis]) if out else (n,)
@@ -212,20 +211,20 @@ def tables(stage, size, out=None):
     return [integers(t) for t in found]
 
 
-def sources(stage):
+def source_permutation(stage):
     plain = stage.transposed or stage.shuffle == (1, 1)
     return None if plain else integers(stage.channel_permutation())
 
 
-def outsides(stage, rng, kind):
-    """What stands outside each channel, or None: zeros."""
+def border_values(stage, rng, kind):
+    """Return random border values per channel, or None for zeros."""
     if stage.geometry.padding_mode != "constant":
         return None
     return widened(narrowed(rng.standard_normal(stage.in_channels), kind), kind)
 
 
-def exactly(stages, x, epilogues, outside):
-    """The chain in float64; the same of all magnitudes; and products in a sum."""
+def reference_chain(stages, x, epilogues, outside):
+    """Return the chain's output in float64, that of all magnitudes, and the products per sum."""
     big, products = np.abs(x), 0
     around = None if outside is None else np.abs(outside)
     for stage, epilogue in zip(stages, epilogues):
@@ -240,12 +239,12 @@ def exactly(stages, x, epilogues, outside):
         rows, columns = stage.weight.shape[:2]
         ins = rows // stage.groups if stage.transposed else columns
         products += ins * math.prod(stage.kernel)
-        outside = around = None  # later ones see nothing there
+        outside = around = None  # only the first stage has border values
     return x, big, products
 
 
-def ending(rng, channels):
-    """A bias as float32 has it, or none, and an activation."""
+def random_epilogue(rng, channels):
+    """Return an activation, and a bias that float32 represents, or none."""
     bias = rng.standard_normal(channels).astype(np.float32).astype(np.float64)
     return Epilogue(bias if rng.random() < 0.7 else None, str(rng.choice(list(ACTIVATIONS))))
 
@@ -253,35 +252,35 @@ def ending(rng, channels):
 def check_depthwise(name, stage, size, rng, kind):
     stage, weight = weighted(stage, rng, kind)
     out = stage.output_shape((stage.in_channels, *size))
-    epilogue = ending(rng, out[0])
+    epilogue = random_epilogue(rng, out[0])
     batch = int(rng.integers(1, 4))
     x, values = stored(rng, (batch, stage.in_channels, *size), kind)
     y = unwritten((batch, *out), kind)
-    outside, g = outsides(stage, rng, kind), stage.geometry
+    outside, g = border_values(stage, rng, kind), stage.geometry
     launch(
         name, int(rng.integers(1, 5)),
-        x, weight, sums(epilogue.bias, kind), y, sources(stage), sums(outside, kind),
+        x, weight, sums(epilogue.bias, kind), y, source_permutation(stage), sums(outside, kind),
         *tables(stage, size), batch, stage.outer, stage.groups, stage.inner, weight.shape[1],
         *three(size), *three(out[1:]), *three(stage.kernel), *three(g.stride), *three(g.dilation),
         ACTIVATIONS[epilogue.activation], threads=int(rng.choice([32, 96, 256])),
     )  # fmt: skip
-    assert_close(y, *exactly([stage], values, [epilogue], outside), kind)
+    assert_close(y, *reference_chain([stage], values, [epilogue], outside), kind)
 
 
 @pytest.mark.parametrize(("kind", "rows"), GENERAL)
-def test_a_depthwise_stage_of_any_geometry_is_what_the_reference_makes(kind, rows, rng):
+def test_general_depthwise_kernel_matches_the_reference(kind, rows, rng):
     for _ in range(12):
         kernel = rng.integers(1, 5, rng.integers(1, 4)).tolist()
-        stage, size = drawn(rng, kernel, ins=1, outs=int(rng.integers(1, 4)))
+        stage, size = random_stage(rng, kernel, ins=1, outs=int(rng.integers(1, 4)))
         check_depthwise(f"depthwise<{kind}, 0, 0, 0, {rows}>", stage, size, rng, kind)
 
 
 @pytest.mark.parametrize(("kind", "taps", "stride", "rows"), KNOWN)
-def test_a_depthwise_stage_of_known_taps_is_what_the_reference_makes(kind, taps, stride, rows, rng):
+def test_specialised_depthwise_kernels_match_the_reference(kind, taps, stride, rows, rng):
     for ndim in (2, 2, 2, 2, 3, 3):
         deep = rng.integers(1, 4, ndim - 2).tolist()
         strides = [*deep, stride, int(rng.integers(1, 4))]
-        stage, size = drawn(
+        stage, size = random_stage(
             rng, [*deep, taps, taps], ins=1, outs=int(rng.integers(1, 4)),
             stride=strides, dilation=[*deep, 1, int(rng.integers(1, 3))],
         )  # fmt: skip
@@ -294,7 +293,7 @@ def dense_problem(rng, kind, transposed=False):
     ins, outs = int(rng.integers(1, 6)), int(rng.choice([1, 3, 16, 21, 70]))
     if transposed:
         ins, outs = outs, ins
-    stage, size = drawn(rng, kernel, ins=ins, outs=outs, transposed=transposed)
+    stage, size = random_stage(rng, kernel, ins=ins, outs=outs, transposed=transposed)
     stage, weight = weighted(stage, rng, kind)
     batch = int(rng.integers(1, 3))
     x, values = stored(rng, (batch, stage.in_channels, *size), kind)
@@ -307,50 +306,50 @@ def dense_problem(rng, kind, transposed=False):
 def check_dense(kind, rows, places, rng, transposed):
     stage, weight, size, x, values, out, terms = dense_problem(rng, kind, transposed)
     groups, outs, ins, _ = weight.shape
-    # Terms may come in any order, with weights in the same one.
+    # Terms may be in any order that the weights share.
     order = rng.permutation(len(terms))
     weight = weight.reshape(groups, outs, -1)[:, :, integers(order)]
     target = None
     if transposed and stage.shuffle != (1, 1):
         target = integers(stage.channel_permutation())
-    epilogue, outside = ending(rng, out[0]), outsides(stage, rng, kind)
+    epilogue, outside = random_epilogue(rng, out[0]), border_values(stage, rng, kind)
     y = unwritten((len(x), *out), kind)
     blocks = -(-outs // rows) * stage.outer * groups * stage.inner
     blocks *= -(-len(x) * math.prod(out[1:]) // places)
     launch(
         f"dense<{kind}, {rows}, {places}>", blocks,
-        x, weight, sums(epilogue.bias, kind), y, sources(stage), target,
+        x, weight, sums(epilogue.bias, kind), y, source_permutation(stage), target,
         sums(outside, kind), integers(terms[order]),
         *tables(stage, size, out[1:]), len(x), stage.outer, groups, stage.inner, ins, outs,
         len(terms), *three(size), *three(out[1:]), ACTIVATIONS[epilogue.activation],
     )  # fmt: skip
-    assert_close(y, *exactly([stage], values, [epilogue], outside), kind)
+    assert_close(y, *reference_chain([stage], values, [epilogue], outside), kind)
 
 
 @pytest.mark.parametrize(("kind", "rows", "places"), DENSE)
-def test_a_dense_or_grouped_stage_is_what_the_reference_makes(kind, rows, places, rng):
+def test_dense_kernel_matches_the_reference(kind, rows, places, rng):
     for _ in range(5):
         check_dense(kind, rows, places, rng, transposed=False)
 
 
 @pytest.mark.parametrize(("kind", "rows", "places"), DENSE)
-def test_a_transposed_stage_is_what_the_reference_makes(kind, rows, places, rng):
+def test_dense_kernel_runs_transposed_stages(kind, rows, places, rng):
     for _ in range(3):
         check_dense(kind, rows, places, rng, transposed=True)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_is_unrolled_times_the_weights_is_the_stage(kind, rng):
+def test_unrolled_input_times_weights_equals_the_stage(kind, rng):
     for transposed in (False, False, False, True):
         stage, weight, size, x, values, out, terms = dense_problem(rng, kind, transposed)
         groups, outs, ins, _ = weight.shape
-        outside = outsides(stage, rng, kind)
+        outside = border_values(stage, rng, kind)
         y = unwritten(
             (len(x), stage.outer, groups, len(terms), stage.inner * math.prod(out[1:])), kind
         )
         launch(
             f"unroll<{kind}>", 3,
-            x, y, sources(stage), sums(outside, kind), integers(terms),
+            x, y, source_permutation(stage), sums(outside, kind), integers(terms),
             *tables(stage, size, out[1:]), len(x), stage.outer * groups, ins, stage.inner,
             len(terms), *three(size), *three(out[1:]), threads=64,
         )  # fmt: skip
@@ -358,16 +357,16 @@ def test_what_is_unrolled_times_the_weights_is_the_stage(kind, rng):
         found = np.matmul(w, widened(y.get(), kind)).reshape(len(x), *out)
         if transposed:
             found = found[:, np.argsort(stage.channel_permutation())]
-        exact, big, products = exactly([stage], values, [Epilogue()], outside)
+        exact, big, products = reference_chain([stage], values, [Epilogue()], outside)
         assert (np.abs(found - exact) <= products * 2.0**-52 * big).all()
 
 
 @pytest.mark.parametrize(("kind", "rows", "places"), SEPARABLE)
-def test_depthwise_then_pointwise_is_what_the_reference_makes(kind, rows, places, rng):
+def test_fused_separable_kernel_matches_the_reference(kind, rows, places, rng):
     for _ in range(4):
         kernel = rng.integers(1, 4, rng.integers(1, 4)).tolist()
         ndim, per, outs = len(kernel), int(rng.integers(1, 4)), int(rng.choice([1, 18, 70]))
-        first, size = drawn(rng, kernel, ins=1, outs=per)
+        first, size = random_stage(rng, kernel, ins=1, outs=per)
         groups = first.in_channels  # without copies
         first = Stage(
             np.zeros((groups * per, 1, *kernel)), first.geometry, groups, shuffle=first.shuffle
@@ -378,27 +377,27 @@ def test_depthwise_then_pointwise_is_what_the_reference_makes(kind, rows, places
         batch = int(rng.integers(1, 3))
         x, values = stored(rng, (batch, groups, *size), kind)
         middle = first.output_shape((groups, *size))
-        epilogues = ending(rng, middle[0]), ending(rng, outs)
-        outside = outsides(first, rng, kind)
+        epilogues = random_epilogue(rng, middle[0]), random_epilogue(rng, outs)
+        outside = border_values(first, rng, kind)
         y = unwritten((batch, outs, *middle[1:]), kind)
         blocks = -(-batch * math.prod(middle[1:]) // places) * -(-outs // rows)
         g = first.geometry
         launch(
             f"separable<{kind}, {rows}, {places}>", blocks,
             x, taps, sums(epilogues[0].bias, kind), ACTIVATIONS[epilogues[0].activation], weight,
-            sums(epilogues[1].bias, kind), y, sources(first),
+            sums(epilogues[1].bias, kind), y, source_permutation(first),
             sums(outside, kind), *tables(first, size), batch, groups, per,
             outs, *three(size), *three(middle[1:]), *three(kernel), *three(g.stride),
             *three(g.dilation), ACTIVATIONS[epilogues[1].activation],
         )  # fmt: skip
-        assert_close(y, *exactly([first, second], values, epilogues, outside), kind)
+        assert_close(y, *reference_chain([first, second], values, epilogues, outside), kind)
 
 
 # --- separable filters -------------------------------------------------------------------------
 
 
 def filter_bytes(kernel, tile, itemsize):
-    """Shared memory of a tile, by the words of kernels.cu."""
+    """Return the shared memory of a tile, as documented in kernels.cu."""
     (kd, kh, kw), (td, th, tw) = kernel, tile
     numbers = (td + kd) * (th + kh) * (tw + kw + 1)
     numbers += (td + kd) * (th + kh) * (tw + 1) + (td + kd) * th * tw + td * th * tw
@@ -406,16 +405,16 @@ def filter_bytes(kernel, tile, itemsize):
 
 
 def filter_problem(rng, kind, ndim):
-    """A stage that is a sum of products of taps, the same of all magnitudes, and the taps."""
+    """Return a sum of separable terms as a stage, that of all magnitudes, a size, and the taps."""
     kernel = rng.integers(1, 8, ndim).tolist()
-    stage, size = drawn(rng, kernel, ins=1, outs=1, stride=1, dilation=1)
+    stage, size = random_stage(rng, kernel, ins=1, outs=1, stride=1, dilation=1)
     terms = int(rng.integers(1, 4))
     taps = [
         widened(narrowed(rng.standard_normal((stage.groups, terms, n)), kind), kind) for n in kernel
     ]
     copies = stage.groups, stage.outer, stage.inner, stage.shuffle
     mode = stage.geometry.padding_mode
-    mode = "zeros" if mode == "constant" else mode  # which this kernel does not do
+    mode = "zeros" if mode == "constant" else mode  # this kernel has no border values
     geometry = Geometry.of(ndim, padding=stage.geometry.padding, padding_mode=mode)
     product = ",".join("gr" + a for a in "xyz"[:ndim]) + "->g" + "xyz"[:ndim]
     stages = [
@@ -426,11 +425,11 @@ def filter_problem(rng, kind, ndim):
 
 
 def launch_filter(stage, size, taps, x, y, epilogue, tile, rng, kind):
-    """Taps filled up with zeros, and tables as far as these look."""
+    """Launch a filter with taps padded by zeros and tables extended accordingly."""
     terms = taps[0].shape[1]
     padded = [-(-t.shape[2] // 4) * 4 for t in taps]
     kernel = (0, *padded) if len(size) == 2 else tuple(padded)
-    held = [np.pad(t, [(0, 0), (0, 0), (0, n - t.shape[2])]) for t, n in zip(taps, padded)]
+    padded_taps = [np.pad(t, [(0, 0), (0, 0), (0, n - t.shape[2])]) for t, n in zip(taps, padded)]
     out = three(y.shape[2:])
     pos = [
         np.pad(t.get(), (0, max(0, n + max(k, 1) - 1 - len(t))), constant_values=-1)
@@ -439,19 +438,19 @@ def launch_filter(stage, size, taps, x, y, epilogue, tile, rng, kind):
     shared = filter_bytes(kernel, tile, 8 if kind == "double" else 4)
     launch(
         f"filter<{kind}>", int(rng.integers(1, 9)),
-        x, cp.asarray(narrowed(np.concatenate(held, axis=2), kind)), sums(epilogue.bias, kind), y,
-        sources(stage), *map(integers, pos), len(x), stage.outer, stage.groups, stage.inner, terms,
-        *three(size), *out, *kernel, *tile, ACTIVATIONS[epilogue.activation], shared=shared,
+        x, cp.asarray(narrowed(np.concatenate(padded_taps, axis=2), kind)),
+        sums(epilogue.bias, kind), y, source_permutation(stage), *map(integers, pos),
+        len(x), stage.outer, stage.groups, stage.inner, terms, *three(size), *out, *kernel, *tile, ACTIVATIONS[epilogue.activation], shared=shared,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tile", [(1, 4, 8), (1, 16, 16), (4, 4, 16), (8, 8, 4)])
-def test_a_filter_of_several_terms_is_the_stage_of_their_sum(kind, tile, rng):
+def test_filter_kernel_sums_separable_terms(kind, tile, rng):
     for _ in range(3):
         stage, positive, size, taps = filter_problem(rng, kind, 2 if tile[0] == 1 else 3)
         channels = stage.in_channels
-        epilogue = ending(rng, channels)
+        epilogue = random_epilogue(rng, channels)
         batch = int(rng.integers(1, 3))
         x, values = stored(rng, (batch, channels, *size), kind)
         y = unwritten((batch, *stage.output_shape((channels, *size))), kind)
@@ -465,7 +464,7 @@ def test_a_filter_of_several_terms_is_the_stage_of_their_sum(kind, tile, rng):
         assert_close(y, exact, big, products, kind)
 
 
-# --- what the stand-in for the GPU notices -----------------------------------------------------
+# --- checks of the emulated GPU ----------------------------------------------------------------
 
 BAD = """
 #include LR_SHIM
@@ -501,13 +500,13 @@ def bad(name, *args, threads=32, shared=0):
     launch(f"{name}<float>", 1, *args, threads=threads, shared=shared, code=BAD)
 
 
-def test_a_barrier_that_some_threads_do_not_reach_is_an_error():
+def test_divergent_barrier_is_an_error():
     with pytest.raises(AssertionError, match="20 of 32 threads of block 0 wait at a barrier"):
         bad("uneven", cp.zeros(32, np.float32))
     bad("uneven", cp.zeros(20, np.float32), threads=20)
 
 
-def test_what_lies_behind_an_array_is_not_touched():
+def test_access_past_an_array_is_an_error():
     y = cp.zeros(5, np.float32)
     bad("outside", y, 4)
     with pytest.raises(AssertionError, match="outside of memory"):
@@ -515,12 +514,12 @@ def test_what_lies_behind_an_array_is_not_touched():
     assert y.get().tolist() == [0, 0, 0, 0, 1]
 
 
-def test_what_lies_beside_shared_memory_is_not_touched():
+def test_write_beside_shared_memory_is_an_error():
     beside = re.compile("write beside the shared memory|access outside of memory")
     for place in (-1, 12, 13):
         with pytest.raises(AssertionError, match=beside):
             bad("beside", place, shared=48)
-    for place in (12, 13):  # in what is left of the 16 bytes that it is aligned to
+    for place in (12, 13):  # within the alignment to 16 bytes
         with pytest.raises(AssertionError, match=beside):
             bad("beside", place, shared=47)
     bad("beside", 11, shared=48)
@@ -531,20 +530,20 @@ def test_undefined_behaviour_is_an_error():
         bad("overflow", cp.zeros(1, np.int32), 2**31 - 1)
 
 
-def test_shared_memory_begins_as_nonsense_of_every_block():
+def test_shared_memory_is_nan_at_the_start_of_every_block():
     y = cp.zeros(32, np.float32)
     for _ in range(2):
         bad("unwritten", y, shared=128)
         assert np.flatnonzero(np.isnan(y.get())).tolist() == [3]
 
 
-def test_a_missing_barrier_shows():
+def test_missing_barrier_changes_results():
     y = cp.zeros(32, np.float32)
     bad("hasty", y, shared=128)
     assert np.isnan(y.get()).any()
 
 
-def test_arguments_that_do_not_fit_the_kernel_are_refused():
+def test_arguments_of_wrong_types_are_errors():
     y = cp.zeros(5, np.float32)
     for args, why in [
         ((y,), "takes 2 arguments"),
@@ -559,12 +558,12 @@ def test_arguments_that_do_not_fit_the_kernel_are_refused():
         bad("unwritten", y, shared=200 << 10)
 
 
-# --- the GPU's compiler ------------------------------------------------------------------------
+# --- NVRTC -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def nvrtc():
-    """The compiler of CuPy, from the wheel nvidia-cuda-nvrtc."""
+    """Load NVRTC from the wheel nvidia-cuda-nvrtc."""
     site = Path(sysconfig.get_path("purelib"), "nvidia")
     found = [p for p in site.rglob("libnvrtc.so.*") if re.fullmatch(r"[\d.]+", p.name[12:])]
     if not found:
@@ -572,8 +571,8 @@ def nvrtc():
     return ctypes.CDLL(str(found[0]))
 
 
-def compiled(nvrtc, names, options):
-    """What the compiler says, and the status of names and code."""
+def compile_with(nvrtc, names, options):
+    """Return the status and the log of a compilation."""
     program = ctypes.c_void_p()
     code = CODE.encode()
     assert not nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"kernels.cu", 0, None, None)
@@ -595,5 +594,5 @@ def test_nvrtc_compiles_every_kernel_without_messages(nvrtc, architecture):
     names = [n for n in KERNELS if re.search(r", 3, 3, 1, 4|, 64, 64|<\w+>", n)]
     assert len(names) == 6 * len(TYPES)
     options = [f"--gpu-architecture=compute_{architecture}", "--std=c++17"]
-    status, log = compiled(nvrtc, names, options)
+    status, log = compile_with(nvrtc, names, options)
     assert (status, log) == (0, "")

@@ -89,9 +89,9 @@ def caches():
 
 
 def peak(int64_t n, dtype="float32", isa=None):
-    """Run n rounds of fused multiply-adds in registers; return the number of operations.
+    """Run n rounds of MACs in registers; return the number of operations.
 
-    A multiply-add counts as two operations.  The time of a call gives the peak of one thread.
+    A MAC counts as two operations.  The time of a call gives the peak of one thread.
     """
     cdef const lr_kernels *kernels = _kernels(dtype, default_isa() if isa is None else isa)
     with nogil:

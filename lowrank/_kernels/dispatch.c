@@ -1,6 +1,6 @@
-/* The driver: which instruction sets this CPU has, threads over tiles, workspace, and forks.
+/* The driver: detects instruction sets and caches, distributes tiles over threads, owns the workspace.
  *
- * The only file with OpenMP and the only one that allocates.
+ * Only this file uses OpenMP and allocates.
  */
 #if defined(__linux__)
 #define _GNU_SOURCE
@@ -30,7 +30,7 @@ typedef struct {
     const lr_isa *table;
 } entry;
 
-/* Best first; returns how many there are. */
+/* List the instruction sets of this CPU, best first; return their number. */
 static int supported(entry *found)
 {
     int n = 0;
@@ -68,8 +68,8 @@ const lr_isa *lr_isa_table(int i)
     return found[i].table;
 }
 
-/* What Linux says of a cache that the first core shares with its neighbours, or 0; in a virtual machine
- * sysconf adds up all those of the host. */
+/* Bytes of the first core's L3 cache according to Linux, or 0.  In a virtual machine, sysconf sums
+ * all L3 caches of the host. */
 static int64_t shared_cache(void)
 {
     long kib = 0;
@@ -86,7 +86,7 @@ static int64_t shared_cache(void)
 void lr_caches(int64_t sizes[3])
 {
     static const int64_t usual[3] = {32 << 10, 1 << 20, 32 << 20};
-    static int64_t known[3]; /* a race would ask twice, no more */
+    static int64_t known[3]; /* a race only queries twice */
     if (!known[0]) {
         for (int i = 0; i < 3; i++) sizes[i] = 0;
         sizes[2] = shared_cache();
@@ -101,7 +101,7 @@ void lr_caches(int64_t sizes[3])
 }
 
 #ifdef _OPENMP
-/* GNU's OpenMP hangs in a forked child once the parent has had a team: the child runs serially. */
+/* GNU's OpenMP hangs in a forked child if the parent ran a parallel region: the child runs serially. */
 static int teams, forked;
 static void in_child(void) { forked = teams; }
 #endif
@@ -124,11 +124,12 @@ double lr_now(void)
 
 #ifdef _OPENMP
 #define LR_WAKES 15
-#define LR_PAUSE 1e-4 /* seconds of work ahead of a wake */
-#define LR_AGAIN 0.3  /* seconds until a wake is measured again, */
-#define LR_TIMES 5    /* and how often */
+#define LR_PAUSE 1e-4 /* seconds of work before each measurement */
+#define LR_AGAIN 0.3  /* seconds between repetitions for plans */
+#define LR_TIMES 5    /* most repetitions */
 
-/* The middle one of many, each after a pause: a team that is not yet asleep is quick to wake. */
+/* Median fork/join latency; work before each fork lets the pool's threads fall asleep, as between
+ * calls, since spinning threads respond at once. */
 static double measured_wake(int threads)
 {
     if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
@@ -140,23 +141,23 @@ static double measured_wake(int threads)
 #pragma omp parallel num_threads(threads) reduction(+ : there)
         there += 1;
         const double since = there ? omp_get_wtime() - start : 0;
-        int at = i; /* the first one makes the threads */
+        int at = i; /* the first round creates the threads */
         for (; at > 0 && took[at - 1] > since; at--) took[at] = took[at - 1];
         if (i >= 0) took[at] = since;
     }
     return took[LR_WAKES / 2] > 1e-9 ? took[LR_WAKES / 2] : 1e-9;
 }
 
-/* What it takes to wake a team and to hear that it is done: 50 microseconds where idle threads
- * sleep (OMP_WAIT_POLICY=passive), 1 where they spin.  While other libraries' threads keep the cores
- * awake it takes less, so plans have it measured a few times, and the longest counts. */
+/* Measured fork/join latency of a parallel region, in seconds: about 50 us where idle threads sleep
+ * (OMP_WAIT_POLICY=passive), 1 us where they spin.  It is lower while other libraries keep the cores
+ * busy: with `plan` set, it is measured up to LR_TIMES times, and the maximum is returned. */
 double lr_wake(int threads, int plan)
 {
     if (threads < 2 || forked) return 0;
     static struct {
         double seconds, last;
         int times;
-    } all[64]; /* by threads; a race would measure twice, no more */
+    } all[64]; /* per number of threads; a race only measures twice */
     const int i = threads < 64 ? threads : 63;
     double seconds;
     __atomic_load(&all[i].seconds, &seconds, __ATOMIC_RELAXED);
@@ -176,7 +177,7 @@ double lr_wake(int threads, int plan)
 }
 #endif
 
-/* Whether out is so large that it is not in the caches when somebody reads it. */
+/* Whether out is too large to stay in the L3 cache until it is read. */
 static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
 {
     int64_t sizes[3];
@@ -194,14 +195,14 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     if (threads > jobs) threads = (int)jobs;
 #ifdef _OPENMP
     if (threads > 1) {
-        /* What the others could save must be worth calling them. */
+        /* Fork only if the predicted saving exceeds the fork/join latency. */
         if (plan->seconds * (double)batch * (threads - 1) / threads < lr_wake(threads, 0)) threads = 1;
     }
 #endif
     arrays->now = steps ? lr_now : NULL;
     arrays->stream = large(plan, batch, itemsize);
-    /* A plan keeps the workspace of its last call; a call that runs beside another gets its own.
-     * The first word says how large it is. */
+    /* A plan keeps the workspace of its last call; concurrent calls allocate another.  The first word
+     * is its size. */
     const size_t head = 64;
     const int64_t elements = 2 * plan->workspace + (arrays->out_type == LR_OWN ? 0 : plan->result);
     const size_t each = (size_t)(elements * itemsize + 63) / 64 * 64;
@@ -215,7 +216,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
         if (each > (SIZE_MAX - head) / (size_t)threads) return LR_NO_MEMORY;
         work = aligned_alloc(64, (size + 63) / 64 * 64);
         if (!work) return LR_NO_MEMORY;
-        memset(work, 0, size); /* no stray denormals in what is computed and thrown away */
+        memset(work, 0, size); /* no denormals in results that are computed and discarded */
         *(size_t *)work = each * (size_t)threads;
     }
     char *slices = work + head;
@@ -223,7 +224,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
 #ifdef _OPENMP
     if (threads > 1) {
         const int64_t kinds = plan->stages * LR_STEPS + 1;
-        /* Neighbours share rows of input, so a thread takes several; few enough to share out evenly. */
+        /* Neighbouring tiles share input rows, so a thread takes several; 8 chunks per thread balance. */
         const int64_t chunk = jobs / (8 * threads) > 1 ? jobs / (8 * threads) : 1;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
         for (int64_t j = 0; j < jobs; j++)

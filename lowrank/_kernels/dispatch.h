@@ -1,4 +1,4 @@
-/* What Cython sees: instruction sets by name, and one way to run a plan. */
+/* Interface for Cython: instruction sets by name, machine properties, and running a plan. */
 #ifndef LR_DISPATCH_H
 #define LR_DISPATCH_H
 
@@ -8,10 +8,10 @@ int lr_isa_count(void);              /* compiled in and supported by this CPU, b
 const char *lr_isa_name(int i);
 const lr_isa *lr_isa_table(int i);
 int lr_max_threads(void);
-double lr_wake(int threads, int plan); /* seconds that it takes to start a team and to hear from it */
+double lr_wake(int threads, int plan); /* fork/join latency in seconds; see dispatch.c */
 void lr_caches(int64_t sizes[3]); /* bytes of L1 data, L2 and L3 */
 double lr_now(void);                      /* seconds */
-/* `steps`, if any, has room for (threads, stages * LR_STEPS + 1); `team` is how many threads it took. */
+/* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `team` receives the threads used. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
            int64_t itemsize, int threads, void **cache, lr_step *steps, int *team);
 

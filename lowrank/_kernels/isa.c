@@ -1,5 +1,5 @@
-/* All kernels for one instruction set.  Compiled once for each, with LR_ISA its name and LR_BYTES
- * the width of its vectors.  No threads and no allocation here: those are dispatch.c's.
+/* All kernels for one instruction set: compiled once per set, with its name LR_ISA and vector width
+ * LR_BYTES.  Threads and allocation are left to dispatch.c.
  */
 #include <stdint.h>
 #include <string.h>
@@ -8,26 +8,26 @@
 
 #define LR_JOIN_(a, b) a##_##b
 #define LR_JOIN(a, b) LR_JOIN_(a, b)
-#define LR_TAPS 1024 /* of one channel that depthwise.inc takes; dense.inc does the others */
-#define LR_NEAR 16384 /* bytes of channels that a depthwise stage takes at a time, well inside L1 */
-#define LR_FEW 4 /* samples at the end of a run, at the most, that do not get a vector */
-#define LR_PUTS 32 /* taps that take as long as putting what a row gave to its places */
-#define LR_SHORT 256 /* samples of a plane that go by lanes of channels */
-#define LR_SHORT_TAPS 64
-#define LR_STAGES 16 /* of a chain; longer ones are cut by the caller */
+#define LR_TAPS 1024 /* per channel, at most, in depthwise.inc; dense.inc runs more */
+#define LR_NEAR 16384 /* bytes of channels that a depthwise stage packs at a time, well inside L1 */
+#define LR_FEW 4 /* remainder samples of a run, at most, that get no vector */
+#define LR_PUTS 32 /* taps that take as long as scattering one output row */
+#define LR_SHORT 256 /* samples of a plane, at most, that runs channels-last (lanes.inc) */
+#define LR_SHORT_TAPS 64 /* taps, at most, of such a plane */
+#define LR_STAGES 16 /* per chain, at most; the caller splits longer ones */
 
 #if LR_BYTES == 64
-#define LR_ROWS 8 /* 24 sums of 32 registers */
-#define LR_WIDE 4 /* vectors that depthwise.inc does at a time of four rows: 16 sums */
+#define LR_ROWS 8 /* 8 x 3 accumulators of 32 registers */
+#define LR_WIDE 4 /* vectors per block of 4 rows in depthwise.inc: 16 accumulators */
 #elif LR_BYTES == 32
-#define LR_ROWS 4 /* 12 sums of 16 registers */
-#define LR_WIDE 3 /* 12 sums */
+#define LR_ROWS 4 /* 4 x 3 accumulators of 16 registers */
+#define LR_WIDE 3 /* 12 accumulators */
 #else
 #define LR_ROWS 4
-#define LR_WIDE 2 /* 8 sums: products that are not fused take registers, too */
+#define LR_WIDE 2 /* 8 accumulators: without FMA, products take registers, too */
 #endif
 
-/* Stores that go past the caches have no name in C; without them, ordinary ones. */
+/* Non-temporal stores need intrinsics; other architectures use ordinary stores. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define LR_FENCE() _mm_sfence()
@@ -43,15 +43,15 @@
 #define LR_STREAM(TO, VALUE) (*(VECTOR *)(TO) = (VALUE))
 #endif
 
-/* Samples i .. i + L of the 2 L that two vectors hold, i a constant: one instruction, where there is
- * one.  Without it loads at any offset do. */
+/* L elements from element i on of two concatenated vectors, i constant; only where the instruction
+ * set has one instruction for it.  Others use unaligned loads. */
 #if defined(__x86_64__) && LR_BYTES == 64
 #define LR_SHIFT_F32(A, B, I) ((VECTOR)_mm512_alignr_epi32((__m512i)(B), (__m512i)(A), I))
 #define LR_SHIFT_F64(A, B, I) ((VECTOR)_mm512_alignr_epi64((__m512i)(B), (__m512i)(A), I))
 #endif
 
-/* Lanes of two vectors, by numbers from 0 to 2 L - 1. */
-#ifdef __clang__ /* which takes no vector of numbers, unless they are constants */
+/* Lanes of two vectors, selected by indices from 0 to 2 L - 1. */
+#ifdef __clang__ /* its shuffle takes constant indices only */
 #define LR_PICK(A, B, LANE) LR_NAME(pick)(A, B, LANE)
 #else
 #define LR_PICK(A, B, LANE) __builtin_shuffle(A, B, LANE)

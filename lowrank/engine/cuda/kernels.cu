@@ -1,16 +1,17 @@
-/* All kernels of the GPU: templates, compiled for a device when a plan first asks for one of them.
+/* GPU kernels: templates, compiled for a device when a plan first uses them.
  *
- * Spatial axes are always three, D, H, W; a missing one has length 1.  Samples outside an image are no
- * case of their own: a table says, for every place that a tap can look at, which sample stands there,
- * and -1 where it is a constant.  So one loop serves all borders, strides and dilations.
+ * Spatial axes are always three, D, H, W; a missing one has length 1.  Borders need no branch: a table
+ * holds the input index of every padded position, or -1 for a constant.  So one loop serves all border
+ * modes, strides and dilations.
  *
  * Channel (l, g, c, r) of a stage's input has the number ((l * groups + g) * C + c) * right + r, that
- * of its output ((l * groups + g) * O + o) * right + r: the words of lowrank.Stage.
+ * of its output ((l * groups + g) * O + o) * right + r, with lowrank.Stage's outer and inner
+ * replications as l and r.
  *
- * T is what memory holds: float, double, f16 or bf16; sums are double for double, else float.
+ * T is the storage type: float, double, f16 or bf16; sums are double for double, float otherwise.
  *
- * No header is needed, so that every compiler of CUDA C++ takes it as it is.  Tests compile it for the
- * CPU, where LR_SHIM names what stands in for the GPU.
+ * The source needs no header, so that any CUDA C++ compiler accepts it.  Tests compile it for the CPU
+ * with the header that LR_SHIM names.
  */
 #ifdef LR_SHIM
 #include LR_SHIM
@@ -20,7 +21,7 @@
 
 typedef long long i64;
 
-/* --- numbers in memory ---------------------------------------------------------------------------- */
+/* --- storage types -------------------------------------------------------------------------------- */
 
 struct f16 { unsigned short bits; };
 struct bf16 { unsigned short bits; };
@@ -45,7 +46,7 @@ __device__ inline float wide(f16 v)
 
 __device__ inline void narrow(float v, float *to) { *to = v; }
 __device__ inline void narrow(double v, double *to) { *to = v; }
-__device__ inline void narrow(float v, bf16 *to) /* to nearest, halves to even */
+__device__ inline void narrow(float v, bf16 *to) /* round to nearest, halves to even */
 {
     const unsigned u = __float_as_uint(v);
     to->bits = v != v ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -59,7 +60,7 @@ __device__ inline void narrow(float v, f16 *to)
 #endif
 }
 
-/* A sum with its bias and what follows: 1 is ReLU, 2 is ReLU6. */
+/* Add the bias and apply the activation: 0 none, 1 ReLU, 2 ReLU6. */
 template <class S> __device__ inline S with_epilogue(S v, const S *bias, i64 channel, int activation)
 {
     if (bias) v += bias[channel];
@@ -68,11 +69,11 @@ template <class S> __device__ inline S with_epilogue(S v, const S *bias, i64 cha
     return v;
 }
 
-/* Where a stage's input lies: images of `channels` channels, D x H x W samples each. */
+/* Input of a stage: images of `channels` channels with D x H x W samples each. */
 template <class T> struct planes {
     const T *x;
     const int *source;      /* channel of x at each channel of the stage, or 0 */
-    const SUM *outside;     /* what stands outside, a channel of x each, or 0: zeros */
+    const SUM *outside;     /* border value of each channel of x, or 0: zeros */
     i64 channels;
     int d, h, w;
 
@@ -85,10 +86,10 @@ template <class T> struct planes {
 
 /* --- depthwise ------------------------------------------------------------------------------------- */
 
-/* One channel in, `per` out.  A thread does a column of ROWS outputs, whose taps overlap: lanes go
- * along the rows, so that each load of a warp is one piece of memory.  H and W are the taps where they
- * are known, and STRIDE that of H; dilation is 1 along H there.  With H = 0 anything goes.
- * pos_d, pos_h and pos_w say which sample stands at each padded place of an axis. */
+/* Depthwise stage with `per` output channels per input channel.  A thread computes a column of ROWS
+ * outputs, whose taps overlap; the lanes of a warp are neighbours along W, so that loads coalesce.
+ * H x W taps and the stride along H are template arguments (dilation along H is then 1); H = 0 takes
+ * any geometry.  pos_d, pos_h and pos_w hold the input index of each padded position of an axis. */
 template <class T, int H, int W, int STRIDE, int ROWS>
 __global__ void __launch_bounds__(256)
 depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
@@ -126,7 +127,7 @@ depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
                 for (int tw = 0; tw < W; tw++) at_w[tw] = pos_w[pw * sw + tw * dw];
 #pragma unroll
                 for (int p = 0; p < (ROWS - 1) * STRIDE + (H > 0 ? H : 1); p++) {
-                    /* rows past the last output are loaded from the last place and not kept */
+                    /* rows past the last output load the last position; their sums are discarded */
                     const int place = first * STRIDE + p, most = (oh - 1) * STRIDE + H - 1;
                     const int at_h = pos_h[place < most ? place : most];
                     SUM v[W > 0 ? W : 1];
@@ -163,16 +164,16 @@ depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
 
 /* --- dense and grouped, and depthwise then pointwise ---------------------------------------------- */
 
-/* A tile of a matrix product: O x P outputs of the sum over k of weight[k] x in[k], where `load` makes
- * input k at a place.  256 threads, 16 x 16, each with (O / 16) x (P / 16) sums in registers. */
+/* Compute a tile of a matrix product: O x P sums over k of weight[k] * in[k], where `load(k)` returns
+ * input k at the thread's position.  16 x 16 threads, each with (O / 16) x (P / 16) sums in registers. */
 #define DEPTH 16
 
 template <class T, int O, int P, class Load>
 __device__ inline void product(const Load &load, const T *weight, i64 outs, i64 depth, i64 first,
                                SUM (&sum)[O / 16][P / 16])
 {
-    static_assert(O % 16 == 0 && P % 16 == 0 && 256 % P == 0, "a thread has one place of all P");
-    __shared__ SUM a[DEPTH][O + 2], b[DEPTH][P]; /* + 2: a warp stores to banks 2 k + o, each once */
+    static_assert(O % 16 == 0 && P % 16 == 0 && 256 % P == 0, "each thread must have one fixed position of P");
+    __shared__ SUM a[DEPTH][O + 2], b[DEPTH][P]; /* + 2: the stores of a warp hit banks 2 k + o, each once */
     const int t = threadIdx.x, row = t / 16, column = t % 16;
 #pragma unroll
     for (int i = 0; i < O / 16; i++)
@@ -182,12 +183,12 @@ __device__ inline void product(const Load &load, const T *weight, i64 outs, i64 
 #pragma unroll
         for (int e = t; e < DEPTH * O; e += 256) {
             const int k = e % DEPTH, o = e / DEPTH;
-            const int there = k0 + k < depth && first + o < outs;
-            a[k][o] = there ? wide(weight[(first + o) * depth + k0 + k]) : (SUM)0;
+            const int is_inside = k0 + k < depth && first + o < outs;
+            a[k][o] = is_inside ? wide(weight[(first + o) * depth + k0 + k]) : (SUM)0;
         }
 #pragma unroll
         for (int e = t; e < DEPTH * P; e += 256) {
-            const int k = e / P; /* the place is t % P throughout: `load` knows it */
+            const int k = e / P; /* the position is always t % P, that of `load` */
             b[k][e % P] = k0 + k < depth ? load(k0 + k) : (SUM)0;
         }
         __syncthreads();
@@ -207,7 +208,7 @@ __device__ inline void product(const Load &load, const T *weight, i64 outs, i64 
     }
 }
 
-/* Where output `p`, counted over images and samples, lies. */
+/* Image and coordinates of output `p`, numbered over images and samples. */
 struct place {
     i64 image;
     int d, h, w, inside;
@@ -221,13 +222,13 @@ struct place {
     }
 };
 
-/* Input k of a dense stage: channel and taps from a list of terms (c, d, h, w), the last three as where a
- * tap's row begins in the tables at_d, at_h and at_w (taps, outputs) of what each output sees. */
+/* Input k of a dense stage.  `terms` lists (c, d, h, w) per k: a channel, and the beginnings of a tap's
+ * rows in the tables at_d, at_h and at_w (taps, outputs) of input indices. */
 template <class T> struct gathered {
     planes<T> in;
     const int *terms, *at_d, *at_h, *at_w;
     place p;
-    i64 first;  /* channel of the stage where this group begins */
+    i64 first;  /* first channel of the stage in this group */
     int right;
     __device__ SUM operator()(i64 k) const
     {
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-/* Input k of a pointwise stage behind a depthwise one: made where it is needed, and held nowhere. */
+/* Input k of a pointwise stage after a depthwise one: computed on the fly, never stored. */
 template <class T> struct separable_input {
     planes<T> in;
     const T *weight;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-/* What each output sees, side by side, for a matrix product: (images, blocks, terms, right, outputs). */
+/* im2col: the inputs of each output as a matrix (images, blocks, terms, right, outputs). */
 template <class T>
 __global__ void unroll(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
                          const int *at_d, const int *at_h, const int *at_w, i64 images, i64 blocks,
@@ -350,7 +351,7 @@ __global__ void unroll(const T *x, T *to, const int *source, const SUM *outside,
     }
 }
 
-/* Bias and activation in place, where a library made the product: (images, channels, samples). */
+/* Bias and activation in place, after a library's matrix product: (images, channels, samples). */
 template <class T>
 __global__ void epilogue(T *y, const SUM *bias, i64 images, i64 channels, i64 samples, int activation)
 {
@@ -361,8 +362,8 @@ __global__ void epilogue(T *y, const SUM *bias, i64 images, i64 channels, i64 sa
 
 /* --- separable filters ----------------------------------------------------------------------------- */
 
-/* Four neighbouring outputs of a pass of n taps over samples `step` apart, four taps at a time: every
- * sample and every tap is read once.  What stands where no tap is may be no number. */
+/* Compute four neighbouring outputs of a 1-D pass of n taps over samples `step` apart, four taps at a
+ * time: every sample and every tap is read once.  Samples without a tap may be NaN. */
 template <class S>
 __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps, int n)
 {
@@ -384,18 +385,18 @@ __device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps,
     }
 }
 
-/* R terms, each a product of taps along W, H and D, on one plane: a tile comes into shared memory once,
- * and every pass of every term reads it there.  Stride and dilation 1.
+/* Sum of R separable terms, each a product of taps along W, H and D: a tile is loaded into shared
+ * memory once, and every 1-D pass of every term reads it there.  Stride and dilation are 1.
  *
- * taps: (groups, R, kd + kh + kw), of kd, kh and kw taps rounded up to multiples of 4; no taps along D
- * are kd = 0, with td = 1.  Tiles are td x th x tw, multiples of 4 but for that.  pos_d, pos_h and pos_w
- * have so many entries more than outputs as there are rounded taps, less 1.  Shared memory holds
+ * taps: (groups, R, kd + kh + kw), where kd, kh and kw are rounded up to multiples of 4; kd = 0 with
+ * td = 1 means no taps along D.  Otherwise the sides of a tile, td x th x tw, are multiples of 4.
+ * pos_d, pos_h and pos_w have (rounded taps - 1) more entries than outputs.  Shared memory holds
  * (filter_shared_bytes in steps.py), for the rounded taps,
- *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd rows: lanes go down, each to a bank of its own
+ *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd pitch: lanes along H hit different banks
  *     after W       (td + kd) (th + kh) (tw + 1)
- *     after H       (td + kd) th tw                     where D has taps
+ *     after H       (td + kd) th tw                     if D has taps
  *     all terms     td th tw
- *     and the taps of one. */
+ *     and the taps of one term. */
 template <class T>
 __global__ void __launch_bounds__(256)
     filter(const T *x, const T *taps, const SUM *bias, T *y, const int *source, const int *pos_d,
@@ -424,11 +425,11 @@ __global__ void __launch_bounds__(256)
         const i64 channel = rest % channels, image = rest / channels;
         const int g = (int)(channel / right % groups);
         const i64 from = source ? source[channel] : channel;
-        /* Samples past what the last output sees are held, and not used. */
-        for (int row = t / 32; row < ed * eh; row += 8) { /* a warp a row: lanes side by side in memory */
+        /* Samples beyond the last output's taps are set to zero and not used. */
+        for (int row = t / 32; row < ed * eh; row += 8) { /* one warp per row: coalesced loads */
             const int h = row % eh, d = row / eh;
-            const int rows_there = h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
-            const int at_d = rows_there ? pos_d[d0 + d] : -1, at_h = rows_there ? pos_h[h0 + h] : -1;
+            const int is_needed = h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
+            const int at_d = is_needed ? pos_d[d0 + d] : -1, at_h = is_needed ? pos_h[h0 + h] : -1;
             const T *line = x + (((image * channels + from) * id + at_d) * (i64)ih + at_h) * iw;
             const int inside = at_d >= 0 && at_h >= 0;
             for (int w = t % 32; w < pitch; w += 32) {
@@ -437,7 +438,7 @@ __global__ void __launch_bounds__(256)
             }
         }
         for (int e = t; e < many; e += 256) total[e] = 0;
-        /* The next barrier is that of the first term. */
+        /* The loop over terms begins with a barrier. */
         for (int term = 0; term < terms; term++) {
             __syncthreads();
             for (int e = t; e < all; e += 256) kernel[e] = wide(taps[((i64)g * terms + term) * all + e]);
