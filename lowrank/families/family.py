@@ -24,6 +24,15 @@ class Spectrum(NamedTuple):
         Shape of the matrices.
     values : ndarray, shape (batch, min(rows, columns))
         Singular values in descending order, of weights divided by their largest magnitude.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> family = lowrank.FAMILIES["tucker"]
+    >>> conv = lowrank.dense(np.ones((8, 4, 3, 3)))
+    >>> [(s.name, s.rows, s.columns) for s in family.spectra(conv, "")]
+    [('out', 8, 36), ('in', 4, 72)]
     """
 
     name: str
@@ -82,7 +91,7 @@ class Family:
     def sweep(
         self, conv: Factorization, variant: str, metric: Metric | None = None
     ) -> Iterator[SweepPoint]:
-        """Yield one point per rank.
+        """Sweep the ranks of a variant.
 
         Parameters
         ----------
@@ -93,10 +102,10 @@ class Family:
         metric : Metric, optional
             Second moments that weight the error; the Frobenius norm if not given.
 
-        Yields
-        ------
-        SweepPoint
-            Errors are relative in the metric.  Where the whitening of its modes does not express
+        Returns
+        -------
+        iterator of SweepPoint
+            One point per rank.  Errors are relative in the metric.  Where the whitening of its modes does not express
             the metric exactly, the error of a point is that of its closed-form start, the bound
             is 0, and `build` refines the start by alternating least squares in the full metric.
 

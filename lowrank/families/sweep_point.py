@@ -27,6 +27,15 @@ class SweepPoint(NamedTuple):
         Makes the stages with their weights.
     start : callable, optional
         Makes the stages before any refinement in a metric; None if that is what `build` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> conv = lowrank.dense(np.ones((8, 4, 3, 3)))
+    >>> point = next(lowrank.FAMILIES["spatial_svd"].sweep(conv, "h-w"))
+    >>> [s.weight.shape for s in point.build()]
+    [(1, 4, 3, 1), (8, 1, 1, 3)]
     """
 
     rank: Ints

@@ -187,6 +187,15 @@ class Candidate:
         Returns
         -------
         Candidate
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
+        >>> front[0].summary().stages
+        ()
         """
         return replace(self, _conv=None, _metric=None, _point=None)
 

@@ -2,7 +2,6 @@
 
 from lowrank.interop.weights.model import WeightsFile as WeightsFile
 from lowrank.interop.weights.model import WeightsModel as WeightsModel
-from lowrank.interop.weights.static import Calibration as Calibration
 from lowrank.interop.weights.tensors import ENDINGS as ENDINGS
 from lowrank.interop.weights.tensors import StoredLayer as StoredLayer
 from lowrank.interop.weights.tensors import layers as layers

@@ -122,6 +122,15 @@ class WeightsModel(StaticModel):
         ValueError
             If there is no such layer, a chain does not fit it, or the name of a new tensor
             already exists.
+
+        Examples
+        --------
+        >>> from lowrank import demo, spatial_svd
+        >>> from lowrank.interop.weights import WeightsModel
+        >>> model = WeightsModel(demo.WEIGHTS)
+        >>> file = model.replaced({"conv2": spatial_svd(model.layers[1].conv, rank=4)})
+        >>> [name for name in file.tensors if name.startswith("conv2.")]
+        ['conv2.0.weight', 'conv2.1.weight', 'conv2.bias']
         """
         by_name = {layer.name: layer for layer in self.layers}
         check_chains(chains, by_name)

@@ -34,7 +34,7 @@ class Calibration:
 
     Examples
     --------
-    >>> from lowrank.interop.weights import Calibration
+    >>> from lowrank.interop.weights.static import Calibration
     >>> Calibration(None, {}).batches
     0
     """
