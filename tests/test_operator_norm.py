@@ -285,7 +285,7 @@ def test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="larger than the padded input"):
         operator_norm(conv, (2, 5))
     mixed = lr.chain([conv.stages[0], random(3, 2, 3, 3, transposed=True).stages[0]])
-    with pytest.raises(ValueError, match="mixes"):
+    with pytest.raises(ValueError, match="all plain or all transposed"):
         resolution_free(mixed)
 
 
