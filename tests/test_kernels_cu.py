@@ -440,7 +440,8 @@ def launch_filter(stage, size, taps, x, y, epilogue, tile, rng, kind):
         f"filter<{kind}>", int(rng.integers(1, 9)),
         x, cp.asarray(narrowed(np.concatenate(padded_taps, axis=2), kind)),
         sums(epilogue.bias, kind), y, source_permutation(stage), *map(integers, pos),
-        len(x), stage.outer, stage.groups, stage.inner, terms, *three(size), *out, *kernel, *tile, ACTIVATIONS[epilogue.activation], shared=shared,
+        len(x), stage.outer, stage.groups, stage.inner, terms, *three(size),
+        *out, *kernel, *tile, ACTIVATIONS[epilogue.activation], shared=shared,
     )  # fmt: skip
 
 
