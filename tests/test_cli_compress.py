@@ -218,7 +218,7 @@ MISTAKES = [
     ((*C, "--macs", "0.5", "--plan", "plan.json"), "--plan excludes --macs"),
     ((*C, "--plan", "gone.json"), "gone.json"),
     ((*C, "--plan", "broken.json"), "broken.json: not a plan"),
-    ((*C, "--plan", "other.json"), "conv9|layers"),
+    ((*C, "--plan", "other.json"), "must be of this model.*conv9"),
     ((*C, "--plan", "family.json"), "family of conv2 must be one of"),
     ((*C, "--macs", "0.5", "--calibrate", "gone.npz"), "gone.npz"),
     ((*C, "--macs", "0.5", "--calibrate", "shape.npz"), "shape.npz: 'conv2' must"),
