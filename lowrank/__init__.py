@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from lowrank.families.cp import cp3 as cp3
     from lowrank.families.cp import jaderberg as jaderberg
     from lowrank.families.cp import separable_sum as separable_sum
+    from lowrank.families.kronecker import kronecker as kronecker
     from lowrank.families.svd import channel_svd as channel_svd
     from lowrank.families.svd import filter_basis as filter_basis
-    from lowrank.families.svd import kronecker as kronecker
     from lowrank.families.svd import network_decoupling as network_decoupling
     from lowrank.families.svd import spatial_svd as spatial_svd
     from lowrank.families.tensor_train import tensor_train as tensor_train
@@ -78,9 +78,9 @@ _NAMES = {
     "cp3": "lowrank.families.cp",
     "jaderberg": "lowrank.families.cp",
     "separable_sum": "lowrank.families.cp",
+    "kronecker": "lowrank.families.kronecker",
     "channel_svd": "lowrank.families.svd",
     "filter_basis": "lowrank.families.svd",
-    "kronecker": "lowrank.families.svd",
     "network_decoupling": "lowrank.families.svd",
     "spatial_svd": "lowrank.families.svd",
     "tensor_train": "lowrank.families.tensor_train",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lowrank.factorization import Factorization
 from lowrank.families import cp as _cp
+from lowrank.families import kronecker as _kronecker
 from lowrank.families import svd as _svd
 from lowrank.families import tensor_train as _tt
 from lowrank.families import tucker as _tucker
@@ -16,6 +17,7 @@ __all__ = ["FAMILIES", "Family", "NotApplicable", "Spectrum", "SweepPoint", "app
 #: Every family by name, in the order in which tables show them.
 FAMILIES: dict[str, Family] = {
     **_svd.FAMILIES,
+    **_kronecker.FAMILIES,
     **_cp.FAMILIES,
     **_tucker.FAMILIES,
     **_tt.FAMILIES,
@@ -23,7 +25,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def applicable(conv: Factorization) -> dict[str, tuple[str, ...]]:
-    """Families that have something to offer for a convolution.
+    """Return the families that apply to a convolution, with their variants.
 
     Parameters
     ----------
@@ -33,7 +35,7 @@ def applicable(conv: Factorization) -> dict[str, tuple[str, ...]]:
     Returns
     -------
     dict of str to tuple of str
-        Their forms by name, in the order of :data:`FAMILIES`.
+        Variants by name of the family, in the order of :data:`FAMILIES`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The one place that imports TensorLy, and that only when something is to be decomposed."""
+"""Wrappers of TensorLy, which is imported at its first use."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 
-#: TensorLy imports itself in circles and filters of warnings are the process's: one at a time.
+#: TensorLy has circular imports, and warning filters are global to the process.
 _LOCK = threading.RLock()
 
 
 def parafac(
-    tensor: Array, start: Sequence[Array], iterations: int, tolerance: float, ridge: float
+    tensor: Array, start: Sequence[Array], iterations: int, tolerance: float, damping: float
 ) -> tuple[list[Array], list[float]]:
-    """CP factors, (size, rank) a mode, by alternating least squares from `start`.
+    """Return CP factors, (size, rank) per mode, by alternating least squares from `start`.
 
-    With them the relative errors of the start and after every sweep; none at tolerance 0.
-    Raises numpy.linalg.LinAlgError where the normal equations are singular.
+    Also return the relative errors of the start and after every sweep (none at tolerance 0).
+    Raises numpy.linalg.LinAlgError if the normal equations are singular.
     """
     with _LOCK:
         import tensorly as tl
@@ -37,7 +37,7 @@ def parafac(
             init=(np.ones_like(start[0][0]), [f.copy() for f in start]),
             n_iter_max=iterations,
             tol=tolerance,
-            l2_reg=ridge,
+            l2_reg=damping,
             callback=(lambda _, error: errors.append(float(error))) if tolerance else None,
         )
     weights, factors = cp
@@ -45,7 +45,7 @@ def parafac(
 
 
 def tensor_train(tensor: Array, ranks: Ints) -> list[Array]:
-    """Cores (r_before, size, r_after) of the TT-SVD with these ranks between the modes."""
+    """Return the cores (r_before, size, r_after) of the TT-SVD with these ranks."""
     with _LOCK:
         from tensorly.decomposition import tensor_train as tt_svd
 
@@ -55,7 +55,7 @@ def tensor_train(tensor: Array, ranks: Ints) -> list[Array]:
 
 @contextmanager
 def _backend(tensor: Array) -> Iterator[None]:
-    """TensorLy's backend for arrays of this library, in this thread."""
+    """Select TensorLy's backend for the array type, in this thread."""
     import tensorly as tl
 
     name = "numpy" if isinstance(tensor, np.ndarray) else "cupy"
@@ -65,10 +65,9 @@ def _backend(tensor: Array) -> Iterator[None]:
 
 @contextmanager
 def _fast_mttkrp() -> Iterator[None]:
-    """TensorLy's product of a tensor with a Khatri-Rao product, one matrix product first.
+    """Replace TensorLy's MTTKRP in this thread by :class:`Mttkrp`.
 
-    Its own forms the Khatri-Rao product, which takes gigabytes for a (512, 512, 3, 3) kernel.
-    The choice is local to this thread, and so is putting it back.
+    TensorLy's forms the Khatri-Rao product, which takes gigabytes for a (512, 512, 3, 3) kernel.
     """
     import tensorly as tl
     from tensorly.tenalg.core_tenalg import CoreTenalgBackend
@@ -84,10 +83,10 @@ def _fast_mttkrp() -> Iterator[None]:
 
 
 class Mttkrp:
-    """Contract every mode but one with its factor: the largest first, by one GEMM.
+    """Contract all modes but one with their factors, the largest first, by one GEMM.
 
-    For the modes of one tensor in turn: the GEMM is kept until its factor is another one, so
-    that two of them make a sweep over a kernel, not one a mode.
+    The product of the GEMM is reused until its factor changes, so that a sweep over the modes
+    takes two GEMMs, not one per mode.
     """
 
     def __init__(self) -> None:
@@ -95,7 +94,7 @@ class Mttkrp:
         self.factor = self.part = np.empty(0)
 
     def __call__(self, tensor: Array, cp: tuple[Array, Sequence[Array]], mode: int) -> Array:
-        """The matricised `tensor` times the Khatri-Rao product of all factors but `mode`'s."""
+        """Return the matricised `tensor` times the Khatri-Rao product of all factors but one."""
         weights, factors = cp
         others = [m for m in range(tensor.ndim) if m != mode]
         if self.mode not in others or factors[self.mode] is not self.factor:
@@ -105,7 +104,7 @@ class Mttkrp:
             self.part = np.tensordot(tensor, self.factor, axes=(self.mode, 0))
         part = self.part
         for m in sorted((m for m in others if m != self.mode), reverse=True):
-            # Modes after the contracted one have moved up by one; contract the last first.
+            # Axes after the contracted mode are shifted by one; contract the last first.
             axis = m - (m > self.mode)
             shape = (1,) * axis + (factors[m].shape[0],) + (1,) * (part.ndim - axis - 2) + (-1,)
             part = (part * factors[m].reshape(shape)).sum(axis=axis)

@@ -1,10 +1,10 @@
-"""CP by alternating least squares, many tensors at once or one, and its correction.
+"""CP by alternating least squares, of one tensor or a batch, and error-preserving correction.
 
-Factors are one array a mode, (..., size, rank): for a batch of tensors with an axis ahead.
+Factors are one array per mode, (..., size, rank), with a leading axis for a batch of tensors.
 
 Least squares alone may end in terms that are far larger than their sum and cancel each other
 (degeneracy): the error is small, but any rounding of the factors is magnified.  `corrected`
-trades what error there is to spare for the least `sensitivity`.
+minimises the `sensitivity` within an error limit.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lowrank.core import chain_algebra
 from lowrank.families import _tensorly
 
 _LETTERS = "abcdef"
-SLACK = 0.01  # of its error, spent on making a fit less sensitive: often by a factor of ten
-NOTHING = 1e-7  # an error that closed forms in float64 do not tell from none
-RIDGE = 1e-10  # of the mean diagonal: only where the normal equations are singular
-TOLERANCE = 1e-8  # TensorLy's ALS stops where a sweep lowers the relative error by less,
-STEADY = 1e-6  # ours where it lowers it by less than this part of it
-CORRECTIONS = 100  # sweeps of the correction at the most; it stops
-SETTLED = 1e-3  # where a sweep lowers the sensitivity by less than this part
-MARGIN = 1e-6  # of the limit on the error, for the rounding of what is measured against it
+SLACK = 0.01  # relative increase of the error for the correction; often a tenth of the sensitivity
+NOTHING = 1e-7  # errors below are rounding of closed forms in float64
+DAMPING = 1e-10  # share of the mean diagonal, against singular normal equations
+TOLERANCE = 1e-8  # decrease of the relative error per sweep below which TensorLy's ALS stops
+STEADY = 1e-6  # relative decrease of the error per sweep below which batched ALS stops
+CORRECTIONS = 100  # largest number of sweeps of the correction
+SETTLED = 1e-3  # relative decrease of the sensitivity per sweep below which it stops
+MARGIN = 1e-6  # share of the error limit kept for rounding
 EPS = float(np.finfo(float).eps)
 
 
 class Fit(NamedTuple):
-    """What iterations found: balanced factors, their relative error, and whether it had settled.
+    """Balanced factors, their relative error, and its relative decrease in the last sweep.
 
-    `falling` is the part of it that the last sweep took off, about 0 if that was why it stopped.
+    `falling` is about 0 if the iteration converged.
     """
 
     factors: list[Array]
@@ -45,15 +45,16 @@ class Fit(NamedTuple):
 
 
 def ranks(largest: int, most: int = 12) -> Ints:
-    """At most `most` ranks from 1 to `largest`, in geometric steps."""
+    """Return at most `most` ranks from 1 to `largest`, in geometric steps."""
     spaced = np.geomspace(1, max(largest, 1), most)
     return tuple(sorted({int(r) for r in np.rint(spaced)}))
 
 
 def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
-    """``bound[R]``: no tensor of CP rank R, one a batch, is nearer; the best matricisation's.
+    """Return lower bounds on the error of CP rank R per batch entry, as ``bound[R]``.
 
-    A matricisation of a tensor of CP rank R has rank at most R, whichever it is.
+    Every matricisation of a tensor of CP rank R has at most rank R; the largest truncation error
+    is the bound.
     """
     modes = [m for m in range(tensor.ndim) if m not in batch]
     found = []
@@ -66,7 +67,7 @@ def bound(tensor: Array, batch: Sequence[int] = (0,)) -> Array:
 
 
 def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
-    """Leading singular vectors of every unfolding, filled up with random columns."""
+    """Return the leading singular vectors of every unfolding, extended with random columns."""
     rng = np.random.default_rng(seed)
     factors = []
     for m, size in enumerate(tensor.shape):
@@ -81,7 +82,7 @@ def start(tensor: Array, rank: int, seed: int = 0) -> list[Array]:
 
 
 def grown(factors: Sequence[Array], rank: int, seed: int = 0) -> list[Array]:
-    """`factors` with random columns added up to `rank`: the start of the next rank."""
+    """Return `factors` extended with random columns to `rank`."""
     rng = np.random.default_rng(seed)
     fills = [(*f.shape[:-1], rank - f.shape[-1]) for f in factors]
     return [
@@ -95,23 +96,23 @@ def grown(factors: Sequence[Array], rank: int, seed: int = 0) -> list[Array]:
 def cp(
     tensor: Array, factors: Sequence[Array], iterations: int, tolerance: float = TOLERANCE
 ) -> Fit:
-    """CP of one tensor from a start, by TensorLy; finite for every tensor."""
+    """Fit one tensor from a start with TensorLy; the result is always finite."""
     zeros = [np.zeros_like(f) for f in factors]
     norm = float(np.linalg.norm(tensor))
     if norm == 0:
         return Fit(zeros, 0.0, 0.0)
     unit = tensor / norm
     best = Fit(zeros, 1.0, 0.0)
-    for ridge in (0.0, RIDGE, 1e-6):
+    for damping in (0.0, DAMPING, 1e-6):
         try:
-            found, errors = _tensorly.parafac(unit, factors, iterations, tolerance, ridge)
+            found, errors = _tensorly.parafac(unit, factors, iterations, tolerance, damping)
         except np.linalg.LinAlgError:
             continue
         if not all(np.isfinite(f).all() for f in found):
             continue
         found_error = batched_error(unit[None], [f[None] for f in found])
         if found_error < best.error:
-            stopped = len(errors) <= iterations  # the first is the start's
+            stopped = len(errors) <= iterations  # the first error is that of the start
             best = Fit(found, found_error, 0.0 if stopped else _falling(*errors[-2:]))
         if found_error <= 1:
             break
@@ -123,10 +124,10 @@ def _falling(before: float, now: float) -> float:
 
 
 def balanced(factors: Sequence[Array], scale: float = 1.0) -> list[Array]:
-    """The same terms, times `scale`, with entries of equal mean square in every factor.
+    """Return the factors of the terms times `scale`, with equal mean squares of their entries.
 
     For a term of norm l, mode m adds ``n_m l^2 / ||u_m||^2`` to the sensitivity.  The product
-    of these parts is given, so their sum is least where they are equal: ``||u_m||^2 ~ n_m``.
+    of these parts is fixed, so their sum is least if they are equal: ``||u_m||^2 ~ n_m``.
     """
     norms = [np.linalg.norm(f, axis=-2, keepdims=True) / math.sqrt(f.shape[-2]) for f in factors]
     even = (math.prod(norms) * scale) ** (1 / len(factors))
@@ -134,21 +135,21 @@ def balanced(factors: Sequence[Array], scale: float = 1.0) -> list[Array]:
 
 
 def batched_cp(
-    tensors: Array, factors: Sequence[Array], iterations: int, ridge: float = 0.0
+    tensors: Array, factors: Sequence[Array], iterations: int, damping: float = 0.0
 ) -> Fit:
-    """CP of many small tensors, (batch, \\*sizes), at once, from a start.
+    """Fit a batch of small tensors, (batch, \\*sizes), from a start.
 
-    Minimises ``||tensors - sums||^2 + ridge * sum_r ||term_r||^2``: for one factor, least squares
-    with the diagonal of the normal equations times 1 + ridge.
+    Minimises ``||tensors - sums||^2 + damping * sum_r ||term_r||^2``: for one factor, least squares
+    with the diagonal of the normal equations times 1 + damping.
     """
     energy = float(np.vdot(tensors, tensors))
     factors = list(factors)
     products = _products(tensors, factors)
-    now, falling = 1.0, 0.0  # nothing found: all of the tensors is missed
+    now, falling = 1.0, 0.0  # relative error of zero factors
     for _ in range(iterations):
         for mode, rhs in itertools.islice(products, len(factors)):
-            factors[mode] = _solved(rhs, _gram(factors, mode), ridge)
-        # At the minimum over one factor, <rhs, factor> is what it takes off the objective.
+            factors[mode] = _solved(rhs, _gram(factors, mode), damping)
+        # At the minimum over one factor the objective is energy - <rhs, factor>.
         missed = max(energy - float(np.vdot(rhs, factors[mode])), 0.0)
         before, now = now, math.sqrt(missed / energy) if energy else 0.0
         falling = _falling(before, now)
@@ -158,10 +159,10 @@ def batched_cp(
 
 
 def _products(tensors: Array, factors: list[Array]) -> Iterator[tuple[int, Array]]:
-    """Sweep after sweep, each mode with its MTTKRP: tensors times all the other factors.
+    """Yield each mode with its MTTKRP (tensors times all other factors), sweep after sweep.
 
-    Who takes them puts the mode's new factor in place before taking the next.  The largest mode
-    comes first; the other modes share its product with the tensors, so that a sweep makes two.
+    The caller must update the mode's factor before the next one.  The largest mode comes first;
+    the others share its product with the tensors, so that a sweep takes two large products.
     """
     big = int(np.argmax(tensors.shape[1:]))
     others = [m for m in range(len(factors)) if m != big]
@@ -179,7 +180,7 @@ def _products(tensors: Array, factors: list[Array]) -> Iterator[tuple[int, Array
 
 
 def _khatri_rao(factors: Sequence[Array]) -> Array:
-    """All products of a row of each, column by column: (batch, product of sizes, rank)."""
+    """Return the column-wise Khatri-Rao product, (batch, product of sizes, rank)."""
     product = factors[0]
     for f in factors[1:]:
         product = (product[:, :, None] * f[:, None]).reshape(len(f), -1, f.shape[-1])
@@ -187,24 +188,24 @@ def _khatri_rao(factors: Sequence[Array]) -> Array:
 
 
 def _gram(factors: Sequence[Array], mode: int) -> Array:
-    """Normal equations of one factor: the Hadamard product of the others' Gram matrices."""
+    """Return the normal matrix of one factor: the product of the other factors' Gram matrices."""
     grams = (f.swapaxes(1, 2) @ f for m, f in enumerate(factors) if m != mode)
     return cast(Array, math.prod(grams))
 
 
-def _solved(rhs: Array, gram: Array, ridge: float) -> Array:
-    """Least squares for one factor: `rhs` over `gram`."""
+def _solved(rhs: Array, gram: Array, damping: float) -> Array:
+    """Solve the damped normal equations of one factor."""
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
     mean = diagonal.mean(-1, keepdims=True)
-    # Of a zero slice the Gram matrix is zero: there the ridge is the whole equation.
-    added = ridge * diagonal + RIDGE * mean + (mean == 0)
+    # The Gram matrix of a zero slice is zero: damping is then all of the system.
+    added = damping * diagonal + DAMPING * mean + (mean == 0)
     system = gram.copy()
     system.reshape(len(gram), -1)[:, :: gram.shape[-1] + 1] += added  # its diagonals
     return np.linalg.solve(system, rhs.swapaxes(1, 2)).swapaxes(1, 2)
 
 
 def batched_error(tensors: Array, factors: Sequence[Array]) -> float:
-    """Relative error of all tensors together, (batch, \\*sizes), with the sums written out once."""
+    """Return the relative error of all tensors together, (batch, \\*sizes)."""
     norm = float(np.linalg.norm(tensors))
     big = int(np.argmax(tensors.shape[1:]))
     khatri_rao = _khatri_rao([f for m, f in enumerate(factors) if m != big])
@@ -214,9 +215,9 @@ def batched_error(tensors: Array, factors: Sequence[Array]) -> float:
 
 
 def sensitivity(factors: Sequence[Array]) -> float:
-    """Expected squared change of the sums, for noise of variance 1 on every entry of `factors`.
+    """Return the expected squared change of the sums for unit-variance noise on all entries.
 
-    ``sum_m n_m sum_r prod_{k != m} ||u_r^k||^2``: large where terms are large and cancel.
+    ``sum_m n_m sum_r prod_{k != m} ||u_r^k||^2`` is large if terms are large and cancel.
     """
     squares = [np.square(f).sum(-2) for f in factors]
     sizes = [f.shape[-2] for f in factors]
@@ -224,41 +225,42 @@ def sensitivity(factors: Sequence[Array]) -> float:
 
 
 def _others(squares: Sequence[Array], *but: int) -> Array:
-    """Term by term, the product of the modes' squared norms, but for some modes."""
+    """Return the product per term of the squared norms of all modes but some."""
     others = (q for m, q in enumerate(squares) if m not in but)
     return math.prod(others, start=np.ones_like(squares[0]))
 
 
 def spared(error: float) -> float:
-    """The error up to which a fit is made less sensitive where nobody says."""
+    """Return the default error limit of the correction."""
     return max((1 + SLACK) * error, NOTHING)
 
 
 def corrected(
     tensors: Array, factors: Sequence[Array], limit: float, sweeps: int = CORRECTIONS
 ) -> list[Array]:
-    r"""Error-preserving correction: less sensitive factors, their relative error within `limit`.
+    r"""Return less sensitive factors with a relative error within `limit`.
 
-    Each step minimises the `sensitivity` over one factor, subject to the error; it never raises
-    it.  As alternating steps are slow in the narrow valleys that degeneracy makes, sweeps start
-    from an extrapolation (Nesterov's), and again without where that did not lower it.
+    Each step of the error-preserving correction [1]_ minimises the `sensitivity` over one factor
+    subject to the error, and never increases it.  Alternating steps are slow in the narrow
+    valleys of degenerate sums, so sweeps start from an extrapolation (Nesterov) [2]_, which is
+    dropped if it does not lower the sensitivity.
 
     Parameters
     ----------
     tensors : ndarray, shape (batch, \*sizes)
-        All of them share the limit, and so the multiplier: what counts is their total error,
-        and a limit for each would only leave the sum of the sensitivities larger.
+        Batch with one limit on its total error; separate limits would give a larger total
+        sensitivity.
     factors : sequence of ndarray, shape (batch, size, rank)
-        One a mode, two modes at least, with an error of at most `limit`.
+        One factor per mode, for at least two modes, with an error of at most `limit`.
     limit : float
-        On ``||tensors - sums|| / ||tensors||``.
+        Largest ``||tensors - sums|| / ||tensors||``.
     sweeps : int
-        At the most.
+        Largest number of sweeps.
 
     Returns
     -------
     list of ndarray
-        Balanced; the terms of `factors` where nothing less sensitive was found.
+        Balanced factors; those of `factors` if none less sensitive were found.
 
     References
     ----------
@@ -284,7 +286,7 @@ def corrected(
                 trial[mode] = found
         even = balanced(trial)
         now = sensitivity(even)
-        # If the last step of a sweep could not keep the error, an extrapolation went too far.
+        # If the last step of a sweep exceeds the error limit, the extrapolation went too far.
         if now < least and (age == 0 or found is not None):
             settled = least - now < SETTLED * least
             last, best, least, age = best, even, now, age + 1
@@ -298,20 +300,21 @@ def corrected(
 
 
 def _least_sensitive(rhs: Array, factors: Sequence[Array], mode: int, spare: float) -> Array | None:
-    r"""The factor of least sensitivity within the error; None if there is none within it.
+    r"""Return the factor of least sensitivity within the error limit, or None if none is.
 
-    min sum_r w_r ||u_r||^2 over U with ||Y - U Z'||^2 <= limit^2 ||Y||^2 is a ridge in the metric
-    of w, U = M (Z'Z + mu diag(w))^-1.  In the eigenbasis of W^-1/2 Z'Z W^-1/2, with values s, the
-    squared error is that of mu = 0 and sum_i p_i (mu / (s_i + mu))^2, which has nothing to
-    cancel; p_i is what direction i explains of ||Y||^2.
+    min sum_r w_r ||u_r||^2 over U with ||Y - U Z'||^2 <= limit^2 ||Y||^2 is least squares with
+    damping in the metric of w, U = M (Z'Z + mu diag(w))^-1.  In the eigenbasis of
+    W^-1/2 Z'Z W^-1/2 with values s, the squared error is that of mu = 0 plus
+    sum_i p_i (mu / (s_i + mu))^2, a sum without cancellation; p_i is the part of ||Y||^2 that
+    direction i explains.
     """
     squares = [np.square(f).sum(-2) for f in factors]
     weight = sum(
         f.shape[-2] * _others(squares, mode, m) for m, f in enumerate(factors) if m != mode
     )
-    root = np.sqrt(np.where(weight > 0, weight, 1))[:, None]  # a term of zeros weighs nothing
+    root = np.sqrt(np.where(weight > 0, weight, 1))[:, None]  # zero terms have weight 0
     s, q = np.linalg.eigh(_gram(factors, mode) / (root * root.swapaxes(1, 2)))
-    s = np.maximum(s, EPS * s.shape[-1] * s[:, -1:])  # below there is rounding only
+    s = np.maximum(s, EPS * s.shape[-1] * s[:, -1:])  # smaller values are rounding
     along = rhs / root @ q
     p = np.where(s > 0, np.square(along).sum(1) / np.where(s > 0, s, 1), 0)
     spare += float(p.sum())
@@ -324,7 +327,7 @@ def _least_sensitive(rhs: Array, factors: Sequence[Array], mode: int, spare: flo
 
 
 def _multiplier(s: Array, p: Array, spare: float) -> float:
-    """The mu with ``sum p (mu / (s + mu))^2 == spare``, by Newton's method in logarithms."""
+    """Solve ``sum p (mu / (s + mu))^2 == spare`` for mu, by Newton's method in logarithms."""
     share = math.sqrt(spare / p.sum())
     low, high = (float(x) * share / (1 - share) for x in (s.min(), s.max()))
     mu = math.sqrt(low * high)

@@ -1,11 +1,11 @@
 """CP: a kernel as a sum of outer products, all stages but the outer ones depthwise.
 
-Four families differ in which modes the outer products have: `cp` one for every axis (CP-4 of
-a 2-D kernel, CP-5 of a 3-D one), `cp3` one for all axes together, `jaderberg` a decomposition
-for every input channel on its own, `filter` no channels at all.
+Four families differ in the modes of the outer products: `cp` has one per spatial axis (CP-4 of
+a 2-D kernel, CP-5 of a 3-D one), `cp3` one for all axes together, `jaderberg` decomposes the
+slice of each input channel, and `separable_sum` has no input channels.
 
-Every chain that is returned has gone through the error-preserving correction of
-`_als.corrected`: of the sums near the best one found, it is among the least sensitive.
+Every fit ends with the error-preserving correction `als.corrected`: among the sums close to the
+best one found, it returns one of the least sensitive.
 """
 
 from __future__ import annotations
@@ -37,36 +37,36 @@ from lowrank.families.kernel import (
 )
 from lowrank.families.sweep_point import SweepPoint
 
-SWEEPS = 30  # of ALS for a point of a sweep, from the point before
-REFINE = 300  # of ALS for a chain that is returned
-FALLING = 1e-4  # of its error: what a sweep that has converged may still take off
+SWEEPS = 30  # ALS sweeps per point of a rank sweep, started from the previous point
+REFINE = 300  # ALS sweeps per returned chain
+FALLING = 1e-4  # relative decrease of the error per sweep below which a fit has converged
 
 
 class ConvergenceWarning(UserWarning):
-    """Alternating least squares ended while its error was still falling.
+    """Alternating least squares stopped before its error converged.
 
-    Given by :func:`lowrank.cp`, :func:`lowrank.cp3`, :func:`lowrank.jaderberg` and
-    :func:`lowrank.separable_sum` where the last sweep still took more than 0.01 % off the error: more
-    sweeps find a better chain, or there is no best one and the terms of the sum grow for ever.
+    Issued by :func:`lowrank.cp`, :func:`lowrank.cp3`, :func:`lowrank.jaderberg` and
+    :func:`lowrank.separable_sum` if the last sweep lowered the error by more than 0.01 %.  Either
+    more sweeps find a better chain, or none is best and the terms of the sum grow without limit.
     """
 
 
 class Effort(NamedTuple):
-    """How a fit is looked for, as the keywords of the public functions say."""
+    """Settings of a fit, as the keywords of the public functions."""
 
     iterations: int = REFINE
-    ridge: float = 0.0
+    damping: float = 0.0
     restarts: int = 0
     seed: int = 0
 
 
 class Modes(NamedTuple):
-    """Which tensors are decomposed: (batch, \\*modes), and what the modes are."""
+    """Tensors to decompose, (batch, *modes), and the meaning of their modes."""
 
     tensors: Array
     channels: str  # "ts", "t", "s" or "": channel modes ahead of the spatial ones
     axes: tuple[str, ...]  # spatial modes
-    joined: bool = False  # whether the last axis's stage adds the terms up: none pointwise follows
+    joined: bool = False  # whether the stage of the last axis sums the terms, not a pointwise one
 
 
 def _cp_modes(kernel: Kernel) -> Modes:
@@ -74,8 +74,8 @@ def _cp_modes(kernel: Kernel) -> Modes:
         return Modes(_merged(kernel, kernel.axes)[:, 0], "s", kernel.axes, joined=True)
     if kernel.is_pointwise or min(kernel.outs, kernel.ins) < 2:
         raise NotApplicable(
-            "cp needs a spatial kernel and two channels in a group, and two out or two axes with "
-            "more than one tap"
+            "cp needs a spatial kernel and two input channels per group, and two output channels "
+            "per group or two axes with more than one tap"
         )
     return Modes(_merged(kernel, kernel.axes), "ts", kernel.axes)
 
@@ -84,7 +84,7 @@ def _cp3_modes(kernel: Kernel) -> Modes:
     if len(kernel.axes) < 2 or min(kernel.outs, kernel.ins) < 2:
         raise NotApplicable(
             "cp3 needs two axes with more than one tap (else it is cp) "
-            "and two channels in and out of a group"
+            "and two input and output channels per group"
         )
     return Modes(_merged(kernel, (kernel.letters,)), "ts", (kernel.letters,))
 
@@ -92,7 +92,7 @@ def _cp3_modes(kernel: Kernel) -> Modes:
 def _jaderberg_modes(kernel: Kernel) -> Modes:
     if len(kernel.axes) < 2 or kernel.outs < 2:
         raise NotApplicable(
-            "jaderberg needs two axes with more than one tap and two output channels a group"
+            "jaderberg needs two axes with more than one tap and two output channels per group"
         )
     merged = _merged(kernel, kernel.axes).swapaxes(1, 2)
     return Modes(merged.reshape(-1, *merged.shape[2:]), "t", kernel.axes)
@@ -111,7 +111,7 @@ def _separable_sum_modes(kernel: Kernel) -> Modes:
 
 
 def _merged(kernel: Kernel, axes: Sequence[str]) -> Array:
-    """The tensor with one mode for each string of `axes`."""
+    """Return the tensor with one mode per string of `axes`."""
     w = kernel.tensor
     order = [3 + kernel.letters.index(a) for mode in axes for a in mode]
     sizes = [math.prod(w.shape[3 + kernel.letters.index(a)] for a in mode) for mode in axes]
@@ -133,11 +133,11 @@ def _stages(
     rank: int,
     factors: Sequence[Array] | None,
 ) -> tuple[Stage, ...]:
-    """The chain at `rank`: blank, or from `factors`, one (batch, size, rank) a mode."""
+    """Return the chain from `factors`, (batch, size, rank) per mode; abstract without them."""
     g, b, ndim = kernel.groups, len(modes.tensors), conv.geometry.ndim
     each = kernel.scale ** (1 / len(modes.tensors.shape[1:]))
     factor = {m: f * each for m, f in zip((*modes.channels, *modes.axes), factors or ())}
-    one, still = (1,) * ndim, conv.geometry.only(())
+    one, pointwise = (1,) * ndim, conv.geometry.only(())
 
     def weight(shape: Ints, make: Callable[[], Array]) -> Array:
         return abstract_weight(shape) if factors is None else make().reshape(shape)
@@ -148,10 +148,11 @@ def _stages(
     stages = []
     if "s" in modes.channels:
         w = weight((b * rank, kernel.ins, *one), lambda: factor["s"].swapaxes(1, 2))
-        stages.append(Stage(w, still, g))
+        stages.append(Stage(w, pointwise, g))
     for axes in modes.axes[:-1] if modes.joined else modes.axes:
         w = weight((b * rank, 1, *taps(axes)), lambda: factor[axes].swapaxes(1, 2))  # noqa: B023
-        # Without a pointwise stage ahead, the first depthwise one spreads each channel out.
+        # Without a pointwise stage before it, the first depthwise one has several filters per
+        # channel.
         groups = b * rank if stages else b
         stages.append(Stage(w, conv.geometry.only(axis_indices(axes, ndim)), groups))
     if modes.joined:
@@ -163,12 +164,12 @@ def _stages(
         )
         stages.append(Stage(w, conv.geometry.only(axis_indices(axes, ndim)), g))
     else:
-        # jaderberg has a batch of s as well, which the last stage adds up.
+        # The batch of jaderberg includes s, over which the last stage sums.
         w = weight(
             (g * kernel.outs, b // g * rank, *one),
             lambda: factor["t"].reshape(g, -1, kernel.outs, rank).swapaxes(1, 2),
         )
-        stages.append(Stage(w, still, g))
+        stages.append(Stage(w, pointwise, g))
     return orient(conv, stages)
 
 
@@ -178,22 +179,22 @@ def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
 
 
 def _largest(tensors: Array) -> int:
-    """A CP rank that any tensor of this size has: the product of all modes but the largest."""
+    """Return a CP rank that suffices for any tensor: the product of all modes but the largest."""
     sizes = sorted(tensors.shape[1:])
     return math.prod(sizes[:-1])
 
 
 def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    """At most a dozen ranks, each started from the one before."""
+    """Yield at most a dozen ranks, each started from the previous fit."""
     kernel = as_kernel(conv)
     modes = MODES[family](kernel)
     tensors = modes.tensors
     bounds = als.bound(tensors)
-    # Above three quarters of the dense parameters there is little left to save.
+    # Chains above three quarters of the dense parameters save little.
     most = 3 * tensors[0].size // (4 * sum(tensors.shape[1:]))
     fit = None
     for rank in als.ranks(min(max(most, 1), _largest(tensors))):
-        fit = _climbed(tensors, rank, fit, Effort())
+        fit = _warm_started(tensors, rank, fit, Effort())
         bound = float(bounds[rank]) if rank < len(bounds) else 0.0
         yield SweepPoint(
             (rank,),
@@ -204,26 +205,26 @@ def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoin
         )
 
 
-def _climbed(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
-    """A few sweeps of ALS at `rank`, from the fit of a lower one if there is one."""
+def _warm_started(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
+    """Run a few ALS sweeps at `rank`, from the fit of a lower rank if there is one."""
     if fit is None:
         first = _starts(tensors, rank, effort.seed)
     else:
         first = als.grown(fit.factors, rank, effort.seed)
-    return _improved(tensors, first, SWEEPS, effort.ridge)
+    return _run_als(tensors, first, SWEEPS, effort.damping)
 
 
 def _starts(tensors: Array, rank: int, seed: int) -> list[Array]:
     return [np.stack(f) for f in zip(*(als.start(t, rank, seed) for t in tensors))]
 
 
-def _improved(tensors: Array, factors: Sequence[Array], iterations: int, ridge: float) -> als.Fit:
-    """ALS on each tensor: TensorLy's for a few large ones, our own for many small ones.
+def _run_als(tensors: Array, factors: Sequence[Array], iterations: int, damping: float) -> als.Fit:
+    """Run ALS on each tensor: TensorLy for a few large ones, batched for many small ones.
 
-    A ridge in the metric of the terms is our own, too.
+    TensorLy has no damping in the metric of the terms.
     """
-    if len(tensors) > 8 or ridge:
-        return als.batched_cp(tensors, factors, iterations, ridge)
+    if len(tensors) > 8 or damping:
+        return als.batched_cp(tensors, factors, iterations, damping)
     fits = [als.cp(t, [f[i] for f in factors], iterations) for i, t in enumerate(tensors)]
     found = [np.stack(f) for f in zip(*(fit.factors for fit in fits))]
     missed = [(fit.error * float(np.linalg.norm(t))) ** 2 for fit, t in zip(fits, tensors)]
@@ -231,31 +232,31 @@ def _improved(tensors: Array, factors: Sequence[Array], iterations: int, ridge: 
     return als.Fit(found, als.batched_error(tensors, found), falling)
 
 
-def _refined(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
-    """More ALS from `fit`, from a fresh start, and from random ones: the best of them."""
+def _best_of_starts(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
+    """Return the best fit from `fit`, from singular vectors and from random starts."""
     starts = [_starts(tensors, rank, effort.seed)]
     if fit is not None:
         starts.insert(0, als.grown(fit.factors, rank, effort.seed))
-    nothing = [np.empty((len(tensors), n, 0)) for n in tensors.shape[1:]]
+    empty = [np.empty((len(tensors), n, 0)) for n in tensors.shape[1:]]
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.restarts)
-    starts += [als.grown(nothing, rank, seed) for seed in seeds]
-    tried = (_improved(tensors, f, effort.iterations, effort.ridge) for f in starts)
-    return min(tried, key=lambda fit: fit.error)
+    starts += [als.grown(empty, rank, seed) for seed in seeds]
+    fits = (_run_als(tensors, f, effort.iterations, effort.damping) for f in starts)
+    return min(fits, key=lambda fit: fit.error)
 
 
-def _spared(fit: als.Fit) -> float:
-    """The error up to which a fit is made less sensitive by default."""
+def _allowed_error(fit: als.Fit) -> float:
+    """Return the default error limit of the correction."""
     if fit.factors[0].shape[-1] == 1:
-        return fit.error  # one term has nothing that it could cancel
+        return fit.error  # a single term cannot cancel
     return als.spared(fit.error)
 
 
 def _build(
     conv: Factorization, kernel: Kernel, modes: Modes, rank: int, swept: als.Fit
 ) -> tuple[Stage, ...]:
-    """The stages of a sweep's point, refined and corrected; never worse than the sweep said."""
-    fit = _refined(modes.tensors, rank, swept, Effort())
-    limit = max(fit.error, min(_spared(fit), swept.error))
+    """Return the refined, corrected stages of a sweep point; their error is at most the point's."""
+    fit = _best_of_starts(modes.tensors, rank, swept, Effort())
+    limit = max(fit.error, min(_allowed_error(fit), swept.error))
     factors = als.corrected(modes.tensors, fit.factors, limit)
     return _stages(conv, kernel, modes, rank, factors)
 
@@ -265,40 +266,40 @@ def _fit(
     family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
     checked_variant(variant, ("",))
-    return _fitted(family, conv, rank, None, Effort())[0]
+    return _fit_with_record(family, conv, rank, None, Effort())[0]
 
 
-def _fitted(
+def _fit_with_record(
     family: str,
     conv: Factorization,
     rank: int | Sequence[int],
     max_error: float | None,
     effort: Effort,
 ) -> tuple[Factorization, als.Fit]:
-    """The chain, and the fit that it was before it was corrected."""
+    """Return the chain, and its fit before the correction."""
     kernel = as_kernel(conv)
     modes = MODES[family](kernel)
     ranks = checked_rank(rank, (_largest(modes.tensors),), "one number")
     fit = None
-    for r in als.ranks(ranks[0], 6)[:-1]:  # a ladder of warm starts, as in a sweep
-        fit = _climbed(modes.tensors, r, fit, effort)
-    fit = _refined(modes.tensors, ranks[0], fit, effort)
+    for r in als.ranks(ranks[0], 6)[:-1]:  # warm starts, as in a sweep
+        fit = _warm_started(modes.tensors, r, fit, effort)
+    fit = _best_of_starts(modes.tensors, ranks[0], fit, effort)
     if max_error is not None and fit.error > max_error:
         more = "the rank, iterations" if fit.falling > FALLING else "the rank"
         raise ValueError(
-            f"rank {ranks[0]} reaches {fit.error:.4g}, not {max_error:.4g}: "
+            f"max_error must be at least {fit.error:.4g} at rank {ranks[0]}, got {max_error:.4g}: "
             f"raise {more} or max_error"
         )
-    limit = _spared(fit) if max_error is None else max_error
+    limit = _allowed_error(fit) if max_error is None else max_error
     factors = als.corrected(modes.tensors, fit.factors, limit)
     stages = _stages(conv, kernel, modes, ranks[0], factors)
     return replace(conv, stages=stages, family=family, variant="", rank=ranks), fit
 
 
-def _asked(
+def _checked_fit(
     family: str, conv: Factorization, rank: int, max_error: float | None, effort: Effort
 ) -> Factorization:
-    """What the public functions do: arguments checked, a fit, and a word if it is not ready."""
+    """Check the arguments of a public function, fit, and warn if the fit has not converged."""
     counts = (("iterations", effort.iterations, 1), ("restarts", effort.restarts, 0))
     for name, count, least in (*counts, ("seed", effort.seed, 0)):
         try:
@@ -307,21 +308,24 @@ def _asked(
             raise TypeError(f"{name} must be an integer, got {count!r}") from None
         if not fits:
             raise ValueError(f"{name} must be at least {least}, got {count!r}")
-    if not isinstance(effort.ridge, int | float | np.number) or not 0 <= effort.ridge < math.inf:
-        raise ValueError(f"ridge must be a number, at least 0, got {effort.ridge!r}")
+    if (
+        not isinstance(effort.damping, int | float | np.number)
+        or not 0 <= effort.damping < math.inf
+    ):
+        raise ValueError(f"damping must be a finite number of at least 0, got {effort.damping!r}")
     if max_error is not None and (
         not isinstance(max_error, int | float | np.number) or not 0 <= max_error < 1
     ):
         raise ValueError(f"max_error must be a number from 0 to below 1, got {max_error!r}")
-    f, fit = _fitted(family, conv, rank, max_error, effort)
-    # An error that was asked for, and is reached, need not settle; nor what is rounding next.
+    f, fit = _fit_with_record(family, conv, rank, max_error, effort)
+    # No warning if the requested error is reached, or if the error is near rounding.
     if fit.falling > FALLING and fit.error > 10 * als.NOTHING and max_error is None:
         bound = _bound(family, conv, f.rank, "")
-        under = f"no chain of this rank is under {bound:.3g}; " if bound > als.NOTHING else ""
+        lower = f" (lower bound {bound:.3g})" if bound > als.NOTHING else ""
         warnings.warn(
-            f"{family} of rank {f.rank[0]} has not converged: error {fit.error:.4g} after "
-            f"{effort.iterations} sweeps, still falling by {100 * fit.falling:.2g} % a sweep; "
-            f"{under}give more sweeps with iterations=, or an error to keep to with max_error=",
+            f"{family} of rank {f.rank[0]} has not converged: error {fit.error:.4g}{lower} after "
+            f"{effort.iterations} sweeps, falling by {100 * fit.falling:.2g} % per sweep; increase "
+            "iterations= or set max_error=",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -364,70 +368,69 @@ def cp(
     rank: int,
     *,
     max_error: float | None = None,
-    ridge: float = 0.0,
+    damping: float = 0.0,
     restarts: int = 0,
     seed: int = 0,
     iterations: int = REFINE,
 ) -> Factorization:
-    r"""Approximate by a sum of outer products, one factor for every mode.
+    r"""Approximate by a sum of outer products with one factor per mode.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
-        Terms: channels of every stage in between, a group.
+        Number of terms: channels of each inner stage, per group.
     max_error : float, optional
-        Relative error, below 1, up to which the chain may be made less sensitive; 1.01 times
+        Relative error, below 1, that the correction may use to lower the sensitivity; 1.01 times
         the smallest error found if not given.
-    ridge : float
-        Penalty on the squared norms of the terms, relative to that of the kernel: with 0.01 no
-        term is larger than ten times the kernel.  0 is plain least squares.
+    damping : float
+        Weight of a penalty on the squared norms of the terms: with 0.01 no term is larger than
+        ten times the kernel.  0 is plain least squares.
     restarts : int
-        Starts at random beside those from singular vectors and from lower ranks.
+        Number of random starts besides those from singular vectors and from lower ranks.
     seed : int
-        Of all that is random; the result is the same for the same seed.
+        Seed of all random numbers; equal seeds give equal results.
     iterations : int
-        Sweeps from each start, at the most.
+        Largest number of ALS sweeps per start.
 
     Returns
     -------
     Factorization
         2-D: (rank, in, 1, 1), depthwise (rank, 1, height, 1) and (rank, 1, 1, width), then
-        (out, rank, 1, 1): CP-4.  3-D has one depthwise stage more.  Each depthwise stage has
-        the stride, padding and dilation of its axis.
+        (out, rank, 1, 1): CP-4.  3-D has another depthwise stage.  Each depthwise stage has the
+        stride, padding and dilation of its axis.
 
     Raises
     ------
     ValueError
-        If `rank` is out of range or `conv` is not one dense stage, if another argument is, or if
-        no sum within `max_error` is found; NotApplicable, which is one, if there is nothing to
-        factor.
+        If an argument is out of range, `conv` is not one dense stage, or no sum within
+        `max_error` is found; NotApplicable if the kernel has too few modes.
 
     Warns
     -----
     ConvergenceWarning
-        If the error was still falling at the end, by more than 0.01 % in a sweep.
+        If the last sweep lowered the error by more than 0.01 %.
 
     Notes
     -----
     Alternating least squares on
-    :math:`\|W - \sum_r T_r\|^2 + \text{ridge} \sum_r \|T_r\|^2`, from the leading singular
-    vectors of the unfoldings and from the fit of a lower rank: no promise of the best
-    approximation, which need not even exist for three modes and more [2]_.  A lower bound on the
-    error of any chain of this rank comes with :func:`lowrank.frontier`.
+    :math:`\|W - \sum_r T_r\|^2 + \text{damping} \sum_r \|T_r\|^2`, from the leading singular
+    vectors of the unfoldings and from the fit of a lower rank.  The result need not be the best
+    approximation, which may not even exist for three or more modes [2]_.
+    :func:`lowrank.frontier` gives a lower bound on the error of any chain of this rank.
 
-    Where there is no best one, and near such kernels, terms grow and cancel: the error is small,
-    but any rounding of the factors, of sizes :math:`n_m` and columns :math:`u_r^m`, is
+    If no best approximation exists, and near such kernels, terms grow and cancel: the error is
+    small, but any rounding of the factors, of sizes :math:`n_m` and columns :math:`u_r^m`, is
     magnified.  The expected squared change of the kernel for noise of variance 1 on every entry
     is their sensitivity
 
     .. math:: \sum_m n_m \sum_r \prod_{k \ne m} \|u_r^k\|^2.
 
-    By error-preserving correction [3]_ what is returned is, among the sums up to the error
-    allowed, one of the least sensitivity: over one factor after another it is minimised subject
-    to that error, which is least squares with a weighted ridge whose multiplier solves a scalar
-    equation.  A single term is not corrected unless `max_error` is given.
+    The error-preserving correction [3]_ returns a sum of small sensitivity within the allowed
+    error: it minimises the sensitivity over one factor at a time subject to that error, which is
+    damped least squares with a multiplier that solves a scalar equation.  A single term is not
+    corrected unless `max_error` is given.
 
     References
     ----------
@@ -450,7 +453,7 @@ def cp(
     >>> bool(f.error(conv.to_dense()) < 1e-9)
     True
 
-    What error there is to spare makes the terms smaller:
+    A larger allowed error gives smaller terms:
 
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 6, 3, 3)))
     >>> near = lowrank.cp(conv, rank=8)
@@ -460,7 +463,7 @@ def cp(
     >>> bool(np.linalg.norm(calm.stages[0].weight) < np.linalg.norm(near.stages[0].weight))
     True
     """
-    return _asked("cp", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
+    return _checked_fit("cp", conv, rank, max_error, Effort(iterations, damping, restarts, seed))
 
 
 def cp3(
@@ -468,20 +471,20 @@ def cp3(
     rank: int,
     *,
     max_error: float | None = None,
-    ridge: float = 0.0,
+    damping: float = 0.0,
     restarts: int = 0,
     seed: int = 0,
     iterations: int = REFINE,
 ) -> Factorization:
-    r"""Approximate by a sum of outer products of channels, channels, and whole spatial filters.
+    r"""Approximate by a sum of outer products of output channels, input channels and filters.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
     rank : int
-        Terms: channels of the depthwise stage, a group.
-    max_error, ridge, restarts, seed, iterations : float or int, optional
+        Number of terms: channels of the depthwise stage, per group.
+    max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 
     Returns
@@ -501,8 +504,8 @@ def cp3(
 
     Notes
     -----
-    As :func:`lowrank.cp`, with the spatial factors merged [1]_: fewer stages, and never a
-    larger error of the best sum at the same rank, for more taps.
+    As :func:`lowrank.cp`, with the spatial factors merged [1]_: fewer stages with more taps, and
+    the best sum of the same rank has at most the error of that of `cp`.
 
     References
     ----------
@@ -517,7 +520,7 @@ def cp3(
     >>> [s.weight.shape for s in f.stages]
     [(1, 4, 1, 1), (1, 1, 3, 3), (8, 1, 1, 1)]
     """
-    return _asked("cp3", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
+    return _checked_fit("cp3", conv, rank, max_error, Effort(iterations, damping, restarts, seed))
 
 
 def jaderberg(
@@ -525,27 +528,27 @@ def jaderberg(
     rank: int,
     *,
     max_error: float | None = None,
-    ridge: float = 0.0,
+    damping: float = 0.0,
     restarts: int = 0,
     seed: int = 0,
     iterations: int = REFINE,
 ) -> Factorization:
-    r"""Approximate with separable filters of every input channel's own, then mix them.
+    r"""Approximate by separable filters per input channel, followed by a pointwise stage.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
     rank : int
-        Separable filters an input channel.
-    max_error, ridge, restarts, seed, iterations : float or int, optional
+        Number of separable filters per input channel.
+    max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 
     Returns
     -------
     Factorization
         2-D: depthwise (in * rank, 1, height, 1) and (in * rank, 1, 1, width), then pointwise
-        (out, in * rank, 1, 1), for each group.
+        (out, in * rank, 1, 1), per group.
 
     Raises
     ------
@@ -560,7 +563,7 @@ def jaderberg(
     Notes
     -----
     Scheme 1 of [1]_: a CP decomposition of rank `rank` of each slice W[:, s], by alternating
-    least squares on all slices at once, which share what error there is to spare.
+    least squares on all slices at once, which share the allowed error.
 
     References
     ----------
@@ -575,7 +578,9 @@ def jaderberg(
     >>> [s.weight.shape for s in f.stages]
     [(8, 1, 3, 1), (8, 1, 1, 3), (8, 8, 1, 1)]
     """
-    return _asked("jaderberg", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
+    return _checked_fit(
+        "jaderberg", conv, rank, max_error, Effort(iterations, damping, restarts, seed)
+    )
 
 
 def separable_sum(
@@ -583,27 +588,28 @@ def separable_sum(
     rank: int,
     *,
     max_error: float | None = None,
-    ridge: float = 0.0,
+    damping: float = 0.0,
     restarts: int = 0,
     seed: int = 0,
     iterations: int = REFINE,
 ) -> Factorization:
-    r"""Approximate a filter over three axes by a sum of products of one-dimensional ones.
+    r"""Approximate a filter over three axes by a sum of products of 1-D filters.
 
     Parameters
     ----------
     conv : Factorization
-        One dense stage, from :func:`lowrank.dense`, one input channel a group, three axes.
+        One dense stage, from :func:`lowrank.dense`, with one input channel per group and three
+        axes.
     rank : int
-        Terms.
-    max_error, ridge, restarts, seed, iterations : float or int, optional
+        Number of terms.
+    max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 
     Returns
     -------
     Factorization
         (rank, 1, depth, 1, 1), depthwise (rank, 1, 1, height, 1), (out, rank, 1, 1, width),
-        for each group; the last stage adds the terms up.
+        per group; the last stage sums the terms.
 
     Raises
     ------
@@ -618,7 +624,7 @@ def separable_sum(
     Notes
     -----
     CP of the filter, by alternating least squares; for a spatial-spectral filter, one axis
-    against the other two, use :func:`lowrank.spatial_svd` with form ``"d-hw"``.
+    against the other two, use :func:`lowrank.spatial_svd` with variant ``"d-hw"``.
 
     References
     ----------
@@ -633,4 +639,6 @@ def separable_sum(
     >>> [s.weight.shape for s in lowrank.separable_sum(box, rank=1).stages]
     [(1, 1, 3, 1, 1), (1, 1, 1, 3, 1), (1, 1, 1, 1, 3)]
     """
-    return _asked("separable_sum", conv, rank, max_error, Effort(iterations, ridge, restarts, seed))
+    return _checked_fit(
+        "separable_sum", conv, rank, max_error, Effort(iterations, damping, restarts, seed)
+    )

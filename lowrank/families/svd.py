@@ -1,19 +1,17 @@
-"""The families that are one singular value decomposition: six tables, one function.
+"""Families of one singular value decomposition: one function and a table of matricisations.
 
 With t, s and the spatial axes as the modes of a kernel, a truncated SVD of any matricisation
 is the best approximation of its rank (Eckart and Young), and each of its two factors is the
-weight of one stage.  A family is the choice of modes: which enumerate separate matrices
-(`batch`), which make rows (`left`) and columns (`right`), and how each factor is laid out as
-a stage.  Network decoupling is the same done a slice at a time; a Kronecker sum is the same
-after each mode has been split in two (Van Loan and Pitsianis).
+weight of one stage.  A family is a choice of modes: those that enumerate separate matrices
+(`batch`), those of the rows (`left`) and columns (`right`), and the layout of each factor as
+a stage.  Network decoupling does this per slice.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,14 +36,27 @@ from lowrank.families.kernel import (
 )
 from lowrank.families.sweep_point import SweepPoint
 
-# Modes by letter: g group, t out, s in, d h w space, r rank.  A Kronecker sum A (x) B splits
-# t into (p, q), s into (u, v), and each spatial axis into (D H W, d h w): A has p, u, D H W.
+# Modes by letter: g group, t out, s in, d h w space, r rank.
 
 
 class Layout(NamedTuple):
-    """How one factor becomes the weight (rows, columns, *space) of one stage."""
+    """Layout of one factor as the weight (rows, columns, *space) of one stage.
 
-    factor: str  # "L" has the modes batch, left, r; "R" the modes batch, r, right
+    Attributes
+    ----------
+    factor : str
+        "L" for the factor with modes (batch, left, r), "R" for that with (batch, r, right).
+    rows, columns, space : str
+        Modes of the weight's axes.
+    groups : str
+        Modes whose sizes multiply to the stage's number of groups.
+    left, right : str
+        Modes of the stage's outer and inner replication.
+    shuffle : (str, str)
+        Modes of the two factors of the stage's channel shuffle.
+    """
+
+    factor: str
     rows: str
     columns: str
     space: str
@@ -56,12 +67,47 @@ class Layout(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A family and variant, as modes: one (batched) SVD, two stages in the order they run."""
+    """Modes of one variant: one batched SVD, and two stages in the order in which they run."""
 
     batch: str
     left: str
     right: str
     stages: tuple[Layout, Layout]
+
+
+def _modes(kernel: Kernel, variant: str) -> tuple[Array, str]:
+    return kernel.tensor, "gts" + kernel.letters
+
+
+class Row(NamedTuple):
+    """One family of the table.
+
+    Attributes
+    ----------
+    name, label, color, marker : str
+        As in :class:`Family`.
+    split : callable
+        ``split(letters of the spatial axes, variant)`` returns the :class:`Split`.
+    variants : callable
+        ``variants(kernel)`` returns the variants that apply; raises NotApplicable if none does.
+    has_fast_sweep : bool
+        As in :class:`Family`.
+    modes : callable
+        ``modes(kernel, variant)`` returns the tensor to matricise and the letters of its modes.
+    check_variant : callable, optional
+        ``check_variant(kernel, variant)`` raises ValueError for an invalid variant.  If not given,
+        only the variants that apply are valid.
+    """
+
+    name: str
+    label: str
+    color: str
+    marker: str
+    split: Callable[[str, str], Split]
+    variants: Callable[[Kernel], tuple[str, ...]]
+    has_fast_sweep: bool = True
+    modes: Callable[[Kernel, str], tuple[Array, str]] = _modes
+    check_variant: Callable[[Kernel, str], None] | None = None
 
 
 def _channel_svd(space: str, variant: str) -> Split:
@@ -93,17 +139,6 @@ def _network_decoupling(space: str, variant: str) -> Split:
     return Split("gt", "s", space, (first, last))
 
 
-def _kronecker(space: str, variant: str) -> Split:
-    a, b = space.upper(), space
-    if variant.endswith("first"):
-        first = Layout("R", "grq", "v", b, "g", left="u", shuffle=("g", "u"))
-        last = Layout("L", "gp", "ur", a, "g", right="q", shuffle=("u", "g"))
-    else:
-        first = Layout("L", "gpr", "u", a, "g", right="v")
-        last = Layout("R", "gq", "rv", b, "g", left="p")
-    return Split("g", "pu" + a, "qv" + b, (first, last))
-
-
 def _channel_svd_variants(kernel: Kernel) -> tuple[str, ...]:
     has_output = kernel.outs > 1 and int(kernel.tensor[0, 0].size) > 1
     has_input = kernel.ins > 1 and not kernel.is_pointwise
@@ -122,15 +157,15 @@ def _spatial_svd_variants(kernel: Kernel) -> tuple[str, ...]:
     for n in range(1, len(kernel.axes)):
         for late in itertools.combinations(kernel.axes, n):
             early = (a for a in kernel.axes if a not in late)
-            variants.append("-".join((_joined(early), _joined(late))))
-    return tuple(sorted(variants, key=lambda f: (len(f.split("-")[0]), f)))
+            variants.append("-".join((_join(early), _join(late))))
+    return tuple(sorted(variants, key=lambda v: (len(v.split("-")[0]), v)))
 
 
 def _filter_basis_variants(kernel: Kernel) -> tuple[str, ...]:
     if kernel.is_pointwise or kernel.outs * kernel.ins < 2:
-        raise NotApplicable("filter_basis needs a spatial kernel and two filters a group")
+        raise NotApplicable("filter_basis needs a spatial kernel and two filters per group")
     return tuple(
-        _joined(some)
+        _join(some)
         for n in range(len(kernel.axes), 0, -1)
         for some in itertools.combinations(kernel.axes, n)
     )
@@ -140,70 +175,18 @@ def _network_decoupling_variants(kernel: Kernel) -> tuple[str, ...]:
     variants = (["dw-pw"] if kernel.outs > 1 else []) + (["pw-dw"] if kernel.ins > 1 else [])
     if kernel.is_pointwise or not variants:
         raise NotApplicable(
-            "network_decoupling needs a spatial kernel and more than one channel in or out of a group"
+            "network_decoupling needs a spatial kernel and more than one input or output channel "
+            "per group"
         )
     return tuple(variants)
 
 
-def _kronecker_variants(kernel: Kernel) -> tuple[str, ...]:
-    """Splits worth a sweep: B about square in channels, with all, none or a part of the taps."""
-    variants = []
-    outs, ins, *taps = kernel.tensor.shape[1:]
-    parts = itertools.zip_longest(*(_divisors(k)[1:-1] for k in taps))
-    spaces = {
-        *itertools.product(*({1, k} for k in taps)),
-        *(tuple(d or k for d, k in zip(part, taps)) for part in parts),
-    }
-    channels = {(_nearest(outs, n), _nearest(ins, n)) for n in (1, 2, 4, 8, 16, 32)}
-    for t, s in sorted(channels):
-        for space in sorted(spaces):
-            inner = t * s * math.prod(space)
-            outer = kernel.tensor[0].size // inner
-            if 1 in (inner, outer) or min(inner, outer) > _LARGEST:
-                continue
-            if t == s == 1 and all(b in (1, k) for b, k in zip(space, taps)):
-                continue  # shared filters along some of the axes: that is `basis`
-            shape = "x".join(map(str, (t, s, *space)))
-            variants += [f"{shape} first"] + [f"{shape} last"] * (kernel.groups == 1)
-    if not variants:
-        raise NotApplicable("kronecker needs channels of a group, or taps of an axis, that split")
-    return tuple(variants)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _nearest(n: int, target: int) -> int:
-    """The divisor of `n` whose ratio to `target` is nearest to 1, the larger if two are."""
-    return min(_divisors(n), key=lambda d: (max(d, target) / min(d, target), -d))
-
-
-_LARGEST = 600  # small side of the matrices that a sweep over Kronecker splits decomposes
-
-
-def _joined(axes: Sequence[str] | Iterator[str]) -> str:
+def _join(axes: Iterable[str]) -> str:
     return "".join(sorted("".join(axes)))
 
 
-class Row(NamedTuple):
-    """A line of the table of families."""
-
-    split: Callable[[str, str], Split]
-    variants: Callable[[Kernel], tuple[str, ...]]
-
-
-ROWS = {
-    "channel_svd": Row(_channel_svd, _channel_svd_variants),
-    "spatial_svd": Row(_spatial_svd, _spatial_svd_variants),
-    "filter_basis": Row(_filter_basis, _filter_basis_variants),
-    "network_decoupling": Row(_network_decoupling, _network_decoupling_variants),
-    "kronecker": Row(_kronecker, _kronecker_variants),
-}
-
-
 class _Parts(NamedTuple):
-    """A decomposition: everything that any rank of a form is made from."""
+    """Decomposition from which the chain of every rank of a variant is made."""
 
     conv: Factorization
     kernel: Kernel
@@ -214,8 +197,8 @@ class _Parts(NamedTuple):
     s: Array  # (batch, r)
     vt: Array  # (batch, r, right)
 
-    def stages(self, rank: int, real: bool) -> tuple[Stage, ...]:
-        """The two stages at `rank`, blank or with their weights."""
+    def stages(self, rank: int, is_abstract: bool) -> tuple[Stage, ...]:
+        """Return the two stages at `rank`."""
         sizes = self.sizes | {"r": rank, "": 1}
         root = np.sqrt(self.s[:, :rank] * self.kernel.scale)  # shared evenly by the stages
 
@@ -226,8 +209,9 @@ class _Parts(NamedTuple):
         for layout, geometry in zip(self.split.stages, self.geometries):
             target = layout.rows + layout.columns + layout.space
             shape = (size(layout.rows), size(layout.columns), *self._space(layout, sizes))
-            weight = abstract_weight(shape)
-            if real:
+            if is_abstract:
+                weight = abstract_weight(shape)
+            else:
                 if layout.factor == "L":
                     modes = self.split.batch + self.split.left + "r"
                     factor = self.u[:, :, :rank] * root[:, None]
@@ -250,21 +234,15 @@ class _Parts(NamedTuple):
         return orient(self.conv, stages)
 
     def _space(self, layout: Layout, sizes: dict[str, int]) -> Ints:
-        have = {m.lower(): sizes[m] for m in layout.space}
-        return tuple(have.get(a, 1) for a in self.kernel.letters)
+        taps = {m.lower(): sizes[m] for m in layout.space}
+        return tuple(taps.get(a, 1) for a in self.kernel.letters)
 
 
-def decompose(conv: Factorization, family: str, variant: str) -> _Parts:
-    """The (batched) SVD that every rank of `variant` is cut from."""
+def _decompose(row: Row, conv: Factorization, variant: str) -> _Parts:
+    """Compute the batched SVD that every rank of `variant` truncates."""
     kernel = as_kernel(conv)
-    split = ROWS[family].split(kernel.letters, variant)
-    tensor, modes = kernel.tensor, "gts" + kernel.letters
-    if family == "kronecker":
-        inner = tuple(map(int, variant.split()[0].split("x")))
-        tensor = tensor.reshape(
-            kernel.groups, *(n for k, b in zip(tensor.shape[1:], inner) for n in (k // b, b))
-        )
-        modes = "gpquv" + "".join(a.upper() + a for a in kernel.letters)
+    split = row.split(kernel.letters, variant)
+    tensor, modes = row.modes(kernel, variant)
     sizes = dict(zip(modes, tensor.shape))
     order = split.batch + split.left + split.right
     matrices = tensor.transpose([modes.index(m) for m in order]).reshape(
@@ -277,17 +255,20 @@ def decompose(conv: Factorization, family: str, variant: str) -> _Parts:
 def _geometries(
     conv: Factorization, split: Split, sizes: dict[str, int]
 ) -> tuple[Geometry, Geometry]:
-    """Each axis to the stage that runs along it; along a shared one see the notes of kronecker."""
+    """Return the geometries of both stages: each axis goes to the stage that runs along it.
+
+    Axes along which both stages run are explained in the notes of :func:`lowrank.kronecker`.
+    """
     ndim = conv.geometry.ndim
     early, late = (
         {i for m in layout.space if sizes[m] > 1 for i in axis_indices(m.lower(), ndim)}
         for layout in split.stages
     )
     both = early & late
-    # Axes with one tap belong to whichever stage the table gives them, the first if both.
-    named = [{*axis_indices(layout.space.lower(), ndim)} for layout in split.stages]
-    early |= named[0] - late
-    late |= named[1] - early
+    # Axes with one tap go to the stage that the table names, to the first if it names both.
+    by_table = [{*axis_indices(layout.space.lower(), ndim)} for layout in split.stages]
+    early |= by_table[0] - late
+    late |= by_table[1] - early
     g = conv.geometry
     first, last = g.only(early), g.only(late - both)
     if both:
@@ -315,87 +296,76 @@ def _pick(axes: set[int], a: Sequence[Any], b: Sequence[Any]) -> tuple[Any, ...]
     return tuple(x if i in axes else y for i, (x, y) in enumerate(zip(a, b)))
 
 
-def _variants(family: str, conv: Factorization) -> tuple[str, ...]:
-    return ROWS[family].variants(as_kernel(conv))
+def _variants(row: Row, conv: Factorization) -> tuple[str, ...]:
+    return row.variants(as_kernel(conv))
 
 
-def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    """Every rank of `variant`, from one decomposition."""
-    parts = decompose(conv, family, variant)
+def _sweep(row: Row, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
+    parts = _decompose(row, conv, variant)
     tail = chain_algebra.tail_norms(parts.s)
     for rank in range(1, parts.s.shape[-1] + 1):
         error = float(tail[rank])
         yield SweepPoint(
-            (rank,), error, error, parts.stages(rank, False), partial(parts.stages, rank, True)
+            (rank,), error, error, parts.stages(rank, True), partial(parts.stages, rank, False)
         )
 
 
 @on_weight_device
 def _fit(
-    family: str, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
+    row: Row, conv: Factorization, rank: int | Sequence[int], variant: str | None = None
 ) -> Factorization:
-    if family == "kronecker" and variant is not None:
-        _check_split(as_kernel(conv), variant)  # any split, whether a sweep tries it or not
+    kernel = as_kernel(conv)
+    if row.check_variant is None or variant is None:
+        variant = checked_variant(variant, row.variants(kernel))
     else:
-        variant = checked_variant(variant, _variants(family, conv))
-    parts = decompose(conv, family, variant)
+        row.check_variant(kernel, variant)
+    parts = _decompose(row, conv, variant)
     ranks = checked_rank(rank, (parts.s.shape[-1],), "one number")
-    stages = parts.stages(ranks[0], True)
-    return replace(conv, stages=stages, family=family, variant=variant, rank=ranks)
+    stages = parts.stages(ranks[0], False)
+    return replace(conv, stages=stages, family=row.name, variant=variant, rank=ranks)
 
 
-def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
-    """The error of the best chain: Eckart and Young's."""
-    return float(chain_algebra.tail_norms(decompose(conv, family, variant).s)[rank[0]])
+def _bound(row: Row, conv: Factorization, rank: Ints, variant: str) -> float:
+    """Return the smallest possible error (Eckart and Young)."""
+    return float(chain_algebra.tail_norms(_decompose(row, conv, variant).s)[rank[0]])
 
 
-def _check_split(kernel: Kernel, variant: str) -> None:
-    """A Kronecker form is the shape of B, dividing the kernel's, and which factor runs first."""
-    shape = kernel.tensor.shape[1:]
-    match = re.fullmatch(r"([0-9]+(?:x[0-9]+)*) (first|last)", variant)
-    inner = [int(n) for n in match[1].split("x")] if match else []
-    fits = len(inner) == len(shape) and all(b > 0 and k % b == 0 for k, b in zip(shape, inner))
-    if not fits:
-        raise ValueError(
-            f"variant must be the shape of B, dividing {'x'.join(map(str, shape))}, and 'first' or "
-            f"'last', such as '{'x'.join('2' if k % 2 == 0 else '1' for k in shape)} first', "
-            f"got {variant!r}"
-        )
-    if variant.endswith("last") and kernel.groups > 1:
-        raise ValueError("with groups, B runs first: form must end with 'first'")
+def _spectra(row: Row, conv: Factorization, variant: str) -> list[Spectrum]:
+    parts = _decompose(row, conv, variant)
+    return [Spectrum(row.name, parts.u.shape[1], parts.vt.shape[2], parts.s)]
 
 
-def _spectra(family: str, conv: Factorization, variant: str) -> list[Spectrum]:
-    svd = decompose(conv, family, variant)
-    return [Spectrum(family, svd.u.shape[1], svd.vt.shape[2], svd.s)]
-
-
-def _family(name: str, label: str, color: str, marker: str, is_fast: bool = True) -> Family:
+def as_family(row: Row) -> Family:
+    """Return the family of a row of the table."""
     return Family(
-        name,
-        partial(_variants, name),
-        partial(_sweep, name),
-        partial(_fit, name),
-        partial(_bound, name),
+        row.name,
+        partial(_variants, row),
+        partial(_sweep, row),
+        partial(_fit, row),
+        partial(_bound, row),
         exact=True,
-        label=label,
-        color=color,
-        marker=marker,
-        has_fast_sweep=is_fast,
-        spectra=partial(_spectra, name),
+        label=row.label,
+        color=row.color,
+        marker=row.marker,
+        has_fast_sweep=row.has_fast_sweep,
+        spectra=partial(_spectra, row),
     )
 
 
-FAMILIES = {
-    family.name: family
-    for family in (
-        _family("channel_svd", "channel SVD", "#0072b2", "o"),
-        _family("spatial_svd", "spatial SVD", "#d55e00", "o"),
-        _family("filter_basis", "filter basis", "#d55e00", "s"),
-        _family("network_decoupling", "network decoupling", "#009e73", "o"),
-        _family("kronecker", "Kronecker sum", "#e69f00", "o", is_fast=False),
-    )
-}
+_ROWS = (
+    Row("channel_svd", "channel SVD", "#0072b2", "o", _channel_svd, _channel_svd_variants),
+    Row("spatial_svd", "spatial SVD", "#d55e00", "o", _spatial_svd, _spatial_svd_variants),
+    Row("filter_basis", "filter basis", "#d55e00", "s", _filter_basis, _filter_basis_variants),
+    Row(
+        "network_decoupling",
+        "network decoupling",
+        "#009e73",
+        "o",
+        _network_decoupling,
+        _network_decoupling_variants,
+    ),
+)
+FAMILIES = {row.name: as_family(row) for row in _ROWS}
 
 
 def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
@@ -457,7 +427,7 @@ def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     >>> [s.weight.shape for s in lowrank.channel_svd(conv, rank=2, variant="input").stages]
     [(2, 4, 1, 1), (8, 2, 3, 3)]
     """
-    return _fit("channel_svd", conv, rank, variant)
+    return FAMILIES["channel_svd"].fit(conv, rank, variant)
 
 
 def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
@@ -468,28 +438,28 @@ def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with two or three axes of several taps.
     rank : int
-        Channels in between, a group.
+        Number of channels between the stages, per group.
     variant : str, optional
         Axes of the first pass and of the second.  2-D: ``"h-w"`` (columns, then rows; the
         default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.  For a
-        transposed convolution here and in the other families: of its adjoint, whose stages
-        run in reverse.
+        transposed convolution, here and in the other families, the axes are those of its adjoint,
+        whose stages run in reverse order.
 
     Returns
     -------
     Factorization
-        For ``"h-w"`` weights (rank, in, height, 1) and (out, rank, 1, width), a group.  Each
-        takes the stride, padding and dilation of the axis it runs along.
+        For ``"h-w"`` weights (rank, in, height, 1) and (out, rank, 1, width), per group.  Each
+        stage has the stride, padding and dilation of its axis.
 
     Raises
     ------
     ValueError
-        If `rank` or `variant` is not possible; NotApplicable for kernels with one long axis.
+        If `rank` or `variant` is invalid; NotApplicable for kernels along one axis.
 
     See Also
     --------
-    lowrank.cp : every pass depthwise; far cheaper, no optimality guarantee.
-    lowrank.tensor_train : a 3-D kernel as three passes.
+    lowrank.cp : depthwise passes, which cost far less and are not guaranteed to be optimal.
+    lowrank.tensor_train : three passes for a 3-D kernel.
 
     Notes
     -----
@@ -507,7 +477,7 @@ def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
 
     Examples
     --------
-    A Gaussian blur is separable, so rank 1 loses nothing:
+    A Gaussian blur is separable, so rank 1 is exact:
 
     >>> import numpy as np
     >>> import lowrank
@@ -519,37 +489,37 @@ def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     >>> bool(f.error(blur.to_dense()) < 1e-12)
     True
     """
-    return _fit("spatial_svd", conv, rank, variant)
+    return FAMILIES["spatial_svd"].fit(conv, rank, variant)
 
 
 def filter_basis(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
-    r"""Approximate with a few spatial filters that all channels share.
+    r"""Approximate by a few spatial filters that all channels share.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
-        Shared filters; from 1 to the taps of `variant`, where it is exact.
+        Number of shared filters, from 1 to the number of taps of `variant`, where it is exact.
     variant : str, optional
-        Axes that the shared filters run along: all of them (the default; 2-D ``"hw"``), or
-        some, ``"h"`` or ``"w"``, the others staying with the second stage.
+        Axes along which the shared filters run: all (the default; 2-D ``"hw"``), or some
+        (``"h"`` or ``"w"``); the second stage runs along the others.
 
     Returns
     -------
     Factorization
-        A stage of `rank` filters tied over all input channels, weight (rank, 1, \*kernel),
-        then one of weight (out, in * rank, ...).
+        A stage of `rank` filters shared by all input channels, weight (rank, 1, \*kernel), then
+        one of weight (out, in * rank, ...).
 
     Raises
     ------
     ValueError
-        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels.
+        If `rank` or `variant` is invalid; NotApplicable for 1x1 kernels.
 
     Notes
     -----
     The truncated SVD of {t s | i j}, {i | t s j} or {j | t s i}: optimal, and exact from
-    `rank` = number of taps on.  With groups, all of them share the filters.
+    `rank` = number of taps on.  All groups share the filters.
 
     References
     ----------
@@ -563,7 +533,7 @@ def filter_basis(conv: Factorization, rank: int, variant: str | None = None) -> 
     >>> [s.weight.shape for s in lowrank.filter_basis(conv, rank=5).stages]
     [(5, 1, 3, 3), (8, 20, 1, 1)]
     """
-    return _fit("filter_basis", conv, rank, variant)
+    return FAMILIES["filter_basis"].fit(conv, rank, variant)
 
 
 def network_decoupling(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
@@ -574,11 +544,12 @@ def network_decoupling(conv: Factorization, rank: int, variant: str | None = Non
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : int
-        Terms; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)`` (``"pw-dw"``).
+        Number of summands; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)``
+        (``"pw-dw"``).
     variant : str, optional
-        ``"dw-pw"``: depthwise with `rank` filters a channel, then pointwise (MobileNet's order,
-        the default); ``"pw-dw"``: pointwise to `rank` maps an output, then grouped.  Of a
-        transposed convolution the adjoint's order.
+        ``"dw-pw"``: depthwise with `rank` filters per channel, then pointwise (MobileNet's order,
+        the default); ``"pw-dw"``: pointwise to `rank` maps per output, then grouped.  For a
+        transposed convolution, the order is that of its adjoint.
 
     Returns
     -------
@@ -589,12 +560,12 @@ def network_decoupling(conv: Factorization, rank: int, variant: str | None = Non
     Raises
     ------
     ValueError
-        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels.
+        If `rank` or `variant` is invalid; NotApplicable for 1x1 kernels.
 
     Notes
     -----
-    One SVD a slice, of W[:, s] as {i j | t} or W[t] as {s | i j}, all cut at the same rank:
-    optimal among sums of `rank` depthwise-separable convolutions in that order [1]_.
+    One SVD per slice, of W[:, s] as {i j | t} or W[t] as {s | i j}, all truncated at the same
+    rank: optimal among sums of `rank` depthwise-separable convolutions in that order [1]_.
 
     References
     ----------
@@ -609,54 +580,4 @@ def network_decoupling(conv: Factorization, rank: int, variant: str | None = Non
     >>> [s.weight.shape for s in lowrank.network_decoupling(conv, rank=1).stages]
     [(4, 1, 3, 3), (8, 4, 1, 1)]
     """
-    return _fit("network_decoupling", conv, rank, variant)
-
-
-def kronecker(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
-    r"""Approximate by a sum of Kronecker products ``A_r (x) B_r``.
-
-    Parameters
-    ----------
-    conv : Factorization
-        One dense stage, from :func:`lowrank.dense`.
-    rank : int
-        Terms; exact at the smaller of the sizes of A and B.
-    variant : str, optional
-        Shape (out, in, \*taps) of B, which divides that of the weight, and which of the two
-        factors' stages runs first or last: ``"4x4x3x3 first"`` runs B first (in the adjoint of
-        a transposed convolution).  Any shape that divides; the default is the first that a
-        sweep tries.
-
-    Returns
-    -------
-    Factorization
-        Two tied stages.  B: (rank * out_B, in_B, \*taps_B), applied to each of the in_A blocks
-        of channels; A: (out_A, in_A * rank, \*taps_A), applied to each channel of the blocks.
-
-    Raises
-    ------
-    ValueError
-        If `rank` or `variant` is not possible; NotApplicable if no even split exists.
-
-    Notes
-    -----
-    The SVD of the rearranged weight (Van Loan and Pitsianis) is optimal for its split [1]_.
-    Along an axis on which both have taps, A is dilated by the taps of B; the first stage takes
-    the padding and the second the stride.
-
-    References
-    ----------
-    .. [1] M. G. A. Hameed, M. S. Tahaei, A. Mosleh, V. P. Nia, "Convolutional neural network
-       compression through generalized Kronecker product decomposition", AAAI 2022.
-       :arxiv:`2109.14710`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import lowrank
-    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)), padding=1)
-    >>> f = lowrank.kronecker(conv, rank=2, variant="4x2x1x1 first")
-    >>> [(s.weight.shape, s.outer, s.inner) for s in f.stages]
-    [((8, 2, 1, 1), 2, 1), ((2, 4, 3, 3), 1, 4)]
-    """
-    return _fit("kronecker", conv, rank, variant)
+    return FAMILIES["network_decoupling"].fit(conv, rank, variant)
