@@ -1,6 +1,5 @@
 """Certificates: error against its lower bound, error at the output, half-precision rounding."""
 
-from lowrank.certify.bounds import SUMS as SUMS
 from lowrank.certify.bounds import Certificate as Certificate
 from lowrank.certify.bounds import certificate as certificate
 from lowrank.certify.output import OutputBound as OutputBound

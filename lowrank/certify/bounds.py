@@ -13,9 +13,6 @@ from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.families.kernel import as_kernel
 
-#: Families whose chains are sums of outer products.
-SUMS = ("cp", "cp3", "jaderberg", "separable_sum", "tucker_cp")
-
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -134,7 +131,8 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     error = f.error(conv.to_dense())
     if f.family != "dense" and f.family not in FAMILIES:
         raise ValueError(f"no family bounds the error of {f!r}")
-    bound = 0.0 if f.family == "dense" else FAMILIES[f.family].bound(conv, f.rank, f.variant)
+    family = FAMILIES.get(f.family)  # None for the dense kernel
+    bound = 0.0 if family is None else family.bound(conv, f.rank, f.variant)
     # Divide each stage by its largest weight, and the kernel by all of them, against overflow.
     scales = [chain_algebra.max_abs(s.weight) or 1.0 for s in f.stages]
     stages = [replace(s, weight=s.weight.astype(np.float64) / k) for s, k in zip(f.stages, scales)]
@@ -149,7 +147,7 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
         for j, s in zip(jacobians, stages)
     )
     cancellation = None
-    if f.family in SUMS:
+    if family is not None and family.is_outer_product_sum:
         terms = joint_energies(before, after)[_joint_of_terms(f)]
         cancellation = math.sqrt(ratio(terms, kernel_energy))
     return Certificate(error, min(bound, error), ratio(gain, kernel_energy), cancellation)

@@ -21,8 +21,6 @@ from lowrank.filters import arguments
 
 MethodName = Literal["auto", "direct", "separable", "fft"]
 
-#: Families that give separable forms of a one-channel filter.
-FAMILIES_OF_FILTERS = ("spatial_svd", "separable_sum", "tensor_train")
 GREY_LEVELS = 255.0  # largest sample, for the bounds in grey levels
 MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of their own
 DEINTERLEAVE_SECONDS = 6e-9  # measured time to copy a sample to its plane and back
@@ -52,6 +50,13 @@ class FilterMethod:
     interleaved : bool
         Whether interleaved channels, such as colours, are filtered in one pass without
         deinterleaving.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> plan = filters.plan_filter(filters.gauss(2.0), (64, 64))
+    >>> plan.choice.name
+    'separable h-w'
     """
 
     method: str
@@ -333,7 +338,7 @@ def separable_chains(conv: Factorization, spatial: Ints, tolerance: float) -> li
     The list starts with two Pareto-optimal chains beyond the tolerance, to show what a larger one
     would save.
     """
-    front = selection.frontier(conv, spatial, FAMILIES_OF_FILTERS, axis="macs")
+    front = selection.frontier(conv, spatial, filter_families(), axis="macs")
     separable = [c for c in front if c.family != "dense"]
     within: dict[str, selection.Candidate] = {}
     for c in separable:
@@ -341,6 +346,11 @@ def separable_chains(conv: Factorization, spatial: Ints, tolerance: float) -> li
             within.setdefault(c.name, c)
     beyond = [c for c in separable if c.error > tolerance][-2:]
     return [c.build() for c in (*beyond, *within.values())]
+
+
+def filter_families() -> list[str]:
+    """Return the families to try for a filter: sweeps of the others take too long."""
+    return [name for name, f in FAMILIES.items() if f.has_fast_sweep or f.is_outer_product_sum]
 
 
 def fit_rank(conv: Factorization, rank: int) -> Factorization:

@@ -69,7 +69,7 @@ def separate(
     shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)
     tolerance = arguments.round_off(k) if tolerance is None else tolerance
     _, candidate = selection.choose(
-        conv, shape, max_error=tolerance, families=choose.FAMILIES_OF_FILTERS, axis="macs"
+        conv, shape, max_error=tolerance, families=choose.filter_families(), axis="macs"
     )
     return candidate.build()
 
