@@ -78,15 +78,16 @@ def parse_size(text: str | None) -> Ints | None:
     return tuple(map(int, text.split("x")))
 
 
-def parse_numbers(option: str, text: str | None) -> int | list[int] | None:
-    """Parse one integer, or one per axis."""
+def parse_numbers(option: str, text: str | None, number: Callable[[str], Any] = int) -> Any:
+    """Parse one number, by default an integer, or a list of one per axis."""
     if text is None:
         return None
     try:
-        numbers = [int(n) for n in text.split(",")]
+        numbers = [number(n) for n in text.split(",")]
     except ValueError:
+        kind = "integer" if number is int else "number"
         raise ValueError(
-            f"{option} must be one integer, or one per axis such as 2,1, got {text!r}"
+            f"{option} must be one {kind}, or one per axis such as 2,1, got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 

@@ -94,7 +94,7 @@ def filter_image(
     at mid-grey.  A .npy file holds the values themselves.
     """
     parameters: dict[str, Any] = {
-        "sigma": _reals("--sigma", sigma),
+        "sigma": parse_numbers("--sigma", sigma, float),
         "ratio": ratio,
         "amount": amount,
         "size": parse_numbers("--size", size),
@@ -207,16 +207,6 @@ def _kernel(kernel: str, options: dict[str, Any]) -> Array:
         )
     (taps,) = read_weights(kernel).values()
     return taps
-
-
-def _reals(option: str, text: str) -> float | list[float]:
-    try:
-        reals = [float(n) for n in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"{option} must be one number or one per axis (2,6), got {text!r}"
-        ) from None
-    return reals[0] if len(reals) == 1 else reals
 
 
 def _image(path: Path) -> Array:

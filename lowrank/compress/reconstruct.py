@@ -72,7 +72,6 @@ def moments(
     chains: Mapping[str, Factorization] | None = None,
     *,
     originals: Originals | None = None,
-    centred: bool = True,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Moments]:
@@ -88,8 +87,6 @@ def moments(
         Chains that already replace layers; moments are then paired with the original inputs.
     originals : Originals, optional
         Original inputs of a single layer; from a run of the model if not given.
-    centred : bool
-        Whether means are subtracted, because a bias makes up for them.
     seed : int
         Seed of the choice of output positions in large batches.
     progress : callable, optional
@@ -104,7 +101,7 @@ def moments(
         name: Moments(
             layers[name].conv,
             paired=chains is not None,
-            centred=centred,
+            centred=True,  # a bias compensates means
             seed=zlib.crc32(name.encode()) ^ seed,
         )
         for name in names

@@ -143,12 +143,7 @@ def refined(parts: Parts, rank: Ints) -> tuple[list[Array], Array]:
     return _shared(stacked, core)
 
 
-def hooi(
-    tensor: Array,
-    factors: Sequence[Array],
-    iterations: int = ITERATIONS,
-    tolerance: float = TOLERANCE,
-) -> list[Array]:
+def hooi(tensor: Array, factors: Sequence[Array]) -> list[Array]:
     """Orthonormal Tucker factors of the first modes, by alternation from orthonormal `factors`.
 
     Each is the leading eigenvectors of the Gram matrix of what the others leave: a matrix
@@ -157,7 +152,7 @@ def hooi(
     """
     factors = list(factors)
     whole, before = float(np.square(tensor).sum()), math.inf
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         for mode, factor in enumerate(factors):
             part = tensor[None]
             # The most is gained first: the mode that shrinks the tensor most.
@@ -168,7 +163,7 @@ def hooi(
             unfolded = np.moveaxis(part[0], mode, 0).reshape(size, -1)
             values, factors[mode] = chain_algebra.leading_eigenpairs(unfolded @ unfolded.T, rank)
         error = math.sqrt(max(0.0, 1 - float(values.sum()) / whole))
-        if before - error < tolerance:
+        if before - error < TOLERANCE:
             break
         before = error
     return factors

@@ -51,10 +51,10 @@ class KernelStep(NamedTuple):
     taps: Sizes = (1, 1, 1)
 
 
-def three(sizes: Iterable[int], fill: int = 1) -> Sizes:
-    """Extend sizes to three axes: missing ones come first."""
+def three(sizes: Iterable[int]) -> Sizes:
+    """Extend sizes to three axes by leading ones."""
     sizes = tuple(sizes)
-    d, h, w = (fill,) * (3 - len(sizes)) + sizes
+    d, h, w = (1,) * (3 - len(sizes)) + sizes
     return d, h, w
 
 
