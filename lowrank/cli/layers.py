@@ -346,16 +346,16 @@ def _print_stages(chain: Factorization, size: Ints) -> None:
         print(f"  {stage.kind:9}  {shape:>16}  {tables.format_count(cost.macs):>6} MACs{copies}")
 
 
-def _describe(pick: selection.Candidate, whole: selection.Candidate) -> str:
+def _describe(pick: selection.Candidate, dense: selection.Candidate) -> str:
     """Describe a pick in comparison with the dense kernel."""
     if pick.family == "dense":
         return "the dense kernel; no cheaper chain meets the request"
     rank = ",".join(map(str, pick.rank))
     return (
         f"{pick.name} of rank {rank}, error {pick.error:.4f} (lower bound {pick.bound:.4f})\n"
-        f"  {whole.cost.macs / pick.cost.macs:.2f}x fewer MACs, "
-        f"{whole.cost.params / pick.cost.params:.2f}x fewer parameters, predicted "
-        f"{tables.format_seconds(pick.seconds)} ({whole.seconds / pick.seconds:.2f}x faster)"
+        f"  {dense.cost.macs / pick.cost.macs:.2f}x fewer MACs, "
+        f"{dense.cost.params / pick.cost.params:.2f}x fewer parameters, predicted "
+        f"{tables.format_seconds(pick.seconds)} ({dense.seconds / pick.seconds:.2f}x faster)"
     )
 
 

@@ -30,7 +30,7 @@ def front(options: Sequence[Candidate], macs: float, chosen: tuple[float, float]
     macs : float
         Of the layer as it came.
     chosen : (float, float)
-        Error and multiply-adds of the choice.
+        Error and MACs of the choice.
 
     Returns
     -------
