@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from lowrank.certify import certificate as certificate
     from lowrank.certify import output_bound as output_bound
     from lowrank.certify import rounding as rounding
-    from lowrank.certify.operator_norm import Norm as Norm
-    from lowrank.certify.operator_norm import operator_norm as operator_norm
-    from lowrank.certify.operator_norm import resolution_free as resolution_free
+    from lowrank.certify.norms import Norm as Norm
+    from lowrank.certify.norms import operator_norm as operator_norm
+    from lowrank.certify.norms import resolution_free as resolution_free
     from lowrank.core.cost import Cost as Cost
     from lowrank.core.geometry import Geometry as Geometry
     from lowrank.core.stage import Stage as Stage
@@ -63,9 +63,9 @@ _NAMES = {
     "certificate": "lowrank.certify",
     "output_bound": "lowrank.certify",
     "rounding": "lowrank.certify",
-    "Norm": "lowrank.certify.operator_norm",
-    "operator_norm": "lowrank.certify.operator_norm",
-    "resolution_free": "lowrank.certify.operator_norm",
+    "Norm": "lowrank.certify.norms",
+    "operator_norm": "lowrank.certify.norms",
+    "resolution_free": "lowrank.certify.norms",
     "Cost": "lowrank.core.cost",
     "Geometry": "lowrank.core.geometry",
     "Stage": "lowrank.core.stage",

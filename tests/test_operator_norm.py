@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lowrank as lr
-from lowrank.certify import operator_norm as norms
-from lowrank.certify.operator_norm import operator_norm, resolution_free
+from lowrank.certify import norms
+from lowrank.certify.norms import operator_norm, resolution_free
 from lowrank.core import reference
 from lowrank.interop.weights import layers
 

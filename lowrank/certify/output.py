@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank._typing import Array, trailing
 from lowrank.certify.common import energy, ratio, table
-from lowrank.certify.operator_norm import Norm, operator_norm, resolution_free
+from lowrank.certify.norms import Norm, operator_norm, resolution_free
 from lowrank.factorization import Factorization
 from lowrank.families.kernel import as_kernel
 

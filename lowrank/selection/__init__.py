@@ -8,5 +8,5 @@ from lowrank.selection.candidates import Candidate as Candidate
 from lowrank.selection.choice import approximate as approximate
 from lowrank.selection.choice import choose as choose
 from lowrank.selection.choice import explain_dense_pick as explain_dense_pick
-from lowrank.selection.frontier import Frontier as Frontier
-from lowrank.selection.frontier import frontier as frontier
+from lowrank.selection.front import Frontier as Frontier
+from lowrank.selection.front import frontier as frontier

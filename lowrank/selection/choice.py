@@ -12,7 +12,7 @@ from lowrank.families.kernel import as_kernel
 from lowrank.metric import Metric
 from lowrank.selection.budget import parse_budget
 from lowrank.selection.candidates import COSTS, Candidate, Pricing, check_families
-from lowrank.selection.frontier import Frontier, check_error, frontier
+from lowrank.selection.front import Frontier, check_error, frontier
 
 REFINABLE = 1.25  # a short fit within this factor of the limit may be within it once refined
 

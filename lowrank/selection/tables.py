@@ -9,7 +9,7 @@ from lowrank.core.tables import format_count, format_seconds
 
 if TYPE_CHECKING:
     from lowrank.selection.candidates import Candidate
-    from lowrank.selection.frontier import Frontier
+    from lowrank.selection.front import Frontier
 
 HEAD = (
     "family", "rank", "error", "bound", "macs", "fewer", "params", "traffic", "fused", "predicted",

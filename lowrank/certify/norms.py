@@ -49,7 +49,7 @@ class Norm:
 
     Examples
     --------
-    >>> from lowrank.certify.operator_norm import Norm
+    >>> from lowrank.certify.norms import Norm
     >>> print(Norm(1.5, exact=False, method="DFT on a circle of 9x9"))
     at most 1.5 (DFT on a circle of 9x9)
     """
@@ -128,7 +128,7 @@ def operator_norm(conv: Factorization, input_shape: Sequence[int]) -> Norm:
     --------
     >>> import numpy as np
     >>> import lowrank
-    >>> from lowrank.certify.operator_norm import operator_norm
+    >>> from lowrank.certify.norms import operator_norm
     >>> blur = np.full((1, 1, 3, 3), 1 / 9)
     >>> print(operator_norm(lowrank.dense(blur, padding=1, padding_mode="circular"), (8, 8)))
     1 (DFT on the circle of 8x8)
@@ -197,7 +197,7 @@ def resolution_free(conv: Factorization) -> Norm:
     --------
     >>> import numpy as np
     >>> import lowrank
-    >>> from lowrank.certify.operator_norm import resolution_free
+    >>> from lowrank.certify.norms import resolution_free
     >>> print(resolution_free(lowrank.dense(np.full((1, 1, 3, 3), 1 / 9), padding=1)))
     at most 1 (any size: the matricised kernel)
     """
