@@ -1,4 +1,4 @@
-"""Tensor train: the modes in a row, input channels first, output channels last."""
+"""Tensor train: modes in a sequence from the input channels to the output channels."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from lowrank.families.kernel import (
 )
 from lowrank.families.sweep_point import SweepPoint
 
-LEVELS = 12  # of truncation in a sweep
+LEVELS = 12  # truncation levels in a sweep
 
 
 class Train(NamedTuple):
-    """A kernel with its modes in the order of the train, and what each car is."""
+    """Kernel with its modes in the order of the train, one core per item of `cars`."""
 
     conv: Factorization
     kernel: Kernel
-    cars: tuple[str, ...]  # modes of each car: "s", "h", "w", "t", or merged "sd", "h", "wt"
+    cars: tuple[str, ...]  # modes of each core: "s", "h", "w", "t", or merged "sd", "h", "wt"
     tensor: Array  # (g, *cars)
 
     def largest(self) -> Ints:
-        """Largest useful rank at each joint."""
+        """Return the largest useful rank at each bond."""
         sizes = self.tensor.shape[1:]
         return tuple(min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
 
 
 def train(conv: Factorization, variant: str) -> Train:
-    """`conv` as the tensor that `variant` decomposes."""
+    """Return the tensor that `variant` decomposes."""
     kernel = as_kernel(conv)
     cars = tuple(variant.split("-"))
     modes = "gts" + kernel.letters
@@ -60,7 +60,7 @@ def train(conv: Factorization, variant: str) -> Train:
 
 
 def _with_units(car: str, kernel: Kernel) -> str:
-    """A car's modes, with the axes of one tap that go along with its axis."""
+    """Return the modes of a core, with the axes of one tap that belong to its axis."""
     for axes in kernel.axes:
         long = next((a for a in axes if a in car), None)
         if long is not None:
@@ -74,7 +74,7 @@ def _variants(conv: Factorization) -> tuple[str, ...]:
     channels = min(kernel.outs, kernel.ins) > 1
     if kernel.is_pointwise or not (channels or len(long) > 2):
         raise NotApplicable(
-            "tensor_train needs a spatial kernel, and two channels in and out of a group "
+            "tensor_train needs a spatial kernel, and two input and output channels per group "
             "or three axes"
         )
     variants = ["-".join(("s", *long, "t"))] if channels else []
@@ -88,13 +88,13 @@ def _taps(kernel: Kernel, letter: str) -> int:
 
 
 def _chain(parts: Train, rank: Ints, cores: Sequence[Array] | None) -> tuple[Stage, ...]:
-    """One stage a car: blank, or from `cores`, (g, r_before, size, r_after) each."""
+    """Return one stage per core, (g, r_before, size, r_after); abstract without `cores`."""
     conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
     each = kernel.scale ** (1 / len(parts.cars))
-    joints = (1, *rank, 1)
+    bonds = (1, *rank, 1)
     stages = []
     for i, car in enumerate(parts.cars):
-        before, after = joints[i], joints[i + 1]
+        before, after = bonds[i], bonds[i + 1]
         axes = "".join(a for a in car if a not in "st")
         taps = tuple(_taps(kernel, a) if a in axes else 1 for a in kernel.letters)
         ins = before * (kernel.ins if "s" in car else 1)
@@ -116,9 +116,9 @@ def _build(parts: Train, rank: Ints) -> tuple[Stage, ...]:
 
 
 def _balanced(cores: Sequence[Array]) -> list[Array]:
-    """The norm, which TT-SVD leaves in the last core, shared evenly by all.
+    """Share the norm, which TT-SVD leaves in the last core, evenly by all cores.
 
-    Singular values go to both sides of each joint by their square roots.
+    The square roots of the singular values go to both sides of each bond.
     """
     cores = list(cores)
     for k in range(len(cores) - 1, 0, -1):
@@ -130,7 +130,7 @@ def _balanced(cores: Sequence[Array]) -> list[Array]:
 
 
 def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    """TT-SVD cut at a dozen levels, every joint at the same share of the norm."""
+    """Yield TT-SVD at a dozen levels, with the same share of the norm at every bond."""
     parts = train(conv, variant)
     tails = _tails(parts)
     seen = set()
@@ -152,9 +152,9 @@ def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
 
 
 def _tails(parts: Train) -> list[Array]:
-    """For each joint, how far off any train with a rank there is: that unfolding's tail."""
-    joints = range(1, parts.tensor.ndim - 1)
-    return [chain_algebra.truncation_errors(parts.tensor, range(1, k + 1), (0,)) for k in joints]
+    """Return the truncation errors per bond: lower bounds for any train of that rank."""
+    bonds = range(1, parts.tensor.ndim - 1)
+    return [chain_algebra.truncation_errors(parts.tensor, range(1, k + 1), (0,)) for k in bonds]
 
 
 def _bound(conv: Factorization, rank: Ints, variant: str) -> float:
@@ -162,7 +162,7 @@ def _bound(conv: Factorization, rank: Ints, variant: str) -> float:
 
 
 def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
-    """No rank larger than its neighbour's times the mode between them."""
+    """Lower each rank to its neighbour's times the size of the mode between them."""
     ranks = [1, *rank, 1]
     for k in range(1, len(ranks) - 1):
         ranks[k] = min(ranks[k], ranks[k - 1] * sizes[k - 1])
@@ -172,9 +172,9 @@ def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
 
 
 def _truncated_error(tensor: Array, rank: Ints) -> float:
-    """Relative error of TT-SVD at these ranks: cores are orthonormal, so norms tell.
+    """Return the relative error of TT-SVD at these ranks, from norms of the projected tensor.
 
-    Gram matrices in place of SVDs: only the subspaces and norms are wanted.
+    Gram matrices replace SVDs, since only subspaces and norms are needed.
     """
     total, rest = float(np.square(tensor).sum()), tensor
     if total == 0:
@@ -200,7 +200,7 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
 def _fit(conv: Factorization, rank: Sequence[int], variant: str | None = None) -> Factorization:
     variant = checked_variant(variant, _variants(conv))
     parts = train(conv, variant)
-    ranks = checked_rank(rank, parts.largest(), "one a joint of " + variant)
+    ranks = checked_rank(rank, parts.largest(), "one per bond of " + variant)
     ranks = _consistent(ranks, parts.tensor.shape[1:])
     return replace(
         conv, stages=_build(parts, ranks), family="tensor_train", variant=variant, rank=ranks
@@ -208,14 +208,14 @@ def _fit(conv: Factorization, rank: Sequence[int], variant: str | None = None) -
 
 
 def _spectra(conv: Factorization, variant: str) -> list[Spectrum]:
-    """Return the spectrum of the unfolding at every joint of the train."""
+    """Return the spectrum of the unfolding at every bond of the train."""
     cars = train(conv, variant).tensor
     spectra = []
-    for joint in range(2, cars.ndim):
-        rows = math.prod(cars.shape[1:joint])
+    for bond in range(2, cars.ndim):
+        rows = math.prod(cars.shape[1:bond])
         matrices = cars.reshape(len(cars), rows, -1)
         values = np.linalg.svd(matrices, compute_uv=False)
-        spectra.append(Spectrum(f"joint {joint - 1}", rows, matrices.shape[2], values))
+        spectra.append(Spectrum(f"bond {bond - 1}", rows, matrices.shape[2], values))
     return spectra
 
 
@@ -239,14 +239,14 @@ FAMILIES = {
 def tensor_train(
     conv: Factorization, rank: Sequence[int], variant: str | None = None
 ) -> Factorization:
-    r"""Approximate by a pass an axis between two pointwise stages, all of few channels.
+    r"""Approximate by one pass per axis between two pointwise stages, all of few channels.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : sequence of int
-        Channels between the stages, a group; cut to what the modes on either side allow.
+        Numbers of channels between the stages, per group; lowered to what the sizes allow.
     variant : str, optional
         Modes of the train.  2-D: ``"s-h-w-t"`` (the default).  3-D: ``"s-d-h-w-t"``, or
         ``"sd-h-wt"``: three passes without pointwise stages.
@@ -259,7 +259,7 @@ def tensor_train(
     Raises
     ------
     ValueError
-        If `rank` or `variant` is not possible; NotApplicable for 1x1 kernels and single channels.
+        If `rank` or `variant` is invalid; NotApplicable for 1x1 kernels and single channels.
 
     Notes
     -----

@@ -1,7 +1,7 @@
 """Tucker: pointwise stages to fewer channels and back around a smaller core.
 
-`tucker` compresses the two channel modes (Tucker-2), `tucker_full` every mode, `tucker_cp`
-the channel modes and then writes the core as a CP sum.
+`tucker` compresses the two channel modes (Tucker-2), `tucker_full` every mode; `tucker_cp`
+compresses the channel modes and decomposes the core by CP.
 """
 
 from __future__ import annotations
@@ -34,43 +34,43 @@ from lowrank.families.kernel import (
 )
 from lowrank.families.sweep_point import SweepPoint
 
-POINTS = 2500  # of a sweep over all combinations of ranks, at the most
-ITERATIONS = 100  # of HOOI, TensorLy's own limit,
-TOLERANCE = 1e-5  # and a tenth of its tolerance: started alike, never worse
-CP_SHARES = (0.25, 0.5, 0.75)  # of the channels that tucker_cp keeps
-CP_SWEEPS = 15  # of ALS for a point of a sweep; twenty times as many for a chain that is returned
+POINTS = 2500  # largest number of rank combinations in a sweep
+ITERATIONS = 100  # largest number of HOOI iterations, as in TensorLy
+TOLERANCE = 1e-5  # a tenth of TensorLy's: from the same start, never worse
+CP_SHARES = (0.25, 0.5, 0.75)  # shares of the channels in sweeps of tucker_cp
+CP_SWEEPS = 15  # ALS sweeps per point of a rank sweep; a returned chain takes 20 times as many
 
 
 class Parts(NamedTuple):
-    """A truncated HOSVD at every combination of ranks.
+    """HOSVD, from which every combination of ranks is truncated.
 
-    Modes are (out, in, \\*axes); `tensor` has one axis for each, after the group's.
+    Modes are (out, in, \\*axes); `tensor` has one axis per mode, after that of the groups.
     """
 
     conv: Factorization
     kernel: Kernel
     axes: tuple[str, ...]  # spatial modes that are compressed
     tensor: Array  # (g, out, in, *modes)
-    factors: tuple[Array, ...]  # (g, size, size) orthonormal, a compressed mode
-    core: Array  # (g, ranks..., rest); this and the next two for a sweep
-    energy: Array  # (ranks + 1...): squared norm of the core cut there
-    tails: tuple[Array, ...]  # of each unfolding, that of the rest last: no smaller error
+    factors: tuple[Array, ...]  # (g, size, size), orthonormal, per compressed mode
+    core: Array  # (g, ranks..., rest); this and the fields below serve sweeps
+    energy: Array  # (ranks + 1...): squared norm of the truncated core
+    tails: tuple[Array, ...]  # truncation errors per unfolding, that of the rest last
 
     def largest(self) -> Ints:
-        """Full ranks."""
+        """Return the full ranks."""
         return tuple(self.tensor.shape[1 : 1 + len(self.factors)])
 
     def error(self, rank: Ints) -> float:
-        """Relative error of the truncated HOSVD: what the cut core misses, exactly."""
+        """Return the exact relative error of the truncated HOSVD."""
         if rank == self.largest():
             return 0.0
         total = float(self.energy[self.largest()])
         return math.sqrt(max(0.0, 1 - float(self.energy[rank]) / total)) if total else 0.0
 
     def bound(self, rank: Ints) -> float:
-        """No Tucker tensor of these ranks is nearer.
+        """Return a lower bound on the error of any Tucker tensor of these ranks.
 
-        What is left beside the compressed modes has at most the product of their ranks.
+        The unfolding of the other modes has at most the product of the ranks as its rank.
         """
         *modes, rest = self.tails
         least = rest[min(math.prod(rank), len(rest) - 1)]
@@ -78,7 +78,7 @@ class Parts(NamedTuple):
 
 
 def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Parts:
-    """HOSVD along out, in and `axes`: all eigenvectors of every unfolding's Gram matrix."""
+    """Return the HOSVD along out, in and `axes`, with all eigenvectors of the Gram matrices."""
     tensor = _unfoldable(kernel, axes)
     core, factors, tails = tensor, [], []
     for mode in range(1, 3 + len(axes)):
@@ -96,7 +96,7 @@ def decompose(kernel: Kernel, conv: Factorization, axes: tuple[str, ...]) -> Par
 
 
 def truncated(kernel: Kernel, conv: Factorization, axes: tuple[str, ...], rank: Ints) -> Parts:
-    """The same with the leading eigenvectors alone: all that one rank needs, in half the time."""
+    """Return the HOSVD truncated to one rank, which takes half the time of `decompose`."""
     tensor = _unfoldable(kernel, axes)
     factors = []
     for mode, r in enumerate(rank, start=1):
@@ -107,7 +107,7 @@ def truncated(kernel: Kernel, conv: Factorization, axes: tuple[str, ...], rank: 
 
 
 def _unfoldable(kernel: Kernel, axes: tuple[str, ...]) -> Array:
-    """The kernel with a mode for each of out, in and `axes`, and one for what is left."""
+    """Return the kernel with one mode per out, in and item of `axes`, and one for the rest."""
     w = kernel.tensor
     order = [3 + kernel.letters.index(a) for mode in axes for a in mode]
     rest = [3 + i for i, a in enumerate(kernel.letters) if a not in "".join(axes)]
@@ -117,20 +117,20 @@ def _unfoldable(kernel: Kernel, axes: tuple[str, ...]) -> Array:
 
 
 def _grams(tensor: Array, mode: int) -> Array:
-    """Unfoldings along `mode` times their transposes, group by group."""
+    """Return the Gram matrices of the unfoldings along `mode`, per group."""
     unfolded = np.moveaxis(tensor, mode, 1).reshape(len(tensor), tensor.shape[mode], -1)
     return cast(Array, unfolded @ unfolded.swapaxes(1, 2))
 
 
 def _projected(tensor: Array, factor: Array, mode: int) -> Array:
-    """`tensor` times the transpose of `factor` along `mode`, group by group."""
+    """Multiply `tensor` by the transpose of `factor` along `mode`, per group."""
     moved = np.moveaxis(tensor, mode, 1)
     flat = factor.swapaxes(1, 2) @ moved.reshape(*moved.shape[:2], -1)
     return np.moveaxis(flat.reshape(len(flat), flat.shape[1], *moved.shape[2:]), 1, mode)
 
 
 def refined(parts: Parts, rank: Ints) -> tuple[list[Array], Array]:
-    """Factors (g, size, rank) and core after HOOI from the truncated HOSVD, group by group."""
+    """Return factors (g, size, rank) and core after HOOI from the truncated HOSVD, per group."""
     factors = []
     for i, tensor in enumerate(parts.tensor):
         start = [f[i, :, :r] for f, r in zip(parts.factors, rank)]
@@ -144,18 +144,18 @@ def refined(parts: Parts, rank: Ints) -> tuple[list[Array], Array]:
 
 
 def hooi(tensor: Array, factors: Sequence[Array]) -> list[Array]:
-    """Orthonormal Tucker factors of the first modes, by alternation from orthonormal `factors`.
+    """Return orthonormal Tucker factors of the first modes by HOOI from orthonormal `factors`.
 
-    Each is the leading eigenvectors of the Gram matrix of what the others leave: a matrix
-    product and a part of an eigendecomposition, where an SVD of the unfolding takes many times
-    as long.  Squaring loses half of the digits of the small singular values only, in float64.
+    Each factor has the leading eigenvectors of the Gram matrix of the tensor projected on the
+    others: an SVD of the unfolding takes many times as long.  In float64, squaring loses half of
+    the digits of the small singular values only.
     """
     factors = list(factors)
     whole, before = float(np.square(tensor).sum()), math.inf
     for _ in range(ITERATIONS):
         for mode, factor in enumerate(factors):
             part = tensor[None]
-            # The most is gained first: the mode that shrinks the tensor most.
+            # The mode that shrinks the tensor most comes first.
             others = [m for m in range(len(factors)) if m != mode]
             for m in sorted(others, key=lambda m: factors[m].shape[1] / len(factors[m])):
                 part = _projected(part, factors[m][None], m + 1)
@@ -170,10 +170,10 @@ def hooi(tensor: Array, factors: Sequence[Array]) -> list[Array]:
 
 
 def _shared(factors: list[Array], core: Array) -> tuple[list[Array], Array]:
-    """The core's norm along each mode moved to the factors by its square root.
+    """Move the square root of the core's norm along each mode to the factors.
 
-    For a diagonal core that is what a truncated SVD gives; a mode of one channel, which gets no
-    stage of its own, gives all that it has to the core.
+    A diagonal core then shares its singular values as a truncated SVD does.  The factor of a mode
+    of one channel has no stage and is multiplied into the core.
     """
     norms = []
     for mode in range(1, len(factors) + 1):
@@ -190,7 +190,7 @@ def _shared(factors: list[Array], core: Array) -> tuple[list[Array], Array]:
 
 
 def _grid(largest: Ints) -> Iterator[Ints]:
-    """Combinations of ranks, at most POINTS of them: the longest modes are thinned first."""
+    """Yield at most POINTS combinations of ranks; the longest modes are thinned first."""
     counts = list(largest)
     while math.prod(counts) > POINTS:
         longest = counts.index(max(counts))
@@ -205,10 +205,13 @@ def _grid(largest: Ints) -> Iterator[Ints]:
 def _chain(
     parts: Parts, rank: Ints, factors: Sequence[Array] | None, core: Array | None
 ) -> tuple[Stage, ...]:
-    """The chain: blank, or with `factors` (g, size, rank) and `core` (g, ranks..., rest)."""
+    """Return the chain of `factors` (g, size, rank) and `core` (g, ranks..., rest).
+
+    Without factors its weights are abstract.
+    """
     conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
     ndim = conv.geometry.ndim
-    one, still = (1,) * ndim, conv.geometry.only(())
+    one, pointwise_geometry = (1,) * ndim, conv.geometry.only(())
     each = kernel.scale ** (
         1 / (1 + sum(n > 1 for n in (kernel.outs, kernel.ins)) + len(parts.axes))
     )
@@ -223,12 +226,12 @@ def _chain(
     stages = []
     if kernel.ins > 1:
         w = weight((g * ins, kernel.ins, *one), lambda: factors[1].swapaxes(1, 2))  # type: ignore[index]
-        stages.append(Stage(w, still, g))
+        stages.append(Stage(w, pointwise_geometry, g))
     spread = ins
     for i, (axes, q) in enumerate(zip(parts.axes, within)):
         geometry = conv.geometry.only(axis_indices(axes, ndim))
         shape = (q, 1, *taps(axes))
-        if g == 1:  # the same filters for every channel: tied
+        if g == 1:  # the same filters for every channel
             w = weight(shape, lambda: factors[2 + i].swapaxes(1, 2))  # type: ignore[index]  # noqa: B023
             stages.append(Stage(w, geometry, outer=spread))
         else:
@@ -243,7 +246,7 @@ def _chain(
     stages.append(Stage(w, conv.geometry.only(axis_indices(left, ndim)), g))
     if kernel.outs > 1:
         w = weight((g * kernel.outs, outs, *one), lambda: factors[0])  # type: ignore[index]
-        stages.append(Stage(w, still, g))
+        stages.append(Stage(w, pointwise_geometry, g))
     return orient(conv, stages if factors is None else balance_norms(stages))
 
 
@@ -252,13 +255,13 @@ def _axes(family: str, kernel: Kernel) -> tuple[str, ...]:
     if family == "tucker_full":
         if kernel.is_pointwise or channels[1] < 2 or (channels[0] < 2 and len(kernel.axes) < 2):
             raise NotApplicable(
-                "tucker_full needs a spatial kernel and two channels in and out of a group, or "
-                "in one direction and two axes with more than one tap"
+                "tucker_full needs a spatial kernel and two input and output channels per group, "
+                "or two of either and two axes with more than one tap"
             )
         return kernel.axes
     if kernel.is_pointwise or channels[0] < 2:
         raise NotApplicable(
-            f"{family} needs a spatial kernel and two channels in and out of a group"
+            f"{family} needs a spatial kernel and two input and output channels per group"
         )
     return ()
 
@@ -278,7 +281,7 @@ def _build(parts: Parts, rank: Ints) -> tuple[Stage, ...]:
 
 
 def _sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    """Truncated HOSVD at combinations of ranks; a chain that is built is refined by HOOI."""
+    """Yield the truncated HOSVD at combinations of ranks; `build` refines it by HOOI."""
     parts = _parts(family, conv)
     for rank in _grid(parts.largest()):
         error = parts.error(rank)
@@ -304,11 +307,11 @@ def _fit(
 def _cp_chain(
     parts: Parts, rank: Ints, factors: Sequence[Array] | None, terms: Sequence[Array] | None
 ) -> tuple[Stage, ...]:
-    """Tucker-2 whose core is a CP sum: five stages, or fewer where two pointwise ones merge."""
+    """Return the chain of Tucker-2 with a CP core: five stages, fewer if pointwise ones merge."""
     conv, kernel, g = parts.conv, parts.kernel, parts.kernel.groups
     outs, ins, r = rank
     ndim = conv.geometry.ndim
-    one, still = (1,) * ndim, conv.geometry.only(())
+    one, pointwise_geometry = (1,) * ndim, conv.geometry.only(())
     each = kernel.scale ** (1 / 3)
 
     def pointwise(shapes: Sequence[Ints], makes: Callable[[], Sequence[Array]]) -> list[Stage]:
@@ -324,7 +327,7 @@ def _cp_chain(
             last, first = makes()
             kept = [last @ first] if merged else [first, last]
         kept = [w.reshape(-1, w.shape[-1], *one) for w in kept]
-        return [Stage(w, still, g) for w in kept]
+        return [Stage(w, pointwise_geometry, g) for w in kept]
 
     taps = (g * r, 1, *kernel.tensor.shape[3:])
     stages = [
@@ -348,7 +351,7 @@ def _cp_chain(
 
 
 def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
-    """CP-3 of every group's core, (g, out, in, taps)."""
+    """Fit CP-3 to the core of every group, (g, out, in, taps)."""
     found = []
     for i, c in enumerate(core):
         first = als.start(c, r) if start is None else als.grown([f[i] for f in start], r)
@@ -357,7 +360,7 @@ def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -
 
 
 def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) -> tuple[Stage, ...]:
-    """From the core that HOOI finds; and, from a sweep's `terms`, on its own core: the better."""
+    """Return the better chain of the HOOI core and, if given, of a sweep's core and `terms`."""
     t, s, r = rank
     cores: list[tuple[list[Array], Array, Sequence[Array] | None]] = [
         (*refined(parts, rank[:2]), None)
@@ -372,7 +375,7 @@ def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) ->
         found = _cp_terms(core, r, start, 20 * CP_SWEEPS)
         tried.append((_missed(core, found), factors, core, found))
     _, factors, core, found = min(tried, key=lambda candidate: candidate[0])
-    # Less sensitive, for a little of the error, but never for more than the sweep said it has.
+    # The correction may increase the error a little, but not above that of the sweep point.
     error, norm = als.batched_error(core, found), float(np.linalg.norm(core))
     if norm > 0 and r > 1:
         allowed = math.sqrt(max(most / norm**2 + 1, 0.0)) if most < math.inf else math.inf
@@ -381,13 +384,16 @@ def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) ->
 
 
 def _missed(core: Array, terms: Sequence[Array]) -> float:
-    """What the CP sum of a core misses, less what the core keeps: squares, for comparing cores."""
+    """Return the squared error of a CP core minus the squared norm of the core.
+
+    Errors on different cores differ in this and a constant.
+    """
     norm = float(np.linalg.norm(core))
     return (als.batched_error(core, terms) * norm) ** 2 - norm**2
 
 
 def _cp_sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    """A few sizes of the core, and for each a few CP ranks started from one another."""
+    """Yield a few sizes of the core, each with a few CP ranks and warm starts."""
     parts = _parts(family, conv)
     outs, ins = parts.largest()
     total = float(np.linalg.norm(parts.core)) or 1.0
@@ -396,11 +402,11 @@ def _cp_sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepP
     for t, s in sorted(shares):
         core, terms = parts.core[:, :t, :s], None
         cut = parts.error((t, s))
-        # Above half of what the core itself takes there is little left to save.
+        # CP sums above half of the parameters of the core save little.
         largest = min(core[0].size // (2 * sum(core.shape[1:])), _terms(core))
         for r in als.ranks(largest, 6):
             terms = _cp_terms(core, r, terms, CP_SWEEPS)
-            # The cut and the CP error are orthogonal.
+            # The truncation error and the CP error are orthogonal.
             error = math.hypot(cut, als.batched_error(core, terms) * np.linalg.norm(core) / total)
             bound = max(parts.bound((t, s)), bounds[r] if r < len(bounds) else 0.0)
             yield SweepPoint(
@@ -413,7 +419,7 @@ def _cp_sweep(family: str, conv: Factorization, variant: str) -> Iterator[SweepP
 
 
 def _terms(core: Array) -> int:
-    """A CP rank that suffices for any core of this size."""
+    """Return a CP rank that suffices for any core of this size."""
     return math.prod(sorted(core.shape[1:])[:-1])
 
 
@@ -503,7 +509,7 @@ def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : (int, int)
-        Channels (out, in) of the core, a group.
+        Channels (out, in) of the core, per group.
 
     Returns
     -------
@@ -513,8 +519,8 @@ def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
     Raises
     ------
     ValueError
-        If `rank` is out of range or `conv` is not one dense stage; NotApplicable, which is
-        one, if there is nothing to factor.
+        If `rank` is out of range or `conv` is not one dense stage; NotApplicable if the kernel
+        has too few modes.
 
     Notes
     -----
@@ -541,7 +547,7 @@ def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
 
 
 def tucker_full(conv: Factorization, rank: tuple[int, ...]) -> Factorization:
-    r"""Approximate with every mode compressed: channels and each spatial axis.
+    r"""Approximate by Tucker with all modes compressed: channels and each spatial axis.
 
     Parameters
     ----------
@@ -553,8 +559,8 @@ def tucker_full(conv: Factorization, rank: tuple[int, ...]) -> Factorization:
     Returns
     -------
     Factorization
-        Pointwise, one stage of shared filters an axis (tied over all channels), pointwise
-        core, pointwise.
+        Pointwise, one stage per axis with filters shared by all channels, pointwise core,
+        pointwise.
 
     Raises
     ------
@@ -590,13 +596,13 @@ def tucker_cp(conv: Factorization, rank: tuple[int, int, int]) -> Factorization:
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
     rank : (int, int, int)
-        Channels (out, in) of the Tucker core, and terms of the CP sum, a group.
+        Channels (out, in) of the Tucker core, and number of terms of the CP sum, per group.
 
     Returns
     -------
     Factorization
         Pointwise, pointwise, depthwise, pointwise, pointwise; two pointwise stages in a row
-        are multiplied out where that is not dearer.
+        are merged if that does not cost more.
 
     Raises
     ------
@@ -605,7 +611,7 @@ def tucker_cp(conv: Factorization, rank: tuple[int, int, int]) -> Factorization:
 
     Notes
     -----
-    The error of the cut to the core and that of its CP sum are orthogonal: their squares add.
+    The errors of the truncation and of the CP sum are orthogonal: their squares add up.
 
     References
     ----------
