@@ -142,13 +142,13 @@ def row(case: Case, threads: int, seconds: float) -> dict[str, Any]:
     times = measure_seconds([*ours, *others.values()], seconds)
     mine = dict(zip((f"{o.name} {o.rank or ''}".strip() for o in allowed), times))
     theirs = dict(zip(others, times[len(allowed) :]))
-    taken = times[allowed.index(plan.choice)]
+    seconds_of_choice = times[allowed.index(plan.choice)]
     best, peer = min(mine, key=mine.__getitem__), min(theirs, key=theirs.__getitem__)
     return {
         "kernel": name, "taps": kernel.shape, "size": size, "tolerance": tolerance,
-        "choice": plan.choice.name, "rank": plan.choice.rank, "seconds": taken,
-        "predicted": plan.choice.seconds, "best": best, "over_best": taken / mine[best],
-        "peer": peer, "faster": theirs[peer] / taken, "options": mine, "peers": theirs,
+        "choice": plan.choice.name, "rank": plan.choice.rank, "seconds": seconds_of_choice,
+        "predicted": plan.choice.seconds, "best": best, "over_best": seconds_of_choice / mine[best],
+        "peer": peer, "faster": theirs[peer] / seconds_of_choice, "options": mine, "peers": theirs,
     }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_fits_in_a_metric_beat_plain_ones(name):
 def test_refining_never_harms():
     conv = made("plain")
     metric = metric_of(conv)
-    for family, variant, point in chains(conv, points=(3,)):
+    for family, _, point in chains(conv, points=(3,)):
         fit = MetricFit(conv, metric)
         stages = point.build()
         assert fit.refine(stages, 2)[1] <= fit.error(stages) * (1 + 1e-9), family

@@ -87,8 +87,7 @@ class PlanOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of :func:`lowrank.compress.make_plan`."""
-        budgets = {axis: getattr(self, axis) for axis in AXES}
-        budgets = {axis: _budget(value) for axis, value in budgets.items() if value is not None}
+        budgets = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) is not None}
         if not budgets:
             raise ValueError("give a budget: --macs, --params, --seconds or --bytes")
         families = parse_families(self.families)
@@ -254,14 +253,6 @@ def compress(
     for path in (out, report_to):
         if path is not None:
             print(f"wrote {path}")
-
-
-def _budget(text: str) -> float | str:
-    """Return a number if the text is one, else an amount with its unit."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _parse_cap(text: str) -> tuple[str, float]:

@@ -122,7 +122,7 @@ class CompressionPlan:
         proof = "proven optimal" if self.gap < 1e-9 else f"within {self.gap:.2%} of the optimum"
         return (
             f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}; "
-            f"loss {self.loss:.4g}, {proof} over the options"
+            f"loss {self.loss:.4g}, {proof}"
         )
 
     def __repr__(self) -> str:

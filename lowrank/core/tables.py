@@ -53,10 +53,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def model(error: float) -> str:
-    """How far predicted seconds are off, in the middle."""
+    """Describe the median error of predicted seconds."""
     if error != error:
-        return "rates of another machine: 'lowrank calibrate' measures this one"
-    return f"half of such predictions are within {error:.0%}"
+        return "coefficients of another machine: 'lowrank calibrate' measures this one"
+    return f"median error of predictions {error:.0%}"
 
 
 def format_count(n: float) -> str:

@@ -105,9 +105,10 @@ class Family:
         Returns
         -------
         iterator of SweepPoint
-            One point per rank.  Errors are relative in the metric.  Where the whitening of its modes does not express
-            the metric exactly, the error of a point is that of its closed-form start, the bound
-            is 0, and `build` refines the start by alternating least squares in the full metric.
+            One point per rank.  Errors are relative in the metric.  Where whitening does not
+            express the metric exactly, the error of a point is that of its closed-form start,
+            the bound is 0, and `build` refines the start by alternating least squares in the
+            full metric.
 
         Examples
         --------

@@ -127,11 +127,11 @@ def _preconditioner(
         return lambda z: z
     inverse = np.linalg.inv(gram + 1e-7 * mean * np.eye(size, dtype=gram.dtype))
     order = batch + bonds + "".join(m for m in own if m not in batch + bonds)
-    there, back = [own.index(m) for m in order], [order.index(m) for m in own]
+    to_order, to_own = [own.index(m) for m in order], [order.index(m) for m in own]
 
     def apply(z: Array) -> Array:
-        moved = z.transpose(there)
+        moved = z.transpose(to_order)
         flat = inverse @ moved.reshape(len(inverse), size, -1)
-        return np.asarray(flat.reshape(moved.shape).transpose(back))
+        return np.asarray(flat.reshape(moved.shape).transpose(to_own))
 
     return apply

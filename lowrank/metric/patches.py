@@ -44,7 +44,8 @@ class Patches:
 
     def gather(self, windows: Array, at: Array) -> Array:
         """Return the patches of some output positions, (groups, samples, in * taps)."""
-        where = np.unravel_index(engine.as_array_like(at, windows), windows.shape[: 1 + len(self.outs)])
+        positions = windows.shape[: 1 + len(self.outs)]
+        where = np.unravel_index(engine.as_array_like(at, windows), positions)
         flat = windows[where].reshape(len(at), self.conv.groups, -1)
         return flat.swapaxes(0, 1).copy()
 

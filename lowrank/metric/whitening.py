@@ -120,6 +120,7 @@ class Roles(NamedTuple):
 
     @classmethod
     def of(cls, n: TensorNetwork, transposed: bool) -> Roles:
+        """Return the roles of the modes of a chain."""
         batch = "".join(m for m in n.rows if m in n.columns)
         rows = "".join(m for m in n.rows if m not in batch)
         columns = "".join(m for m in n.columns if m not in batch)
