@@ -182,7 +182,7 @@ def test_factors_of_a_product_are_found(seed):
     channels, taps, distance = nearest_kronecker(c, (4, 3, 2))
     assert distance < 1e-6
     again = np.kron(np.kron(channels[0], taps[0]), taps[1])
-    # Factors get a ridge of 1e-6 each.
+    # Each factor is damped by 1e-6.
     assert np.linalg.norm(again - c) <= 1e-5 * np.linalg.norm(c)
 
 
