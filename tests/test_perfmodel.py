@@ -292,15 +292,17 @@ def test_every_candidate_knows_its_realised_share(front):
     assert front.dense.realised == 1
 
 
-def test_time_budget_is_met(conv, front):
+def test_time_budget_is_met(conv):
+    families = ["channel_svd", "spatial_svd", "tucker"]  # the others take most of the time
+    front = lr.frontier(conv, (48, 48), families)
     whole = front.dense.seconds
     for budget in (0.5, f"{whole / 2 * 1e3}ms", f"{whole / 2 * 1e6} us", "50%"):
-        f = lr.approximate(conv, (48, 48), seconds=budget)
+        f = lr.approximate(conv, (48, 48), seconds=budget, families=families)
         pick = front.affordable(whole / 2)
         assert (f.family, f.variant, f.rank) == (pick.family, pick.variant, pick.rank)
         assert perfmodel.predict(f, (48, 48)).seconds <= whole / 2
     with pytest.raises(ValueError, match=r"infeasible.*minimum"):
-        lr.approximate(conv, (48, 48), seconds="1e-12s")
+        lr.approximate(conv, (48, 48), seconds="1e-12s", families=families)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan, "2", "fast", "-1ms", "1 minute"])
