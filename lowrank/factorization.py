@@ -1,6 +1,6 @@
 """Factorization: an immutable chain of stages, from which everything else is derived."""
 
-# DESIGN.md puts this module into core; it stands above engine, since a chain compiles itself.
+# This module stands above engine, since a chain compiles itself.
 
 from __future__ import annotations
 

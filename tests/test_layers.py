@@ -7,7 +7,7 @@ from pathlib import Path
 import lowrank
 
 #: From the bottom up.  A package may import from those before it; those in one row are independent.
-#: DESIGN.md has Factorization in core; here it stands above engine, since a chain compiles itself.
+#: Factorization stands above engine, since a chain compiles itself.
 LAYERS = [
     ["_typing", "_kernels"],
     ["core"],

@@ -124,7 +124,8 @@ def plan(
 ) -> None:
     """Choose a family and rank per layer within a budget, without changing the network.
 
-    Numbers in (0, 1] are shares of the network; absolute amounts carry a unit.
+    A number in (0, 1] or 50% is a share of the network; counts above 1 and 20M are amounts; times
+    need a unit (3ms).
     """
     check_output("--out", out, model, options.calibrate)
     arguments = options.arguments()
@@ -182,8 +183,8 @@ def compress(
 ) -> None:
     """Compress a network within a budget, each layer fitted to calibration data.
 
-    Numbers in (0, 1] are shares of the network; absolute amounts carry a unit.  If nothing can be
-    saved, no file is written and the exit code is 1.
+    A number in (0, 1] or 50% is a share of the network; counts above 1 and 20M are amounts; times
+    need a unit (3ms).  If nothing can be saved, no file is written and the exit code is 1.
     """
     calibrate = options.calibrate
     files.check_target(out, model)

@@ -182,7 +182,7 @@ def _fit_briefly(
 
 
 def _is_heavy(conv: Factorization, metric: Metric) -> bool:
-    """Whether a step of a fit takes so long that fewer options are fitted."""
+    """Return whether a step of a fit takes so long that fewer options are fitted."""
     n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
     return bool(conv.stages[0].weight.size * n > HEAVY)
 

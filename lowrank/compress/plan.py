@@ -30,7 +30,7 @@ class CompressionPlan:
         Costs are per example of the network.  Candidates of a plan that was just made carry their
         fits; those of a plan read from a file do not.
     dense : dict of str to Candidate
-        The layers as they came.
+        The original layers.
     limits : dict of str to float
         Budgets, as amounts.
     loss, gap : float
@@ -61,7 +61,7 @@ class CompressionPlan:
     alternatives: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
 
     def total(self, axis: str) -> tuple[float, float]:
-        """Return the total cost on one axis, of the plan and of the network as it came.
+        """Return the total cost on one axis, of the plan and of the original network.
 
         Parameters
         ----------

@@ -50,7 +50,7 @@ def make_plan(
     model : CompressibleModel
         Trained model; without calibration data, kernels are approximated as for white noise.
     macs, params, seconds, bytes : float or str, optional
-        Budgets per example over all layers; at least one, and all are kept to.  A number in
+        Budgets per example over all layers; at least one; all must hold.  A number in
         (0, 1] or ``"50%"`` is a share of the dense cost; counts above 1 and ``"20M"`` are amounts;
         amounts of time have a unit: ``"3ms"``.  See :func:`lowrank.selection.parse_budget`.
     families : iterable of str
@@ -105,7 +105,7 @@ def make_plan(
     if not budgets:
         raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
     axes = [b.axis for b in budgets]
-    names = check_families([families] if isinstance(families, str) else families)
+    names = check_families(families)
     layers, free = _select_layers(model, pinned, left_out, capped or {})
     if statistics is None:
         statistics = LayerStatistics(model, gradients=gradients, seed=seed)
@@ -168,7 +168,9 @@ def _select_layers(
     """Return the layers that count in the budget, and those of them that may change."""
     layers = [x for x in model.layers if not _matches(x.name, left_out)]
     if not layers:
-        raise ValueError("model must have a convolution or linear layer that may change, got none")
+        raise ValueError(
+            "model and left_out must leave at least one convolution or linear layer, got none"
+        )
     for pattern in (*pinned, *left_out, *capped):
         if not any(fnmatchcase(x.name, pattern) for x in model.layers):
             known = ", ".join(x.name for x in model.layers[:20])

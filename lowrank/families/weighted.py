@@ -1,8 +1,8 @@
 """Fits in a metric, for every family.
 
-A family fits the whitened kernel in closed form.  What whitening leaves out (moments that are no
-Kronecker product, modes that several stages have) is made up for by alternating least squares in
-the full metric, one stage at a time.
+A family fits the whitened kernel in closed form.  Alternating least squares in the full metric,
+one stage at a time, then corrects what whitening cannot express: moments that are no Kronecker
+product, and modes that several stages have.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def sweep(
     sample = next(iter(sweep_white(_zero_kernel(conv), variant)), None)
     if sample is None:
         return
-    fit = MetricFit(conv, metric)
+    metric_fit = MetricFit(conv, metric)
     whitening = whiten(tensor_network(sample.stages), conv, metric)
     is_exact = whitening.residual_metric(metric).is_white
-    for point in sweep_white(fit.whitened(whitening), variant):
-        start = partial(fit.unwhiten, point.build, whitening)
+    for point in sweep_white(metric_fit.whitened(whitening), variant):
+        start = partial(metric_fit.unwhiten, point.build, whitening)
         yield point._replace(
             bound=point.bound if is_exact else 0.0,
-            build=partial(fit.refine_start, start),
+            build=partial(metric_fit.refine_start, start),
             start=start,
         )
 
@@ -65,12 +65,12 @@ def fit(
     refine: bool = True,
 ) -> Factorization:
     """Fit one rank of a family in a metric; see :meth:`Family.fit`."""
-    fit = MetricFit(conv, metric)
+    metric_fit = MetricFit(conv, metric)
     thin = fit_white(_zero_kernel(conv), rank, variant)
     whitening = whiten(tensor_network(thin.stages), conv, metric)
-    start = fit_white(fit.whitened(whitening), rank, variant)
-    closed_form = partial(fit.unwhiten, lambda: start.stages, whitening)
-    stages = fit.refine_start(closed_form) if refine else closed_form()
+    start = fit_white(metric_fit.whitened(whitening), rank, variant)
+    closed_form = partial(metric_fit.unwhiten, lambda: start.stages, whitening)
+    stages = metric_fit.refine_start(closed_form) if refine else closed_form()
     return replace(conv, stages=stages, family=start.family, variant=start.variant, rank=start.rank)
 
 
@@ -134,7 +134,7 @@ class MetricFit:
         return math.sqrt(missed / whole) if whole else 0.0
 
     def prepare(self, stages: Sequence[Stage]) -> Prepared:
-        """Return what the fits of one family and variant share.
+        """Prepare the quantities that the fits of one family and variant share.
 
         Parameters
         ----------

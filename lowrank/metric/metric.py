@@ -15,7 +15,7 @@ from lowrank.factorization import Factorization
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    r"""Quadratic form in the error of a kernel: the mean squared error at the layer's output.
+    r"""Quadratic form in the error of a kernel: gradient-weighted mean squared error at the output.
 
     For an error E, as a matrix (out, in * taps) per group, it is
     :math:`\operatorname{tr}(G E C E^\top)` with the second moments C of the input patches and G
@@ -33,7 +33,7 @@ class Metric:
         Relative Frobenius distance of that product from C; NaN if C is not kept.
     gradient_moment : ndarray of float64, shape (groups, out, out), or None
         G; None if all outputs have equal weight.
-    target : ndarray of float64, shape (out, in, \*taps), or None
+    target : ndarray of float64, shape (groups, out, in, \*taps), or None
         Kernel that comes closest to the original outputs on these inputs, where they differ from
         the inputs of the original kernel.
     mean : ndarray of float64, shape (groups, in \* taps), or None

@@ -57,7 +57,7 @@ class Whitening:
         return np.asarray(e)
 
     def residual_metric(self, m: Metric) -> Metric:
-        """Return what remains of the metric `m` for whitened kernels."""
+        """Return the residual of the metric `m` for whitened kernels."""
         gradients, inputs = m.gradient_moment, m.input_moment
         channels, taps = m.channel_factor, m.tap_factors
         if gradients is not None and self.outs is not None:
@@ -128,7 +128,7 @@ class Roles(NamedTuple):
 
 
 def _holder(n: TensorNetwork, modes: str, batch: str) -> tuple[int | None, bool]:
-    """Return a stage that has all of these modes and the groups, and whether it alone has any."""
+    """Find the first stage with all `modes` and the group modes; tell whether no other has any."""
     holders = [i for i, have in enumerate(n.stages) if set(have) & set(modes)]
     whole = [i for i in holders if set(modes + batch) <= set(n.stages[i])]
     return (whole[0] if modes and whole else None), len(holders) == 1

@@ -17,7 +17,7 @@ from lowrank.certify import certificate
 from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Layer
 from lowrank.core import chain_algebra
 from lowrank.factorization import Factorization
-from lowrank.selection import Candidate
+from lowrank.selection.candidates import Candidate, Pricing
 
 MAX_RUNS = 15  # timed runs per layer
 RUN_SECONDS = 0.3  # time budget per layer and chain, beyond the first run
@@ -315,14 +315,9 @@ def _compare_layer(
 
 def _costs(layer: Layer, f: Factorization, batch: int, threads: int | None) -> dict[str, float]:
     """Return the costs of a layer per example of the network."""
-    shape = f.input_shape(layer.input_size)
-    predicted = perfmodel.current().predict_stages(f.stages, shape, batch, threads)
-    return {
-        "macs": float(f.cost(layer.input_size).macs * layer.times),
-        "params": float(f.params),
-        "bytes": float(f.params * f.dtype.itemsize),
-        "seconds": predicted.seconds / batch * layer.times,
-    }
+    pricing = Pricing(f, layer.input_size, batch, threads, times=layer.times, per_example=True)
+    c = pricing.time(pricing.dense)
+    return {axis: c.amount(axis) for axis in ("macs", "params", "bytes", "seconds")}
 
 
 def _measure(

@@ -108,7 +108,7 @@ class Candidate:
         return self._point
 
     def build(self) -> Factorization:
-        """Make the weights; what a short iteration fitted is refined.
+        """Build the chain; fits that are iterative are refined.
 
         Returns
         -------
@@ -171,12 +171,10 @@ class Candidate:
         if self._conv is None or self._point is None:
             return self
         fixed = tuple(stages)
-        if error is not None:
-            pass
-        elif self._metric is None:
-            error = replace(self._conv, stages=fixed).error(self._conv.to_dense())
-        else:
+        if error is None and self._metric is not None:
             error = MetricFit(self._conv, self._metric).error(fixed)
+        elif error is None:
+            error = replace(self._conv, stages=fixed).error(self._conv.to_dense())
         rank = self.rank if rank is None else rank
         point = SweepPoint(rank, error, min(self.bound, error), fixed, lambda: fixed)
         return replace(self, rank=rank, error=error, bound=point.bound, _point=point)

@@ -210,7 +210,7 @@ def frontier(
     Raises
     ------
     ValueError
-        If a family, axis or engine is unknown, or the input shape does not fit.
+        If a family, axis or runtime is unknown, or the input shape does not fit.
 
     Notes
     -----

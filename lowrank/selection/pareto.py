@@ -60,6 +60,6 @@ def pareto_front(
 
 
 def _dominates(costs: Array, errors: Array, cost: Array, error: float, slack: float) -> bool:
-    """Whether one of several items dominates an item."""
+    """Return whether one of several items dominates an item."""
     better = (slack * errors < error) | (errors == error)
     return bool(((costs <= cost).all(axis=1) & better).any())
