@@ -30,7 +30,9 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is mi
 
 
 def run(*words, cwd=PAPER):
-    env = os.environ | {"PYTHONPATH": f"{PAPER}{os.pathsep}{ROOT}"}
+    # A script finds those beside it, as if it were run by its path.
+    folders = PAPER, PAPER / "figures", PAPER / "measure", ROOT
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     env.pop("LOWRANK_DATA", None)  # the layers that come with the library are enough
     subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env, check=True)
 
