@@ -97,6 +97,8 @@ _NAMES = {
     "frontier": "lowrank.selection",
 }
 
+__all__ = [*_MODULES, *_NAMES]
+
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:

@@ -47,7 +47,7 @@ def test_every_public_name_is_found_where_type_checkers_look():
     imported = {a.asname: f"{n.module}.{a.name}" for n in guard.body for a in n.names}
     homes = lowrank._MODULES | {n: f"{home}.{n}" for n, home in lowrank._NAMES.items()}
     assert imported == homes
-    assert set(homes) <= set(dir(lowrank))
+    assert set(homes) == set(lowrank.__all__) <= set(dir(lowrank))
     for name in homes:
         assert getattr(lowrank, name) is not None
 
