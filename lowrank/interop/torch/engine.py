@@ -74,7 +74,7 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         """
         x = input
         if x.requires_grad:
-            x = _without_gradient(x)
+            x = without_gradient(x)
         dtype = x.dtype
         key = x.shape, dtype, x.device
         planned = self._plans.get(key)
@@ -118,10 +118,10 @@ class EngineModule(nn.Module):  # type: ignore[misc]
             for f, _ in self.links:
                 shape = f.output_shape(shape)
             planned = self._runners[key] = run, shape
-            _evict_oldest(self._runners)
+            evict_oldest(self._runners)
         run, output_shape = planned
         planned = self._plans[x.shape, x.dtype, x.device] = run, (len(x), *output_shape)
-        _evict_oldest(self._plans)
+        evict_oldest(self._plans)
         return planned
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,12 +133,14 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         return " -> ".join(words)
 
 
-def _evict_oldest(plans: dict[Any, Any]) -> None:
+def evict_oldest(plans: dict[Any, Any]) -> None:
+    """Delete the oldest of more than MAX_PLANS entries."""
     if len(plans) > MAX_PLANS:
         plans.pop(next(iter(plans)), None)
 
 
-def _without_gradient(x: torch.Tensor) -> torch.Tensor:
+def without_gradient(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that needs no gradient; raise ValueError if gradients are enabled."""
     if torch.is_grad_enabled():
         raise ValueError(
             "lowrank's engine computes no gradients: use torch.inference_mode() or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import fx, nn
@@ -13,10 +13,10 @@ from lowrank.core.stage import Activation
 from lowrank.factorization import Factorization, chain
 from lowrank.interop.torch.chains import Bias
 from lowrank.interop.torch.modules import from_module, merge_padding, to_numpy
+from lowrank.interop.torch.operations import find_activation
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_RELUS = (torch.relu, torch.relu_, nn.functional.relu)
 
 
 class FusedNodes:
@@ -62,11 +62,12 @@ class FusedNodes:
         """Add a bias, batch norm, activation or dropout; return False if it is none of these."""
         f, activation = self.links[-1]
         stage = f.stages[-1]
-        new_activation = find_activation(node, module)
+        found = find_activation(node, module)
+        new_activation = found[0] if found and found[0] in get_args(Activation) else None
         if isinstance(module, _DROPOUTS):
             pass
         elif new_activation is not None and activation == "none":
-            activation = new_activation
+            activation = cast(Activation, new_activation)
         elif activation != "none":
             return False
         elif isinstance(module, Bias):
@@ -79,7 +80,7 @@ class FusedNodes:
             and stage.outer * stage.inner == 1
             and not (stage.transposed and stage.shuffle != (1, 1))
         ):
-            f = fold_batch_norm(f, _batch_norm(module))
+            f = fold_batch_norm(f, batch_norm(module))
         else:
             return False
         self.links[-1] = (f, activation)
@@ -136,37 +137,8 @@ def find_fused_nodes(traced: fx.GraphModule) -> list[FusedNodes]:
     return found
 
 
-def find_activation(node: fx.Node, module: nn.Module | None) -> Activation | None:
-    """Return the activation that a node computes, if the engine has it.
-
-    Parameters
-    ----------
-    node : fx.Node
-        Node of a traced graph.
-    module : nn.Module or None
-        Module that the node calls, if it calls one.
-
-    Returns
-    -------
-    str or None
-        ``"relu"``, ``"relu6"``, or None for everything else.
-    """
-    if node.op == "call_method" and node.target in ("relu", "relu_"):
-        return "relu"
-    if node.op == "call_function" and node.target in _RELUS:
-        return "relu"
-    if node.op == "call_function" and node.target is nn.functional.relu6:
-        return "relu6"
-    if node.op == "call_function" and node.target is nn.functional.hardtanh:
-        given = dict(zip(("min_val", "max_val"), node.args[1:])) | node.kwargs
-        limits = given.get("min_val", -1.0), given.get("max_val", 1.0)
-        return "relu6" if limits == (0, 6) else None
-    if isinstance(module, nn.Hardtanh):  # nn.ReLU6 is a subclass
-        return "relu6" if (module.min_val, module.max_val) == (0, 6) else None
-    return "relu" if type(module) is nn.ReLU else None
-
-
-def _batch_norm(module: Any) -> BatchNorm:
+def batch_norm(module: Any) -> BatchNorm:
+    """Return the parameters of a PyTorch module with running statistics."""
     ones = torch.ones_like(module.running_mean)
     scale = ones if module.weight is None else module.weight
     shift = 0 * ones if module.bias is None else module.bias

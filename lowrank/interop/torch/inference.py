@@ -8,16 +8,19 @@ import inspect
 import torch
 from torch import nn
 
+from lowrank.engine.program import ALGORITHMS, Algorithm
 from lowrank.interop.torch.batches import tensors_in
-from lowrank.interop.torch.engine import EngineModule
-from lowrank.interop.torch.modules import from_layer, is_conv
-from lowrank.interop.torch.tracing import swap_modules, trace_onto_engine
+from lowrank.interop.torch.modules import is_conv
+from lowrank.interop.torch.tracing import onto_engine, swap_modules, trace
 
 TOLERANCE = 1e-3  # relative to the largest output; float32 rounding stays far below
 
 
 def on_engine(
-    model: nn.Module, example: torch.Tensor | None = None, threads: int | None = None
+    model: nn.Module,
+    example: torch.Tensor | None = None,
+    threads: int | None = None,
+    algorithm: Algorithm = "auto",
 ) -> nn.Module:
     """Return a copy of a model for inference, with its convolutions on lowrank's engine.
 
@@ -67,19 +70,19 @@ def on_engine(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
 
     def copy_for_inference() -> nn.Module:
         return copy.deepcopy(model).eval().requires_grad_(False)
 
     plain = copy_for_inference()
-    if is_conv(plain):
-        converted: nn.Module = EngineModule([(from_layer(plain), "none")], threads)
+    whole = nn.Sequential(plain) if is_conv(plain) else plain
+    traced = trace(whole) if _has_fixed_arguments(whole) else None
+    if traced is None:
+        converted = swap_modules(copy_for_inference(), threads)
     else:
-        try:
-            convert = trace_onto_engine if _has_fixed_arguments(plain) else swap_modules
-            converted = convert(plain, threads)
-        except Exception:  # control flow that depends on tensors, or anything else in a model
-            converted = swap_modules(copy_for_inference(), threads)
+        converted = onto_engine(traced, threads, algorithm)
     if example is None or _outputs_match(model, converted, example):
         return converted
     converted = swap_modules(copy_for_inference(), threads)

@@ -24,7 +24,7 @@ from lowrank.interop.torch.chains import (
 )
 
 LAYERS = (*CONVS, *TRANSPOSED_CONVS, nn.Linear)
-_PADDING_MODES = {
+PADDING_MODES = {
     kind: mode for mode, kinds in PADDING_MODULES.items() if mode != "zeros" for kind in kinds
 } | dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), "constant")
 
@@ -126,7 +126,7 @@ def from_sequence(modules: Sequence[nn.Module]) -> Factorization | None:
                 return None
             found = replace(found, bias=to_numpy(module.bias))
             continue
-        if type(module) in _PADDING_MODES and padding_module is None:
+        if type(module) in PADDING_MODES and padding_module is None:
             padding_module = module
             continue
         f = from_module(module)
@@ -145,7 +145,7 @@ def from_sequence(modules: Sequence[nn.Module]) -> Factorization | None:
 
 def merge_padding(padding_module: nn.Module, f: Factorization) -> Factorization | None:
     """Return a convolution that includes the padding module before it; None if it cannot."""
-    mode = _PADDING_MODES.get(cast(Any, type(padding_module)))
+    mode = PADDING_MODES.get(cast(Any, type(padding_module)))
     stage = f.stages[0]
     g = stage.geometry
     if mode is None or len(f.stages) > 1 or stage.transposed or g.padding_mode != "zeros":

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import fx, nn
 
+from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.chains import Bias, TiedLayer
 from lowrank.interop.torch.engine import EngineModule
-from lowrank.interop.torch.fusion import BATCH_NORMS, find_activation, find_fused_nodes
+from lowrank.interop.torch.fusion import find_fused_nodes
 from lowrank.interop.torch.modules import from_sequence
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-# Modules whose outputs never share memory with their inputs.
-_NEW_OUTPUTS = (
-    EngineModule, *BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    nn.GroupNorm, nn.LayerNorm, nn.Linear,
-)  # fmt: skip
+from lowrank.interop.torch.partition import partition
+from lowrank.interop.torch.program import ProgramModule
 
 
 class _Tracer(fx.Tracer):  # type: ignore[misc]
@@ -45,30 +39,42 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
             return self.create_proxy("call_module", name, args, kwargs)
 
 
-def trace_onto_engine(model: nn.Module, threads: int | None) -> nn.Module:
-    """Return a traced model with fused convolutions; `model` must not be used afterwards.
+def trace(model: nn.Module) -> fx.GraphModule | None:
+    """Return a traced model, which shares the submodules of `model`; None if it has no trace.
+
+    Submodules that cannot be traced are calls, and keep their convolutions.
+    """
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception:  # control flow that depends on tensors, or anything else in a model
+        return None
+    traced = fx.GraphModule(model, graph)
+    traced.meta["untraceable"] = tracer.untraceable
+    return traced
+
+
+def onto_engine(
+    traced: fx.GraphModule, threads: int | None, algorithm: Algorithm
+) -> fx.GraphModule:
+    """Return a traced model whose parts run as programs; `traced` must not be used afterwards.
 
     Parameters
     ----------
-    model : nn.Module
-        Model in evaluation mode.  Submodules that cannot be traced are rewritten with
-        :func:`swap_modules`.
+    traced : fx.GraphModule
+        What :func:`trace` returned for a model in evaluation mode.  Submodules that cannot be
+        traced are rewritten with :func:`swap_modules`.
     threads : int or None
         Number of threads of the engine.
+    algorithm : str
+        ``"auto"`` or ``"direct"``, which never uses a fast algorithm.
 
     Returns
     -------
-    nn.Module
-
-    Raises
-    ------
-    Exception
-        Whatever tracing the model raises, for example for control flow that depends on tensors.
+    fx.GraphModule
     """
-    tracer = _Tracer()
-    graph = tracer.trace(model)
-    traced = fx.GraphModule(model, graph)
-    for name in tracer.untraceable:
+    graph = traced.graph
+    for name in traced.meta["untraceable"]:
         parent, _, leaf = name.rpartition(".")
         swapped = swap_modules(traced.get_submodule(name), threads)
         setattr(traced.get_submodule(parent), leaf, swapped)
@@ -81,10 +87,8 @@ def trace_onto_engine(model: nn.Module, threads: int | None) -> nn.Module:
         last.replace_all_uses_with(new)
         for node in reversed(fused.nodes):
             graph.erase_node(node)
-    _write_in_place(traced)
-    traced.delete_all_unused_submodules()
     traced.recompile()
-    return traced.eval()
+    return partition(traced, lambda part: ProgramModule(part, threads, algorithm))
 
 
 def swap_modules(model: nn.Module, threads: int | None) -> nn.Module:
@@ -118,43 +122,3 @@ def swap_modules(model: nn.Module, threads: int | None) -> nn.Module:
         return replacements[module]
 
     return swap(model)
-
-
-def _write_in_place(traced: fx.GraphModule) -> None:
-    """Let sums and ReLUs overwrite an operand in memory of its own that nothing else reads."""
-    graph = traced.graph
-    modules = dict(traced.named_modules(remove_duplicate=False))
-    called = {n: modules.get(str(n.target)) for n in graph.nodes if n.op == "call_module"}
-    new_outputs = {n for n, module in called.items() if isinstance(module, _NEW_OUTPUTS)}
-    for node in list(graph.nodes):
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
-        writable = [a for a in operands if a in new_outputs and len(a.users) == 1]
-        if not writable:
-            continue
-        if find_activation(node, called.get(node)) == "relu":
-            with graph.inserting_before(node):
-                new = graph.call_function(torch.relu_, (writable[0],))
-        elif (
-            node.op == "call_function"
-            and node.target in _ADDITIONS
-            and len(operands) == len(node.args) == 2
-            and operands[0] is not operands[1]
-            and not node.kwargs
-            # x += y must write to x
-            and (node.target is not operator.iadd or operands[0] in writable)
-        ):
-            with graph.inserting_before(node):
-                other = operands[1] if writable[0] is operands[0] else operands[0]
-                new = graph.call_function(_add_in_place, (writable[0], other))
-        else:
-            continue
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        new_outputs.add(new)
-
-
-def _add_in_place(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the sum, in the memory of `a` if shapes and precisions are equal."""
-    if a.shape == b.shape and a.dtype == b.dtype:
-        return cast(torch.Tensor, a.add_(b))
-    return a + b
