@@ -1,6 +1,7 @@
 """ONNX models: compress them and write them back."""
 
 from lowrank.interop.onnx.data import read_batches as read_batches
+from lowrank.interop.onnx.engine import on_engine as on_engine
 from lowrank.interop.onnx.files import save as save
 from lowrank.interop.onnx.model import OnnxModel as OnnxModel
 from lowrank.interop.onnx.model import open_model as open_model

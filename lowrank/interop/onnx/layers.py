@@ -17,7 +17,7 @@ from lowrank.factorization import Factorization, dense
 from lowrank.interop.common import unique_name
 from lowrank.interop.onnx.graph import Constants, Sizes, attributes, shapes, uses
 
-_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _TYPES = ("float16", "float32", "float64")
 
 #: Function that runs the network; it returns the batch size and the shapes of tensors by name,
@@ -57,7 +57,9 @@ class Site:
 def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -> list[Site]:
     """Return the layers of the main graph of `model`, in its order; `inputs` are its inputs."""
     constant, sizes = Constants(model, folder), shapes(model)
-    candidates = [(n, w) for n in model.graph.node if (w := _weight(n, constant)) is not None]
+    candidates = [
+        (n, w) for n in model.graph.node if (w := constant_weight(n, constant)) is not None
+    ]
     batches = {sizes[i][0] for i in inputs if sizes.get(i)}
     unknown = [
         n.input[0] for n, _ in candidates if _size(n, sizes.get(n.input[0]), batches) is None
@@ -76,7 +78,7 @@ def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -
                 "the shape of the network's inputs"
             )
         try:
-            conv = _conv(node, weight, constant, size, fixed is not None)
+            conv = convolution_of(node, weight, constant, size, fixed is not None)
         except (ValueError, TypeError) as why:
             raise ValueError(f"layer {name!r}: {why}") from None
         if conv is None:
@@ -90,9 +92,9 @@ def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -
     return sites
 
 
-def _weight(node: Any, constant: Constants) -> Array | None:
+def constant_weight(node: Any, constant: Constants) -> Array | None:
     """Return the constant weight of a node that may be a layer, or None."""
-    if node.op_type not in _OPS or node.domain not in ("", "ai.onnx") or len(node.input) < 2:
+    if node.op_type not in LAYER_OPS or node.domain not in ("", "ai.onnx") or len(node.input) < 2:
         return None
     weight = constant(node.input[1])
     if weight is None or weight.dtype.name not in _TYPES or not weight.size:
@@ -132,7 +134,7 @@ def _size_if_batch_is_first(node: Any, shape: Sizes | None) -> Ints | None:
     return (math.prod(rest),) if len(rest) == len(shape) - 2 else None
 
 
-def _conv(
+def convolution_of(
     node: Any, weight: Array, constant: Constants, size: Ints, fixed: bool
 ) -> Factorization | None:
     """Return a node as a chain of one stage, or None if it cannot be replaced."""
@@ -170,13 +172,13 @@ def _conv(
         }
     if any(len(v) != n for v in options.values() if isinstance(v, list)):
         raise ValueError(f"attributes {options} do not have {n} entries")
-    pads = _pads(node.op_type, a, weight.shape[2:], options, size, fixed)
+    pads = padding_of(node.op_type, a, weight.shape[2:], options, size, fixed)
     if pads is None:
         return None
     return dense(weight, bias, padding=pads, **options)
 
 
-def _pads(
+def padding_of(
     op: str, a: Mapping[str, Any], kernel: Ints, options: Mapping[str, Any], size: Ints, fixed: bool
 ) -> Pads | None:
     """Return the padding of each axis, with ``auto_pad`` and ``output_shape`` resolved, or None."""

@@ -27,10 +27,11 @@ from lowrank.interop.onnx.files import (
 )
 from lowrank.interop.onnx.graph import infer_shapes, opset_of, prune, substitute
 from lowrank.interop.onnx.layers import Site, find
+from lowrank.interop.onnx.runtime import open_session
 
 _THREADS = 2  # maximum number of threads of onnxruntime
 _PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
-_OLDEST = 7  # oldest opset that onnxruntime runs
+OLDEST_OPSET = 7  # oldest opset that onnxruntime runs
 
 
 class OnnxModel:
@@ -86,10 +87,10 @@ class OnnxModel:
         check_external(self._model, self._folder)
         check(self._model)
         self._opset = opset_of(self._model)
-        if self._opset < _OLDEST:
+        if self._opset < OLDEST_OPSET:
             raise ValueError(
-                f"the opset must be at least {_OLDEST}, which onnxruntime runs, got {self._opset}: "
-                "convert the model with onnx.version_converter"
+                f"the opset must be at least {OLDEST_OPSET}, which onnxruntime runs, got "
+                f"{self._opset}: convert the model with onnx.version_converter"
             )
         self._inputs = inputs_of(self._model)
         self._feeds = [check_batch(self._inputs, b) for b in batches or ()]
@@ -291,7 +292,7 @@ class OnnxModel:
         if computed and feeds:
             model = prune(self._model, computed)
             self._substitute(model, chains)
-            session = _session(model, self._folder)
+            session = open_session(model, self._folder, min(_THREADS, os.cpu_count() or 1))
         for feed in feeds:
             values = {n: feed[n] for n in tensors if n in inputs}
             if session is not None:
@@ -393,26 +394,3 @@ def _is_probe(shape: Sequence[int | None]) -> bool:
 def _as_float32(x: Array) -> Array:
     """Return floating-point values as float32, others unchanged."""
     return np.asarray(x, np.float32) if x.dtype.kind == "f" else x
-
-
-def _session(model: Any, folder: Path | None) -> Any:
-    """Load a model into onnxruntime on the CPU; external data are in `folder`."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ImportError(
-            "ONNX models need onnxruntime to run: pip install 'lowrank[onnx]'"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = min(_THREADS, os.cpu_count() or 1)
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised, not logged
-    if folder is not None:
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, str(folder))
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as why:  # onnxruntime's errors have no common base
-        raise ValueError(f"onnxruntime does not load the network: {one_line(why)}") from None

@@ -1,0 +1,285 @@
+"""ONNX networks on the C engine: programs, and onnxruntime for what they do not support."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank._kernels import _core, toom_cook
+from lowrank._typing import Array, Ints
+from lowrank.core.tables import align_columns, format_count, format_seconds
+from lowrank.engine.program import ALGORITHMS, Algorithm, Operation
+from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
+from lowrank.interop.onnx.files import check, check_external, library, load
+from lowrank.interop.onnx.graph import Constants, opset_of, reads
+from lowrank.interop.onnx.model import OLDEST_OPSET
+from lowrank.interop.onnx.partition import Piece, partition
+from lowrank.interop.onnx.runtime import (
+    fold_constants,
+    infer_tensors,
+    open_session,
+    run_session,
+)
+
+_PLANS = 8  # kept at once, of different shapes of the inputs
+_NAME = 30  # characters of a name in a table
+
+
+def on_engine(
+    model: Any,
+    *,
+    threads: int | None = None,
+    algorithm: Algorithm = "auto",
+    folder: str | os.PathLike[str] | None = None,
+) -> EngineNetwork:
+    """Return an ONNX network that runs on the C engine.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto or path
+        Model of opset 7 or newer; it is not changed.
+    threads : int, optional
+        Number of threads; default: one per core.
+    algorithm : str
+        ``"auto"``, or ``"direct"``: no convolution by a fast algorithm.
+    folder : path, optional
+        Folder of the model's external data; default: that of the file.
+
+    Returns
+    -------
+    EngineNetwork
+
+    Raises
+    ------
+    ValueError
+        If the model is invalid, or an argument is out of range.
+    OSError
+        If a file cannot be read.
+    ImportError
+        If onnx or onnxruntime is not installed.
+
+    Examples
+    --------
+    >>> import pytest
+    >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    >>> import numpy as np
+    >>> from lowrank.interop.onnx import on_engine
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     net (float[N, 1, 4] x) => (float[N, 1, 2] y)
+    ...     <float[1, 1, 3] w = {1, 2, 1}> {r = Relu(x) y = Conv(r, w)}''')
+    >>> on_engine(model)(np.array([[[1, -1, 2, -2]]], np.float32))[0].tolist()
+    [[[3.0, 4.0]]]
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        folder = path.parent if folder is None else folder
+        model = load(path)
+    return EngineNetwork(
+        model,
+        threads or _core.max_threads(),
+        algorithm,
+        None if folder is None else Path(folder).resolve(),
+    )
+
+
+class EngineNetwork:
+    """ONNX network of which the engine runs as much as its programs support.
+
+    A call takes a dict of arrays by the name of the input, or one array if there is one input, and
+    returns a list of arrays, one per output.  Programs are built at the first call with a shape of
+    the inputs; those of the latest 8 shapes are kept, and the batch is free.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Model of opset 7 or newer; it is not changed.
+    threads : int
+        Number of threads.
+    algorithm : str
+        ``"auto"`` or ``"direct"``.
+    folder : path or None
+        Folder of the model's external data.
+    """
+
+    def __init__(self, model: Any, threads: int, algorithm: Algorithm, folder: Path | None) -> None:
+        onnx = library()
+        self.threads, self.algorithm, self._folder = threads, algorithm, folder
+        self._model = onnx.ModelProto()
+        self._model.CopyFrom(model)
+        check_external(self._model, folder)
+        check(self._model)
+        opset = opset_of(self._model)
+        if opset < OLDEST_OPSET:
+            raise ValueError(
+                f"the opset must be at least {OLDEST_OPSET}, which onnxruntime runs, got {opset}: "
+                "convert the model with onnx.version_converter"
+            )
+        if self._model.functions:
+            self._model = onnx.inliner.inline_local_functions(self._model)
+        self._inputs = inputs_of(self._model)
+        graph = self._model.graph
+        names = {i.name for i in self._inputs}
+        for i in reversed(range(len(graph.input))):  # initializers are constants
+            if graph.input[i].name not in names:
+                del graph.input[i]
+        self._model.ir_version = max(self._model.ir_version, 4)
+        fold_constants(self._model, folder)
+        self._constant = Constants(self._model, folder)
+        self._outputs = [o.name for o in graph.output]
+        self._types: dict[str, int] = {}  # element types of tensors, as in TensorProto
+        self._plans: dict[tuple[Ints, ...], list[Piece]] = {}
+        self._sessions: dict[tuple[Ints, tuple[str, ...]], Any] = {}
+
+    def __call__(self, feeds: Any) -> list[Array]:
+        """Return the outputs of the network.
+
+        Parameters
+        ----------
+        feeds : mapping of str to array_like, or array_like
+            Arrays by the name of the input.
+
+        Returns
+        -------
+        list of ndarray
+
+        Raises
+        ------
+        ValueError
+            If the arrays do not fit the network, or onnxruntime fails.
+        """
+        feed = check_batch(self._inputs, feeds)
+        return self._run(feed)
+
+    def describe(self, feeds: Any) -> str:
+        """Return a table of operations: of the programs, and of onnxruntime.
+
+        Parameters
+        ----------
+        feeds : mapping of str to array_like, or array_like
+            Arrays by the name of the input; they are run for the times.
+
+        Returns
+        -------
+        str
+            Table of the programs' operations with algorithm, predicted relative error, MACs per
+            example and time, and of the parts that stay in onnxruntime with their share of the
+            time.
+        """
+        feed = check_batch(self._inputs, feeds)
+        self._run(feed)  # builds programs and warms up
+        times: list[tuple[Piece, list[float]]] = []
+        self._run(feed, times)
+        total = sum(sum(seconds) for _, seconds in times)
+        rows = [("operation", "algorithm", "error", "MACs", "time", "share")]
+        for piece, seconds in times:
+            if piece.program is not None:
+                for operation, t in zip(piece.program.operations, seconds):
+                    rows.append((*_columns(operation), format_seconds(t), f"{t / total:.1%}"))
+                continue
+            nodes = [self._model.graph.node[i].op_type for i in piece.nodes]
+            text = ", ".join(f"{n} {op}" for op, n in Counter(nodes).most_common())
+            t = sum(seconds)
+            rows.append(
+                (text[:_NAME], "onnxruntime", "", "", format_seconds(t), f"{t / total:.1%}")
+            )
+        return "\n".join(align_columns(rows))
+
+    def _run(self, feed: Feed, times: list[tuple[Piece, list[float]]] | None = None) -> list[Array]:
+        """Return the outputs; append the seconds of the operations of each piece to `times`."""
+        values: dict[str, Array] = dict(feed)
+        for piece in self._plan(feed):
+            if piece.program is None:
+                start = time.perf_counter()
+                part = {name: values[name] for name in piece.inputs}
+                results = run_session(self._session(piece), list(piece.outputs), part)
+                seconds = [time.perf_counter() - start]
+            else:
+                results, seconds = self._run_program(piece, values, times is not None)
+            values.update(zip(piece.outputs, results))
+            if times is not None:
+                times.append((piece, seconds))
+        constants = {n: self._constant(n) for n in self._outputs if n not in values}
+        return [values[n] if n in values else np.array(constants[n]) for n in self._outputs]
+
+    def _run_program(
+        self, piece: Piece, values: Mapping[str, Array], profile: bool
+    ) -> tuple[list[Array], list[float]]:
+        program, count = piece.program, len(piece.inputs)
+        assert program is not None
+        batch = len(values[piece.inputs[0]])
+        x = [
+            values[name].reshape(batch, *shape)
+            for name, shape in zip(piece.inputs, piece.arrays[:count])
+        ]
+        y = [np.empty((batch, *shape), x[0].dtype) for shape in piece.arrays[count:]]
+        seconds: list[float] = []
+        if profile:
+            seconds = program.core.profile([*x, *y], self.threads)
+        else:
+            program(x, y, self.threads)
+        shapes = [piece.shapes[name] for name in piece.outputs]
+        return [a.reshape(batch, *shape) for a, shape in zip(y, shapes)], seconds
+
+    def _session(self, piece: Piece) -> Any:
+        """Return onnxruntime's session of a piece."""
+        key = piece.nodes, piece.outputs
+        if key not in self._sessions:
+            onnx, graph = library(), self._model.graph
+            part = onnx.ModelProto(
+                ir_version=self._model.ir_version, opset_import=self._model.opset_import
+            )
+            part.graph.name = graph.name
+            part.graph.node.extend(graph.node[i] for i in piece.nodes)
+            needed = {name for node in part.graph.node for name in reads(node)}
+            part.graph.initializer.extend(t for t in graph.initializer if t.name in needed)
+            part.graph.sparse_initializer.extend(
+                t for t in graph.sparse_initializer if t.values.name in needed
+            )
+            part.graph.input.extend(
+                onnx.helper.make_tensor_value_info(name, self._types[name], None)
+                for name in piece.inputs
+            )
+            part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.outputs)
+            self._sessions[key] = open_session(part, self._folder, self.threads)
+        return self._sessions[key]
+
+    def _plan(self, feed: Feed) -> list[Piece]:
+        """Return the pieces for the shapes of a feed."""
+        key = tuple(feed[i.name].shape for i in self._inputs)
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            shapes = {i.name: feed[i.name].shape for i in self._inputs}
+            tensors = infer_tensors(self._model, self._folder, shapes)
+            self._types.update((name, t.element_type) for name, t in tensors.items())
+            fitting = (p for p in self._plans.values() if all(q.fits(tensors) for q in p))
+            plan = next(fitting, None) or partition(
+                self._model, self._constant, tensors, self.algorithm
+            )
+            if len(self._plans) == _PLANS:
+                del self._plans[next(iter(self._plans))]
+                kept = {(q.nodes, q.outputs) for p in self._plans.values() for q in p}
+                self._sessions = {k: s for k, s in self._sessions.items() if k in kept}
+        self._plans[key] = plan  # the latest is the last
+        return plan
+
+
+def _columns(operation: Operation) -> tuple[str, str, str, str]:
+    """Return name, algorithm, error and MACs of an operation, as text."""
+    algorithm = operation.kind
+    if operation.kind == "winograd":
+        shapes = [toom_cook.ALGORITHMS[n - 1] for n in operation.algorithm if n]
+        outputs, taps = ("x".join(str(s[i]) for s in shapes) for i in range(2))
+        algorithm = f"F({outputs}, {taps})"
+    error = f"{operation.error:.0e}" if operation.error else ""
+    macs = format_count(operation.macs) if operation.macs else ""
+    return operation.name[-_NAME:], algorithm, error, macs

@@ -1,0 +1,120 @@
+"""Sessions of onnxruntime on the CPU, types of tensors and constant folding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowrank._typing import Array, Ints
+from lowrank.interop.common import one_line
+from lowrank.interop.onnx.files import library, without_large_weights
+from lowrank.interop.onnx.graph import prune, reads
+
+# Operators whose result differs from call to call.
+_RANDOM = ("RandomNormal", "RandomUniform", "Multinomial", "Bernoulli")
+
+
+class Tensor(NamedTuple):
+    """Type and shape of a tensor.
+
+    Attributes
+    ----------
+    kind : str
+        Type as onnxruntime writes it, such as ``"tensor(float)"``.
+    shape : tuple of (int or None)
+        Sizes of its axes, None where they depend on the values of the inputs.
+    """
+
+    kind: str
+    shape: tuple[int | None, ...]
+
+    @property
+    def element_type(self) -> int:
+        """Type of the elements as TensorProto numbers them; 0 if it is not a tensor."""
+        names = dict(library().TensorProto.DataType.items())
+        return int(names.get(self.kind.removeprefix("tensor(").removesuffix(")").upper(), 0))
+
+
+def open_session(model: Any, folder: Path | None, threads: int, optimize: bool = True) -> Any:
+    """Load a model into onnxruntime on the CPU; external data are in `folder`."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError(
+            "ONNX models need onnxruntime to run: pip install 'lowrank[onnx]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors are raised, not logged
+    if not optimize:  # shapes are known after constants are folded, which the least level does
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if folder is not None:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(folder))
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as why:  # onnxruntime's errors have no common base
+        raise ValueError(f"onnxruntime does not load the network: {one_line(why)}") from None
+
+
+def run_session(session: Any, outputs: list[str], feed: Mapping[str, Array]) -> list[Array]:
+    """Return outputs of a session."""
+    try:
+        return list(session.run(outputs, feed))
+    except Exception as why:  # onnxruntime's errors have no common base
+        raise ValueError(f"onnxruntime does not run the network: {one_line(why)}") from None
+
+
+def infer_tensors(model: Any, folder: Path | None, shapes: Mapping[str, Ints]) -> dict[str, Tensor]:
+    """Return the types and shapes of all tensors of the main graph, for shapes of its inputs."""
+    onnx = library()
+    fixed = without_large_weights(model)
+    for value in fixed.graph.input:
+        if value.name in shapes:
+            kind = value.type.tensor_type.elem_type
+            value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, shapes[value.name]))
+    del fixed.graph.output[:]
+    names = [o for node in fixed.graph.node for o in node.output if o]
+    fixed.graph.output.extend(onnx.ValueInfoProto(name=o) for o in names)
+    session = open_session(fixed, folder, 1, optimize=False)
+    return {
+        t.name: Tensor(t.type, tuple(n if isinstance(n, int) else None for n in t.shape))
+        for t in (*session.get_inputs(), *session.get_outputs())
+    }
+
+
+def fold_constants(model: Any, folder: Path | None) -> None:
+    """Replace nodes that depend on constants only by initializers, in place."""
+    onnx, graph = library(), model.graph
+    constant = {t.name for t in graph.initializer}
+    folded, kept = [], []
+    for node in graph.node:
+        has_graph = any(a.HasField("g") or a.graphs for a in node.attribute)
+        is_random = node.op_type.startswith(_RANDOM)
+        if has_graph or is_random or not constant.issuperset(reads(node)):
+            kept.append(node)
+            continue
+        folded.append(node)
+        constant.update(filter(None, node.output))
+    computed = {o for node in folded for o in node.output if o}
+    used = {name for node in kept for name in reads(node)}
+    used.update(o.name for o in graph.output)
+    wanted = sorted(computed & used)
+    if not wanted:
+        return
+    part = prune(model, wanted)
+    values = run_session(open_session(part, folder, 1), wanted, {})
+    if not all(isinstance(v, np.ndarray) and v.dtype.kind in "fiub" for v in values):
+        return
+    graph.initializer.extend(
+        onnx.numpy_helper.from_array(v, name) for name, v in zip(wanted, values)
+    )
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+    del graph.node[:]
+    graph.node.extend(copies)
