@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import sys
@@ -32,6 +30,7 @@ from lowrank.cli.console import (
     share_bars,
     typer,
 )
+from lowrank.cli.scripts import load_function
 from lowrank.compress import (
     FAST_FAMILIES,
     CompressibleModel,
@@ -325,34 +324,11 @@ def _exit_unchanged(reason: str, as_json: bool) -> NoReturn:
 
 
 def _load_scorer(text: str) -> Callable[[Path], float]:
-    """Return the function that a user's script defines; its output goes to stderr."""
-    script, _, name = text.rpartition(":")
-    path = Path(script)
-    if not script or not name or path.suffix != ".py":
-        raise ValueError(f"--evaluate must be SCRIPT.py:FUNCTION, got {text!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"--evaluate: {path}: no such file")
-
-    def guarded(run: Callable[[], Any]) -> Any:
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                return run()
-        except Exception as error:  # user code may raise anything
-            raise ValueError(f"--evaluate: {text}: {type(error).__name__}: {error}") from error
-
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None  # a .py file always has one
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))  # for imports of files beside it
-    loader = spec.loader
-    guarded(lambda: loader.exec_module(module))
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--evaluate: {path} has no function {name!r}")
+    """Return the scoring function that a user's script defines."""
+    function = load_function("--evaluate", text, float)
 
     def score(model: Path) -> float:
-        value = float(guarded(lambda: float(function(str(model)))))
+        value: float = function(str(model))
         if not math.isfinite(value):
             raise ValueError(f"--evaluate: {text} must return a finite number, got {value}")
         return value

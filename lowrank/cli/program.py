@@ -13,6 +13,7 @@ from lowrank.engine import NoGPU
 # Importing a module registers its commands; help lists them in this order.
 from lowrank.cli import layers as layers  # isort: skip
 from lowrank.cli import compress as compress  # isort: skip
+from lowrank.cli import time as time  # isort: skip
 from lowrank.cli import images as images  # isort: skip
 from lowrank.cli import calibrate as calibrate  # isort: skip
 
