@@ -10,6 +10,47 @@ from onnx import TensorProto, helper, numpy_helper
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
+# Operator, shapes of weight and input, and attributes of nodes.
+CONVS = {
+    "1-D": ("Conv", (8, 6, 5), (2, 6, 20), {"pads": [2, 1]}),
+    "1-D strided": ("Conv", (8, 6, 4), (2, 6, 21), {"strides": [2], "dilations": [2]}),
+    "2-D": ("Conv", (8, 6, 3, 3), (2, 6, 9, 10), {"pads": [1, 1, 1, 1]}),
+    "asymmetric": ("Conv", (4, 6, 3, 4), (2, 6, 9, 10), {"pads": [0, 2, 1, 1]}),
+    "groups": ("Conv", (8, 4, 3, 3), (2, 8, 9, 10), {"group": 2, "pads": [1] * 4}),
+    "depthwise": ("Conv", (8, 1, 3, 3), (2, 8, 9, 10), {"group": 8, "strides": [2, 1]}),
+    "dilated": ("Conv", (6, 4, 3, 3), (2, 4, 12, 13), {"dilations": [2, 3], "pads": [2] * 4}),
+    "strided": ("Conv", (6, 4, 4, 4), (2, 4, 13, 14), {"strides": [2, 3], "pads": [1] * 4}),
+    "3-D": ("Conv", (4, 4, 3, 2, 3), (2, 4, 6, 7, 8), {"pads": [1, 0, 1, 1, 1, 1]}),
+    "pointwise": ("Conv", (8, 6, 1, 1), (2, 6, 5, 4), {}),
+    "same upper": ("Conv", (6, 4, 3, 4), (2, 4, 9, 10), {"auto_pad": "SAME_UPPER"}),
+    "same lower": (
+        "Conv", (6, 4, 4, 4), (2, 4, 10, 9), {"auto_pad": "SAME_LOWER", "strides": [2, 3]},
+    ),
+    "valid": ("Conv", (6, 4, 3, 3), (2, 4, 9, 10), {"auto_pad": "VALID", "strides": [2, 2]}),
+    "transposed 1-D": (
+        "ConvTranspose", (4, 6, 4), (2, 4, 7),
+        {"strides": [3], "output_padding": [2], "pads": [1, 2]},
+    ),
+    "transposed": (
+        "ConvTranspose", (4, 6, 4, 4), (2, 4, 5, 6),
+        {"strides": [2, 2], "output_padding": [1, 0], "pads": [1, 1, 1, 2]},
+    ),
+    "transposed groups": (
+        "ConvTranspose", (8, 2, 3, 3), (2, 8, 5, 6),
+        {"strides": [2, 1], "group": 2, "dilations": [1, 2]},
+    ),
+    "transposed 3-D": (
+        "ConvTranspose", (4, 4, 2, 3, 2), (1, 4, 3, 4, 5), {"strides": [2, 2, 1]},
+    ),
+    "transposed same": (
+        "ConvTranspose", (4, 6, 3, 4), (2, 4, 5, 6), {"strides": [2, 1], "auto_pad": "SAME_UPPER"},
+    ),
+    "output shape": (
+        "ConvTranspose", (4, 6, 4, 4), (2, 4, 5, 6), {"strides": [2, 2], "output_shape": [11, 11]},
+    ),
+}  # fmt: skip
+
+
 def model_of(nodes, inputs, outputs=("y",), weights=None, opset=17, ir=8, kind=TensorProto.FLOAT):
     """Return a model; `inputs` are shapes by name, `weights` arrays by name."""
     graph = helper.make_graph(

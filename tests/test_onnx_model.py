@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
-from onnx_models import CLOSE, arrays, model_of, ran, small_net  # noqa: E402
+from onnx_models import CLOSE, CONVS, arrays, model_of, ran, small_net  # noqa: E402
 
 from lowrank.interop.onnx import OnnxModel  # noqa: E402
 from lowrank.interop.onnx.chain import Writer, conv_chain  # noqa: E402
@@ -41,46 +41,6 @@ def chains_of(conv, copies=False, thorough=False):
 def with_random_bias(f, rng):
     """Return `f` with a random bias, also if the layer has none."""
     return lr.chain(f.stages, rng.standard_normal(f.out_channels).astype(np.float32), f.groups)
-
-
-CONVS = {
-    "1-D": ("Conv", (8, 6, 5), (2, 6, 20), {"pads": [2, 1]}),
-    "1-D strided": ("Conv", (8, 6, 4), (2, 6, 21), {"strides": [2], "dilations": [2]}),
-    "2-D": ("Conv", (8, 6, 3, 3), (2, 6, 9, 10), {"pads": [1, 1, 1, 1]}),
-    "asymmetric": ("Conv", (4, 6, 3, 4), (2, 6, 9, 10), {"pads": [0, 2, 1, 1]}),
-    "groups": ("Conv", (8, 4, 3, 3), (2, 8, 9, 10), {"group": 2, "pads": [1] * 4}),
-    "depthwise": ("Conv", (8, 1, 3, 3), (2, 8, 9, 10), {"group": 8, "strides": [2, 1]}),
-    "dilated": ("Conv", (6, 4, 3, 3), (2, 4, 12, 13), {"dilations": [2, 3], "pads": [2] * 4}),
-    "strided": ("Conv", (6, 4, 4, 4), (2, 4, 13, 14), {"strides": [2, 3], "pads": [1] * 4}),
-    "3-D": ("Conv", (4, 4, 3, 2, 3), (2, 4, 6, 7, 8), {"pads": [1, 0, 1, 1, 1, 1]}),
-    "pointwise": ("Conv", (8, 6, 1, 1), (2, 6, 5, 4), {}),
-    "same upper": ("Conv", (6, 4, 3, 4), (2, 4, 9, 10), {"auto_pad": "SAME_UPPER"}),
-    "same lower": (
-        "Conv", (6, 4, 4, 4), (2, 4, 10, 9), {"auto_pad": "SAME_LOWER", "strides": [2, 3]},
-    ),
-    "valid": ("Conv", (6, 4, 3, 3), (2, 4, 9, 10), {"auto_pad": "VALID", "strides": [2, 2]}),
-    "transposed 1-D": (
-        "ConvTranspose", (4, 6, 4), (2, 4, 7),
-        {"strides": [3], "output_padding": [2], "pads": [1, 2]},
-    ),
-    "transposed": (
-        "ConvTranspose", (4, 6, 4, 4), (2, 4, 5, 6),
-        {"strides": [2, 2], "output_padding": [1, 0], "pads": [1, 1, 1, 2]},
-    ),
-    "transposed groups": (
-        "ConvTranspose", (8, 2, 3, 3), (2, 8, 5, 6),
-        {"strides": [2, 1], "group": 2, "dilations": [1, 2]},
-    ),
-    "transposed 3-D": (
-        "ConvTranspose", (4, 4, 2, 3, 2), (1, 4, 3, 4, 5), {"strides": [2, 2, 1]},
-    ),
-    "transposed same": (
-        "ConvTranspose", (4, 6, 3, 4), (2, 4, 5, 6), {"strides": [2, 1], "auto_pad": "SAME_UPPER"},
-    ),
-    "output shape": (
-        "ConvTranspose", (4, 6, 4, 4), (2, 4, 5, 6), {"strides": [2, 2], "output_shape": [11, 11]},
-    ),
-}  # fmt: skip
 
 
 def conv_net(rng, case, batch="N", sizes=True, bias=True, **options):

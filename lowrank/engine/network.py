@@ -14,12 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from lowrank._kernels import toom_cook
 from lowrank._kernels.spec import ACTIVATIONS
 from lowrank._typing import Array, Ints
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.tables import format_count
 from lowrank.engine.padding import padded_indices
-from lowrank.engine.program import ONES, Link, ProgramBuilder, Unsupported, Value
+from lowrank.engine.program import (
+    ONES,
+    Link,
+    Operation,
+    ProgramBuilder,
+    Unsupported,
+    Value,
+)
 
 # What a product of a value with such an activation of it is.
 _GATES = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
@@ -199,7 +208,11 @@ class _Fusion:
         if q.kind == "affine":
             shift = q.shift * p.scale + p.shift
             return self._merge(q, p, scale=q.scale * p.scale, shift=shift)
-        return self._merge(q, p, links=(*q.links[:-1], _scaled(q.links[-1], p.scale, p.shift)))
+        try:
+            last = _scaled(q.links[-1], p.scale, p.shift)
+        except Unsupported:  # the copies of a stage have one weight
+            return p
+        return self._merge(q, p, links=(*q.links[:-1], last))
 
     def _add(self, p: Primitive) -> Primitive:
         order = list(self.made)
@@ -213,6 +226,7 @@ class _Fusion:
 
     def _convolve(self, p: Primitive) -> Primitive:
         """Make zero padding that of the first stage, and every n-th sample its stride."""
+        p = self._flattened(p)
         q = self._producer(p.inputs[0], ("pad", "resample"))
         (stage, epilogue), g = p.links[0], p.links[0][0].geometry
         if q is None or stage.transposed or g.padding_mode != "zeros":
@@ -229,6 +243,21 @@ class _Fusion:
             return p
         links = ((replace(stage, geometry=g), epilogue), *p.links[1:])
         return self._merge(q, p, kind="convolve", inputs=(q.inputs[0], *p.inputs[1:]), links=links)
+
+    def _flattened(self, p: Primitive) -> Primitive:
+        """Permute the weights of a linear layer in place of the axes that are flattened for it."""
+        view = self._producer(p.inputs[0], ("view",))
+        turned = None if view is None else self._producer(view.inputs[0], ("transpose",))
+        stage, epilogue = p.links[0]
+        if view is None or turned is None or len(view.shape) > 1 or stage.transposed:
+            return p
+        weight = stage.weight.reshape(len(stage.weight), *turned.shape)
+        axes = 1 + np.argsort(turned.options["order"])
+        stage = replace(stage, weight=weight.transpose(0, *axes).reshape(stage.weight.shape))
+        del self.made[turned.output]
+        sources = (*turned.sources, *view.sources)
+        self.made[view.output] = replace(view, inputs=turned.inputs, sources=sources)
+        return replace(p, links=((stage, epilogue), *p.links[1:]))
 
     def _resample(self, p: Primitive) -> Primitive:
         q = self._producer(p.inputs[0], ("resample",))
@@ -378,6 +407,7 @@ class _Emitter:
             except ValueError:  # its channels lie in another order
                 pass
         plain = self.builder.chain(value, [link], name=p.name)
+        self.shapes[0] = p.shape
         return self._combine(plain, residual, "add")
 
     def _activate(self) -> Value:
@@ -462,3 +492,15 @@ def _over_plane(link: Link, shape: Ints) -> Link:
         raise Unsupported("convolution of a reshaped value")
     weight = stage.weight.reshape(len(stage.weight), *shape)
     return Stage(weight, Geometry.of(3)), epilogue
+
+
+def describe_operation(operation: Operation) -> tuple[str, str, str, str]:
+    """Return the name, algorithm, predicted error and MACs of an operation, as text."""
+    algorithm = operation.kind
+    if operation.kind == "winograd":
+        shapes = [toom_cook.ALGORITHMS[n - 1] for n in operation.algorithm if n]
+        outputs, taps = ("x".join(str(s[i]) for s in shapes) for i in range(2))
+        algorithm = f"F({outputs}, {taps})"
+    error = f"{operation.error:.0e}" if operation.error else ""
+    macs = format_count(operation.macs) if operation.macs else ""
+    return operation.name, algorithm, error, macs

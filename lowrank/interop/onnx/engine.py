@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ import numpy as np
 from lowrank._kernels import _core, toom_cook
 from lowrank._typing import Array, Ints
 from lowrank.core.tables import align_columns, format_count, format_seconds
-from lowrank.engine.program import ALGORITHMS, Algorithm, Operation
+from lowrank.engine import ALGORITHMS
+from lowrank.engine.program import Algorithm, Operation
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
 from lowrank.interop.onnx.files import check, check_external, library, load
-from lowrank.interop.onnx.graph import Constants, opset_of, reads
+from lowrank.interop.onnx.graph import Constants, opset_of, prune, reads
 from lowrank.interop.onnx.model import OLDEST_OPSET
 from lowrank.interop.onnx.partition import Piece, partition
 from lowrank.interop.onnx.runtime import (
@@ -28,6 +30,7 @@ from lowrank.interop.onnx.runtime import (
 )
 
 _PLANS = 8  # kept at once, of different shapes of the inputs
+_RUNS = 5  # of a network for its times
 _NAME = 30  # characters of a name in a table
 
 
@@ -134,8 +137,9 @@ class EngineNetwork:
                 del graph.input[i]
         self._model.ir_version = max(self._model.ir_version, 4)
         fold_constants(self._model, folder)
-        self._constant = Constants(self._model, folder)
         self._outputs = [o.name for o in graph.output]
+        self._model = prune(self._model, self._outputs)
+        self._constant = Constants(self._model, folder)
         self._types: dict[str, int] = {}  # element types of tensors, as in TensorProto
         self._plans: dict[tuple[Ints, ...], list[Piece]] = {}
         self._sessions: dict[tuple[Ints, tuple[str, ...]], Any] = {}
@@ -172,29 +176,40 @@ class EngineNetwork:
         -------
         str
             Table of the programs' operations with algorithm, predicted relative error, MACs per
-            example and time, and of the parts that stay in onnxruntime with their share of the
-            time.
+            example, time and share of the time, then one row for each set of operators that stay
+            in onnxruntime.
         """
         feed = check_batch(self._inputs, feeds)
         self._run(feed)  # builds programs and warms up
-        times: list[tuple[Piece, list[float]]] = []
-        self._run(feed, times)
-        total = sum(sum(seconds) for _, seconds in times)
-        rows = [("operation", "algorithm", "error", "MACs", "time", "share")]
-        for piece, seconds in times:
+        runs: list[list[list[float]]] = []
+        for _ in range(_RUNS):
+            runs.append([])
+            self._run(feed, runs[-1])
+        rows: list[tuple[tuple[str, ...], float]] = []
+        stays: dict[tuple[str, ...], tuple[Counter[str], float]] = {}
+        for piece, *times in zip(self._plan(feed), *runs):
+            medians = np.median(times, axis=0).tolist()
             if piece.program is not None:
-                for operation, t in zip(piece.program.operations, seconds):
-                    rows.append((*_columns(operation), format_seconds(t), f"{t / total:.1%}"))
+                rows += zip(map(_columns, piece.program.operations), medians)
                 continue
-            nodes = [self._model.graph.node[i].op_type for i in piece.nodes]
-            text = ", ".join(f"{n} {op}" for op, n in Counter(nodes).most_common())
-            t = sum(seconds)
-            rows.append(
-                (text[:_NAME], "onnxruntime", "", "", format_seconds(t), f"{t / total:.1%}")
-            )
-        return "\n".join(align_columns(rows))
+            types = Counter(self._model.graph.node[i].op_type for i in piece.nodes)
+            key = tuple(sorted(types))
+            counts, before = stays.get(key, (Counter(), 0.0))
+            stays[key] = counts + types, before + medians[0]
+        for counts, seconds in stays.values():
+            text = ", ".join(f"{n} {op}" for op, n in counts.most_common())
+            first, *more = textwrap.wrap(text, _NAME)
+            rows.append(((first, "onnxruntime", "", ""), seconds))
+            rows += [((line, "", "", ""), 0.0) for line in more]
+        total = sum(t for _, t in rows)
+        table: list[tuple[str, ...]] = [
+            ("operation", "algorithm", "error", "MACs", "time", "share"),
+            *((*row, *((format_seconds(t), f"{t / total:.1%}") if t else ("", "")))
+              for row, t in rows),
+        ]  # fmt: skip
+        return "\n".join(align_columns(table))
 
-    def _run(self, feed: Feed, times: list[tuple[Piece, list[float]]] | None = None) -> list[Array]:
+    def _run(self, feed: Feed, times: list[list[float]] | None = None) -> list[Array]:
         """Return the outputs; append the seconds of the operations of each piece to `times`."""
         values: dict[str, Array] = dict(feed)
         for piece in self._plan(feed):
@@ -207,7 +222,7 @@ class EngineNetwork:
                 results, seconds = self._run_program(piece, values, times is not None)
             values.update(zip(piece.outputs, results))
             if times is not None:
-                times.append((piece, seconds))
+                times.append(seconds)
         constants = {n: self._constant(n) for n in self._outputs if n not in values}
         return [values[n] if n in values else np.array(constants[n]) for n in self._outputs]
 
