@@ -31,7 +31,7 @@ class FusedNodes:
     """
 
     def __init__(self, nodes: list[fx.Node], f: Factorization) -> None:
-        self.nodes = nodes
+        self.nodes, self.layer = nodes, nodes[-1]
         self.links: list[tuple[Factorization, Activation]] = [(f, "none")]
 
     def can_append(self, f: Factorization) -> bool:

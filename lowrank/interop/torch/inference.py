@@ -8,7 +8,8 @@ import inspect
 import torch
 from torch import nn
 
-from lowrank.engine.program import ALGORITHMS, Algorithm
+from lowrank.engine import ALGORITHMS
+from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.batches import tensors_in
 from lowrank.interop.torch.modules import is_conv
 from lowrank.interop.torch.tracing import onto_engine, swap_modules, trace

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -12,30 +14,20 @@ import torch
 from torch import fx, nn
 
 from lowrank._typing import Ints
-from lowrank.blocks import fold_batch_norm
-from lowrank.core.stage import Stage
-from lowrank.engine.program import (
-    Algorithm,
-    Link,
-    Program,
-    ProgramBuilder,
-    Unsupported,
-    Value,
-)
-from lowrank.factorization import Factorization, chain, dense
+from lowrank.core.stage import Epilogue
+from lowrank.engine.network import emit, fuse, value_shape
+from lowrank.engine.program import Algorithm, Program, ProgramBuilder, Unsupported
+from lowrank.factorization import Factorization, chain
 from lowrank.interop.torch.chains import Bias, TiedLayer
 from lowrank.interop.torch.engine import EngineModule
 from lowrank.interop.torch.fusion import BATCH_NORMS, batch_norm
 from lowrank.interop.torch.modules import from_layer, is_layer, to_numpy
 from lowrank.interop.torch.operations import (
     BATCH,
+    Recorder,
     Tensor,
-    add,
-    as_links,
     find_activation,
     find_operation,
-    has_order,
-    in_order,
 )
 
 _SHAPES = ("size", "dim", "ndimension")
@@ -52,12 +44,12 @@ _SCALINGS = {
 }  # fmt: skip
 
 
-class UnsupportedNodeError(Exception):
-    """A node that a program cannot compute, and why."""
+class UnsupportedNodesError(Exception):
+    """Nodes that a program cannot compute."""
 
-    def __init__(self, node: fx.Node, reason: str) -> None:
+    def __init__(self, nodes: Iterable[fx.Node], reason: str) -> None:
         super().__init__(reason)
-        self.node, self.reason = node, reason
+        self.nodes = frozenset(nodes)
 
 
 class TensorProgram(NamedTuple):
@@ -71,12 +63,20 @@ class TensorProgram(NamedTuple):
         Shapes of its arrays, without the batch axis.
     shapes : tuple of tuple of int
         Shapes of the output tensors, without the batch axis.
+    labels : mapping of str to str
+        Where the operations of each name come from.
     """
 
     program: Program
     input_shapes: tuple[Ints, ...]
     output_shapes: tuple[Ints, ...]
     shapes: tuple[Ints, ...]
+    labels: dict[str, str]
+
+
+def label(node: fx.Node) -> str:
+    """Return the name of the module that a node calls, or of the function."""
+    return str(node.meta.get("label") or (node.target if node.op == "call_module" else node.name))
 
 
 def is_shape(node: fx.Node) -> bool:
@@ -142,77 +142,90 @@ def build_program(
 
     Raises
     ------
-    UnsupportedNodeError
-        If a node is not supported for these shapes.
+    UnsupportedNodesError
+        If nodes are not supported for these shapes.
     """
+    reader = _Reader(traced)
+    inputs, outputs = reader.read(shapes)
+    uses = Counter(name for p in reader.net.primitives for name in p.inputs)
+    uses.update(t.name for t in outputs)
     builder = ProgramBuilder(dtype, algorithm)
-    return _Builder(traced, builder).build(shapes)
+    values = {t.name: builder.input(t.value) for t in inputs}
+    known = {t.name: t.shape for t in inputs}
+    labels = {}
+    for p in fuse(reader.net.primitives, uses):
+        labels[p.name] = label(next((n for n in p.sources if "label" in n.meta), p.sources[0]))
+        try:
+            values[p.output] = emit(builder, p, values, known)
+        except ValueError as error:
+            raise UnsupportedNodesError(p.sources, str(error)) from error
+    for t in outputs:
+        builder.output(values[t.name])
+    return TensorProgram(
+        builder.build(), tuple(t.value for t in inputs), tuple(t.value for t in outputs),
+        tuple(t.shape for t in outputs), labels,
+    )  # fmt: skip
 
 
-class _Builder:
-    """Builds a program from the nodes of a graph, in order.
+class _Reader:
+    """Reads the nodes of a graph as primitives, in order.
 
     Parameters
     ----------
     traced : fx.GraphModule
         Module with the graph.
-    builder : ProgramBuilder
-        Builder of the program.
     """
 
-    def __init__(self, traced: fx.GraphModule, builder: ProgramBuilder) -> None:
-        self.graph, self.builder = traced.graph, builder
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.graph, self.net = traced.graph, Recorder()
         self.modules = dict(traced.named_modules(remove_duplicate=False))
         self.found: dict[fx.Node, Any] = {}
 
-    def build(self, shapes: Sequence[Ints]) -> TensorProgram:
-        """Return the program for inputs of these shapes."""
-        inputs = iter(shapes)
-        arrays: list[Ints] = []
-        outputs: list[Tensor] = []
+    def read(self, shapes: Sequence[Ints]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors of the inputs, of these shapes, and of the outputs."""
+        given = iter(shapes)
+        inputs: list[Tensor] = []
         for node in self.graph.nodes:
+            self.net.node = node
             if node.op == "placeholder":
-                shape = next(inputs)
-                channels, *size = shape
-                arrays.append((channels, *(1,) * (3 - len(size)), *size))
-                self.found[node] = Tensor(self.builder.input(arrays[-1]), shape)
+                shape = next(given)
+                inputs.append(Tensor(node.name, shape, value_shape(shape)))
+                self.found[node] = inputs[-1]
             elif node.op == "output":
-                leaves = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
-                outputs = [self.found[leaf] for leaf in leaves]
-            elif node not in self.found:
+                break
+            else:
                 try:
-                    self._emit(node)
+                    self.found[node] = self._read(node)
                 except ValueError as error:  # Unsupported, or a shape that fits no layer
-                    raise UnsupportedNodeError(node, str(error)) from error
-        for tensor in outputs:
-            self.builder.output(tensor.value)
-        return TensorProgram(
-            self.builder.build(), tuple(arrays), tuple(t.value.shape for t in outputs),
-            tuple(t.shape for t in outputs),
-        )  # fmt: skip
+                    raise UnsupportedNodesError([node], str(error)) from error
+        results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
+        for result in results:
+            if not isinstance(self.found[result], Tensor):
+                raise UnsupportedNodesError([result], "several tensors")
+        return inputs, [self.found[result] for result in results]
 
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.modules.get(str(node.target)) if node.op == "call_module" else None
-
-    def _emit(self, node: fx.Node) -> None:
-        module = self._module(node)
+    def _read(self, node: fx.Node) -> Any:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if is_shape(node):
-            self.found[node] = self._compute_shape(node)
-        elif _is_linear(node, module):
-            self._emit_linear(node, module)
-        elif (activation := find_activation(node, module)) is not None:
+            return self._compute_shape(node)
+        if _is_linear(node, module):
+            x = self.found[next(a for a in node.args if isinstance(a, fx.Node))]
+            if not isinstance(x, Tensor):
+                raise Unsupported("arithmetic of sizes")
+            return _read_linear(self.net, node, module, x)
+        activation = find_activation(node, module)
+        if activation is not None:
             x = self.found[node.args[0]]
             name, alpha = activation
-            value = self.builder.combine(x.value, activation=name, alpha=alpha, name=name)
-            self.found[node] = Tensor(value, x.shape)
-        else:
-            operation = find_operation(node, module)
-            assert operation is not None
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.found.__getitem__)
-            try:
-                self.found[node] = operation(self.builder, *args, **kwargs)
-            except TypeError as error:  # arguments that the operation does not have
-                raise Unsupported(str(error)) from error
+            return self.net.add("activate", (x,), x.shape, x.value, activation=name, alpha=alpha)
+        operation = find_operation(node, module)
+        assert operation is not None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.found.__getitem__)
+        try:
+            inspect.signature(operation).bind(self.net, *args, **kwargs)
+        except TypeError as error:  # arguments that the operation does not have
+            raise Unsupported(str(error)) from error
+        return operation(self.net, *args, **kwargs)
 
     def _compute_shape(self, node: fx.Node) -> Any:
         args = fx.node.map_arg(node.args, self.found.__getitem__)
@@ -223,58 +236,6 @@ class _Builder:
             return x.ndim
         shape = (BATCH, *x.shape)
         return shape[args[1]] if node.op == "call_method" and len(args) > 1 else shape
-
-    def _emit_linear(self, node: fx.Node, module: nn.Module | None) -> None:
-        """Convolve, with the addition and the activation that alone read the result."""
-        x = self.found[next(a for a in node.args if isinstance(a, fx.Node))]
-        assert isinstance(x, Tensor)
-        links, shape = _linear_links(node, module, x, self.builder)
-        residual, alpha, nodes = None, 0.0, [node]
-        stage, epilogue = links[-1]
-        value = x.value
-        for i, link in enumerate(links[:-1]):
-            value = self.builder.chain(value, [link], name=f"{node.name}.{i}")
-        if epilogue.activation == "none":
-            found = self._residual(node, shape)
-            if found is not None and _keeps_order(stage, value):
-                addition, other = found
-                residual = in_order(self.builder, other)
-                nodes.append(addition)
-            user = _only_user(nodes[-1])
-            activation = None if user is None else find_activation(user, self._module(user))
-            if user is not None and activation is not None:
-                name, alpha = activation
-                epilogue = epilogue._replace(activation=cast(Any, name))
-                nodes.append(user)
-        result = self.builder.chain(
-            value, [(stage, epilogue)], residual, alpha,
-            name=node.name if len(links) == 1 else f"{node.name}.{len(links) - 1}",
-        )  # fmt: skip
-        self.found.update(dict.fromkeys(nodes, Tensor(result, shape)))
-
-    def _residual(self, node: fx.Node, shape: Ints) -> tuple[fx.Node, Value] | None:
-        """Return the addition that alone reads a node, and its other operand if that exists."""
-        user = _only_user(node)
-        if user is None or find_operation(user, self._module(user)) is not add or user.kwargs:
-            return None
-        others = [a for a in user.args if a is not node]
-        other = self.found.get(others[0]) if len(others) == 1 else None
-        if isinstance(other, Tensor) and other.shape == shape and other.is_map:
-            return user, other.value
-        return None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
-
-
-def _keeps_order(stage: Stage, value: Value) -> bool:
-    """Return whether the channels of a stage's result follow each other in memory."""
-    groups = stage.outer * stage.groups * stage.inner
-    return stage.inner == 1 and (
-        stage.in_channels > groups or (has_order(value) and stage.out_channels == groups)
-    )
 
 
 def _is_linear_layer(module: nn.Module | None) -> bool:
@@ -307,38 +268,41 @@ def _affine(node: fx.Node) -> tuple[float, float] | None:
     return number, 0.0
 
 
-def _linear_links(
-    node: fx.Node, module: nn.Module | None, x: Tensor, builder: ProgramBuilder
-) -> tuple[list[Link], Ints]:
-    """Return the stages of a linear operation on x, and the shape of its result."""
-    channels = x.value.shape[0]
+def _read_linear(net: Recorder, node: fx.Node, module: nn.Module | None, x: Tensor) -> Tensor:
+    """Add a convolution, a linear layer or an affine map per channel."""
     if isinstance(module, EngineModule):
-        shape = x.shape
-        x.as_map(module.links[0][0].ndim)
-        for f, _ in module.links:
-            shape = f.output_shape(shape)
-        return [link for f, a in module.links for link in as_links(f, a)], shape
+        x.sizes(module.links[0][0].ndim)
+        for f, activation in module.links:
+            x = _convolve(net, x, f, f.output_shape(x.shape), activation)
+        return x
     if _is_linear_layer(module):
         f = _linear_chain(module)
-        if len(x.shape) != 1 or x.shape[0] != f.in_channels:
+        if x.shape != (f.in_channels,):
             raise Unsupported(f"a linear layer of {f.in_channels} features on {x.shape}")
-        if not x.is_map:  # flattened: its kernel is the whole plane
-            (stage,) = f.stages
-            if stage.outer * stage.inner > 1:
-                raise Unsupported("a linear layer with tied weights on a flattened tensor")
-            f = dense(stage.weight.reshape(-1, *x.value.shape), bias=f.bias)
-        return as_links(f), (f.out_channels,)
-    one = np.ones((channels, 1, 1), builder.dtype)
+        return _convolve(net, x, f, (f.out_channels,))
+    scale: Any
+    shift: Any
     if isinstance(module, BATCH_NORMS):
-        x.as_map()
-        return as_links(fold_batch_norm(dense(one, groups=channels), batch_norm(module))), x.shape
-    if isinstance(module, Bias):
-        x.as_map(module.ndim)
-        return as_links(dense(one, bias=to_numpy(module.bias), groups=channels)), x.shape
-    affine = _affine(node)
-    assert affine is not None
-    scale, shift = affine
-    return as_links(dense(scale * one, bias=shift * one[:, 0, 0], groups=channels)), x.shape
+        norm = batch_norm(module)
+        scale = norm.scale / np.sqrt(norm.variance.astype(np.float64) + norm.eps)
+        shift = norm.shift - norm.mean * scale
+    elif isinstance(module, Bias):
+        scale, shift = 1.0, to_numpy(module.bias)
+    else:
+        affine = _affine(node)
+        assert affine is not None
+        scale, shift = affine
+    ndim = module.ndim if isinstance(module, Bias) else None
+    x.sizes(ndim)
+    scale, shift = (np.broadcast_to(np.float64(a), x.shape[:1]) for a in (scale, shift))
+    return net.add("affine", (x,), x.shape, scale=scale, shift=shift)
+
+
+def _convolve(
+    net: Recorder, x: Tensor, f: Factorization, shape: Ints, activation: str = "none"
+) -> Tensor:
+    links = [*((s, Epilogue()) for s in f.stages[:-1]), (f.stages[-1], Epilogue(f.bias))]
+    return net.add("convolve", (x,), shape, links=tuple(links), activation=activation)
 
 
 def _linear_chain(module: Any) -> Factorization:

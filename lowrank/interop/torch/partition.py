@@ -57,7 +57,11 @@ class _Partition:
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.supported: set[fx.Node] = set()
         for node in self.nodes:
-            is_entry = node.target is operator.getitem and node.args[0] not in self.supported
+            is_entry = (  # of what may be several tensors
+                node.target is operator.getitem
+                and isinstance(node.args[1], int)
+                and node.args[0] not in self.supported
+            )
             if node not in excluded and not is_entry and is_supported(node, self._module(node)):
                 self.supported.add(node)
         barriers = {n for n in self.nodes if self._mutates(n) and not self._is_pure(n)}

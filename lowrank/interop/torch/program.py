@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.engine import evict_oldest, without_gradient
-from lowrank.interop.torch.network import TensorProgram, UnsupportedNodeError, build_program
+from lowrank.interop.torch.network import TensorProgram, UnsupportedNodesError, build_program
 from lowrank.interop.torch.partition import partition
 
 _DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
@@ -105,8 +105,8 @@ class ProgramModule(nn.Module):  # type: ignore[misc]
             return build_program(
                 self.traced, [tuple(x.shape[1:]) for x in inputs], dtype, self.algorithm
             )
-        except UnsupportedNodeError as error:
-            return partition(self.traced, self.replace_part, frozenset([error.node]))
+        except UnsupportedNodesError as error:
+            return partition(self.traced, self.replace_part, error.nodes)
 
     def replace_part(self, part: fx.GraphModule) -> ProgramModule:
         """Return the module that runs a part of this one."""

@@ -84,6 +84,7 @@ def onto_engine(
         last = fused.nodes[-1]
         with graph.inserting_after(last):
             new = graph.call_module(name, (fused.nodes[0].args[0],))
+        new.meta["label"] = str(fused.layer.target)
         last.replace_all_uses_with(new)
         for node in reversed(fused.nodes):
             graph.erase_node(node)
