@@ -437,6 +437,16 @@ def test_residuals_of_grouped_convolutions(rng, group):
     compare(model, *arrays(rng, (2, 32, 7, 6)))
 
 
+def test_residual_of_a_transposed_convolution(rng):
+    first, weights = conv(rng, 8, 3, y="c")
+    weights["t"] = arrays(rng, (8, 3, 3, 3))[0]
+    up = node("ConvTranspose", "c t", "u", pads=[1] * 4)
+    nodes = [first, up, node("Add", "x u", "s"), node("Sigmoid", "s", "y")]
+    model = model_of(nodes, {"x": ["N", 3, 7, 6]}, weights=weights)
+    text = compare(model, *arrays(rng, (2, 3, 7, 6)))
+    assert len(text.splitlines()) == 5, text
+
+
 def test_squeeze_and_excitation(rng):
     first, weights = conv(rng, 24, 3, y="c")
     down, more = conv(rng, 6, 24, (1, 1), x="p", y="1", w="v")
@@ -563,9 +573,9 @@ def test_programs_are_built_once_per_shape_without_the_batch(rng, monkeypatch):
     for batch in (1, 2, 5, 1):
         net(np.ones((batch, 3, 8, 8), np.float32))
     assert len(calls) == 1
-    for size in (*range(3, 13), 3, 12):
+    for size in (*range(3, 13), 12, 3):
         net(np.ones((1, 3, size, size), np.float32))
-    assert len(calls) == 1 + 9 + 1, "size 8 and 12 are there, 3 is not any more"
+    assert len(calls) == 1 + 9 + 1, "sizes 8 and 12 are there, 3 is not any more"
     assert len(net._plans) == 8
 
 
@@ -616,6 +626,13 @@ def test_constants_are_folded(rng):
     ]
     model = model_of(nodes, {"x": ["N", 3, 6, 6]}, ("y", "z"), weights=weights)
     compare(model, *arrays(rng, (2, 3, 6, 6)))
+
+
+def test_dropout_of_training_stays(rng):
+    weights = {"ratio": np.float32(0), "training": np.array(True)}
+    after_conv(rng, [node("Dropout", "c ratio training", "y")], weights=weights, stays="Dropout")
+    weights["training"] = np.array(False)
+    after_conv(rng, [node("Dropout", "c ratio training", "y")], weights=weights)
 
 
 def test_half_precision_stays(rng):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ from lowrank.interop.onnx.runtime import (
     run_session,
 )
 
-_PLANS = 8  # kept at once, of different shapes of the inputs
+_PLANS = 8  # kept at once, of different shapes without the batch
+_SHAPES = 1024  # of the inputs, whose plans are known
 _RUNS = 5  # of a network for its times
 _NAME = 30  # characters of a name in a table
 
@@ -100,7 +102,7 @@ class EngineNetwork:
 
     A call takes a dict of arrays by the name of the input, or one array if there is one input, and
     returns a list of arrays, one per output.  Programs are built at the first call with a shape of
-    the inputs; those of the latest 8 shapes are kept, and the batch is free.
+    the inputs and run any batch; those of the latest 8 shapes are kept.
 
     Parameters
     ----------
@@ -140,6 +142,7 @@ class EngineNetwork:
         self._outputs = [o.name for o in graph.output]
         self._model = prune(self._model, self._outputs)
         self._constant = Constants(self._model, folder)
+        self._lock = threading.Lock()  # of the plans
         self._types: dict[str, int] = {}  # element types of tensors, as in TensorProto
         self._plans: dict[tuple[Ints, ...], list[Piece]] = {}
         self._sessions: dict[tuple[Ints, tuple[str, ...]], Any] = {}
@@ -271,21 +274,31 @@ class EngineNetwork:
     def _plan(self, feed: Feed) -> list[Piece]:
         """Return the pieces for the shapes of a feed."""
         key = tuple(feed[i.name].shape for i in self._inputs)
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            shapes = {i.name: feed[i.name].shape for i in self._inputs}
-            tensors = infer_tensors(self._model, self._folder, shapes)
-            self._types.update((name, t.element_type) for name, t in tensors.items())
-            fitting = (p for p in self._plans.values() if all(q.fits(tensors) for q in p))
-            plan = next(fitting, None) or partition(
-                self._model, self._constant, tensors, self.algorithm
-            )
-            if len(self._plans) == _PLANS:
-                del self._plans[next(iter(self._plans))]
-                kept = {(q.nodes, q.outputs) for p in self._plans.values() for q in p}
-                self._sessions = {k: s for k, s in self._sessions.items() if k in kept}
-        self._plans[key] = plan  # the latest is the last
+        with self._lock:
+            plan = self._plans.pop(key, None)
+            is_new = plan is None
+            if plan is None:
+                plan = self._find_plan({i.name: feed[i.name].shape for i in self._inputs})
+            self._plans[key] = plan  # the latest is the last
+            if is_new:
+                self._evict()
         return plan
+
+    def _find_plan(self, shapes: Mapping[str, Ints]) -> list[Piece]:
+        """Return a plan of the same shapes with another batch, or a new one."""
+        tensors = infer_tensors(self._model, self._folder, shapes)
+        for plan in self._plans.values():
+            if all(piece.fits(tensors) for piece in plan):
+                return plan
+        self._types.update((name, t.element_type) for name, t in tensors.items())
+        return partition(self._model, self._constant, tensors, self.algorithm)
+
+    def _evict(self) -> None:
+        """Forget the plans that were not used for longest, and their sessions."""
+        while len({id(p) for p in self._plans.values()}) > _PLANS or len(self._plans) > _SHAPES:
+            del self._plans[next(iter(self._plans))]
+        kept = {(q.nodes, q.outputs) for p in self._plans.values() for q in p}
+        self._sessions = {k: s for k, s in self._sessions.items() if k in kept}
 
 
 def _columns(operation: Operation) -> tuple[str, str, str, str]:

@@ -52,7 +52,7 @@ def read(
         return []
     try:
         primitives = list(handler(_Node(node, constant, tensors, (number,))))
-    except (Unsupported, ValueError):  # of a shape or an attribute
+    except (ValueError, TypeError, LookupError):  # of a shape or an attribute
         return []
     for p in primitives:
         values = [tensors.get(name) for name in (*p.inputs, p.output)]
@@ -115,10 +115,6 @@ class _Node:
         """Return a primitive of the first output."""
         names = tuple(inputs or (self.x,))
         return Primitive(kind, names, self.node.output[0], self.out, self.sources, **fields)
-
-    def channels(self) -> int:
-        """Return the number of input channels."""
-        return self.shape[0]
 
 
 def _convolution(n: _Node) -> Iterator[Primitive]:
@@ -247,10 +243,10 @@ def _padding(n: _Node) -> Iterator[Primitive]:
     rank = 1 + len(n.shape)
     mode = _PAD_MODES.get(n.text("mode", "constant"))
     pads = n.argument("pads", 1)
-    value = n.argument("value", 2, 0.0)
+    value = float(np.ravel(n.argument("value", 2, 0.0))[0])
     axes = n.value(3)
     before, after, spatial = [0] * rank, [0] * rank, max(rank - 2, 1)
-    for i, axis in enumerate(range(rank) if axes is None else axes.tolist()):
+    for i, axis in enumerate(range(rank) if axes is None else axes):
         before[axis], after[axis] = pads[i], pads[i + len(pads) // 2]
     if mode is None or before[0] or after[0] or min(*before, *after) < 0:
         return
@@ -296,6 +292,8 @@ def _resampling(n: _Node) -> Iterator[Primitive]:
 
 
 def _view(n: _Node) -> Iterator[Primitive]:
+    if n.op == "Dropout" and n.value(2):  # it is training
+        return
     yield n.primitive("view")
 
 
