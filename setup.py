@@ -11,6 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("lowrank/_kernels")
 HEADERS = ["setup.py", *(str(p) for p in (*KERNELS.glob("*.h"), *KERNELS.glob("*.inc")))]
+DRIVERS = ["dispatch.c", "program.c"]
 WARNINGS = ["-Wall", "-Wextra"]
 # Sanitized builds lower it: optimising the added checks takes minutes.
 COMMON = [os.environ.get("LOWRANK_OPTIMIZE", "-O3"), "-g0", "-fvisibility=hidden"]
@@ -57,7 +58,7 @@ class Build(build_ext):
             )
             have.append((f"LR_HAVE_{name.upper()}", "1"))
         objects += self.compiler.compile(
-            [str(KERNELS / "dispatch.c")],
+            [str(KERNELS / name) for name in DRIVERS],
             output_dir=self.build_temp,
             macros=have,
             extra_postargs=[*COMMON, *WARNINGS, *openmp],
@@ -101,6 +102,9 @@ class Build(build_ext):
 extension = Extension(
     "lowrank._kernels._core",
     [str(KERNELS / "_core.pyx")],
-    depends=[*HEADERS, str(KERNELS / "isa.c"), str(KERNELS / "dispatch.c")],
+    depends=[
+        *HEADERS,
+        *(str(KERNELS / name) for name in ("isa.c", "program.pxi", *DRIVERS)),
+    ],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,6 +20,8 @@ from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Activation, Epilogue, Stage
 from lowrank.engine import dask as chunked
+
+KEPT_PLANS = 16  # of calls of chains, which do not compile
 
 
 @final
@@ -327,13 +330,19 @@ class Factorization:
             If `x` is not a floating-point array of a supported library.
         ValueError
             If its shape does not fit.
+
+        Notes
+        -----
+        Plans of the last shapes are kept: only the first call of a shape makes one.
         """
         if chunked.is_dask_array(x):
             if out is not None:
                 raise TypeError("out must be None for a Dask array: the result is computed later")
             return chunked.run(self, x)  # type: ignore[no-any-return]
         x = as_input(self, x)
-        return self.compile(x.shape[1:], x.dtype)(x, out)
+        if engine.is_on_gpu(x):  # threads must not share a plan there
+            return self.compile(x.shape[1:], x.dtype)(x, out)
+        return _kept_plan(self, x.shape[1:], x.dtype, engine.max_threads())(x, out)
 
     def compile(
         self,
@@ -341,6 +350,7 @@ class Factorization:
         dtype: Any = None,
         threads: int | None = None,
         activation: Activation = "none",
+        algorithm: engine.Algorithm = "auto",
     ) -> engine.Runner:
         """Plan the chain for one input shape: pack the weights and choose the tiles.
 
@@ -355,6 +365,11 @@ class Factorization:
             Number of threads; all that OpenMP offers if not given.  Ignored on a GPU.
         activation : str
             Activation after the bias: ``"none"``, ``"relu"`` or ``"relu6"``.
+        algorithm : str
+            ``"auto"`` lets stages of 3, 5 or 7 taps run by Winograd (Toom-Cook) algorithms where
+            that is faster and the predicted relative error is at most 1e-4; NaN and infinities in
+            the input may then spread over a tile of neighbouring outputs.  ``"direct"`` adds up
+            products alone.
 
         Returns
         -------
@@ -378,7 +393,7 @@ class Factorization:
         >>> run(np.ones((3, 2, 10), np.float32)).shape
         (3, 4, 8)
         """
-        return compile_chains([(self, activation)], input_shape, dtype, threads)
+        return compile_chains([(self, activation)], input_shape, dtype, threads, algorithm)
 
     def astype(self, dtype: Any) -> Factorization:
         """Return the chain in another floating-point precision.
@@ -633,6 +648,7 @@ def compile_chains(
     input_shape: Sequence[int],
     dtype: Any = None,
     threads: int | None = None,
+    algorithm: engine.Algorithm = "auto",
 ) -> engine.Runner:
     """Plan (chain, activation) pairs to run in one call; see :meth:`Factorization.compile`."""
     first = parts[0][0]
@@ -649,7 +665,13 @@ def compile_chains(
             )
         stages += f.stages
         epilogues += [Epilogue()] * (len(f.stages) - 1) + [Epilogue(f.bias, activation)]
-    return engine.plan(stages, first.input_shape(input_shape), dtype, epilogues, threads)
+    shape = first.input_shape(input_shape)
+    return engine.plan(stages, shape, dtype, epilogues, threads, algorithm=algorithm)
+
+
+@functools.lru_cache(KEPT_PLANS)
+def _kept_plan(f: Factorization, shape: Ints, dtype: Any, threads: int) -> engine.Runner:
+    return f.compile(shape, dtype, threads)
 
 
 def as_input(f: Factorization, x: Array) -> Array:

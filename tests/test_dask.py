@@ -257,9 +257,9 @@ def test_chunks_of_a_pool_run_on_one_thread_each(rng, monkeypatch):
     seen = []
     real = engine.plan
 
-    def plan(stages, shape, dtype, epilogues, threads):
+    def plan(stages, shape, dtype, epilogues, threads, **options):
         seen.append((threading.current_thread() is threading.main_thread(), threads))
-        return real(stages, shape, dtype, epilogues, threads)
+        return real(stages, shape, dtype, epilogues, threads, **options)
 
     monkeypatch.setattr(engine, "plan", plan)
     x = rng.standard_normal((1, 2, 60))

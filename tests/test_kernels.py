@@ -415,10 +415,10 @@ def c_constant(name, source="isa.c"):
     return {int(v) for v in re.findall(rf"^#define {name} (\d+)\b", text, re.MULTILINE)}
 
 
-def c_enum(prefix, first):
-    """Return the names of the enum of lr.h that begins with a name, in order, lower-case."""
-    text = (SOURCES / "lr.h").read_text()
-    (names,) = re.findall(rf"enum {{ ({prefix}{first}\b[^}}=]*) }}", text)
+def c_enum(prefix, first, header="lr.h"):
+    """Return the names of the enum of a header that begins with a name, in order, lower-case."""
+    text = re.sub(r"/\*.*?\*/", "", (SOURCES / header).read_text(), flags=re.DOTALL)
+    (names,) = re.findall(rf"enum {{\s*({prefix}{first}\b[^}}=]*)\s*}}", text)
     return [n.strip().removeprefix(prefix).lower() for n in names.split(",")]
 
 
@@ -455,4 +455,7 @@ def test_buffers_have_room_for_the_longest_run():
 
 def test_activations_and_steps_are_numbered_as_in_c():
     assert ["none", *c_enum("LR_", "LINEAR")[1:]] == [*spec.ACTIVATIONS]
+    kinds = [name.replace("_", " ") for name in c_enum("LR_", "PACK", "program.h")[:-1]]
+    assert kinds == [*spec.KINDS]
+    assert c_enum("LR_", "COPY", "program.h") == [*spec.MODES]
     assert len(c_enum("LR_", "BRING")) - 1 == len(profiling.STEPS)

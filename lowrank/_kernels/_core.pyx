@@ -5,6 +5,7 @@
 import os
 from array import array
 from math import prod
+from typing import NamedTuple
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
@@ -71,7 +72,7 @@ cdef extern from "dispatch.h":
 
 from lowrank._kernels.layout import TileLayout, check_border, check_padded_columns, inverse
 from lowrank._kernels.limits import MAX_STAGES
-from lowrank._kernels.spec import ACTIVATIONS
+from lowrank._kernels.spec import ACTIVATIONS, KINDS, MODES
 
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
 
@@ -349,3 +350,6 @@ cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
         else:
             high[0] += step
     high[0] += v.itemsize
+
+
+include "program.pxi"

@@ -106,6 +106,22 @@ static int teams, forked;
 static void in_child(void) { forked = teams; }
 #endif
 
+void lr_note_team(void)
+{
+#ifdef _OPENMP
+    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+#endif
+}
+
+int lr_limits(const lr_kernels *kernels, int64_t *limits)
+{
+    limits[0] = kernels->lanes, limits[1] = kernels->vectors;
+    for (int i = 1; i <= kernels->vectors; i++) limits[1 + i] = kernels->pixels[i];
+    return (int)(2 + kernels->vectors);
+}
+
+int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels) { return kernels->scratch(op); }
+
 int lr_max_threads(void)
 {
 #ifdef _OPENMP
@@ -132,7 +148,7 @@ double lr_now(void)
  * calls, since spinning threads respond at once. */
 static double measured_wake(int threads)
 {
-    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+    lr_note_team();
     double took[LR_WAKES];
     for (int i = -1; i < LR_WAKES; i++) {
         int there = 0;

@@ -3,6 +3,7 @@
 #define LR_DISPATCH_H
 
 #include "lr.h"
+#include "program.h"
 
 int lr_isa_count(void);              /* compiled in and supported by this CPU, best first */
 const char *lr_isa_name(int i);
@@ -14,5 +15,11 @@ double lr_now(void);                      /* seconds */
 /* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `team` receives the threads used. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
            int64_t itemsize, int threads, void **cache, lr_step *steps, int *team);
+void lr_note_team(void); /* before a parallel region: a child of this process then runs serially */
+int lr_limits(const lr_kernels *kernels, int64_t *limits); /* lanes, vectors, most pixels by vectors */
+int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels);
+/* `seconds` is NULL or has one element per operation. */
+int lr_run_program(const lr_program *program, const lr_kernels *kernels, const lr_array *arrays, int64_t batch,
+                   int64_t itemsize, int threads, void **cache, double *seconds, int *used);
 
 #endif

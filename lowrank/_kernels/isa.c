@@ -1,10 +1,12 @@
 /* All kernels for one instruction set: compiled once per set, with its name LR_ISA and vector width
  * LR_BYTES.  Threads and allocation are left to dispatch.c.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "lr.h"
+#include "program.h"
 
 #define LR_JOIN_(a, b) a##_##b
 #define LR_JOIN(a, b) LR_JOIN_(a, b)
@@ -18,12 +20,21 @@
 
 #if LR_BYTES == 64
 #define LR_ROWS 8 /* 8 x 3 accumulators of 32 registers */
+#define LR_VECTORS 4 /* of output channels per channels-last block */
+#define LR_PIXELS 16 /* of such a block, at most */
+#define LR_SLIDE 8   /* pixels of a channels-last depthwise block */
 #define LR_WIDE 4 /* vectors per block of 4 rows in depthwise.inc: 16 accumulators */
 #elif LR_BYTES == 32
 #define LR_ROWS 4 /* 4 x 3 accumulators of 16 registers */
+#define LR_VECTORS 2
+#define LR_PIXELS 12
+#define LR_SLIDE 4
 #define LR_WIDE 3 /* 12 accumulators */
 #else
 #define LR_ROWS 4
+#define LR_VECTORS 2
+#define LR_PIXELS 8
+#define LR_SLIDE 4
 #define LR_WIDE 2 /* 8 accumulators: without FMA, products take registers, too */
 #endif
 
@@ -50,6 +61,28 @@
 #define LR_SHIFT_F64(A, B, I) ((VECTOR)_mm512_alignr_epi64((__m512i)(B), (__m512i)(A), I))
 #endif
 
+/* The larger and the smaller of a and b; b where one is NaN. */
+#if defined(__x86_64__)
+#if LR_BYTES == 64
+#define LR_X86(NAME) _mm512_##NAME
+#elif LR_BYTES == 32
+#define LR_X86(NAME) _mm256_##NAME
+#else
+#define LR_X86(NAME) _mm_##NAME
+#endif
+#define LR_MAX_F32(A, B) ((V)LR_X86(max_ps)((VF)(A), (VF)(B)))
+#define LR_MIN_F32(A, B) ((V)LR_X86(min_ps)((VF)(A), (VF)(B)))
+#define LR_MAX_F64(A, B) ((V)LR_X86(max_pd)((VF)(A), (VF)(B)))
+#define LR_MIN_F64(A, B) ((V)LR_X86(min_pd)((VF)(A), (VF)(B)))
+#endif
+
+/* Keep a loaded vector in its register: GCC would load it again for each of its uses. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LR_KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
+#else
+#define LR_KEEP(VECTOR) (void)0
+#endif
+
 /* Lanes of two vectors, selected by indices from 0 to 2 L - 1. */
 #ifdef __clang__ /* its shuffle takes constant indices only */
 #define LR_PICK(A, B, LANE) LR_NAME(pick)(A, B, LANE)
@@ -61,7 +94,24 @@
 #define LR_HALF(name) LR_NAME(LR_JOIN(name, half))
 #define LR_QUARTER(name) LR_NAME(LR_JOIN(name, quarter))
 
+#define LR_BOX 512     /* samples of a Toom-Cook tile, at most: 8 along each axis */
+#define LR_OUT_BOX 216 /* and of its outputs */
+
+#define LR_STRIP 64   /* pixels of a strip of a channels-last depthwise stage: 3 rows take 12 KiB of L1 */
+
+#define LR_SINGLE
 #define T float
+#ifdef LR_MAX_F32
+#define LR_MAX LR_MAX_F32
+#define LR_MIN LR_MIN_F32
+#if LR_BYTES == 64
+#define VF __m512
+#elif LR_BYTES == 32
+#define VF __m256
+#else
+#define VF __m128
+#endif
+#endif
 #define I int32_t
 #define L (LR_BYTES / 4)
 #define LR_NAME(name) LR_JOIN(name, f32)
@@ -69,6 +119,7 @@
 #define LR_SHIFT LR_SHIFT_F32
 #endif
 #include "type.inc"
+#undef LR_SINGLE
 #undef T
 #undef I
 #undef L
@@ -76,6 +127,20 @@
 #undef LR_SHIFT
 
 #define T double
+#ifdef LR_MAX_F64
+#undef LR_MAX
+#undef LR_MIN
+#undef VF
+#define LR_MAX LR_MAX_F64
+#define LR_MIN LR_MIN_F64
+#if LR_BYTES == 64
+#define VF __m512d
+#elif LR_BYTES == 32
+#define VF __m256d
+#else
+#define VF __m128d
+#endif
+#endif
 #define I int64_t
 #define L (LR_BYTES / 8)
 #define LR_NAME(name) LR_JOIN(name, f64)
@@ -85,6 +150,8 @@
 #include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
-    {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32, peak_f32},
-    {LR_ROWS, 8 * LR_BYTES / 8, pack_f64, tile_f64, peak_f64},
+    {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32, peak_f32,
+     LR_BYTES / 4, LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
+    {LR_ROWS, 8 * LR_BYTES / 8, pack_f64, tile_f64, peak_f64,
+     LR_BYTES / 8, LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
 };

@@ -11,7 +11,11 @@
 #define LR_AXES 3
 
 enum { LR_OK = 0, LR_NO_MEMORY = 1 };
-enum { LR_LINEAR, LR_RELU, LR_RELU6 };         /* activation of a stage, after its bias */
+/* Activation after the bias; those beyond LR_RELU6 in programs only. */
+enum {
+    LR_LINEAR, LR_RELU, LR_RELU6, LR_LEAKY_RELU, LR_HARD_SWISH, LR_HARD_SIGMOID, LR_SIGMOID, LR_SILU,
+    LR_TANH, LR_GELU
+};
 enum { LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16 }; /* element types of x and out: the plan's type, or integers */
 enum { LR_BRING, LR_COMPUTE, LR_STEPS };       /* steps of a stage on one tile: pack the input, compute */
 
@@ -71,6 +75,9 @@ typedef struct {
     int64_t macs, bytes;
 } lr_step;
 
+struct lr_op;
+struct lr_array;
+
 /* Kernels of one instruction set for one type. */
 typedef struct {
     int64_t rows;  /* output channels per block */
@@ -79,6 +86,12 @@ typedef struct {
     void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t part,
                  void *work, lr_step *steps);
     double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of MACs */
+    /* Channels-last kernels: see program.h. */
+    int64_t lanes, vectors;
+    const int *pixels; /* most pixels of a block, by its vectors, from 1 */
+    int64_t (*scratch)(const struct lr_op *op);
+    void (*run_op)(const struct lr_op *op, const struct lr_array *arrays, void *arena, void *scratch,
+                   int64_t image, int64_t images, int64_t begin, int64_t end, int64_t split, int64_t splits);
 } lr_kernels;
 
 typedef struct {

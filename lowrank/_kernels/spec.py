@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 Three = tuple[int, int, int]
-ACTIVATIONS = ("none", "relu", "relu6")  # numbered as in lr.h
+# Numbered as in lr.h; chains of the planes engine have the first three.
+ACTIVATIONS = (
+    "none", "relu", "relu6", "leaky_relu", "hard_swish", "hard_sigmoid", "sigmoid", "silu", "tanh",
+    "gelu",
+)  # fmt: skip
+# Kinds of operations, and modes of "combine", numbered as in program.h.
+KINDS = (
+    "pack", "unpack", "dense", "winograd", "depthwise", "max pool", "mean pool", "combine", "border",
+)  # fmt: skip
+MODES = ("copy", "add", "multiply", "reorder")
 
 
 class StageSpec(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from lowrank._typing import Array
 from lowrank.core.cost import Cost
 from lowrank.core.stage import Activation
-from lowrank.engine import Runner
+from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, as_input, compile_chains
 
 
@@ -150,7 +150,11 @@ class Block:
         return sum(c.macs for c in self.costs(input_shape))
 
     def compile(
-        self, input_shape: Sequence[int], dtype: Any = None, threads: int | None = None
+        self,
+        input_shape: Sequence[int],
+        dtype: Any = None,
+        threads: int | None = None,
+        algorithm: Algorithm = "auto",
     ) -> Runner:
         r"""Plan the whole block, activations included, to run in one call.
 
@@ -162,6 +166,8 @@ class Block:
             float32 or float64; the precision of the weights if not given.
         threads : int, optional
             Number of threads; all that OpenMP offers if not given.
+        algorithm : str
+            ``"auto"`` or ``"direct"``; see :meth:`lowrank.Factorization.compile`.
 
         Returns
         -------
@@ -202,7 +208,7 @@ class Block:
                 )
         if not links:
             raise ValueError("parts must have at least one chain")
-        return compile_chains(links, input_shape, dtype, threads)
+        return compile_chains(links, input_shape, dtype, threads, algorithm)
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the block; see :meth:`compile`.

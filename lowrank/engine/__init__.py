@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from lowrank.core.stage import Epilogue, Stage
 
 #: Integer types that plans also read and write; results are rounded to nearest and saturated.
 INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
+
+Algorithm = Literal["auto", "direct"]
+#: Algorithms of a plan: fast ones where they pay and their error is small, or direct sums alone.
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 _MODULES = {"numpy": "lowrank.engine.cpu", "cupy": "lowrank.engine.cuda.plan"}
 #: Precisions that plans compute in, by the library of the weights.
@@ -83,16 +87,20 @@ def plan(
     epilogues: Sequence[Epilogue],
     threads: int | None = None,
     interleaved: int = 1,
+    algorithm: Algorithm = "direct",
 ) -> Runner:
     """Plan `stages` for inputs of `shape` = (channels, *spatial); the weights choose the device.
 
     `interleaved` is the number of values per sample along the last axis, such as the colours of a
-    pixel, each filtered alike: arrays are that many times as long along this axis.
+    pixel, each filtered alike: arrays are that many times as long along this axis.  `algorithm` is
+    ``"auto"`` or ``"direct"``; see :meth:`lowrank.Factorization.compile`.
     """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     return _backend(stages[0].weight).plan(  # type: ignore[no-any-return]
-        stages, shape, dtype, epilogues, threads, interleaved
+        stages, shape, dtype, epilogues, threads, interleaved, algorithm
     )
 
 
@@ -149,6 +157,11 @@ def as_array_like(values: Array, x: Any) -> Any:
 def check_gpu() -> None:
     """Raise ImportError or NoGPU, with the reason, unless a GPU can be used."""
     _cuda().check_device()
+
+
+def max_threads() -> int:
+    """Return the number of threads that OpenMP offers; 1 in a forked child."""
+    return int(importlib.import_module("lowrank._kernels._core").max_threads())
 
 
 def is_on_gpu(x: object) -> bool:

@@ -14,7 +14,7 @@ from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine import INTEGERS, StepProfile
+from lowrank.engine import INTEGERS, Algorithm, StepProfile
 
 try:
     from lowrank._kernels import _core
@@ -26,6 +26,8 @@ except ImportError as missing:
     ) from missing
 
 from lowrank._kernels.profiling import StepTotal, step_totals
+from lowrank.engine import channels_last
+from lowrank.engine.channels_last import ChannelsLastPlan
 from lowrank.engine.lowering import Segment, lower
 
 MAX_BATCH_SIZES = 8  # that a plan keeps segments for
@@ -43,10 +45,12 @@ class PlannedSegment:
 class CpuPlan:
     """A chain planned for one input shape and precision; safe to call from many threads.
 
-    If the engine has a free axis, the examples of a batch lie along it, so that weights in the
+    `program` runs it on channels-last buffers, if that is predicted to be faster.  Segments run it
+    on planes, and integers in any case.  If the engine has a free axis, the examples of a batch lie along it, so that weights in the
     cache serve several of them: each batch size has its own segments, made at its first run.
     """
 
+    program: ChannelsLastPlan | None
     planned: dict[int, tuple[PlannedSegment, ...]]  # by batch
     make: Callable[[int], tuple[PlannedSegment, ...]]
     in_shape: Ints
@@ -61,6 +65,8 @@ class CpuPlan:
 
     def _segments(self, batch: int) -> tuple[PlannedSegment, ...]:
         batch = max(batch, 1)
+        if 1 not in self.planned:
+            self.planned[1] = self.make(1)
         if not any(p.segment.has_free_axis for p in self.planned[1]):
             # Examples run one by one: the batch matters only as a number of tasks.
             batch = 1 if batch < self.threads else self.threads
@@ -75,6 +81,8 @@ class CpuPlan:
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
         x, out = self._checked(x, out)
+        if self.program is not None and self._is_floating(x, out):
+            return self._run_program(self.program, x, out)
         segments = self._segments(len(x))
         last = len(segments) - 1
         for i, planned in enumerate(segments):
@@ -99,6 +107,8 @@ class CpuPlan:
 
     def _profiled_run(self, x: Array, out: Array) -> list[StepProfile]:
         x, _ = self._checked(x, out)
+        if self.program is not None and self._is_floating(x, out) and out.flags.aligned:
+            return self.program.profile(x, out)
         profiles = []
         segments = self._segments(len(x))
         for i, planned in enumerate(segments):
@@ -121,6 +131,18 @@ class CpuPlan:
             if segment.before is not None or segment.after is not None:
                 profiles.append(StepProfile("run", "prepare", wall_time - core_time, 0, 0))
         return profiles
+
+    def _is_floating(self, x: Array, out: Array | None) -> bool:
+        return x.dtype == self.dtype and (out is None or out.dtype == self.dtype)
+
+    def _run_program(self, program: ChannelsLastPlan, x: Array, out: Array | None) -> Array:
+        aligned = out is not None and out.flags.aligned
+        result = out if aligned else np.empty((len(x), *self.out_shape), self.dtype)
+        program.run(x, result)
+        if out is None or aligned:
+            return result
+        out[...] = result
+        return out
 
     def _checked(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
         """Return `x`, aligned, and `out`; raise unless both fit the plan."""
@@ -182,6 +204,7 @@ def plan(
     epilogues: Sequence[Epilogue],
     threads: int | None = None,
     interleaved: int = 1,
+    algorithm: Algorithm = "direct",
 ) -> CpuPlan:
     """Plan `stages` for inputs of `shape`; see :func:`lowrank.engine.plan`."""
     threads = threads or _core.max_threads()
@@ -194,7 +217,11 @@ def plan(
     (*leading, width) = shape
     (*out_leading, out_width) = chain_shapes(stages, shape)[-1]
     in_shape, out_shape = (*leading, width * interleaved), (*out_leading, out_width * interleaved)
-    return CpuPlan({1: make(1)}, make, in_shape, out_shape, np.dtype(dtype), threads)
+    program = None
+    if interleaved == 1:
+        program = channels_last.plan_if_faster(links, shape, dtype, threads, algorithm)
+    planned = {1: make(1)} if program is None else {}
+    return CpuPlan(program, planned, make, in_shape, out_shape, np.dtype(dtype), threads)
 
 
 def _plan_segment(segment: Segment, dtype: Any) -> PlannedSegment:

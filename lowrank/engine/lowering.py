@@ -31,6 +31,7 @@ from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage, is_abstract
 from lowrank.engine import tiling
+from lowrank.engine.padding import padded_indices
 
 AXES = 3  # spatial axes of the engine
 MIN_SPLIT_SECONDS = 1e-4  # of a chain that is worth one parallel region per stage
@@ -211,7 +212,7 @@ def _lower_run(
         for axis in _padded_axes(stage):
             b, a = stage.geometry.padding[axis]
             m = widths[axis]
-            table = _padded_indices(size_in[axis] // m, b, a, mode, m)
+            table = padded_indices(size_in[axis] // m, b, a, mode, m)
             padded_spec = specs[0]
             is_row = axis == len(size_in) - 1 and size_in[axis] > 1
             in_image = min(table) >= 0
@@ -391,15 +392,3 @@ def _phase_bias(stage: Stage, bias: Array) -> Array:
     phases = math.prod(stage.geometry.stride) if max(stage.geometry.stride) > 1 else 1
     by_channel = bias[stage.channel_permutation()].reshape(-1, 1, stage.inner)
     return np.repeat(by_channel, phases, axis=1).reshape(-1)
-
-
-def _padded_indices(n: int, before: int, after: int, mode: str, width: int) -> Array:
-    """Return the index of the value at each padded position, of `width` values per sample.
-
-    -1 stands for the constant.
-    """
-    index = np.arange(n, dtype=np.int32).reshape(1, 1, n)
-    constant = np.full(1, -1, np.int32)
-    padded: Array = reference.pad(index, ((before, after),), mode, constant).reshape(-1, 1)
-    values = np.where(padded < 0, -1, padded * width + np.arange(width, dtype=np.int32))
-    return np.ascontiguousarray(values.reshape(-1), np.int32)

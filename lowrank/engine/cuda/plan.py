@@ -190,9 +190,10 @@ def plan(
     epilogues: Sequence[Epilogue],
     threads: int | None = None,
     interleaved: int = 1,
+    algorithm: str = "direct",
 ) -> CudaPlan:
     """Plan `stages`, whose weights are on a GPU, for inputs of `shape` = (channels, *spatial)."""
-    del threads  # the GPU decides
+    del threads, algorithm  # the GPU decides, and kernels there add up products directly
     if interleaved != 1:
         raise ValueError(f"interleaved must be 1 on a GPU, got {interleaved}")
     dtype = np.dtype(dtype)

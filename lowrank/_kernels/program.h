@@ -1,0 +1,89 @@
+/* Structs of a program: operations on channels-last buffers, for whole chains and networks.
+ *
+ * A buffer holds one value of every image of a group as (d, h, w, channels), channels padded to
+ * whole vectors, with a halo of padding around; all sizes are in elements of the program's type.
+ * All fields but pointers are int64_t, so that Python can fill the structs by name.
+ */
+#ifndef LR_PROGRAM_H
+#define LR_PROGRAM_H
+
+#include "lr.h"
+
+/* Kinds of operations. */
+enum {
+    LR_PACK,      /* out = array, (batch, channels, d, h, w) of any strides */
+    LR_UNPACK,    /* array = in */
+    LR_DENSE,     /* out = convolution of in, by direct sums */
+    LR_WINOGRAD,  /* the same by Toom-Cook algorithms along the axes */
+    LR_DEPTHWISE, /* out = convolution of each channel alone, `multiplier` times */
+    LR_MAX_POOL,
+    LR_MEAN_POOL,
+    LR_COMBINE, /* out = in, in + other or in * other */
+    LR_BORDER,  /* fill the halo of out from its samples */
+    LR_KINDS
+};
+
+enum { LR_COPY, LR_ADD, LR_MULTIPLY, LR_REORDER }; /* modes of LR_COMBINE; the last one copies */
+
+/* Where an operation finds its samples: sample (d, h, w) of image i of a group starts at
+ * offset + i * image + d * pitch[0] + h * pitch[1] + w * pitch[2]. */
+typedef struct {
+    int64_t offset, image, pitch[LR_AXES];
+} lr_view;
+
+/* Consecutive output channels that one call of a micro-kernel computes. */
+typedef struct {
+    int64_t vectors; /* of channels, 1 to LR_VECTORS */
+    int64_t to;      /* first channel in the output; its padding may be overwritten by the next block */
+    int64_t terms;   /* start of its terms in `offset` */
+    int64_t weight;  /* start of its weights */
+} lr_block;
+
+typedef struct lr_op {
+    int64_t kind, activation, mode;
+    lr_view in, out, other; /* other: added before the activation, or the operand of LR_COMBINE */
+    int64_t has_other;
+    int64_t size[LR_AXES];    /* output samples */
+    int64_t in_size[LR_AXES]; /* input samples: pooling, border */
+    int64_t unit[LR_AXES], units[LR_AXES]; /* output samples per unit of work, and their number */
+    int64_t in_channels, channels; /* of input and output, padding included */
+    int64_t taps[LR_AXES];    /* of the kernel or window */
+    int64_t tap[LR_AXES];     /* elements between taps */
+    int64_t stride[LR_AXES], dilation[LR_AXES], before[LR_AXES]; /* pooling; dilation: LR_WINOGRAD */
+    int64_t terms;            /* products per output of a dense operation, per position if fast */
+    int64_t terms_block;      /* that run at a time, so that their weights stay in L2 */
+    int64_t blocks, splits;   /* blocks of output channels; 1, or blocks if they do not overlap */
+    int64_t algorithm[LR_AXES]; /* LR_WINOGRAD: 0 or the number of ALGORITHMS in toom_cook.py */
+    int64_t tiles;              /* LR_WINOGRAD: that run at a time */
+    int64_t multiplier;         /* LR_DEPTHWISE */
+    int64_t array;              /* LR_PACK, LR_UNPACK: number of the array */
+    int64_t count_padding;      /* LR_MEAN_POOL: whether padding counts */
+    double alpha;               /* slope of leaky ReLU, or value of a constant border */
+    const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
+    const lr_block *block;
+    const void *weight, *bias;
+    const int32_t *channel;         /* channel of the array (LR_REORDER: of in) at each channel, or -1 */
+    const int32_t *index[LR_AXES];  /* input sample at each output sample, or -1; or NULL */
+} lr_op;
+
+/* Run units [begin, end) of an operation on all images of a group. */
+typedef struct {
+    int64_t op, begin, end;
+} lr_unit_range;
+
+typedef struct {
+    int64_t ops, steps;
+    const lr_op *op;
+    const lr_unit_range *step;
+    int64_t group;   /* images per group, at most */
+    int64_t arena;   /* elements of the buffers of a group */
+    int64_t scratch; /* elements that a thread needs beside */
+} lr_program;
+
+/* One array of a run. */
+typedef struct lr_array {
+    void *data;
+    int64_t strides[5];
+} lr_array;
+
+#endif

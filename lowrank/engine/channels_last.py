@@ -1,0 +1,123 @@
+"""Chains on channels-last buffers: a plan of one program, for NumPy arrays of the plan's type."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowrank._kernels import _core
+from lowrank._typing import Array, Ints
+from lowrank.core.cost import chain_shapes
+from lowrank.core.geometry import as_integers
+from lowrank.core.stage import Epilogue, Stage
+from lowrank.engine import Algorithm, StepProfile
+from lowrank.engine.program import Program, ProgramBuilder, Unsupported
+
+
+# Costs of kernels on planes in FMAs of a vector, from measurements on AVX-512:
+PLANES_DENSE = 1.06
+PLANES_REMAINDER = 0.5  # idle lanes at the end of a plane, in vectors
+PLANES_DEPTHWISE, PLANES_OUTPUT = 1.4, 2.5  # per tap, and per vector of the output
+PLANES_STRIDED = 2.2  # factor on depthwise stages
+PLANES_SCATTER = 40.0  # per vector that a dense stage scatters into padded rows
+PLANES_PACK = 3.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelsLastPlan:
+    """A chain planned as a program for one input shape; safe to call from many threads."""
+
+    program: Program
+    in_shape: Ints
+    out_shape: Ints
+    dtype: Any
+    threads: int
+
+    def run(self, x: Array, out: Array) -> None:
+        """Run on checked arrays (batch, channels, *spatial)."""
+        self.program((_on_three_axes(x),), (_on_three_axes(out),), self.threads)
+
+    def profile(self, x: Array, out: Array) -> list[StepProfile]:
+        """Run once with clocks; return the time of each operation."""
+        start = time.perf_counter()
+        seconds = self.program.core.profile((_on_three_axes(x), _on_three_axes(out)), self.threads)
+        rest = time.perf_counter() - start - sum(seconds)
+        itemsize = np.dtype(self.dtype).itemsize
+        steps = []
+        for op, taken in zip(self.program.operations, seconds):
+            step = op.kind if op.kind in ("pack", "unpack") else "compute"
+            stage = "run" if step != "compute" else op.name
+            moved = len(x) * op.samples_moved * itemsize
+            steps.append(StepProfile(stage, step, taken, len(x) * op.macs, moved))
+        return [*steps, StepProfile("run", "rest", max(rest, 0.0), 0, 0)]
+
+
+def plan_if_faster(
+    links: Sequence[tuple[Stage, Epilogue]],
+    shape: Ints,
+    dtype: Any,
+    threads: int,
+    algorithm: Algorithm,
+) -> ChannelsLastPlan | None:
+    """Plan a chain; return None if kernels on planes are predicted to be as fast."""
+    try:
+        builder = _builder(links, shape, dtype, algorithm)
+    except Unsupported:
+        return None
+    if builder.cost >= planes_cost(links, shape, builder.limits.lanes):
+        return None
+    out_shape = chain_shapes([stage for stage, _ in links], shape)[-1]
+    return ChannelsLastPlan(
+        builder.build(names=("x", "out")), shape, out_shape, np.dtype(dtype), threads
+    )
+
+
+def planes_cost(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, lanes: int) -> float:
+    """Estimate the time of a chain on planes for one example, in FMAs of a vector."""
+    total = 0.0
+    stages = [stage for stage, _ in links]
+    sizes = chain_shapes(stages, shape)
+    for number, (stage, inputs, outputs) in enumerate(zip(stages, sizes, sizes[1:])):
+        samples = math.prod(outputs[1:])
+        vectors = samples / lanes
+        terms = math.prod(stage.weight.shape[1:])
+        taps = math.prod(stage.kernel)
+        if stage.transposed:
+            terms = terms * stage.weight.shape[0] // stage.groups // max(1, stage.weight.shape[1])
+        if stage.weight.shape[1] == 1:
+            cost = PLANES_DEPTHWISE * taps + PLANES_OUTPUT
+            cost *= PLANES_STRIDED if max(stage.geometry.stride) > 1 else 1.0
+            # A dense stage before it scatters its runs into padded rows.
+            scattered = (
+                number > 0 and stage.kernel[-1] > 1 and stages[number - 1].weight.shape[1] > 1
+            )
+            total += outputs[0] * vectors * (cost + scattered * PLANES_SCATTER)
+        else:
+            # Runs continue over the ends of rows, whose padding is computed, too.
+            width = outputs[-1]
+            wasted = (width + stage.kernel[-1] - 1) / width if taps > 1 else 1.0
+            remainder = 1 + PLANES_REMAINDER * lanes / max(samples, lanes)
+            total += PLANES_DENSE * outputs[0] * vectors * terms * wasted * remainder
+        packs = number == 0 and (taps > 1 or max(stage.geometry.stride) > 1)
+        total += packs * PLANES_PACK * math.prod(inputs) / lanes
+    return total
+
+
+def _builder(
+    links: Sequence[tuple[Stage, Epilogue]], shape: Ints, dtype: Any, algorithm: Algorithm
+) -> ProgramBuilder:
+    builder = ProgramBuilder(dtype, algorithm)
+    free = 3 - len(shape[1:])
+    value = builder.input((shape[0], *(1,) * free, *shape[1:]))
+    builder.output(builder.chain(value, links, name="stage"))
+    return builder
+
+
+def _on_three_axes(x: Array) -> Array:
+    """Return a view (batch, channels, d, h, w) of an array with one to three spatial axes."""
+    return x[(slice(None), slice(None), *(None,) * (5 - x.ndim))]
