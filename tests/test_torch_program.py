@@ -254,6 +254,10 @@ NETWORKS = {
     "upsampling": lambda: nn.Sequential(
         conv(4, 18), nn.Upsample(scale_factor=(2, 3)), nn.PixelShuffle(3), conv(2, 3)
     ),
+    "channels last": lambda: nn.Sequential(
+        conv(4, 5), Call(lambda m, x: x.permute(0, 2, 3, 1).reshape(x.shape[0], -1)),
+        nn.Linear(720, 3),
+    ),
     "transposed": lambda: nn.Sequential(
         nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), nn.ReLU(),
         nn.ConvTranspose2d(6, 6, 4, 3, groups=2, dilation=2), nn.BatchNorm2d(6),
@@ -328,6 +332,32 @@ def test_other_numbers_of_axes(make, shape):
     assert {type(p) for p in programs(fast)} >= {TensorProgram}
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parts_run_without_programs(name, monkeypatch):
+    """As tensors on a GPU do."""
+    model = with_statistics(NETWORKS[name]())
+    fast, x = on_engine(model), torch.randn(2, 4, 12, 12)
+    monkeypatch.setattr(ProgramModule, "plan", lambda self, inputs: self.traced)
+    with torch.inference_mode():
+        assert error(fast(x), model(x)) < 1e-5
+    assert not programs(fast)
+
+
+def test_planes_of_features_start_a_new_program():
+    model = nn.Sequential(
+        nn.Linear(6, 128), nn.ReLU(), nn.Unflatten(1, (8, 4, 4)), conv(8, 4), nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 2, 2), Call(lambda m, x: x.permute(0, 2, 3, 1)),
+    ).eval()  # fmt: skip
+    reshaped = nn.Sequential(*model)
+    reshaped[2] = Call(lambda m, x: x.view(-1, 8, 4, 4))
+    x = torch.randn(2, 6)
+    for net in (model, reshaped):
+        fast = on_engine(net)
+        with torch.inference_mode():
+            assert error(fast(x), net(x)) < 1e-5
+        assert sum(isinstance(p, TensorProgram) for p in programs(fast)) == 2
+
+
 def test_unsupported_operations_stay_in_pytorch_between_programs():
     def forward(m, x):
         a = m.a(x)
@@ -378,7 +408,7 @@ def test_shapes_that_programs_do_not_support(function, shape):
 
 def overwritten(m, x):
     y = m.a(x)
-    z = y.view(len(y), -1)
+    z = y.view(y.shape[0], -1)
     z += 1
     y.relu_()
     return m.b(y), z
@@ -423,6 +453,7 @@ def test_operations_in_place_keep_their_order(function):
         for found, wanted in zip(fast(inputs[0]), model(inputs[1])):
             assert error(found, wanted) < 3e-6
     assert torch.equal(*inputs)
+    assert programs(fast)
 
 
 def test_several_inputs_and_outputs():

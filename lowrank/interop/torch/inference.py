@@ -23,12 +23,13 @@ def on_engine(
     threads: int | None = None,
     algorithm: Algorithm = "auto",
 ) -> nn.Module:
-    """Return a copy of a model for inference, with its convolutions on lowrank's engine.
+    """Return a copy of a model for inference, which runs on lowrank's engine.
 
-    Batch norms are folded into the convolutions before them, ReLU and ReLU6 become part of the
-    engine's plans, and consecutive convolutions with nothing in between run as one chain.  PyTorch
-    runs everything else.  Tensors are passed without a copy, except that an input that is not
-    contiguous, for example in ``channels_last``, is copied once.
+    The model is traced.  Its largest parts of supported operations run as programs: batch norms
+    are folded, activations and sums are computed with the convolutions before them, and
+    intermediate tensors stay in the engine's layout.  PyTorch runs everything else; see
+    :func:`describe`.  Tensors of any strides, such as ``channels_last``, are read in place;
+    outputs are contiguous.
 
     Parameters
     ----------
@@ -36,25 +37,30 @@ def on_engine(
         Model, traced by :mod:`torch.fx`; convolutions in parts that cannot be traced are replaced
         one by one.  It is not changed.
     example : torch.Tensor, optional
-        Batch of inputs.  Plans are made for its shape at once, and the outputs of the copy are
+        Batch of inputs.  Programs are built for its shape at once, and the outputs of the copy are
         compared with those of `model`: if the traced copy differs, convolutions are replaced one
         by one.
     threads : int, optional
         Number of threads of the engine; PyTorch's number if not given.
+    algorithm : str
+        ``"auto"``, or ``"direct"``, which never uses a fast algorithm, such as Winograd's, whose
+        predicted relative error in float32 is up to 1e-4.
 
     Returns
     -------
     nn.Module
-        Model in evaluation mode, for float32 and float64 tensors that need no gradient.  It plans
-        each input shape at its first call.  Keep the original for training and saving.  Tensors
-        on a GPU run there through CuPy, in half precision as well; this is untested on hardware.
+        Model in evaluation mode, for float32 and float64 tensors that need no gradient.  It builds
+        programs at the first call with each shape of the inputs; the batch size is free.  Keep the
+        original for training and saving.  On a GPU, convolutions run one by one through CuPy, in
+        half precision as well; this is untested on hardware.
 
     Raises
     ------
     TypeError
         If `model` is not a module.
     ValueError
-        If the outputs of the copy on `example` differ from those of `model`.
+        If `algorithm` is unknown, or the outputs of the copy on `example` differ from those of
+        `model`.
 
     Examples
     --------

@@ -17,7 +17,7 @@ from lowrank._typing import Ints
 from lowrank.core.stage import Epilogue
 from lowrank.engine.network import emit, fuse, value_shape
 from lowrank.engine.program import Algorithm, Program, ProgramBuilder, Unsupported
-from lowrank.factorization import Factorization, chain
+from lowrank.factorization import Factorization, chain, dense
 from lowrank.interop.torch.chains import Bias, TiedLayer
 from lowrank.interop.torch.engine import EngineModule
 from lowrank.interop.torch.fusion import BATCH_NORMS, batch_norm
@@ -197,11 +197,13 @@ class _Reader:
                 try:
                     self.found[node] = self._read(node)
                 except ValueError as error:  # Unsupported, or a shape that fits no layer
-                    raise UnsupportedNodesError([node], str(error)) from error
+                    blamed = getattr(error, "node", node)
+                    raise UnsupportedNodesError([blamed], str(error)) from error
         results = node.args[0] if isinstance(node.args[0], tuple) else (node.args[0],)
         for result in results:
-            if not isinstance(self.found[result], Tensor):
-                raise UnsupportedNodesError([result], "several tensors")
+            found = self.found[result]
+            if not isinstance(found, Tensor) or found.layout is not None:
+                raise UnsupportedNodesError([result], "several or transposed tensors")
         return inputs, [self.found[result] for result in results]
 
     def _read(self, node: fx.Node) -> Any:
@@ -278,7 +280,14 @@ def _read_linear(net: Recorder, node: fx.Node, module: nn.Module | None, x: Tens
     if _is_linear_layer(module):
         f = _linear_chain(module)
         if x.shape != (f.in_channels,):
+            x.check_order()
             raise Unsupported(f"a linear layer of {f.in_channels} features on {x.shape}")
+        if x.layout is not None:
+            (stage,) = f.stages
+            if stage.outer * stage.inner > 1 or stage.shuffle != (1, 1):
+                x.check_order()
+            f = dense(stage.weight[:, np.argsort(x.layout)], bias=f.bias)
+            x = net.add("view", (x,), x.shape, x.value)
         return _convolve(net, x, f, (f.out_channels,))
     scale: Any
     shift: Any

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from lowrank._kernels.spec import Three
-from lowrank._typing import Ints
+from lowrank._typing import Array, Ints
 from lowrank.core.stage import Epilogue
 from lowrank.engine.network import Primitive, on_three, value_shape
 from lowrank.engine.program import Unsupported
@@ -27,7 +27,15 @@ from lowrank.interop.torch.modules import PADDING_MODES
 BATCH = 2147483647
 
 
-@dataclass(frozen=True)
+class ArrangedError(Unsupported):
+    """Elements of a tensor are not in the order of its value; `node` has arranged them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__("transposed or reshaped elements")
+        self.node = tensor.node
+
+
+@dataclass(frozen=True, eq=False)
 class Tensor:
     """A tensor of a network, without the batch axis.
 
@@ -38,12 +46,18 @@ class Tensor:
     shape : tuple of int
         Shape in PyTorch.
     value : tuple of int
-        Shape of the value, (channels, d, h, w): the same elements in the same order.
+        Shape of the value, (channels, d, h, w).
+    layout : ndarray of int or None
+        Number of each element in the value; None if the order is the same.
+    node : fx.Node or None
+        Node that has given a tensor its layout.
     """
 
     name: str
     shape: Ints
     value: Ints
+    layout: Array | None = None
+    node: fx.Node | None = None
 
     @property
     def ndim(self) -> int:
@@ -53,7 +67,13 @@ class Tensor:
     @property
     def is_map(self) -> bool:
         """Whether the shape is that of the value: (channels, *spatial)."""
+        self.check_order()
         return len(self.shape) <= 4 and value_shape(self.shape) == self.value
+
+    def check_order(self) -> None:
+        """Raise ArrangedError unless the elements are in the order of the value."""
+        if self.layout is not None:
+            raise ArrangedError(self)
 
     def sizes(self, ndim: int | None = None) -> Three:
         """Return the spatial size of a tensor (channels, *spatial) of `ndim` spatial axes."""
@@ -98,6 +118,9 @@ class Recorder:
         Tensor
         """
         name, n = self.node.name, sum(self.node in p.sources for p in self.primitives)
+        for t in inputs:
+            if kind != "view":
+                t.check_order()
         output = f"{name}.{n}" if n else name
         names = tuple(t.name for t in inputs)
         self.primitives.append(Primitive(kind, names, output, shape, (self.node,), **fields))
@@ -345,19 +368,33 @@ def get_item(net: Recorder, x: Any, index: Any) -> Any:
 
 
 def reshape(net: Recorder, input: Tensor, *shape: Any) -> Tensor:
-    """Return a tensor with flattened axes, or with its channels split into two axes."""
+    """Return a tensor of another shape."""
     new = [int(n) for n in (shape[0] if isinstance(shape[0], tuple | list) else shape)]
     elements = BATCH * math.prod(input.shape)
     if -1 in new:
         rest = -math.prod(new)
         new[new.index(-1)] = elements // rest if rest and elements % rest == 0 else 0
-    channels, *size = input.value
-    is_map = 2 <= len(new) <= 5 and value_shape(tuple(new[1:])) == input.value
-    is_split = math.prod(new[1:3]) == channels and [1] * (6 - len(new)) + new[3:] == size
-    is_flat = len(new) == 2
-    if new[0] != BATCH or math.prod(new) != elements or not (is_map or is_split or is_flat):
+    if len(new) < 2 or new[0] != BATCH or math.prod(new) != elements:
         raise Unsupported(f"a view of (batch, {', '.join(map(str, input.shape))}) as {shape}")
-    return net.add("view", (input,), tuple(new[1:]), input.value)
+    return _arranged(net, input, _layout(input).reshape(new[1:]))
+
+
+def _layout(x: Tensor) -> Array:
+    return np.arange(math.prod(x.shape)).reshape(x.shape) if x.layout is None else x.layout
+
+
+def _arranged(net: Recorder, x: Tensor, layout: Array) -> Tensor:
+    """Return the elements of a tensor's value in another arrangement."""
+    shape, channels = layout.shape, x.value[0]
+    is_map = len(shape) <= 4 and value_shape(shape) == x.value
+    is_in_order = np.array_equal(layout.reshape(-1), np.arange(layout.size))
+    if is_in_order and (is_map or len(shape) == 1):
+        return net.add("view", (x,), shape, x.value)
+    planes = layout.reshape(channels, -1)
+    order, rest = np.divmod(planes, planes.shape[1])
+    if is_map and (order == order[:, :1]).all() and (rest == np.arange(planes.shape[1])).all():
+        return _select(net, net.add("view", (x,), shape, x.value), order[:, 0])
+    return Tensor(x.name, shape, x.value, layout, net.node)
 
 
 def flatten(net: Recorder, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
@@ -384,22 +421,20 @@ def unsqueeze(net: Recorder, input: Tensor, dim: int) -> Tensor:
 
 
 def transpose(net: Recorder, input: Tensor, dim0: int, dim1: int) -> Tensor:
-    """Return a tensor whose channels are split into two axes, with those exchanged."""
+    """Return a tensor with two axes exchanged."""
     order = list(range(input.ndim))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return permute(net, input, order)
 
 
 def permute(net: Recorder, input: Tensor, *dims: Any) -> Tensor:
-    """Return a tensor whose channels are split into two axes, with those exchanged."""
-    order = [_axis(d, input.ndim) for d in (dims[0] if isinstance(dims[0], tuple | list) else dims)]
-    channels, *size = input.value
-    a, b, *rest = input.shape if input.ndim > 2 else (0, 0)
-    is_split = a * b == channels and [1] * (3 - len(rest)) + rest == size
-    if order != [0, 2, 1, *range(3, input.ndim)] or not is_split:
-        raise Unsupported(f"axes in the order {order}")
-    options = {"order": (1, 0, *range(2, len(input.shape)))}
-    return net.add("transpose", (input,), (b, a, *rest), input.value, options=options)
+    """Return a tensor with its axes in another order."""
+    first, *order = (
+        _axis(d, input.ndim) for d in (dims[0] if isinstance(dims[0], tuple | list) else dims)
+    )
+    if first:
+        raise Unsupported("a batch on another axis")
+    return _arranged(net, input, _layout(input).transpose([axis - 1 for axis in order]))
 
 
 def expand_as(net: Recorder, input: Tensor, other: Tensor) -> Tensor:

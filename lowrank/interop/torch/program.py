@@ -86,14 +86,16 @@ class ProgramModule(nn.Module):  # type: ignore[misc]
         self, plan: TensorProgram, inputs: Sequence[torch.Tensor]
     ) -> tuple[list[Any], list[torch.Tensor]]:
         """Return the arrays of a call, in the memory of its inputs and of new tensors."""
-        dtype, batch = inputs[0].dtype, len(inputs[0])
-        arrays = [
-            x.detach().numpy().reshape(batch, *shape) for x, shape in zip(inputs, plan.input_shapes)
-        ]
-        tensors = [torch.empty((batch, *shape), dtype=dtype) for shape in plan.shapes]
-        arrays += [
-            y.numpy().reshape(batch, *shape) for y, shape in zip(tensors, plan.output_shapes)
-        ]
+        batch, dtype = inputs[0].shape[0], _DTYPES[inputs[0].dtype]
+        arrays, tensors = [], []
+        for x, shape in zip(inputs, plan.input_shapes):
+            array = x.detach().numpy() if x.requires_grad else x.numpy()
+            arrays.append(array.reshape(batch, *shape))
+        for value, shape in zip(plan.output_shapes, plan.shapes):
+            # NumPy allocates and wraps in 1.3 us, PyTorch in 6.
+            array = np.empty((batch, *value), dtype)
+            arrays.append(array)
+            tensors.append(torch.from_numpy(array.reshape(batch, *shape)))
         return arrays, tensors
 
     def _build(self, inputs: Sequence[torch.Tensor]) -> TensorProgram | nn.Module:
