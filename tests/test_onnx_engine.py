@@ -616,6 +616,16 @@ def test_subgraphs_that_read_values_of_the_main_graph(rng):
     compare(model, x, -x, stays="ReduceSum Greater If")
 
 
+def test_functions_of_the_model_are_inlined(rng):
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17, "own" : 1]>
+        net (float[N, 2] x) => (float[N, 2] y) <float[2, 2] w = {1, 2, -2, 4}>
+        {y = own.layer(x, w)}
+        <domain: "own", opset_import: ["" : 17]>
+        layer (a, b) => (c) {m = MatMul(a, b) c = Relu(m)}""")
+    compare(model, *arrays(rng, (3, 2)))
+
+
 def test_constants_are_folded(rng):
     (w,) = arrays(rng, (4, 3, 3, 3))
     weights = {"w": w, "k": w[0, 0, 0]}

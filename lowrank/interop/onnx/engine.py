@@ -20,8 +20,7 @@ from lowrank.engine import ALGORITHMS
 from lowrank.engine.program import Algorithm, Operation
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
 from lowrank.interop.onnx.files import check, check_external, library, load
-from lowrank.interop.onnx.graph import Constants, opset_of, prune, reads
-from lowrank.interop.onnx.model import OLDEST_OPSET
+from lowrank.interop.onnx.graph import Constants, prune, reads, supported_opset
 from lowrank.interop.onnx.partition import Piece, partition
 from lowrank.interop.onnx.runtime import (
     fold_constants,
@@ -114,6 +113,19 @@ class EngineNetwork:
         ``"auto"`` or ``"direct"``.
     folder : path or None
         Folder of the model's external data.
+
+    Examples
+    --------
+    >>> import pytest
+    >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    >>> import numpy as np
+    >>> from lowrank.interop.onnx import EngineNetwork
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+    ...     net (float[N, 2] x) => (float[N, 2] y)
+    ...     <float[2, 2] w = {1, 2, 2, 4}> {m = MatMul(x, w) y = Relu(m)}''')
+    >>> net = EngineNetwork(model, threads=1, algorithm="auto", folder=None)
+    >>> net({"x": np.array([[1, 0], [-1, 0]], np.float32)})[0].tolist()
+    [[1.0, 2.0], [0.0, 0.0]]
     """
 
     def __init__(self, model: Any, threads: int, algorithm: Algorithm, folder: Path | None) -> None:
@@ -123,14 +135,11 @@ class EngineNetwork:
         self._model.CopyFrom(model)
         check_external(self._model, folder)
         check(self._model)
-        opset = opset_of(self._model)
-        if opset < OLDEST_OPSET:
-            raise ValueError(
-                f"the opset must be at least {OLDEST_OPSET}, which onnxruntime runs, got {opset}: "
-                "convert the model with onnx.version_converter"
-            )
+        supported_opset(self._model)
         if self._model.functions:
-            self._model = onnx.inliner.inline_local_functions(self._model)
+            from onnx import inliner  # not loaded with onnx
+
+            self._model = inliner.inline_local_functions(self._model)
         self._inputs = inputs_of(self._model)
         graph = self._model.graph
         names = {i.name for i in self._inputs}
@@ -164,8 +173,7 @@ class EngineNetwork:
         ValueError
             If the arrays do not fit the network, or onnxruntime fails.
         """
-        feed = check_batch(self._inputs, feeds)
-        return self._run(feed)
+        return self._run(check_batch(self._inputs, feeds))
 
     def describe(self, feeds: Any) -> str:
         """Return a table of operations: of the programs, and of onnxruntime.
@@ -181,6 +189,19 @@ class EngineNetwork:
             Table of the programs' operations with algorithm, predicted relative error, MACs per
             example, time and share of the time, then one row for each set of operators that stay
             in onnxruntime.
+
+        Examples
+        --------
+        >>> import pytest
+        >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+        >>> import numpy as np
+        >>> from lowrank.interop.onnx import on_engine
+        >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+        ...     net (float[N, 2] x) => (float[N, 2] y)
+        ...     <float[2, 2] w = {1, 2, 2, 4}> {m = MatMul(x, w) y = Relu(m)}''')
+        >>> table = on_engine(model).describe(np.ones((1, 2), np.float32))
+        >>> [line.split()[:2] for line in table.splitlines()[1:]]
+        [['pack', 'pack'], ['y', 'dense'], ['unpack', 'unpack']]
         """
         feed = check_batch(self._inputs, feeds)
         self._run(feed)  # builds programs and warms up

@@ -13,6 +13,8 @@ from lowrank.interop.onnx.files import library, values, without_large_weights
 
 Sizes = tuple[int | str | None, ...]
 
+_OLDEST_OPSET = 7  # that onnxruntime runs
+
 
 def attributes(node: Any) -> dict[str, Any]:
     """Return the attributes of a node by name, as Python values."""
@@ -23,6 +25,17 @@ def attributes(node: Any) -> dict[str, Any]:
 def opset_of(model: Any) -> int:
     """Return the version of ONNX's own operator set that a model uses."""
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=1)
+
+
+def supported_opset(model: Any) -> int:
+    """Return the opset of a model, or raise a ValueError if onnxruntime does not run it."""
+    opset = opset_of(model)
+    if opset < _OLDEST_OPSET:
+        raise ValueError(
+            f"the opset must be at least {_OLDEST_OPSET}, which onnxruntime runs, got {opset}: "
+            "convert the model with onnx.version_converter"
+        )
+    return opset
 
 
 def _subgraphs(node: Any) -> Iterator[Any]:

@@ -25,13 +25,12 @@ from lowrank.interop.onnx.files import (
     load,
     read_external,
 )
-from lowrank.interop.onnx.graph import infer_shapes, opset_of, prune, substitute
+from lowrank.interop.onnx.graph import infer_shapes, prune, substitute, supported_opset
 from lowrank.interop.onnx.layers import Site, find
 from lowrank.interop.onnx.runtime import open_session
 
 _THREADS = 2  # maximum number of threads of onnxruntime
 _PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
-OLDEST_OPSET = 7  # oldest opset that onnxruntime runs
 
 
 class OnnxModel:
@@ -86,12 +85,7 @@ class OnnxModel:
         self._model.CopyFrom(model)
         check_external(self._model, self._folder)
         check(self._model)
-        self._opset = opset_of(self._model)
-        if self._opset < OLDEST_OPSET:
-            raise ValueError(
-                f"the opset must be at least {OLDEST_OPSET}, which onnxruntime runs, got "
-                f"{self._opset}: convert the model with onnx.version_converter"
-            )
+        self._opset = supported_opset(self._model)
         self._inputs = inputs_of(self._model)
         self._feeds = [check_batch(self._inputs, b) for b in batches or ()]
         self._sites: dict[str, Site] = {}  # `find` may run the network
