@@ -131,7 +131,7 @@ def test_convolution_nodes(rng, case):
 )
 def test_activations_are_fused(rng, op, attributes, opset):
     text = after_conv(rng, [node(op, "c", "y", **attributes)], opset=opset)
-    assert len(text.splitlines()) == 4, text  # header, pack, convolution, unpack
+    assert len(text.splitlines()) == 5, text  # header, pack, convolution, unpack, total
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_activations_of_several_nodes(rng):
     }  # fmt: skip
     for nodes in (gated("Sigmoid"), GELU):
         text = after_conv(rng, nodes, weights=constants)
-        assert len(text.splitlines()) == 4, text
+        assert len(text.splitlines()) == 5, text
     sixth = [node("HardSigmoid", "c", "g", alpha=1 / 6), node("Mul", "c g", "y")]
-    assert len(after_conv(rng, sixth).splitlines()) == 4
+    assert len(after_conv(rng, sixth).splitlines()) == 5
 
 
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
@@ -187,7 +187,7 @@ def test_activations_of_several_nodes(rng):
 def test_arithmetic_with_constants_is_folded(rng, op, shape):
     weights = {"k": rng.uniform(0.5, 2, shape).astype(np.float32)}
     text = after_conv(rng, [node(op, "c k", "y")], weights=weights)
-    assert len(text.splitlines()) == 4, text
+    assert len(text.splitlines()) == 5, text
     if op == "Div":
         nodes = [node("Sigmoid", "c", "1"), node("Add", "1 k", "2"), node(op, "k 2", "y")]
         after_conv(rng, nodes, weights=weights, stays="Div")
@@ -215,7 +215,7 @@ def test_scales_that_cannot_be_folded(rng, channels):
         node("Sigmoid", "4", "y"),
     ]
     text = after_conv(rng, nodes, out=channels, weights=weights)
-    assert len(text.splitlines()) == 5, text
+    assert len(text.splitlines()) == 6, text
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
@@ -359,7 +359,7 @@ def test_axes_in_another_order_before_a_linear_layer(rng, perm):
         node("MatMul", "2 v", "y"),
     ]
     text = after_conv(rng, nodes, (2, 3, 2, 3), weights)
-    assert len(text.splitlines()) == 5, text
+    assert len(text.splitlines()) == 6, text
 
 
 def test_channel_shuffle(rng):
@@ -372,7 +372,7 @@ def test_channel_shuffle(rng):
     ]
     weights = {"a": a, "b": b, "v": rng.standard_normal((16, 4, 3, 3)).astype(np.float32)}
     text = after_conv(rng, nodes, weights=weights)
-    assert len(text.splitlines()) == 5, text
+    assert len(text.splitlines()) == 6, text
     nodes = [node("Transpose", "c", "y", perm=[0, 1, 3, 2])]
     after_conv(rng, nodes, stays="Transpose")
 
@@ -406,7 +406,7 @@ def test_strided_samples_and_zero_channels_are_a_pointwise_convolution(rng):
         node("Relu", "3", "y"),
     ]
     text = after_conv(rng, nodes, weights=weights, opset=13)
-    assert len(text.splitlines()) == 5, text
+    assert len(text.splitlines()) == 6, text
 
 
 def test_residuals_are_fused(rng):
@@ -444,7 +444,7 @@ def test_residual_of_a_transposed_convolution(rng):
     nodes = [first, up, node("Add", "x u", "s"), node("Sigmoid", "s", "y")]
     model = model_of(nodes, {"x": ["N", 3, 7, 6]}, weights=weights)
     text = compare(model, *arrays(rng, (2, 3, 7, 6)))
-    assert len(text.splitlines()) == 5, text
+    assert len(text.splitlines()) == 6, text
 
 
 def test_squeeze_and_excitation(rng):
@@ -491,7 +491,7 @@ def test_mobile_network(rng):
     ]
     model = model_of(nodes, {"x": ["N", 3, 17, 15]}, weights=weights)
     text = compare(model, *arrays(rng, (3, 3, 17, 15), (1, 3, 17, 15)))
-    assert len(text.splitlines()) == 9, text  # header, pack, 4 + 1 layers, pooling, unpack
+    assert len(text.splitlines()) == 10, text  # header, pack, 4 + 1 layers, pooling, unpack, total
 
 
 def test_u_net(rng):

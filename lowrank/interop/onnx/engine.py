@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._kernels import _core, toom_cook
+from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
-from lowrank.core.tables import align_columns, format_count, format_seconds
+from lowrank.core.tables import align_columns, format_seconds
 from lowrank.engine import ALGORITHMS
-from lowrank.engine.program import Algorithm, Operation
+from lowrank.engine.network import describe_operation
+from lowrank.engine.program import Algorithm
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
 from lowrank.interop.onnx.files import check, check_external, library, load
 from lowrank.interop.onnx.graph import Constants, prune, reads, supported_opset
@@ -32,7 +33,8 @@ from lowrank.interop.onnx.runtime import (
 _PLANS = 8  # kept at once, of different shapes without the batch
 _SHAPES = 1024  # of the inputs, whose plans are known
 _RUNS = 5  # of a network for its times
-_NAME = 30  # characters of a name in a table
+_NAME = 30  # characters of a line of a name in a table
+_COLUMNS = ("algorithm", "error", "MACs", "time", "share")
 
 
 def on_engine(
@@ -200,7 +202,7 @@ class EngineNetwork:
         ...     net (float[N, 2] x) => (float[N, 2] y)
         ...     <float[2, 2] w = {1, 2, 2, 4}> {m = MatMul(x, w) y = Relu(m)}''')
         >>> table = on_engine(model).describe(np.ones((1, 2), np.float32))
-        >>> [line.split()[:2] for line in table.splitlines()[1:]]
+        >>> [line.split()[:2] for line in table.splitlines()[1:-1]]
         [['pack', 'pack'], ['y', 'dense'], ['unpack', 'unpack']]
         """
         feed = check_batch(self._inputs, feeds)
@@ -209,28 +211,33 @@ class EngineNetwork:
         for _ in range(_RUNS):
             runs.append([])
             self._run(feed, runs[-1])
-        rows: list[tuple[tuple[str, ...], float]] = []
+        rows: list[tuple[str, ...]] = []
+        seconds: list[float] = []
         stays: dict[tuple[str, ...], tuple[Counter[str], float]] = {}
         for piece, *times in zip(self._plan(feed), *runs):
             medians = np.median(times, axis=0).tolist()
             if piece.program is not None:
-                rows += zip(map(_columns, piece.program.operations), medians)
+                rows += map(describe_operation, piece.program.operations)
+                seconds += medians
                 continue
             types = Counter(self._model.graph.node[i].op_type for i in piece.nodes)
             key = tuple(sorted(types))
             counts, before = stays.get(key, (Counter(), 0.0))
             stays[key] = counts + types, before + medians[0]
-        for counts, seconds in stays.values():
+        for counts, t in stays.values():
             text = ", ".join(f"{n} {op}" for op, n in counts.most_common())
-            first, *more = textwrap.wrap(text, _NAME)
-            rows.append(((first, "onnxruntime", "", ""), seconds))
-            rows += [((line, "", "", ""), 0.0) for line in more]
-        total = sum(t for _, t in rows)
-        table: list[tuple[str, ...]] = [
-            ("operation", "algorithm", "error", "MACs", "time", "share"),
-            *((*row, *((format_seconds(t), f"{t / total:.1%}") if t else ("", "")))
-              for row, t in rows),
-        ]  # fmt: skip
+            rows.append((text, "onnxruntime", "", ""))
+            seconds.append(t)
+        total = sum(seconds)
+        table: list[tuple[str, ...]] = [("operation", *_COLUMNS)]
+        for (name, *texts), t in zip(rows, seconds):
+            if texts[0] == "onnxruntime":
+                *more, last = textwrap.wrap(name, _NAME)
+                table += [(line, *("",) * len(_COLUMNS)) for line in more]
+            else:
+                last = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+            table.append((last, *texts, format_seconds(t), f"{t / total:.1%}"))
+        table.append(("total", "", "", "", format_seconds(total), "100.0%"))
         return "\n".join(align_columns(table))
 
     def _run(self, feed: Feed, times: list[list[float]] | None = None) -> list[Array]:
@@ -320,15 +327,3 @@ class EngineNetwork:
             del self._plans[next(iter(self._plans))]
         kept = {(q.nodes, q.outputs) for p in self._plans.values() for q in p}
         self._sessions = {k: s for k, s in self._sessions.items() if k in kept}
-
-
-def _columns(operation: Operation) -> tuple[str, str, str, str]:
-    """Return name, algorithm, error and MACs of an operation, as text."""
-    algorithm = operation.kind
-    if operation.kind == "winograd":
-        shapes = [toom_cook.ALGORITHMS[n - 1] for n in operation.algorithm if n]
-        outputs, taps = ("x".join(str(s[i]) for s in shapes) for i in range(2))
-        algorithm = f"F({outputs}, {taps})"
-    error = f"{operation.error:.0e}" if operation.error else ""
-    macs = format_count(operation.macs) if operation.macs else ""
-    return operation.name[-_NAME:], algorithm, error, macs
