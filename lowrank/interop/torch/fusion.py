@@ -13,7 +13,7 @@ from lowrank.core.stage import Activation
 from lowrank.factorization import Factorization, chain
 from lowrank.interop.torch.chains import Bias
 from lowrank.interop.torch.modules import from_module, merge_padding, to_numpy
-from lowrank.interop.torch.operations import find_activation
+from lowrank.interop.torch.nodes import find_activation
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

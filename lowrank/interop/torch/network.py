@@ -22,13 +22,8 @@ from lowrank.interop.torch.chains import Bias, TiedLayer
 from lowrank.interop.torch.engine import EngineModule
 from lowrank.interop.torch.fusion import BATCH_NORMS, batch_norm
 from lowrank.interop.torch.modules import from_layer, is_layer, to_numpy
-from lowrank.interop.torch.operations import (
-    BATCH,
-    Recorder,
-    Tensor,
-    find_activation,
-    find_operation,
-)
+from lowrank.interop.torch.nodes import find_activation, find_operation
+from lowrank.interop.torch.operations import BATCH, Recorder, Tensor
 
 _SHAPES = ("size", "dim", "ndimension")
 _ARITHMETIC = (

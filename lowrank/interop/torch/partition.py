@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from lowrank.interop.torch.network import is_layer_node, is_shape, is_supported
-from lowrank.interop.torch.operations import ALIASES, find_operation
+from lowrank.interop.torch.nodes import ALIASES, find_operation
 
 _IN_PLACE = (
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
