@@ -428,13 +428,28 @@ def test_values_with_other_uses_are_not_fused(rng):
         after_conv(rng, nodes, outputs=outputs)
 
 
-@pytest.mark.parametrize("group", [1, 2, 16, 32])
-def test_residuals_of_grouped_convolutions(rng, group):
-    first, weights = conv(rng, 32, 32, y="c")
-    last, more = conv(rng, 32, 32 // group, (1, 3), x="c", y="d", w="v", group=group)
-    nodes = [first, last, node("Add", "d c", "s"), node("HardSwish", "s", "y")]
-    model = model_of(nodes, {"x": ["N", 32, 7, 6]}, weights=weights | more)
-    compare(model, *arrays(rng, (2, 32, 7, 6)))
+@pytest.mark.parametrize(("channels", "group"), [(32, 1), (32, 2), (20, 4), (6, 3), (32, 32)])
+def test_residuals_of_grouped_convolutions(rng, channels, group):
+    first, weights = conv(rng, channels, 3, y="c")
+    per_group = channels // group
+    last, more = conv(rng, channels, per_group, (1, 3), x="c", y="d", w="v", group=group)
+    nodes = [first, last, node("Add", "d c", "s"), node("Mul", "s d", "y")]
+    model = model_of(nodes, {"x": ["N", 3, 7, 6]}, weights=weights | more)
+    compare(model, *arrays(rng, (2, 3, 7, 6)))
+
+
+def test_operands_with_channels_in_another_order(rng):
+    weights = {"a": np.array([0, 4, 5, 9, 10], np.int64), "b": np.array([0, 20, 9, 10], np.int64)}
+    shuffle = [
+        node("Reshape", "c a", "1"),
+        node("Transpose", "1", "2", perm=[0, 2, 1, 3, 4]),
+        node("Reshape", "2 b", "3"),
+    ]
+    second, more = conv(rng, 20, 20, x="c", y="d", w="v")
+    weights |= more
+    for last in (["Add", "3 d"], ["Add", "d 3"], ["Mul", "3 d"]):
+        nodes = [*shuffle, second, node(*last, "s"), node("Add", "s c", "y")]
+        after_conv(rng, nodes, weights=weights, out=20)
 
 
 def test_residual_of_a_transposed_convolution(rng):

@@ -43,7 +43,8 @@ class Primitive:
     kind : str
         ``"convolve"``, ``"affine"`` (a scale and a shift per channel), ``"activate"``, ``"add"``,
         ``"multiply"``, ``"concatenate"``, ``"pool"``, ``"pad"``, ``"resample"``, ``"select"``
-        (of channels), ``"view"`` (another shape of the same values) or ``"transpose"``.
+        (of channels), ``"spread"`` (of channels in space), ``"view"`` (another shape of the same
+        values) or ``"transpose"``.
     inputs : tuple of str
         Values that it reads; the second one of a convolution or affine map is its residual, which
         is added before the activation.
@@ -64,7 +65,8 @@ class Primitive:
     options : mapping
         Pooling: arguments of :meth:`ProgramBuilder.pool` over three axes; padding: ``before``,
         ``after``, ``mode`` and ``value``; resampling: ``index``, one table per spatial axis;
-        selection: ``channels``; transposition: ``order`` of the axes without the batch.
+        selection: ``channels``; spreading: ``channels`` of each sample of a block, an array
+        (d, h, w, out); transposition: ``order`` of the axes without the batch.
     """
 
     kind: str
@@ -402,10 +404,7 @@ class _Emitter:
             return self.builder.chain(value, [final], alpha=p.alpha, name=p.name)
         residual = self._plain(1)
         if residual.shape == value_shape(p.shape):
-            try:
-                return self.builder.chain(value, [final], residual, p.alpha, p.name)
-            except ValueError:  # its channels lie in another order
-                pass
+            return self.builder.chain(value, [final], residual, p.alpha, p.name)
         plain = self.builder.chain(value, [link], name=p.name)
         self.shapes[0] = p.shape
         return self._combine(plain, residual, "add")
@@ -427,17 +426,7 @@ class _Emitter:
             raise Unsupported(f"{mode} of shapes {self.shapes[0]} and {self.shapes[1]}")
         if a.shape != b.shape and not one:
             raise Unsupported(f"{mode} of a reshaped value")
-        if not np.array_equal(a.position, b.position):
-            a, b = self._in_order(a), self._in_order(b)
         return self.builder.combine(a, b, mode, name=mode, **self.epilogue)
-
-    def _in_order(self, value: Value) -> Value:
-        """Return a value whose channels lie in order: a product with the identity."""
-        channels = value.shape[0]
-        if np.array_equal(value.position, np.arange(channels)):
-            return value
-        stage = Stage(np.eye(channels)[..., None], Geometry.of(1))
-        return self.builder.chain(value, [(stage, Epilogue())], name="reorder")
 
     def _concatenate(self) -> Value:
         values = [self._plain(i) for i in range(len(self.inputs))]
@@ -468,6 +457,9 @@ class _Emitter:
         value, channels = self._plain(), self.p.options["channels"]
         selected = self.builder.permute(value, channels)
         return replace(selected, shape=(len(channels), *value.size))
+
+    def _spread(self) -> Value:
+        return self.builder.depth_to_space(self._plain(), self.p.options["channels"], self.p.name)
 
     def _view(self) -> Value:
         return self.inputs[0]
