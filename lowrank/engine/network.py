@@ -30,7 +30,7 @@ from lowrank.engine.program import (
     Value,
 )
 
-# What a product of a value with such an activation of it is.
+# Activation that a product of a value with this activation of it is.
 _GATES = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
 
 

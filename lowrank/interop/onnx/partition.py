@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowrank._typing import Ints
 from lowrank.engine.network import Primitive, emit, fuse, value_shape
@@ -54,6 +54,15 @@ class Piece:
         )
 
 
+class _Item(NamedTuple):
+    """Smallest part of a piece: a primitive, or a node of onnxruntime."""
+
+    number: int  # of its last node
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    primitive: Primitive | None
+
+
 class _Demoted(Exception):
     """Nodes must stay in onnxruntime; `args` are their numbers."""
 
@@ -100,7 +109,7 @@ class _Partition:
         # Backwards from the outputs: nodes that compute shapes are not needed by primitives.
         uses = Counter(outputs)
         live: list[Primitive] = []
-        items: list[tuple[int, tuple[str, ...], tuple[str, ...], Primitive | None]] = []
+        items = []
         for i in range(len(nodes) - 1, -1, -1):
             node = nodes[i]
             if not any(uses[o] for o in node.output):
@@ -114,43 +123,45 @@ class _Partition:
                 names = (n for n in reads(node) if n in tensors and not constant.holds(n))
                 inputs = tuple(dict.fromkeys(names))
                 uses.update(inputs)
-                items.append((i, inputs, tuple(filter(None, node.output)), None))
-        items += [(max(p.sources), p.inputs, (p.output,), p) for p in fuse(live[::-1], uses)]
-        self.items = sorted(items, key=lambda item: item[0])
+                items.append(_Item(i, inputs, tuple(filter(None, node.output)), None))
+        for p in fuse(live[::-1], uses):
+            items.append(_Item(max(p.sources), p.inputs, (p.output,), p))
+        self.items = sorted(items, key=lambda item: item.number)
 
     def pieces(self, algorithm: Algorithm) -> list[Piece]:
         """Return the pieces in execution order; raise _Demoted if a program cannot be built."""
         level: dict[str, int] = {}
-        groups: dict[tuple[int, bool], list[Any]] = {}
+        groups: dict[tuple[int, bool], list[_Item]] = {}
         for item in self.items:
-            _, inputs, outputs, p = item
-            lowest = max((level.get(name, 0) for name in inputs), default=0)
-            own = lowest + (lowest % 2 == (p is not None))
-            level.update(dict.fromkeys(outputs, own))
-            groups.setdefault((own, p is not None), []).append(item)
-        parts: list[list[Any]] = []
+            lowest = max((level.get(name, 0) for name in item.inputs), default=0)
+            is_program = item.primitive is not None
+            own = lowest + (lowest % 2 == is_program)
+            level.update(dict.fromkeys(item.outputs, own))
+            groups.setdefault((own, is_program), []).append(item)
+        parts: list[list[_Item]] = []
         for (_, is_program), group in sorted(groups.items(), key=lambda pair: pair[0]):
             parts += _components(group) if is_program else [group]
         needed = Counter(self.outputs)
-        for _, inputs, _, _ in self.items:
-            needed.update(set(inputs))
+        for item in self.items:
+            needed.update(set(item.inputs))
         for part in parts:
-            numbers = {i for *_, p in part if p is not None for i in p.sources}
+            numbers = {i for item in part if item.primitive for i in item.primitive.sources}
             if numbers and all(self.nodes[i].op_type not in LAYER_OPS for i in numbers):
-                raise _Demoted(*numbers)
+                raise _Demoted(*numbers)  # packing costs more than is gained
         pieces = [self._piece(part, needed, algorithm) for part in parts]
         return [piece if b is None else _with_program(piece, b) for piece, b in pieces]
 
     def _piece(
-        self, part: Sequence[Any], needed: Counter[str], algorithm: Algorithm
+        self, part: Sequence[_Item], needed: Counter[str], algorithm: Algorithm
     ) -> tuple[Piece, ProgramBuilder | None]:
-        made = [name for _, _, outputs, _ in part for name in outputs]
-        reads_of = Counter(name for _, inputs, _, _ in part for name in set(inputs))
-        inputs = tuple(name for name in reads_of if name not in set(made))
-        outputs = tuple(name for name in made if needed[name] > reads_of[name])
-        primitives = [item[3] for item in part]
-        if primitives[0] is None:
-            return Piece(tuple(item[0] for item in part), inputs, outputs), None
+        """Return a piece and, unless it is onnxruntime's, the builder of its program."""
+        made = {name for item in part for name in item.outputs}
+        uses = Counter(name for item in part for name in set(item.inputs))
+        inputs = tuple(name for name in uses if name not in made)
+        outputs = tuple(n for item in part for n in item.outputs if needed[n] > uses[n])
+        primitives = [item.primitive for item in part if item.primitive is not None]
+        if not primitives:
+            return Piece(tuple(item.number for item in part), inputs, outputs), None
         numbers = tuple(sorted({i for p in primitives for i in p.sources}))
         if len(inputs) + len(outputs) > _MAX_ARRAYS:
             raise _Demoted(*numbers)
@@ -182,13 +193,13 @@ def _with_program(piece: Piece, builder: ProgramBuilder) -> Piece:
         raise _Demoted(*piece.nodes) from None
 
 
-def _components(items: Sequence[Any]) -> list[list[Any]]:
+def _components(items: Sequence[_Item]) -> list[list[_Item]]:
     """Return items that share tensors, directly or through others, as one list each."""
-    found: list[tuple[set[str], list[Any]]] = []
+    found: list[tuple[set[str], list[_Item]]] = []
     for item in items:
-        names = {*item[1], *item[2]}
+        names = {*item.inputs, *item.outputs}
         joined = [c for c in found if not names.isdisjoint(c[0])]
         found = [c for c in found if names.isdisjoint(c[0])]
-        members = [m for c in joined for m in c[1]]
+        members = [member for c in joined for member in c[1]]
         found.append((names.union(*(c[0] for c in joined)), [*members, item]))
-    return [sorted(members, key=lambda item: item[0]) for _, members in found]
+    return [sorted(members, key=lambda item: item.number) for _, members in found]
