@@ -292,15 +292,14 @@ def upsample(
 
 
 def pixel_shuffle(net: Recorder, input: Tensor, upscale_factor: int) -> Tensor:
-    """Return channels moved to space: a transposed convolution with one tap per channel."""
+    """Return channels moved to space."""
     r, (_, h, w) = upscale_factor, input.sizes(2)
     channels, rest = divmod(input.shape[0], r**2)
     if rest:
         raise Unsupported(f"a pixel shuffle of {input.shape[0]} channels by {r}")
-    weight = np.tile(np.eye(r * r), (channels, 1)).reshape(-1, 1, r, r)
-    (stage,) = dense(weight, stride=r, groups=channels, transposed=True).stages
+    block = np.arange(input.shape[0]).reshape(channels, 1, r, r).transpose(1, 2, 3, 0)
     shape = (channels, h * r, w * r)
-    return net.add("convolve", (input,), shape, links=((stage, Epilogue()),))
+    return net.add("spread", (input,), shape, options={"channels": block})
 
 
 def channel_shuffle(net: Recorder, input: Tensor, groups: int) -> Tensor:
