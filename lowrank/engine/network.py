@@ -198,7 +198,7 @@ class _Fusion:
         return q if is_map and self.uses[name] == 1 else None
 
     def _activate(self, p: Primitive) -> Primitive:
-        kinds = ("convolve", "affine", "add", "multiply", "resample")
+        kinds = ("convolve", "affine", "add", "multiply", "resample", "spread")
         if (q := self._producer(p.inputs[0], kinds)) is None:
             return p
         return self._merge(q, p, activation=p.activation, alpha=p.alpha)
@@ -459,7 +459,10 @@ class _Emitter:
         return replace(selected, shape=(len(channels), *value.size))
 
     def _spread(self) -> Value:
-        return self.builder.depth_to_space(self._plain(), self.p.options["channels"], self.p.name)
+        value = self._plain()
+        if self.p.activation != "none":  # before, on vectors that are full
+            value = self.builder.combine(value, name=self.p.activation, **self.epilogue)
+        return self.builder.depth_to_space(value, self.p.options["channels"], self.p.name)
 
     def _view(self) -> Value:
         return self.inputs[0]
