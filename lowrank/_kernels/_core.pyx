@@ -136,8 +136,6 @@ cdef class KernelPlan:
 
     def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, splits=1,
                  seconds=1.0, isa=None):
-        if dtype not in ("float32", "float64"):
-            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"stages must number 1 to {MAX_STAGES}, got {len(stages)}")
         if splits < 1 or (splits > 1 and len(stages) > 1):
@@ -310,6 +308,8 @@ cdef str _checked_isa(name, isa):
 
 
 cdef const lr_kernels *_kernels(dtype, isa) except NULL:
+    if dtype not in ("float32", "float64"):
+        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
     cdef const lr_isa *table = lr_isa_table(ISAS.index(isa))
     return &table.f32 if dtype == "float32" else &table.f64
 

@@ -18,7 +18,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
 void lr_note_team(void); /* before a parallel region: a child of this process then runs serially */
 int lr_limits(const lr_kernels *kernels, int64_t *limits); /* lanes, vectors, most pixels by vectors */
 int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels);
-/* `seconds` is NULL or has one element per operation. */
+/* `seconds` is NULL or has shape (threads, operations). */
 int lr_run_program(const lr_program *program, const lr_kernels *kernels, const lr_array *arrays, int64_t batch,
                    int64_t itemsize, int threads, void **cache, double *seconds, int *used);
 

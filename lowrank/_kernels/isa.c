@@ -79,8 +79,10 @@
 /* Keep a loaded vector in its register: GCC would load it again for each of its uses. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LR_KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
+#define LR_KEEP_INTEGER(VALUE) __asm__("" : "+r"(VALUE)) /* or derive it from another */
 #else
 #define LR_KEEP(VECTOR) (void)0
+#define LR_KEEP_INTEGER(VALUE) (void)0
 #endif
 
 /* Lanes of two vectors, selected by indices from 0 to 2 L - 1. */
@@ -97,6 +99,7 @@
 #define LR_BOX 512     /* samples of a Toom-Cook tile, at most: 8 along each axis */
 #define LR_OUT_BOX 216 /* and of its outputs */
 
+#define LR_TILES 64   /* tiles at a time, at most */
 #define LR_STRIP 64   /* pixels of a strip of a channels-last depthwise stage: 3 rows take 12 KiB of L1 */
 
 #define LR_SINGLE

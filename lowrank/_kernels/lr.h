@@ -91,7 +91,8 @@ typedef struct {
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */
     int64_t (*scratch)(const struct lr_op *op);
     void (*run_op)(const struct lr_op *op, const struct lr_array *arrays, void *arena, void *scratch,
-                   int64_t image, int64_t images, int64_t begin, int64_t end, int64_t split, int64_t splits);
+                   int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t split,
+                   int64_t splits);
 } lr_kernels;
 
 typedef struct {

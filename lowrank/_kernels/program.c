@@ -38,10 +38,12 @@ static void run_group(const lr_program *p, const lr_kernels *kernels, const lr_a
                       double *seconds)
 {
     for (int64_t i = 0; i < p->steps; i++) {
-        const lr_unit_range *step = p->step + i;
+        const lr_step_range *step = p->step + i;
         const lr_op *op = p->op + step->op;
         const double start = seconds ? lr_now() : 0;
         int64_t begin = step->begin, end = step->end, split = 0, splits = 1;
+        const int64_t last = step->last < images ? step->last : images;
+        if (step->first >= last) continue;
         if (team > 1) {
             const int64_t units = end - begin;
             const int by_units = units >= LR_UNITS * team || units % team == 0 || op->splits < team;
@@ -54,9 +56,9 @@ static void run_group(const lr_program *p, const lr_kernels *kernels, const lr_a
             }
         }
         if (begin < end)
-            kernels->run_op(op, arrays, arena, scratch, image, images, begin, end, split, splits);
+            kernels->run_op(op, arrays, arena, scratch, image, step->first, last, begin, end, split, splits);
         if (team > 1) wait_for_all(all);
-        if (seconds && me == 0) seconds[step->op] += lr_now() - start;
+        if (seconds) seconds[step->op] += lr_now() - start;
     }
 }
 
@@ -110,17 +112,18 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
     {
         const int me = omp_get_thread_num(), team = omp_get_num_threads();
         char *own = scratches + scratch * (size_t)me;
+        double *times = seconds ? seconds + me * p->ops : NULL;
 #pragma omp single
         all.threads = team; /* perhaps fewer than asked for */
         for (;;) {
             const int64_t i = __atomic_fetch_add(&next, group, __ATOMIC_RELAXED);
             if (i >= alone) break;
             run_group(p, kernels, arrays, arenas + arena * (size_t)me, own, i, alone - i < group ? alone - i : group,
-                      0, 1, NULL, me ? NULL : seconds);
+                      0, 1, NULL, times);
         }
 #pragma omp barrier
         for (int64_t i = alone; i < batch; i++)
-            run_group(p, kernels, arrays, arenas, own, i, 1, me, team, &all, seconds);
+            run_group(p, kernels, arrays, arenas, own, i, 1, me, team, &all, times);
     }
 #endif
     free(__atomic_exchange_n(cache, memory, __ATOMIC_ACQ_REL));

@@ -66,15 +66,15 @@ typedef struct lr_op {
     const int32_t *index[LR_AXES];  /* input sample at each output sample, or -1; or NULL */
 } lr_op;
 
-/* Run units [begin, end) of an operation on all images of a group. */
+/* Run units [begin, end) of an operation on images [first, last) of a group. */
 typedef struct {
-    int64_t op, begin, end;
-} lr_unit_range;
+    int64_t op, begin, end, first, last;
+} lr_step_range;
 
 typedef struct {
     int64_t ops, steps;
     const lr_op *op;
-    const lr_unit_range *step;
+    const lr_step_range *step;
     int64_t group;   /* images per group, at most */
     int64_t arena;   /* elements of the buffers of a group */
     int64_t scratch; /* elements that a thread needs beside */

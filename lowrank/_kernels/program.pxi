@@ -27,13 +27,13 @@ cdef extern from "program.h":
         const int32_t *channel
         const int32_t *index[3]
 
-    ctypedef struct lr_unit_range:
-        int64_t op, begin, end
+    ctypedef struct lr_step_range:
+        int64_t op, begin, end, first, last
 
     ctypedef struct lr_program:
         int64_t ops, steps
         const lr_op *op
-        const lr_unit_range *step
+        const lr_step_range *step
         int64_t group, arena, scratch
 
     ctypedef struct lr_array:
@@ -112,7 +112,7 @@ cdef class Program:
         self.program.ops, self.program.op = len(ops), op
         flat = [n for step in steps for n in step]
         self.program.steps = len(steps)
-        self.program.step = <const lr_unit_range *>self._ints("q", flat)
+        self.program.step = <const lr_step_range *>self._ints("q", flat)
         self.program.group, self.program.arena = group, arena
 
     cdef void *_ints(self, code, values) except? NULL:
@@ -172,10 +172,11 @@ cdef class Program:
         self._run(arrays, threads, NULL)
 
     def profile(self, arrays, int threads=0):
-        """Run once with clocks; return the seconds of each operation on the first thread."""
-        seconds = array("d", [0.0] * self.program.ops)
-        self._run(arrays, threads, <double *><size_t>seconds.buffer_info()[0])
-        return seconds.tolist()
+        """Run once with clocks; return the seconds of each operation, a mean over the threads."""
+        cdef int most = max(threads, lr_max_threads(), 1), n = self.program.ops
+        seconds = array("d", [0.0] * (n * most))
+        cdef int used = self._run(arrays, threads, <double *><size_t>seconds.buffer_info()[0])
+        return [sum(seconds[i::n]) / used for i in range(n)]
 
     cdef int _run(self, arrays, int threads, double *seconds) except -1:
         cdef Py_buffer views[16]

@@ -12,6 +12,7 @@ Arithmetic Complexity of Computations, 1980; Lavin and Gray, arXiv 1509.09308).
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ Matrix = tuple[tuple[Fraction, ...], ...]
 
 
 class ToomCook(NamedTuple):
-    """Matrices of F(m, r): `a` is A^T, (m, m + r - 1); `g` is (m + r - 1, r); `b` is B^T, square."""
+    """Matrices of F(m, r): `a` is A^T, (m, m + r - 1); `g`, (m + r - 1, r); `b` is B^T, square."""
 
     a: Matrix
     g: Matrix
@@ -84,8 +85,8 @@ def source() -> str:
     lines = [
         "/* Written by toom_cook.py; do not edit.",
         " *",
-        " * Transforms of one line of vectors: LR_NAME(line_in) is B^T, LR_NAME(line_out) is A^T of",
-        " * F(m, r); vectors are `is` elements apart in `in`, `os` elements apart in `out`.",
+        " * Transforms of one line of vectors: LR_NAME(line_in) is B^T, LR_NAME(line_out) is A^T",
+        " * of F(m, r); vectors are `is` elements apart in `in`, `os` elements apart in `out`.",
         " */",
         "",
     ]
@@ -102,10 +103,12 @@ def source() -> str:
         for number, function in enumerate(functions, start=1):
             lines.append(f"    case {number}: LR_NAME({function})(in, is, out, os); break;")
         lines += ["    }", "}", ""]
-    for name, values in (
-        ("outputs", [m for m, _ in ALGORITHMS]),
-        ("taps", [r for _, r in ALGORITHMS]),
-    ):
+    planes = " ".join(
+        f"PLANE({i}, {m + r - 1}, {m})" for i, (m, r) in enumerate(ALGORITHMS, start=1)
+    )
+    lines += ["#undef LR_PLANES", f"#define LR_PLANES {planes}"]
+    columns = ("outputs", [m for m, _ in ALGORITHMS]), ("taps", [r for _, r in ALGORITHMS])
+    for name, values in columns:
         numbers = ", ".join(map(str, [1, *values]))
         lines.append(f"static const int LR_NAME({name})[] = {{{numbers}}};")
     return "\n".join(lines) + "\n"
@@ -123,7 +126,7 @@ def _function(name: str, matrix: Matrix) -> list[str]:
 
 
 def _statements(matrix: Matrix) -> Iterator[str]:
-    """Yield a product with `matrix`: of inputs, or of their sums and differences, if pairs exist."""
+    """Yield a product with `matrix`: of inputs, or of sums and differences where pairs exist."""
     columns = list(zip(*matrix))
     for i in range(len(columns)):
         yield f"    const V d{i} = *(const V *)(in + {i} * is);"
@@ -149,7 +152,7 @@ def _statements(matrix: Matrix) -> Iterator[str]:
 
 def _opposite(lines: Sequence[Sequence[Fraction]]) -> Iterator[tuple[int, int]]:
     """Yield the numbers of neighbouring lines that differ in the signs of odd positions only."""
-    for i, (a, b) in enumerate(zip(lines, lines[1:])):
+    for i, (a, b) in enumerate(itertools.pairwise(lines)):
         signs = [x * (-1) ** k for k, x in enumerate(a)]
         if any(a[1::2]) and list(b) == signs:
             yield i, i + 1

@@ -28,6 +28,10 @@ MAX_ERROR = 1e-4  # predicted, relative, of a fast algorithm in float32
 ONES, ZEROS = (1, 1, 1), (0, 0, 0)
 L2_WEIGHTS = 0.3  # of the L2 cache for the weights of one block of terms
 L2_TILES = 0.35  # of the L2 cache for the transformed inputs of a block of tiles
+MAX_GROUP = 8  # images that share weights
+MAX_ARENA = 1 << 26  # bytes of the buffers of a group
+GROUP_WEIGHTS = 0.4  # of the L2 cache: weights beyond are shared by the images of a group
+GROUP_BYTES = 0.5  # of the L2 cache for what an operation reads and writes of such images
 BAND_WEIGHTS = 0.4  # of the L2 cache for the weights of operations that run by bands
 BAND_BYTES = 0.2  # of the L2 cache for one band of the largest buffer
 JOINED_ROW = 48  # the same where rows are joined: blocks of 6, 8, 12 or 16 pixels fill it
@@ -514,33 +518,57 @@ class ProgramBuilder:
         if np.array_equal(value.position, result.position):
             return value
         reordered = self._value(value.shape, result.position, result.width)
+        self._reorder(value, value.position, reordered, "reorder")
+        return reordered
+
+    def _reorder(self, value: Value, channels: Array, result: Value, name: str) -> None:
+        """Copy channels, given as places in the samples of a value, to those of a result."""
         channel = np.full(result.width, -1, np.int32)
-        channel[result.position] = value.position
+        channel[result.position] = channels
 
         def make() -> Operation:
             return Operation(
-                "combine", "reorder", _view(value), _view(reordered), None, value.size, value.size,
+                "combine", name, _view(value), _view(result), None, value.size, value.size,
                 **_rows(value.size), in_channels=value.width, channels=result.width,
                 mode="reorder", channel=channel.tolist(),
             )  # fmt: skip
 
-        self._add((value,), reordered, make)
-        return reordered
+        self._add((value,), result, make)
+
+    def depth_to_space(self, value: Value, channels: Array, name: str = "depth to space") -> Value:
+        """Return a block of samples in place of each sample.
+
+        `channels` has the input channels of each sample of a block, (d, h, w, out).
+        """
+        *block, out = channels.shape
+        d, h, w = (n * b for n, b in zip(value.size, block))
+        result = self._identity((out, d, h, w))
+        for place in np.ndindex(*block):
+            part = self._identity((out, *value.size))
+            _write_every(part, result, place, tuple(block))
+            self._reorder(value, value.position[channels[place]], part, name)
+        return result
 
     def pad(self, value: Value, before: Three, after: Three, index: tuple[Any, Any, Any]) -> Value:
         """Return a padded value: `index` gives the source of each sample, or -1 for zero."""
         size = tuple(b + n + a for b, n, a in zip(before, value.size, after))
         return self.combine(value, size=size, index=index, name="pad")  # type: ignore[arg-type]
 
-    def build(self, group: int = 1, names: Sequence[str] = ()) -> Program:
+    def build(self, group: int | None = None, names: Sequence[str] = ()) -> Program:
         """Return the program."""
         segments = self._segments()
+        arena = self._place(1, segments)
+        if group is None:
+            weights = sum(node.weights for node in self.nodes)
+            fitting = MAX_ARENA // max(1, arena * self.dtype.itemsize)
+            shares = weights > GROUP_WEIGHTS * _core.caches()[1]
+            group = max(1, min(MAX_GROUP, fitting)) if shares else 1
         arena = self._place(group, segments)
         self.in_bands = {
             self.nodes[i].output for a, b, bands in segments if bands > 1 for i in range(a, b)
         }
         operations = [node.make() for node in self.nodes]
-        steps = self._steps(operations, segments)
+        steps = self._steps(operations, segments, group)
         core = _core.Program(
             operations, steps, self.arrays, self.outputs, arena=arena, group=group,
             dtype=self.dtype.name, isa=self.isa, names=names,
@@ -582,28 +610,55 @@ class ProgramBuilder:
         return segments
 
     def _steps(
-        self, operations: Sequence[Operation], segments: Sequence[tuple[int, int, int]]
-    ) -> list[tuple[int, int, int]]:
-        """Return (operation, first unit, last unit + 1) in the order in which they run."""
+        self,
+        operations: Sequence[Operation],
+        segments: Sequence[tuple[int, int, int]],
+        group: int,
+    ) -> list[tuple[int, int, int, int, int]]:
+        """Return (operation, first unit, end, first image, end) in the order in which they run.
+
+        Images of a group run one after another while their samples fill L2, and together where
+        several fit, so that weights in L2 serve all of them.
+        """
+        together = [self._images_together(segment, group) for segment in segments]
         steps = []
-        for first, end, bands in segments:
-            if bands == 1:
-                steps.append((first, 0, operations[first].work_units))
-                continue
-            axis = _band_axis(self.nodes[first].size)
-            done = dict.fromkeys(range(first, end), 0)
-            for band in range(1, bands + 1):
-                needed = self._needed(first, end, axis, band, bands)
-                for i in range(first, end):
-                    op = operations[i]
-                    per = op.work_units // op.units[axis] if op.units[axis] else 0
-                    tile = self.nodes[i].tile[axis] if op.kind == "winograd" else op.unit[axis]
-                    units = min(op.units[axis], -(-needed[i] // tile))
-                    if op.kind == "winograd" and axis == 2:
-                        units, per = op.work_units if needed[i] else 0, 1
-                    if units > done[i]:
-                        steps.append((i, done[i] * per, units * per))
-                        done[i] = units
+        for images, run in itertools.groupby(range(len(segments)), key=together.__getitem__):
+            parts = [p for k in run for p in self._segment_steps(operations, segments[k])]
+            for image in range(0, group, images):
+                steps += [(*part, image, min(image + images, group)) for part in parts]
+        return steps
+
+    def _images_together(self, segment: tuple[int, int, int], group: int) -> int:
+        first, end, bands = segment
+        if group == 1 or bands > 1:
+            return 1
+        _, l2, _ = _core.caches()
+        most = 0
+        for node in self.nodes[first:end]:
+            values = (*node.inputs, *([node.output] if node.output else []))
+            most = max(most, sum(v.buffer.elements for v in values) * self.dtype.itemsize)
+        fitting = max(1, int(GROUP_BYTES * l2 / most))
+        return min(group, 1 << (fitting.bit_length() - 1))
+
+    def _segment_steps(
+        self, operations: Sequence[Operation], segment: tuple[int, int, int]
+    ) -> list[tuple[int, int, int]]:
+        first, end, bands = segment
+        if bands == 1:
+            return [(first, 0, operations[first].work_units)]
+        axis = _band_axis(self.nodes[first].size)
+        done = dict.fromkeys(range(first, end), 0)
+        steps = []
+        for band in range(1, bands + 1):
+            needed = self._needed(first, end, axis, band, bands)
+            for i in range(first, end):
+                op = operations[i]
+                per = op.work_units // op.units[axis] if op.units[axis] else 0
+                tile = self.nodes[i].tile[axis] if op.kind == "winograd" else op.unit[axis]
+                units = min(op.units[axis], -(-needed[i] // tile))
+                if units > done[i]:
+                    steps.append((i, done[i] * per, units * per))
+                    done[i] = units
         return steps
 
     def _needed(self, first: int, end: int, axis: int, band: int, bands: int) -> dict[int, int]:
@@ -817,6 +872,9 @@ class ProgramBuilder:
         # Operations of a segment take turns: all its buffers are in use at the same time.
         turn = {i: n for n, (a, b, _) in enumerate(segments) for i in range(a, b)}
         buffers: dict[int, _Buffer] = {}
+        for node in self.nodes:
+            for value in (*node.inputs, *([node.output] if node.output else [])):
+                value.buffer.first = -1
         for i, node in enumerate(self.nodes):
             for value in (*node.inputs, *([node.output] if node.output else [])):
                 buffer = value.buffer
