@@ -1,14 +1,17 @@
 """Compare all kinds of workloads with other libraries.
 
-    python -m asv_benchmarks.compare [--quick] [--only WORD] [--threads N] [--json]
+    python -m asv_benchmarks.compare [--quick] [--only WORD] [--threads N ...] [--json]
+    python -m asv_benchmarks.compare --only network: [...]
     python -m asv_benchmarks.compare --device cuda [--quick] [--only WORD] [--json]
 
-The libraries of a row run interleaved in one process on N threads (default 2; SciPy has one); times
-are medians.  Peers that are not installed are omitted.  The target refers to the fastest peer, with
-PyTorch in the better of its two layouts; onnxruntime and TensorLy-Torch (chains of PyTorch
-convolutions) have separate columns.  The roofline is the time of the arithmetic at the measured
-peak or of the compulsory traffic at the measured copy rate, whichever is longer.  Waiting threads
-sleep (OMP_WAIT_POLICY=passive), since spinning ones would occupy the other libraries' cores.
+The libraries of a row run interleaved in one process, on one and on two threads unless told
+otherwise (SciPy has one); times are medians.  Peers that are not installed are omitted.  Speed-ups
+and targets refer to the fastest peer, with PyTorch in the better of its two layouts; TensorLy-Torch
+(chains of PyTorch convolutions) is compared separately.  Whole networks are dense and compressed to
+a half and a third of their MACs; the trained ones are in the folder LOWRANK_DATA.  The roofline is
+the time of the arithmetic at the measured peak or of the compulsory traffic at the measured copy
+rate, whichever is longer; a fast algorithm can exceed it.  Waiting threads sleep
+(OMP_WAIT_POLICY=passive), since spinning ones would occupy the other libraries' cores.
 
 On a GPU the peers are cupyx.scipy.ndimage and PyTorch (cuDNN).  float32 is without TF32 on both
 sides; TF32 and float16 have separate rows.  The share is relative to the device's copy rate.
@@ -31,13 +34,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 
-from asv_benchmarks.benchmarks.cases import KINDS
+from asv_benchmarks.benchmarks import networks
+from asv_benchmarks.benchmarks.cases import KINDS, Case
 from asv_benchmarks.benchmarks.libraries import set_threads
 from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank._kernels import _core
 
-#: Peers with separate columns, which do not count for the target.
-SEPARATE = ("onnxruntime", "TensorLy-Torch")
+#: Peer that does not count for the targets.
+SEPARATE = "TensorLy-Torch"
+#: Largest share of rows of a kind in which a peer may be faster.
+SLOWER = {"chain": 0.05}
+#: Target share of the copy rate for short filters of large images.
+COPY = 0.75
 
 
 def cpu() -> str:
@@ -74,97 +82,101 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def rows(threads: int, quick: bool, only: str, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure the selected cases."""
+def rows(
+    counts: tuple[int, ...], quick: bool, only: str, about: dict[int, dict[str, Any]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Measure the selected cases; yield one list per line: one row per number of threads."""
     for kind, cases in KINDS.items():
-        for case in cases(threads, quick):
-            if only not in f"{kind}: {case.name}":
-                continue
-            work = case.make()
-            names = list(work.peers)
-            calls = [work.ours, *work.peers.values(), *work.dense.values()]
-            ours, *others = measure_seconds(calls, 0.15 if quick else 0.6)
-            seen = dict(zip([*names, *work.dense], others))
-            rivals = [name for name in names if name not in SEPARATE]
-            best = min(rivals, key=seen.__getitem__) if rivals else None
-            limited = not names and kind == "call"  # compared with a limit instead of a peer
-            if limited:
-                best, seen["limit"] = "limit", case.target
-                names = [best]
-            least = max(
-                work.flops / (about["peak_gflops"] * 1e9), work.bytes / (about["copy_gbs"] * 1e9)
-            )
-            dense = min((seen[name] for name in work.dense), default=None)
-            nchw, onnx, tltorch = (seen.get(name) for name in ("torch NCHW", *SEPARATE))
-            yield {
-                "kind": kind,
-                "name": case.name,
-                "ours_s": ours,
-                "peer": best,
-                "peer_s": None if best is None else seen[best],
-                "speedup": None if best is None else seen[best] / ours,
-                "target": 1.0 if limited else case.target,
-                "least": case.least,
-                "nchw_speedup": None if nchw is None else nchw / ours,
-                "nchw_target": case.nchw,
-                "onnxruntime_speedup": None if onnx is None else onnx / ours,
-                "tensorly_torch_speedup": None if tltorch is None else tltorch / ours,
-                "realised": dense / ours / work.fewer if dense else None,
-                "roofline_share": least / ours,
-                "gflops": work.flops / ours * 1e-9,
-                "peers_s": {name: seen[name] for name in names},
-            }
+        lines: dict[str, list[tuple[int, Case]]] = {}
+        for n in counts:
+            for case in cases(n, quick):
+                if only in f"{kind}: {case.name}":
+                    lines.setdefault(case.name, []).append((n, case))
+        for line in lines.values():
+            yield [_measure(kind, case, n, quick, about[n]) for n, case in line]
+    for measured in networks.measure(counts, quick, only):
+        yield [_row(**row) for row in measured]
 
 
-#: Targets of speed-up / MAC ratio of chains: geometric mean, and every single one.
-REALISED, NEVER_UNDER = 0.8, 0.5
-#: Target share of the copy rate for short filters of large images.
-COPY = 0.75
+def _measure(
+    kind: str, case: Case, threads: int, quick: bool, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the row of one case."""
+    set_threads(threads)
+    work = case.make()
+    ours, *others = measure_seconds([work.ours, *work.peers.values()], 0.15 if quick else 0.6)
+    peers, target = dict(zip(work.peers, others)), case.target
+    separate = {name: peers.pop(name) for name in list(peers) if name == SEPARATE}
+    if not peers and kind == "call":  # compared with a limit instead of a peer
+        peers, target = {"limit": case.target}, 1.0
+    least = max(work.flops / (about["peak_gflops"] * 1e9), work.bytes / (about["copy_gbs"] * 1e9))
+    return _row(kind, case.name, threads, ours, peers, target, case.least, separate) | {
+        "roofline_share": least / ours,
+        "gflops": work.flops / ours * 1e-9,
+    }
+
+
+def _row(
+    kind: str,
+    name: str,
+    threads: int,
+    ours: float,
+    peers: dict[str, float],
+    target: float,
+    least: float | None = None,
+    others: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return a row; `others` are times that do not count for the target."""
+    others = others or {}
+    best = min(peers, key=peers.__getitem__) if peers else None
+    return {
+        "kind": kind,
+        "name": name,
+        "threads": threads,
+        "ours_s": ours,
+        "peer": best,
+        "peer_s": None if best is None else peers[best],
+        "speedup": None if best is None else peers[best] / ours,
+        "target": target,
+        "least": least,
+        "tensorly_torch_speedup": others[SEPARATE] / ours if SEPARATE in others else None,
+        "roofline_share": None,
+        "gflops": None,
+        "peers_s": peers | others,
+    }
 
 
 def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield geometric means by kind with their targets, and rows under the minimum."""
-    for kind in dict.fromkeys(r["kind"] for r in found):
-        these = [r for r in found if r["kind"] == kind]
-        layers = any(r["nchw_speedup"] is not None for r in these)
-        targets = [r["target"] for r in these], [r["nchw_target"] for r in these]
-        floor = next((r["least"] for r in these if r["least"]), None)
-        for key, word, wanted, least in (
-            ("speedup", "best peer", _mean(targets[0]), floor),
-            ("nchw_speedup", "torch NCHW", _mean(targets[1]), 1.0 if layers else None),
-            ("onnxruntime_speedup", "onnxruntime", None, 1.0),
-            ("tensorly_torch_speedup", "TensorLy-Torch", None, 1.0),
-            ("realised", "speed-up/MACs", REALISED, NEVER_UNDER),
-        ):
-            of = [r for r in these if r[key] is not None]
-            if key == "nchw_speedup" and wanted is not None:
-                of_mean = [r for r in of if r["nchw_target"] is not None]
-            else:
-                of_mean = of
-            if of:
-                mean = statistics.geometric_mean(r[key] for r in of_mean)
-                yield _verdict(kind, word, mean, wanted, least, of, key)
-    large = [r for r in found if r["name"].startswith(("filter 3x3 of", "filter 5x5 of"))]
-    large = [r for r in large if "4096x4096" in r["name"]]
-    if large:
-        mean = statistics.geometric_mean(r["roofline_share"] for r in large)
-        yield _verdict("image", "of copy, 4096", mean, COPY, COPY, large, "roofline_share")
-
-
-def _mean(values: list[float | None]) -> float | None:
-    given = [v for v in values if v is not None]
-    return statistics.geometric_mean(given) if given else None
+    """Yield geometric means by kind and number of threads, with targets and the least row."""
+    for kind, threads in dict.fromkeys((r["kind"], r["threads"]) for r in found):
+        these = [r for r in found if (r["kind"], r["threads"]) == (kind, threads)]
+        title = f"{kind:10} {threads:2}"
+        of = [r for r in these if r["speedup"] is not None]
+        if of:
+            goal = statistics.geometric_mean(r["target"] for r in of)
+            floor = next((r["least"] for r in of if r["least"]), None)
+            yield _verdict(f"{title} best peer", goal, floor, of, "speedup")
+            slower = sum(r["speedup"] < 1 for r in of) / len(of)
+            if kind in SLOWER:
+                word = "met" if slower <= SLOWER[kind] else "MISSED"
+                yield f"{title} slower in {slower:.1%} of the rows, of {SLOWER[kind]:.0%} {word}"
+        of = [r for r in these if r["tensorly_torch_speedup"] is not None]
+        if of:
+            yield _verdict(f"{title} {SEPARATE}", None, 1.0, of, "tensorly_torch_speedup")
+        large = [r for r in these if r["name"].startswith(("filter 3x3 of", "filter 5x5 of"))]
+        large = [r for r in large if "4096x4096" in r["name"]]
+        if large:
+            yield _verdict(f"{title} of copy, 4096", COPY, COPY, large, "roofline_share")
 
 
 def _verdict(
-    kind: str, word: str, mean: float, wanted: float | None, least: float | None,
-    of: list[dict[str, Any]], key: str,
-) -> str:  # fmt: skip
-    low = min(of, key=lambda r: r[key])
+    title: str, wanted: float | None, least: float | None, of: list[dict[str, Any]], key: str
+) -> str:
+    mean, low = statistics.geometric_mean(r[key] for r in of), min(of, key=lambda r: r[key])
     goal = ""
     if wanted is not None:
         goal = f"of {wanted:5.2f} {'met' if mean >= wanted else 'MISSED'}"
-    line = f"{kind:10} {word:14} {mean:6.2f} {goal:15} {len(of):3} rows"
+    line = f"{title:28} {mean:6.2f} {goal:15} {len(of):3} rows"
     under = sum(r[key] < least for r in of) if least is not None else 0
     if under:
         line += f", {under} UNDER {least:g}"
@@ -181,47 +193,49 @@ def main() -> None:
         metavar="WORD",
         help="rows with this in 'KIND: NAME', such as 'image:'",
     )
-    parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, min(2, _core.max_threads())])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.device == "cuda":
         compare_on_gpu(given.quick, given.only, given.json)
         return
-    set_threads(given.threads)
-    about = machine(given.threads)
+    counts = tuple(dict.fromkeys(given.threads))
+    about = {n: machine(n) for n in counts}
     found = []
     if not given.json:
-        print(
-            f"{about['cpu']}, {about['isa']}, {about['threads']} threads, "
-            f"peak {about['peak_gflops']:.0f} GFLOP/s, copy {about['copy_gbs']:.0f} GB/s"
-        )
-        head = f"{'work':72} {'ours us':>9} {'best peer':>24} {'speed-up':>8} {'target':>6}"
-        print(
-            head
-            + f" {'NCHW':>6} {'ONNX':>6} {'TLT':>6} {'realised':>8} {'roofline':>8} {'GFLOP/s':>7}"
-        )
-    for row in rows(given.threads, given.quick, given.only, about):
-        found.append(row)
-        if not given.json:
+        for m in about.values():
             print(
-                f"{row['name']:72} {row['ours_s'] * 1e6:9.1f} {row['peer'] or '-':>24} "
-                f"{_number(row['speedup']):>8} {row['target']:6.2f} "
-                f"{_number(row['nchw_speedup']):>6} {_number(row['onnxruntime_speedup']):>6} "
-                f"{_number(row['tensorly_torch_speedup']):>6} "
-                f"{_number(row['realised']):>8} "
-                f"{row['roofline_share']:8.2f} {row['gflops']:7.1f}",
-                flush=True,
+                f"{m['cpu']}, {m['isa']}, {m['threads']} threads, "
+                f"peak {m['peak_gflops']:.0f} GFLOP/s, copy {m['copy_gbs']:.0f} GB/s"
             )
+        head = f"{'ours us':>10} {'best peer':>18} {'speed-up':>8} {'roofline':>8}"
+        print(f"{'work':72} {'target':>6}" + "".join(f" | {n} threads {head}" for n in counts))
+    for line in rows(counts, given.quick, given.only, about):
+        found += line
+        if not given.json:
+            by_threads = {row["threads"]: row for row in line}
+            cells = [_cells(by_threads.get(n)) for n in counts]
+            print(f"{line[0]['name']:72} {line[0]['target']:6.2f}", *cells, sep=" | ", flush=True)
     if not found:
         sys.exit(f"no row has {given.only!r} in its kind and name")
     if given.json:
-        json.dump({"machine": about, "rows": found}, sys.stdout, indent=1)
+        json.dump({"machine": list(about.values()), "rows": found}, sys.stdout, indent=1)
         print()
         return
-    print("\ngeometric means")
-    for line in verdicts(found):
-        print(line)
+    print("\ngeometric means, by kind and number of threads")
+    for verdict in verdicts(found):
+        print(verdict)
+
+
+def _cells(row: dict[str, Any] | None) -> str:
+    """Return the columns of one number of threads."""
+    if row is None:
+        return " " * 57
+    return (
+        f"{row['ours_s'] * 1e6:20.1f} {row['peer'] or '-':>18} {_number(row['speedup']):>8} "
+        f"{_number(row['roofline_share']):>8}"
+    )
 
 
 def compare_on_gpu(quick: bool, only: str, as_json: bool) -> None:

@@ -91,7 +91,8 @@ def row(
     }
     if speed:
         for batch in TIMED.get(case.name, ()):
-            result[f"seconds, N = {batch}"] = whole.timings(case, small.model, batch, threads)
+            both, x = {"dense": case.model, "compressed": small.model}, whole.inputs(case, batch)
+            result[f"seconds, N = {batch}"] = whole.timings(both, x, threads)
     return result
 
 

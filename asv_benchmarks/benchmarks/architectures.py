@@ -1,4 +1,4 @@
-"""Architectures of third-party trained networks, as PyTorch modules."""
+"""Architectures of third-party networks, as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -50,6 +50,53 @@ class ResNet20(Module):
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
+
+
+class ShortcutBlock(Module):
+    """Two 3x3 convolutions; the shortcut is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first = normed_conv(inputs, outputs, 3, stride)
+        self.body = nn.Sequential(*first, nn.ReLU(), *normed_conv(outputs, outputs, 3, 1))
+        changes = stride > 1 or inputs != outputs
+        self.shortcut = nn.Sequential(*normed_conv(inputs, outputs, 1, stride) if changes else ())
+
+    def forward(self, x: Any) -> Any:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def normed_conv(inputs: int, outputs: int, kernel: int, stride: int) -> list[Any]:
+    """Return a convolution that pads to keep the size, and its batch norm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs)]
+
+
+def resnet18() -> Any:
+    """Return ResNet-18 for images of 224x224; 1000 classes."""
+    blocks = [
+        block
+        for a, b in itertools.pairwise((64, 64, 128, 256, 512))
+        for block in (ShortcutBlock(a, b, b // a), ShortcutBlock(b, b, 1))
+    ]
+    return nn.Sequential(
+        *normed_conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000),
+    )  # fmt: skip
+
+
+def vgg16() -> Any:
+    """Return VGG-16 for images of 224x224; 1000 classes."""
+    layers, inputs = [], 3
+    for width, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(repeats):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+            inputs = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(25088, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
+        nn.Linear(4096, 1000),
+    )  # fmt: skip
 
 
 class WithinChannelNorm(Module):

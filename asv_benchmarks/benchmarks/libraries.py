@@ -132,6 +132,11 @@ def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[
         nodes, "chain", given, [helper.make_tensor_value_info(at, kind, None)], values
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return {"onnxruntime": onnxruntime_call(model, x, threads)}
+
+
+def onnxruntime_call(model: Any, x: np.ndarray, threads: int) -> Call:
+    """Return a call of an ONNX model with one input and a preallocated output."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # The same policy as our OpenMP threads.
@@ -140,12 +145,13 @@ def onnx_peer(stages: Any, x: np.ndarray, threads: int, ends: Any = ()) -> dict[
     network = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    shape = network.run(None, {"x": x})[0].shape
+    (given,), (result,) = network.get_inputs(), network.get_outputs()
+    shape = network.run(None, {given.name: x})[0].shape
     binding = network.io_binding()
-    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_ortvalue_input(given.name, onnxruntime.OrtValue.ortvalue_from_numpy(x))
     out = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
-    binding.bind_ortvalue_output(at, out)
-    return {"onnxruntime": lambda: network.run_with_iobinding(binding)}
+    binding.bind_ortvalue_output(result.name, out)
+    return lambda: network.run_with_iobinding(binding)
 
 
 def opencv_separable(image: np.ndarray, line: np.ndarray) -> dict[str, Call]:

@@ -1,4 +1,4 @@
-"""Export of the trained networks to ONNX."""
+"""Export of networks to ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ try:
 except ImportError:  # asv imports every module of this folder
     torch = None
 
-from .nets import Case, outputs
+from .nets import outputs
 
 #: Warnings of PyTorch's exporters that do not matter here.
 IGNORED_WARNINGS = (
@@ -24,13 +24,15 @@ IGNORED_WARNINGS = (
 )
 
 
-def onnx_model(case: Case, dynamo: bool = False) -> Any:
-    """Return a network as ONNX, for any batch size at the size of the calibration data.
+def onnx_model(model: Any, x: Any, dynamo: bool = False) -> Any:
+    """Return a network as ONNX, for any batch size at the size of an input.
 
     Parameters
     ----------
-    case : nets.Case
-        One of :func:`cases`.
+    model : torch.nn.Module
+        Network in evaluation mode.
+    x : torch.Tensor
+        Input.
     dynamo : bool
         Use PyTorch's newer exporter, which needs onnxscript, instead of the TorchScript one, which
         leaves more to readers, such as padding computed by nodes.
@@ -42,7 +44,6 @@ def onnx_model(case: Case, dynamo: bool = False) -> Any:
     """
     import onnx
 
-    x = case.calibration(0)[0][:2]
     options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamo": dynamo}
     file = io.BytesIO()
     with warnings.catch_warnings():
@@ -50,14 +51,14 @@ def onnx_model(case: Case, dynamo: bool = False) -> Any:
             warnings.filterwarnings("ignore", message)
         if dynamo:
             options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
-            found = torch.onnx.export(case.model, (x,), verbose=False, **options).model_proto
+            found = torch.onnx.export(model, (x,), verbose=False, **options).model_proto
         else:
             options["dynamic_axes"] = {"x": {0: "batch"}, "y": {0: "batch"}}
-            torch.onnx.export(case.model, (x,), file, **options)
+            torch.onnx.export(model, (x,), file, **options)
             found = onnx.load_from_string(file.getvalue())
             # the exporter loses the size after a crop
             sizes = found.graph.output[0].type.tensor_type.shape.dim
-            for size, n in list(zip(sizes, outputs(case.model, x).shape, strict=True))[1:]:
+            for size, n in list(zip(sizes, outputs(model, x).shape, strict=True))[1:]:
                 size.dim_value = n
     onnx.checker.check_model(found)
     return found

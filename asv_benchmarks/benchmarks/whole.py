@@ -1,11 +1,13 @@
-"""Whole networks, dense and compressed: PyTorch beside lowrank's engine."""
+"""Whole networks, dense and compressed: lowrank's engine beside PyTorch and onnxruntime."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from .libraries import onnxruntime, onnxruntime_call
+from .net_onnx import onnx_model
 from .timing import measure_seconds
 
 try:
@@ -15,7 +17,8 @@ except ImportError:  # asv imports every module of this folder
     torch = None
 
 SECONDS = 4.0  # measurement time
-SIZES = {"faststyle_udnie": (256, 256)}  # spatial sizes that differ from the data's
+#: Spatial sizes that differ from the data's.
+SIZES = {"faststyle_udnie": (256, 256)}
 
 
 def inputs(case: Any, batch: int) -> Any:
@@ -27,34 +30,42 @@ def inputs(case: Any, batch: int) -> Any:
     return x.repeat(-(-batch // len(x)), *[1] * (x.ndim - 1))[:batch].contiguous()
 
 
-def calls(case: Any, small: Any, x: Any, threads: int) -> dict[str, Callable[[], object]]:
-    """Return calls of both networks on `x`, in PyTorch's two layouts and on the engine."""
+def calls(models: Mapping[str, Any], x: Any, threads: int) -> dict[str, Callable[[], object]]:
+    """Return calls of networks on `x`: in PyTorch's two layouts, onnxruntime and the engine."""
     from lowrank.interop.torch import on_engine
 
-    found = {}
-    for name, model in (("dense", case.model), ("compressed", small)):
-        folded = fuse(copy.deepcopy(model).eval()).requires_grad_(False)
+    found: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        folded = fuse(model.eval()).requires_grad_(False)
         found[f"torch {name} NCHW"] = lambda m=folded: m(x)
-        if x.ndim == 4:
-            other = copy.deepcopy(folded).to(memory_format=torch.channels_last)
-            given = x.contiguous(memory_format=torch.channels_last)
-            found[f"torch {name} channels_last"] = lambda m=other, x=given: m(x)
-        runtime = on_engine(model, threads=threads)
+        if x.ndim in (4, 5):
+            layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+            # Weights of linear layers, which have one layout, are shared.
+            shared = {id(p): p for p in folded.parameters() if p.ndim < 4}
+            other = copy.deepcopy(folded, shared).to(memory_format=layout)
+            given = x.contiguous(memory_format=layout)
+            found[f"torch {name} NHWC"] = lambda m=other, x=given: m(x)
+        if onnxruntime is not None:
+            exported = onnx_model(folded, x)
+            found[f"onnxruntime {name}"] = onnxruntime_call(exported, x.numpy(), threads)
+        runtime = on_engine(model, x, threads)
         found[f"engine {name}"] = lambda m=runtime: m(x)
     return found
 
 
-def timings(case: Any, small: Any, batch: int, threads: int) -> dict[str, float]:
-    """Return seconds per batch of a network and its compressed copy, by runtime.
+def timings(
+    models: Mapping[str, Any], x: Any, threads: int, seconds: float = SECONDS
+) -> dict[str, float]:
+    """Return seconds per batch of networks by runtime and network.
 
     Medians of interleaved calls with folded batch norms.  The environment variable
-    OMP_WAIT_POLICY should be "passive", since two libraries' threads share the cores.
+    OMP_WAIT_POLICY should be "passive", since the libraries' threads share the cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            some = calls(case, small, inputs(case, batch), threads)
-            return dict(zip(some, measure_seconds(list(some.values()), SECONDS), strict=True))
+            some = calls(models, x, threads)
+            return dict(zip(some, measure_seconds(list(some.values()), seconds), strict=True))
     finally:
         torch.set_num_threads(before)

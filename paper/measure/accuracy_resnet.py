@@ -60,7 +60,8 @@ def rows(case):
 
 def times(whole, case, small):
     for batch in BATCHES:
-        found = whole.timings(case, small, batch, 1)
+        both = {"dense": case.model, "compressed": small}
+        found = whole.timings(both, whole.inputs(case, batch), 1)
         best = {
             who: min(t for name, t in found.items() if name.startswith(who))
             for who in ("torch dense", "engine compressed", "torch compressed")
