@@ -14,7 +14,7 @@ enum { LR_OK = 0, LR_NO_MEMORY = 1 };
 /* Activation after the bias; those beyond LR_RELU6 in programs only. */
 enum {
     LR_LINEAR, LR_RELU, LR_RELU6, LR_LEAKY_RELU, LR_HARD_SWISH, LR_HARD_SIGMOID, LR_SIGMOID, LR_SILU,
-    LR_TANH, LR_GELU
+    LR_TANH, LR_GELU, LR_ELU
 };
 enum { LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16 }; /* element types of x and out: the plan's type, or integers */
 enum { LR_BRING, LR_COMPUTE, LR_STEPS };       /* steps of a stage on one tile: pack the input, compute */

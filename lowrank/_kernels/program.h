@@ -15,9 +15,11 @@ enum {
     LR_UNPACK,    /* array = in */
     LR_DENSE,     /* out = convolution of in, by direct sums */
     LR_WINOGRAD,  /* the same by Toom-Cook algorithms along the axes */
+    LR_FEW_OUTPUTS, /* the same by direct sums for at most four output channels */
     LR_DEPTHWISE, /* out = convolution of each channel alone, `multiplier` times */
     LR_MAX_POOL,
     LR_MEAN_POOL,
+    LR_NORMALIZE, /* instance normalization */
     LR_COMBINE, /* out = in, in + other or in * other */
     LR_BORDER,  /* fill the halo of out from its samples */
     LR_KINDS
@@ -55,9 +57,10 @@ typedef struct lr_op {
     int64_t blocks, splits;   /* blocks of output channels; 1, or blocks if they do not overlap */
     int64_t algorithm[LR_AXES]; /* LR_WINOGRAD: 0 or the number of ALGORITHMS in toom_cook.py */
     int64_t tiles;              /* LR_WINOGRAD: that run at a time */
-    int64_t multiplier;         /* LR_DEPTHWISE */
+    int64_t multiplier;         /* outputs per channel of LR_DEPTHWISE, outputs of LR_FEW_OUTPUTS */
     int64_t array;              /* LR_PACK, LR_UNPACK: number of the array */
     int64_t count_padding;      /* LR_MEAN_POOL: whether padding counts */
+    double epsilon;             /* LR_NORMALIZE: added to the variance */
     double alpha;               /* slope of leaky ReLU, or value of a constant border */
     const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
     const lr_block *block;

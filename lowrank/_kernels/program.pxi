@@ -19,7 +19,7 @@ cdef extern from "program.h":
         int64_t terms, terms_block, blocks, splits
         Three algorithm
         int64_t tiles, multiplier, array, count_padding
-        double alpha
+        double epsilon, alpha
         const int64_t *offset
         const lr_block *block
         const void *weight
@@ -159,7 +159,8 @@ cdef class Program:
                 op.index[a] = <const int32_t *>self._ints("i", o.index[a])
         op.in_channels, op.channels = o.in_channels, o.channels
         op.multiplier, op.array = o.multiplier, o.array
-        op.count_padding, op.alpha, op.tiles = o.count_padding, o.alpha, o.tiles
+        op.count_padding, op.tiles = o.count_padding, o.tiles
+        op.epsilon, op.alpha = o.epsilon, o.alpha
         op.terms, op.terms_block, op.splits = o.terms, o.terms_block, o.splits
         op.offset = <const int64_t *>self._ints("q", o.offsets)
         op.blocks = len(o.blocks)
@@ -204,7 +205,7 @@ cdef class Program:
                                         &self.cache, seconds, &used)
             if status != LR_OK:
                 raise MemoryError(
-                    f"not enough memory for {self.program.arena * self.itemsize} bytes of buffers and "
+                    f"not enough memory for {<object>self.program.arena * self.itemsize} bytes of buffers and "
                     f"{self.program.scratch * self.itemsize} bytes of scratch per thread"
                 )
         finally:

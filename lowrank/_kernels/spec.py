@@ -8,11 +8,12 @@ Three = tuple[int, int, int]
 # Numbered as in lr.h; chains of the planes engine have the first three.
 ACTIVATIONS = (
     "none", "relu", "relu6", "leaky_relu", "hard_swish", "hard_sigmoid", "sigmoid", "silu", "tanh",
-    "gelu",
+    "gelu", "elu",
 )  # fmt: skip
 # Kinds of operations, and modes of "combine", numbered as in program.h.
 KINDS = (
-    "pack", "unpack", "dense", "winograd", "depthwise", "max pool", "mean pool", "combine", "border",
+    "pack", "unpack", "dense", "winograd", "few outputs", "depthwise", "max pool", "mean pool",
+    "normalize", "combine", "border",
 )  # fmt: skip
 MODES = ("copy", "add", "multiply", "reorder")
 
