@@ -100,6 +100,8 @@ def activated(x, activation, alpha=0.0):
             return np.where(x < 0, 0, np.where(x > 6, 6, x))
         case "leaky_relu":
             return np.where(x < 0, alpha * x, x)
+        case "elu":
+            return np.where(x < 0, alpha * np.expm1(np.minimum(x, 0)), x)
         case "hard_swish":
             return x * np.clip(x / 6 + 0.5, 0, 1)
         case "hard_sigmoid":
@@ -616,7 +618,7 @@ def test_activations_match_numpy(isa, dtype, activation):
     b.output(b.convolve(value, one, alpha=0.25))
     actual, after_convolution = call(b.build(), [x])
     np.testing.assert_array_equal(after_convolution, actual)
-    # 1 / (1 + exp(-x)) takes 2 ulp of the exponential and 1 for each operation; hard_sigmoid,
+    # 1 / (1 + exp(-x)) takes 2 ulp of the exponential and 1 for each operation; hard_sigmoid, elu,
     # hard_swish and gelu add terms of 1 or of x, which may cancel.  The others round at most once.
     eps = np.finfo(dtype).eps
     with np.errstate(all="ignore"):  # infinities, and numbers too small for the type
@@ -625,7 +627,7 @@ def test_activations_match_numpy(isa, dtype, activation):
         if activation in ("sigmoid", "silu", "tanh"):
             bound = 4 * eps * np.abs(expected)
             bound += 1e-36 if dtype == "float32" else 0  # whose exponential stops at exp(88)
-        elif activation == "hard_sigmoid":
+        elif activation in ("hard_sigmoid", "elu"):
             bound = np.full_like(expected, 2 * eps)
         elif activation not in ("hard_swish", "gelu"):
             bound = np.zeros_like(expected)
