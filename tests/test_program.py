@@ -21,7 +21,8 @@ from lowrank._kernels import _core, toom_cook
 from lowrank._kernels.spec import ACTIVATIONS, KINDS, MODES, StageSpec
 from lowrank.core.reference import apply_epilogue, run_stage
 from lowrank.core.stage import Epilogue
-from lowrank.engine import program
+from lowrank.engine import convolutions, schedule
+from lowrank.engine.algorithms import MAX_ERROR, predicted_error
 from lowrank.engine.padding import padded_indices
 from lowrank.engine.program import ProgramBuilder, Unsupported
 
@@ -223,7 +224,7 @@ def test_fast_algorithms_have_their_predicted_error(isa, dtype, data):
     actual, kinds = convolved(isa, s, x, other, alpha, numbers)
     expected, bound = reference(s, x, other, alpha)
     assert "depthwise" in kinds or "winograd" in kinds
-    predicted = program.predicted_error(numbers, s.weight.shape[1], dtype)
+    predicted = predicted_error(numbers, s.weight.shape[1], dtype)
     power = np.sqrt(np.prod(s.weight.shape[1:]) * (1 if other is None else 2))
     assert (np.abs(actual - expected) <= FAST_FACTOR * predicted * power + bound).all()
 
@@ -239,7 +240,7 @@ def test_predicted_error_bounds_that_of_white_noise(rng, number, axes):
     expected, _ = reference(s, x)
     actual, _ = convolved(None, s, x, numbers=numbers)
     error = np.sqrt(((actual - expected) ** 2).mean() / (expected**2).mean())
-    predicted = program.predicted_error(numbers, 24, np.float32)
+    predicted = predicted_error(numbers, 24, np.float32)
     assert predicted / 20 <= error <= predicted  # three axes share out some of their errors
 
 
@@ -251,8 +252,8 @@ def test_blocks_of_terms_and_tiles_do_not_change_bits(rng, monkeypatch, numbers)
     )  # fmt: skip
     x, other = rng.standard_normal((2, 2, 40, 1, 19, 23)).astype("f4")
     expected, _ = convolved(None, s, x, other, numbers=numbers)
-    monkeypatch.setattr(program, "L2_WEIGHTS", 0)
-    monkeypatch.setattr(program, "L2_TILES", 0)
+    monkeypatch.setattr(convolutions, "L2_WEIGHTS", 0)
+    monkeypatch.setattr(convolutions, "L2_TILES", 0)
     np.testing.assert_array_equal(convolved(None, s, x, other, numbers=numbers)[0], expected)
 
 
@@ -523,8 +524,8 @@ def test_networks_equal_their_operations(isa, dtype, data, batch, threads, group
     chosen = sorted(chosen | {len(arrays) - 1})
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):  # as if the caches were too small for whole buffers
-            patch.setattr(program, "BAND_BYTES", 2000 / _core.caches()[1])
-            patch.setattr(program, "BAND_WEIGHTS", np.inf)
+            patch.setattr(schedule, "BAND_BYTES", 2000 / _core.caches()[1])
+            patch.setattr(schedule, "BAND_WEIGHTS", np.inf)
         b, *values = builder(isa, dtype, shape)
         b._choose_algorithm = choice
         for apply, operands in network.operations:
@@ -799,8 +800,8 @@ def test_fast_algorithms_are_chosen_within_the_error_limit(rng, dtype):
         b.output(b.convolve(value, s))
         _, op, _ = b.build().operations
         assert op.kind == ("dense" if algorithm == "direct" else "winograd")
-        assert op.error == program.predicted_error(op.algorithm, 64, dtype) * (op.kind != "dense")
-        assert op.error <= program.MAX_ERROR
+        assert op.error == predicted_error(op.algorithm, 64, dtype) * (op.kind != "dense")
+        assert op.error <= MAX_ERROR
 
 
 def test_rejects_an_output_that_is_read_only_or_overlaps(rng):
@@ -851,7 +852,7 @@ def test_more_arrays_than_a_call_takes_are_an_error():
 
 @pytest.mark.parametrize("log_samples", [55, 58])  # 2^64 bytes are 0 of a 64-bit size
 def test_too_large_buffers_are_a_memory_error(monkeypatch, log_samples):
-    monkeypatch.setattr(program, "BAND_WEIGHTS", -1)  # no table of bands, which are too many
+    monkeypatch.setattr(schedule, "BAND_WEIGHTS", -1)  # no table of bands, which are too many
     shape = (1, 1, 1, 1, 1 << log_samples)  # samples that nobody has, of arrays that repeat one
     b, value = builder("avx512" if "avx512" in _core.ISAS else None, "float32", shape[1:])
     b.output(value)

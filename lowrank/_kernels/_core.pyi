@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowrank._kernels.spec import StageSpec, Three
 
@@ -11,6 +11,12 @@ def caches() -> tuple[int, int, int]: ...
 def max_threads() -> int: ...
 def fork_join_seconds(threads: int) -> float: ...
 def peak(n: int, dtype: str = "float32", isa: str | None = None) -> int: ...
+def block_limits(dtype: str = "float32", isa: str | None = None) -> BlockLimits: ...
+
+class BlockLimits(NamedTuple):
+    lanes: int
+    vectors: int
+    pixels: tuple[int, ...]
 
 class KernelPlan:
     shape: tuple[int, ...]
@@ -36,3 +42,25 @@ class KernelPlan:
     ) -> None: ...
     def __call__(self, x: Any, out: Any, threads: int = 0) -> None: ...
     def profile(self, x: Any, out: Any, threads: int = 0) -> tuple[float, int, bytearray]: ...
+
+class Program:
+    shapes: tuple[tuple[int, ...], ...]
+    names: tuple[str, ...]
+    outputs: frozenset[int]
+    dtype: str
+    isa: str
+    def __init__(
+        self,
+        ops: Sequence[Any],
+        steps: Sequence[Sequence[int]],
+        shapes: Sequence[Sequence[int]],
+        outputs: Sequence[int],
+        *,
+        arena: int,
+        group: int = 1,
+        dtype: str = "float32",
+        isa: str | None = None,
+        names: Sequence[str] = (),
+    ) -> None: ...
+    def __call__(self, arrays: Sequence[Any], threads: int = 0) -> None: ...
+    def profile(self, arrays: Sequence[Any], threads: int = 0) -> list[float]: ...

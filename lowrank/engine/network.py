@@ -14,21 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._kernels import toom_cook
 from lowrank._kernels.spec import ACTIVATIONS
 from lowrank._typing import Array, Ints
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.core.tables import format_count
+from lowrank.engine.algorithms import algorithm_shape
+from lowrank.engine.buffers import ONES, Value
+from lowrank.engine.operations import Operation
 from lowrank.engine.padding import padded_indices
-from lowrank.engine.program import (
-    ONES,
-    Link,
-    Operation,
-    ProgramBuilder,
-    Unsupported,
-    Value,
-)
+from lowrank.engine.program import Link, ProgramBuilder, Unsupported
 
 # Activation that a product of a value with this activation of it is.
 _GATES = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
@@ -493,7 +488,7 @@ def describe_operation(operation: Operation) -> tuple[str, str, str, str]:
     """Return the name, algorithm, predicted error and MACs of an operation, as text."""
     algorithm = operation.kind
     if operation.kind == "winograd":
-        shapes = [toom_cook.ALGORITHMS[n - 1] for n in operation.algorithm if n]
+        shapes = [algorithm_shape(n) for n in operation.algorithm if n]
         outputs, taps = ("x".join(str(s[i]) for s in shapes) for i in range(2))
         algorithm = f"F({outputs}, {taps})"
     error = f"{operation.error:.0e}" if operation.error else ""

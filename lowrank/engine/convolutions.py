@@ -1,0 +1,258 @@
+"""Convolutions of a program: layouts of results, weights as the kernels read them, halos."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lowrank._kernels import _core
+from lowrank._kernels.spec import StageSpec
+from lowrank._typing import Array, Ints
+from lowrank.engine.algorithms import (
+    algorithm_shape,
+    direct_cost,
+    fast_cost,
+    product_count,
+    tile_counts,
+    transform_weight,
+)
+from lowrank.engine.buffers import ONES, VECTOR_OVERHANG, ZEROS, Value, round_up
+from lowrank.engine.operations import Operation, make_operation
+from lowrank.engine.schedule import Node, Reach
+
+L2_WEIGHTS = 0.3  # of the L2 cache for the weights of one block of terms
+L2_TILES = 0.35  # of the L2 cache for the transformed inputs of a block of tiles
+MIN_TERMS = 64  # of a block, so that products outweigh the loads and stores of sums
+MAX_TILE_BLOCKS = 8  # blocks of pixels in a block of tiles
+MIN_GAP_VECTORS = 4  # per sample: fewer need no gap for their samples to differ in cache sets
+# Costs in FMAs of a vector, from measurements on AVX-512:
+DEPTHWISE_COST = 1.2, 2.0  # per tap and vector where inputs stay in registers, and elsewhere
+OUTPUT_COST = 4.0  # per vector of the output of a depthwise convolution
+SLIDING_TAPS = 3, 5, 7  # along a row, for which kernels keep inputs in registers
+
+
+def has_depthwise_kernel(spec: StageSpec, limits: _core.BlockLimits) -> bool:
+    """Return whether a stage has one input channel per group, and groups for half a vector."""
+    groups = spec.outer * spec.groups * spec.inner
+    return spec.weight.shape[1] == 1 and groups >= limits.lanes // 2
+
+
+def dense_layout(spec: StageSpec, lanes: int) -> tuple[Array, int]:
+    """Return the positions of a result's channels and its width, with one group after another."""
+    per_group = len(spec.weight) // spec.groups
+    channels = np.arange(spec.outer * len(spec.weight) * spec.inner)
+    order = channels.reshape(spec.outer, spec.groups, per_group, spec.inner).swapaxes(2, 3)
+    position = np.empty_like(channels)
+    position[order.reshape(-1)] = channels
+    return position, len(channels) + round_up(per_group, lanes) - per_group
+
+
+def depthwise_layout(spec: StageSpec, value: Value) -> tuple[Array, int]:
+    """Return the positions of a result's channels and its width: copies of the input's layout."""
+    multiplier = len(spec.weight) // spec.groups
+    copies = value.position + value.width * np.arange(multiplier)[:, None]
+    # (outer, group, inner, multiplier) -> (outer, group, multiplier, inner)
+    position = copies.T.reshape(spec.outer, spec.groups, spec.inner, multiplier).swapaxes(2, 3)
+    return position.reshape(-1), value.width * multiplier
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """A convolution between values of a program.
+
+    Attributes
+    ----------
+    name : str
+        Name of the operation.
+    spec : StageSpec
+        Stage, without a permutation.
+    value, result : Value
+        Input and output.
+    residual : Value or None
+        Operand that is added before the activation.
+    alpha : float
+        Parameter of the activation.
+    dtype : dtype
+        Type of the program.
+    limits : BlockLimits
+        Block sizes of the kernels.
+    algorithm : tuple of int
+        Number of the fast algorithm along each axis, 0 for none.
+    error : float
+        Its predicted error.
+    """
+
+    name: str
+    spec: StageSpec
+    value: Value
+    result: Value
+    residual: Value | None
+    alpha: float
+    dtype: Any
+    limits: _core.BlockLimits
+    algorithm: Ints = ZEROS
+    error: float = 0.0
+
+    def make_node(self) -> Node:
+        """Return the node of the convolution; make the halo of its input large enough."""
+        spec = self.spec
+        inputs = (self.value, *([self.residual] if self.residual else []))
+        reach: Reach | None = Reach(spec.kernel, spec.stride, spec.dilation, spec.before)
+        self._grow_halo()
+        if has_depthwise_kernel(spec, self.limits):
+            vectors = self.value.buffer.width // self.limits.lanes
+            if vectors >= MIN_GAP_VECTORS and vectors % 2 == 0:
+                self.value.buffer.gap = self.limits.lanes
+            return Node(inputs, self.result, self._depthwise, reach, cost=self._depthwise_cost())
+        lanes, itemsize = self.limits.lanes, np.dtype(self.dtype).itemsize
+        if not any(self.algorithm):
+            cost = direct_cost(spec, self.result, lanes)
+            weights = spec.weight.size * itemsize
+            return Node(inputs, self.result, self._direct, reach, weights, cost=cost)
+        cost = fast_cost(self.algorithm, spec, self.value, self.result, lanes)
+        weights = math.prod(spec.weight.shape[:2]) * product_count(self.algorithm) * itemsize
+        tile = *(algorithm_shape(n)[0] for n in self.algorithm[:2]), self.result.size[2]
+        if any(d > 1 for n, d in zip(self.algorithm, spec.dilation) if n):
+            reach = None  # tiles of one phase come before those of the next
+        return Node(inputs, self.result, self._fast, reach, weights, tile, cost)
+
+    def _grow_halo(self) -> None:
+        """Make the halo of the input large enough for the stage, and for its last tiles."""
+        spec, size, buffer = self.spec, self.result.size, self.value.buffer
+        counts = tile_counts(self.algorithm, spec.dilation, size)
+        for a in range(3):
+            m, r = algorithm_shape(self.algorithm[a])
+            d, k = spec.dilation[a], spec.kernel[a]
+            reach = (size[a] - 1) * spec.stride[a] + d * (k - 1)
+            if self.algorithm[a]:
+                last = range(max(0, counts[a] - min(size[a], d)), counts[a])
+                reach = max(i % d + (i // d * m + m + r - 2) * d for i in last)
+            buffer.before[a] = max(buffer.before[a], spec.before[a])
+            buffer.after[a] = max(buffer.after[a], reach + 1 - spec.before[a] - self.value.size[a])
+
+    def _direct(self) -> Operation:
+        """Return the operation by direct sums."""
+        spec = self.spec
+        taps = np.zeros(1, np.int64)
+        for n, pitch in zip(spec.kernel, self.value.tap_pitch(spec.dilation)):
+            taps = np.add.outer(taps, np.arange(n) * pitch).reshape(-1)
+        per_group = spec.weight.shape[1]
+        matrix = spec.weight.reshape(spec.groups, -1, per_group, len(taps)).astype(self.dtype)
+        # Terms in the order of kernels on planes, so that both give the same bits.
+        matrix = matrix.transpose(0, 2, 3, 1)
+        matrix = matrix.reshape(spec.groups, 1, per_group * len(taps), -1)
+        return self._dense("dense", matrix, taps)
+
+    def _fast(self) -> Operation:
+        """Return the operation by fast algorithms: one matrix per position of a tile."""
+        spec = self.spec
+        matrix = transform_weight(spec.weight, self.algorithm)
+        positions = matrix.shape[2]
+        matrix = matrix.reshape(spec.groups, -1, spec.weight.shape[1], positions)
+        operation = self._dense("winograd", matrix.transpose(0, 3, 2, 1), np.zeros(1, np.int64))
+        fitting = L2_TILES * _core.caches()[1]
+        fitting /= positions * self.value.width * np.dtype(self.dtype).itemsize
+        # Whole blocks of pixels, whose inputs stay in L2.
+        most = self.limits.pixels[-1]
+        tiles = max(most, int(min(fitting, MAX_TILE_BLOCKS * most)) // most * most)
+        return replace(
+            operation, unit=ONES, units=tile_counts(self.algorithm, spec.dilation, operation.size),
+            tap=self.value.tap_pitch(spec.dilation), dilation=spec.dilation,
+            algorithm=self.algorithm, error=self.error, tiles=tiles,
+        )  # fmt: skip
+
+    def _dense(self, kind: str, matrix: Array, taps: Array) -> Operation:
+        """Return a dense operation.
+
+        Parameters
+        ----------
+        kind : str
+            Kind of the operation.
+        matrix : ndarray, shape (groups, positions, terms, out)
+            Weights.
+        taps : ndarray
+            Distance of each tap from the first one, in elements.
+        """
+        spec, lanes = self.spec, self.limits.lanes
+        groups, _, terms, outs = matrix.shape
+        copies = spec.outer, groups, spec.inner
+        weight, starts = self._packed(matrix)
+        channels = self.value.position.reshape(spec.outer, groups, -1, spec.inner)
+        blocks: list[Ints] = []
+        offsets: list[int] = []
+        tables: dict[bytes, int] = {}  # start in `offsets` of each table of terms
+        for number, (outer, group, inner) in enumerate(itertools.product(*map(range, copies))):
+            table = np.add.outer(channels[outer, group, :, inner], taps).reshape(-1)
+            start = tables.setdefault(table.tobytes(), len(offsets))
+            if start == len(offsets):
+                offsets += table.tolist()
+            for first, vectors in self._output_blocks(outs):
+                blocks.append((vectors, number * outs + first, start, starts[group, first]))
+        widest = max(b[0] for b in blocks) * lanes * np.dtype(self.dtype).itemsize
+        # Vectors of padding overlap the next group's outputs, unless groups are whole vectors.
+        are_disjoint = outs % lanes == 0 or len(blocks) == 1 or math.prod(copies) == 1
+        return make_operation(
+            kind, self.name, self.value, self.result, spec, **self._epilogue(),
+            terms=terms, terms_block=max(MIN_TERMS, int(L2_WEIGHTS * _core.caches()[1] / widest)),
+            blocks=blocks, offsets=offsets, splits=len(blocks) if are_disjoint else 1,
+            weight=weight, taps=spec.kernel,
+            macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
+        )  # fmt: skip
+
+    def _output_blocks(self, outs: int) -> Iterator[tuple[int, int]]:
+        """Yield the first output and the vectors of the blocks of a group's outputs."""
+        lanes, most = self.limits.lanes, self.limits.vectors
+        for first in range(0, outs, most * lanes):
+            yield first, min(most, -(-(outs - first) // lanes))
+
+    def _packed(self, matrix: Array) -> tuple[Array, dict[tuple[int, int], int]]:
+        """Return weights block after block, and the start of each (group, first output)."""
+        packed, starts, at = [], {}, 0
+        groups, positions, terms, outs = matrix.shape
+        for group in range(groups):
+            for first, vectors in self._output_blocks(outs):
+                block = np.zeros((positions, terms, vectors * self.limits.lanes), self.dtype)
+                columns = matrix[group, :, :, first : first + block.shape[2]]
+                block[:, :, : columns.shape[2]] = columns
+                starts[group, first] = at
+                packed.append(block.reshape(-1))
+                at += block.size
+        return np.concatenate(packed), starts
+
+    def _epilogue(self) -> dict[str, Any]:
+        """Return the fields of an operation for its bias, residual and activation."""
+        bias = np.zeros(self.result.width + VECTOR_OVERHANG, self.dtype)
+        if self.spec.bias is not None:
+            bias[self.result.position] = self.spec.bias
+        other = None if self.residual is None else self.residual.view()
+        activation = {"activation": self.spec.activation, "alpha": self.alpha}
+        return {"bias": bias, "other": other, **activation}
+
+    def _depthwise(self) -> Operation:
+        """Return the operation of each channel alone."""
+        spec, value = self.spec, self.value
+        channels, multiplier = value.shape[0], len(spec.weight) // spec.groups
+        per_group = spec.weight.reshape(1, spec.groups, 1, multiplier, -1)
+        shape = (spec.outer, spec.groups, spec.inner, *per_group.shape[3:])
+        each = np.broadcast_to(per_group, shape).reshape(channels, multiplier, -1)
+        weight = np.zeros((multiplier, each.shape[-1], value.width), self.dtype)
+        weight[:, :, value.position] = each.transpose(1, 2, 0)
+        return make_operation(
+            "depthwise", self.name, value, self.result, spec, **self._epilogue(),
+            taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
+            multiplier=multiplier, weight=weight,
+            macs=math.prod(self.result.shape) * math.prod(spec.kernel),
+        )  # fmt: skip
+
+    def _depthwise_cost(self) -> float:
+        """Estimate the time of a depthwise convolution, in FMAs of a vector."""
+        spec = self.spec
+        slides = spec.stride[2] == spec.dilation[2] == 1 and spec.kernel[2] in SLIDING_TAPS
+        per_tap = DEPTHWISE_COST[0 if slides else 1]
+        cost = per_tap * math.prod(spec.kernel) + OUTPUT_COST
+        return self.result.vectors(self.limits.lanes) * cost
