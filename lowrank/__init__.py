@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowrank.certify import certificate as certificate
     from lowrank.certify import output_bound as output_bound
     from lowrank.certify import rounding as rounding
+    from lowrank.certify import rounding_bound as rounding_bound
     from lowrank.certify.norms import Norm as Norm
     from lowrank.certify.norms import operator_norm as operator_norm
     from lowrank.certify.norms import resolution_free as resolution_free
@@ -63,6 +64,7 @@ _NAMES = {
     "certificate": "lowrank.certify",
     "output_bound": "lowrank.certify",
     "rounding": "lowrank.certify",
+    "rounding_bound": "lowrank.certify",
     "Norm": "lowrank.certify.norms",
     "operator_norm": "lowrank.certify.norms",
     "resolution_free": "lowrank.certify.norms",

@@ -101,6 +101,9 @@ def test_wide_layers_use_cublas_and_narrow_ones_a_kernel(cupy, rng):
         x = rng.standard_normal((3, 6, 9, 8)).astype(np.float32)
         assert_close(run(cupy.asarray(x)), f(x.astype(np.float64)), 54)
         assert [s.step for s in run.breakdown(cupy.asarray(x))] == [kind, "rest"]
+        title, _, stage, *_, total = run.describe(cupy.asarray(x)).splitlines()
+        assert (title, kind in stage, total.split()[0]) == ("cuda:0, float32", True, "total")
+        assert kind in run.describe()
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])

@@ -1,5 +1,6 @@
-"""Certificates: error against its lower bound, error at the output, half-precision rounding."""
+"""Certificates: error against its lower bound, error at the output, rounding errors."""
 
+from lowrank.certify.arithmetic import rounding_bound as rounding_bound
 from lowrank.certify.bounds import Certificate as Certificate
 from lowrank.certify.bounds import certificate as certificate
 from lowrank.certify.half_precision import Rounding as Rounding

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lowrank.certify.arithmetic import stage_errors
 from lowrank.certify.common import energy, joint_energies, ratio, table
 from lowrank.core import chain_algebra
+from lowrank.engine import Runner
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.families.kernel import as_kernel
@@ -32,6 +34,10 @@ class Certificate:
         For sums of outer products (cp, cp3, jaderberg, separable_sum, tucker_cp) the root of the
         sum of the terms' squared norms over :math:`\|W\|`.  About 1 without cancellation; 100
         means that two digits are lost.
+    algorithm : float or None
+        Predicted relative RMS error of the output, for white inputs, from the fast (Winograd,
+        Toom-Cook) algorithms of a given plan of the chain; 0 if all stages run by direct sums.
+        For such inputs `error` is the same quotient for the approximation of the kernel.
 
     Examples
     --------
@@ -47,6 +53,7 @@ class Certificate:
     bound: float
     sensitivity: float
     cancellation: float | None = None
+    algorithm: float | None = None
 
     @property
     def gap(self) -> float:
@@ -72,10 +79,13 @@ class Certificate:
                     "norm of the terms over that of the kernel; digits are lost far above 1",
                 )
             )
+        if self.algorithm is not None:
+            explanation = "predicted share of the fast algorithms in the error of the output"
+            rows.append(("algorithm", f"{self.algorithm:.1e}", explanation))
         return table(rows)
 
 
-def certificate(conv: Factorization, f: Factorization) -> Certificate:
+def certificate(conv: Factorization, f: Factorization, *, run: Runner | None = None) -> Certificate:
     r"""Compare a chain with its kernel, and with the best that its rank allows.
 
     Parameters
@@ -84,6 +94,9 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
         Dense convolution.
     f : Factorization
         Approximation of `conv` by one of :data:`lowrank.FAMILIES`, or `conv` itself.
+    run : callable, optional
+        Plan of `f` on the CPU, from :meth:`lowrank.Factorization.compile`, for the share of its
+        algorithms.  :func:`output_bound` bounds that share, too.
 
     Returns
     -------
@@ -92,7 +105,10 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     Raises
     ------
     ValueError
-        If `f` belongs to no family (a custom chain has no bound), or does not fit `conv`.
+        If `f` belongs to no family (a custom chain has no bound), or does not fit `conv`, or `run`
+        is not a plan of `f`.
+    TypeError
+        If `run` is not a plan on the CPU.
 
     Notes
     -----
@@ -110,6 +126,13 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
     independent of how scale is distributed over stages; for CP factors of equal mean square it
     is the sensitivity of [2]_ times that mean square.  Large terms that cancel make it large,
     and then half precision is useless.
+
+    A plan predicts the relative error :math:`\epsilon_k` of each stage that a fast algorithm
+    computes.  With the kernels :math:`B_c` up to channel c behind the stage and :math:`A_c` from
+    there on,
+
+    .. math:: \text{algorithm}^2 = \frac{1}{\|W\|^2}
+       \sum_k \epsilon_k^2 \sum_c \|B_c\|^2 \|A_c\|^2 .
 
     References
     ----------
@@ -146,11 +169,17 @@ def certificate(conv: Factorization, f: Factorization) -> Certificate:
         float(np.square(s.weight).mean() * j.sum()) * math.prod(s.kernel)
         for j, s in zip(jacobians, stages)
     )
-    cancellation = None
+    joints = joint_energies(before, after)
+    cancellation = algorithm = None
     if family is not None and family.is_outer_product_sum:
-        terms = joint_energies(before, after)[_joint_of_terms(f)]
-        cancellation = math.sqrt(ratio(terms, kernel_energy))
-    return Certificate(error, min(bound, error), ratio(gain, kernel_energy), cancellation)
+        cancellation = math.sqrt(ratio(joints[_joint_of_terms(f)], kernel_energy))
+    if run is not None:
+        behind = joints[-2::-1] if f.transposed else joints[1:]
+        noise = math.fsum(e**2 * j for e, j in zip(stage_errors(f, run), behind))
+        algorithm = math.sqrt(ratio(noise, kernel_energy))
+    return Certificate(
+        error, min(bound, error), ratio(gain, kernel_energy), cancellation, algorithm
+    )
 
 
 def _joint_of_terms(f: Factorization) -> int:

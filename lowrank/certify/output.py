@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowrank._typing import Array, trailing
+from lowrank.certify.arithmetic import chain_rounding
 from lowrank.certify.common import energy, ratio, table
 from lowrank.certify.norms import Norm, operator_norm, resolution_free
+from lowrank.engine import Runner
 from lowrank.factorization import Factorization
 from lowrank.families.kernel import as_kernel
 
@@ -41,6 +43,11 @@ class OutputBound:
         the border, or for inputs with a given second moment.
     rms_relative : float
         ``rms`` over the RMS of the output.
+    direct, fast : float or None
+        Bounds like ``linf`` on the rounding errors of a given plan of the chain: in stages that
+        run by direct sums, and in those that run by fast algorithms.  The outputs of the plan
+        differ from the exact convolution by at most ``linf + direct + fast``, times
+        :math:`\max|x|`.
 
     Examples
     --------
@@ -61,6 +68,8 @@ class OutputBound:
     grey: float
     rms: float
     rms_relative: float
+    direct: float | None = None
+    fast: float | None = None
 
     def __str__(self) -> str:
         rows = [
@@ -71,6 +80,12 @@ class OutputBound:
             ("grey", f"{self.grey:.4g}", "largest error, for samples from 0 to `levels`"),
             ("rms", f"{self.rms:.4g}", "RMS error of an output sample"),
             ("rms, relative", f"{self.rms_relative:.4g}", "over the RMS of the output"),
+        ]
+        shares = ("direct", self.direct, "direct sums"), ("fast", self.fast, "fast algorithms")
+        rows += [
+            (f"linf, {name}", f"{bound:.2g}", f"rounding of stages by {how}, times the same")
+            for name, bound, how in shares
+            if bound is not None
         ]
         if self.l2.offset:
             rows.insert(1, ("offset", f"{self.l2.offset:.4g}", "added by the constant border"))
@@ -84,6 +99,7 @@ def output_bound(
     *,
     levels: float = 255.0,
     second_moment: Array | None = None,
+    run: Runner | None = None,
 ) -> OutputBound:
     r"""Bound the error of a chain at its output.
 
@@ -101,6 +117,9 @@ def output_bound(
         Uncentred second moment of the input patches, such as ``input_moment`` of
         ``lowrank.metric.Moments(conv).metric(damping=0.0)``; for one group also without the first
         axis.  Default: white input of variance 1.
+    run : callable, optional
+        Plan of `f` on the CPU, from :meth:`lowrank.Factorization.compile`, whose rounding errors
+        are bounded, too: see :func:`rounding_bound`.
 
     Returns
     -------
@@ -110,8 +129,10 @@ def output_bound(
     Raises
     ------
     ValueError
-        If `f` is not one convolution of the shape and geometry of `conv`, or the input or
-        `second_moment` does not fit.
+        If `f` is not one convolution of the shape and geometry of `conv`, or the input,
+        `second_moment` or `run` does not fit.
+    TypeError
+        If `run` is not a plan on the CPU.
 
     Notes
     -----
@@ -138,6 +159,9 @@ def output_bound(
     True
     >>> bound.rms_relative < bound.relative
     True
+    >>> bound = output_bound(conv, f, (32, 32), run=f.compile((32, 32), "float32"))
+    >>> bound.direct + bound.fast < 1e-3 * bound.linf
+    True
     """
     as_kernel(conv)
     _check_alike(conv, f, input_shape)
@@ -158,6 +182,7 @@ def output_bound(
     else:
         c = _checked_moment(conv, second_moment)
         error_power, kernel_power = _power(conv, error, c), _power(conv, kernel, c)
+    direct, fast = (None, None) if run is None else chain_rounding(f, run)
     return OutputBound(
         l2,
         resolution_free(error_conv),
@@ -166,6 +191,8 @@ def output_bound(
         float(grey),
         math.sqrt(error_power / len(rows)),
         math.sqrt(ratio(error_power, kernel_power)),
+        direct,
+        fast,
     )
 
 

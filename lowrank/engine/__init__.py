@@ -79,6 +79,9 @@ class Runner(Protocol):
     ) -> tuple[StepProfile, ...]:
         """Profile the steps of the median of `repeat` runs on `x`."""
 
+    def describe(self, x: Array | None = None) -> str:
+        """Return a table of what the plan runs; with `x`, also of the times of a run."""
+
 
 def plan(
     stages: Sequence[Stage],

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._kernels import _core
+from lowrank._kernels import toom_cook
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
-from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.tables import format_count
 from lowrank.engine import Algorithm, StepProfile
-from lowrank.engine.program import Program, ProgramBuilder, Unsupported
+from lowrank.engine.description import OperationRow, PlannedStage, stage_name
+from lowrank.engine.network import describe_operation
+from lowrank.engine.program import Operation, Program, ProgramBuilder, Unsupported
 
-
+ALGORITHM_WIDTH = 20  # of a description
 # Costs of kernels on planes in FMAs of a vector, from measurements on AVX-512:
 PLANES_DENSE = 1.06
 PLANES_REMAINDER = 0.5  # idle lanes at the end of a plane, in vectors
@@ -33,6 +35,7 @@ class ChannelsLastPlan:
     """A chain planned as a program for one input shape; safe to call from many threads."""
 
     program: Program
+    stages: tuple[str, ...]  # names in profiles
     in_shape: Ints
     out_shape: Ints
     dtype: Any
@@ -42,6 +45,34 @@ class ChannelsLastPlan:
         """Run on checked arrays (batch, channels, *spatial)."""
         self.program((_on_three_axes(x),), (_on_three_axes(out),), self.threads)
 
+    def fast_algorithms(self, number: int) -> list[tuple[Ints, float]]:
+        """Return the fast algorithms that compute a stage, with their predicted errors.
+
+        An algorithm is given by its outputs per axis, of three; a transposed stage may have
+        several.
+        """
+        return [
+            (tuple(toom_cook.ALGORITHMS[n - 1][0] if n else 1 for n in op.algorithm), op.error)
+            for op in self.program.operations
+            if op.kind == "winograd" and stage_number(op) == number
+        ]
+
+    def rows(self, stages: Sequence[PlannedStage]) -> list[OperationRow]:
+        """Return the rows of a description.
+
+        A transposed stage is one operation for each phase of its stride, with its own algorithm.
+        """
+        found = []
+        for number, stage in enumerate(stages):
+            done = [op for op in self.program.operations if stage_number(op) == number]
+            _, algorithms, _, _ = zip(*map(describe_operation, done))
+            _, _, error, _ = describe_operation(max(done, key=lambda op: op.error))
+            text = " + ".join(dict.fromkeys(algorithms))
+            if len(text) > ALGORITHM_WIDTH:
+                text = f"{text[: ALGORITHM_WIDTH - 3]}..."
+            found.append(OperationRow(stage.name, text, error, format_count(stage.macs)))
+        return found
+
     def profile(self, x: Array, out: Array) -> list[StepProfile]:
         """Run once with clocks; return the time of each operation."""
         start = time.perf_counter()
@@ -49,12 +80,21 @@ class ChannelsLastPlan:
         rest = time.perf_counter() - start - sum(seconds)
         itemsize = np.dtype(self.dtype).itemsize
         steps = []
-        for op, taken in zip(self.program.operations, seconds):
+        for op, duration in zip(self.program.operations, seconds):
+            number = stage_number(op)
+            stage = "run" if number is None else self.stages[number]
             step = op.kind if op.kind in ("pack", "unpack") else "compute"
-            stage = "run" if step != "compute" else op.name
             moved = len(x) * op.samples_moved * itemsize
-            steps.append(StepProfile(stage, step, taken, len(x) * op.macs, moved))
+            steps.append(StepProfile(stage, step, duration, len(x) * op.macs, moved))
         return [*steps, StepProfile("run", "rest", max(rest, 0.0), 0, 0)]
+
+
+def stage_number(operation: Operation) -> int | None:
+    """Return the number of the stage that an operation computes, or None if it moves data."""
+    if operation.kind not in ("dense", "winograd", "depthwise"):
+        return None
+    _, dot, number = operation.name.rpartition(".")
+    return int(number) if dot else 0  # of a chain of one stage
 
 
 def plan_if_faster(
@@ -72,9 +112,9 @@ def plan_if_faster(
     if builder.cost >= planes_cost(links, shape, builder.limits.lanes):
         return None
     out_shape = chain_shapes([stage for stage, _ in links], shape)[-1]
-    return ChannelsLastPlan(
-        builder.build(names=("x", "out")), shape, out_shape, np.dtype(dtype), threads
-    )
+    program = builder.build(names=("x", "out"))
+    stages = tuple(stage_name(n, stage.weight.shape) for n, (stage, _) in enumerate(links))
+    return ChannelsLastPlan(program, stages, shape, out_shape, np.dtype(dtype), threads)
 
 
 def planes_cost(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, lanes: int) -> float:

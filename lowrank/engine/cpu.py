@@ -28,6 +28,13 @@ except ImportError as missing:
 from lowrank._kernels.profiling import StepTotal, step_totals
 from lowrank.engine import channels_last
 from lowrank.engine.channels_last import ChannelsLastPlan
+from lowrank.engine.description import (
+    PlannedStage,
+    add_times,
+    operation_table,
+    planes_rows,
+    planned_stages,
+)
 from lowrank.engine.lowering import Segment, lower
 
 MAX_BATCH_SIZES = 8  # that a plan keeps segments for
@@ -46,10 +53,12 @@ class CpuPlan:
     """A chain planned for one input shape and precision; safe to call from many threads.
 
     `program` runs it on channels-last buffers, if that is predicted to be faster.  Segments run it
-    on planes, and integers in any case.  If the engine has a free axis, the examples of a batch lie along it, so that weights in the
-    cache serve several of them: each batch size has its own segments, made at its first run.
+    on planes, and integers in any case.  If the engine has a free axis, the examples of a batch lie
+    along it, so that weights in the cache serve several of them: each batch size has its own
+    segments, made at its first run.
     """
 
+    stages: tuple[PlannedStage, ...]
     program: ChannelsLastPlan | None
     planned: dict[int, tuple[PlannedSegment, ...]]  # by batch
     make: Callable[[int], tuple[PlannedSegment, ...]]
@@ -57,6 +66,15 @@ class CpuPlan:
     out_shape: Ints
     dtype: Any
     threads: int
+
+    @property
+    def weight_shapes(self) -> tuple[Ints, ...]:
+        """Shapes of the weights of all stages."""
+        return tuple(stage.weight_shape for stage in self.stages)
+
+    def fast_algorithms(self, number: int) -> list[tuple[Ints, float]]:
+        """Return the fast algorithms of a stage: outputs along three axes, and predicted error."""
+        return [] if self.program is None else self.program.fast_algorithms(number)
 
     @property
     def segments(self) -> tuple[PlannedSegment, ...]:
@@ -105,6 +123,19 @@ class CpuPlan:
         runs.sort(key=lambda steps: sum(s.seconds for s in steps))
         return tuple(runs[len(runs) // 2])
 
+    def describe(self, x: Array | None = None) -> str:
+        """Return a table of the stages; with `x`, also of the times of a run."""
+        program = self.program
+        if x is not None and not self._is_floating(x, None):
+            program = None
+        place = "planes" if program is None else "channels-last buffers"
+        rows = planes_rows(self.stages) if program is None else program.rows(self.stages)
+        seconds = None
+        if x is not None:
+            rows, seconds = add_times(rows, self.breakdown(x))
+        table = operation_table(rows, seconds, "stage")
+        return f"{place}, {self.dtype}, threads {self.threads}\n{table}"
+
     def _profiled_run(self, x: Array, out: Array) -> list[StepProfile]:
         x, _ = self._checked(x, out)
         if self.program is not None and self._is_floating(x, out) and out.flags.aligned:
@@ -136,10 +167,11 @@ class CpuPlan:
         return x.dtype == self.dtype and (out is None or out.dtype == self.dtype)
 
     def _run_program(self, program: ChannelsLastPlan, x: Array, out: Array | None) -> Array:
-        aligned = out is not None and out.flags.aligned
-        result = out if aligned else np.empty((len(x), *self.out_shape), self.dtype)
+        result = out
+        if result is None or not result.flags.aligned:
+            result = np.empty((len(x), *self.out_shape), self.dtype)
         program.run(x, result)
-        if out is None or aligned:
+        if out is None or result is out:
             return result
         out[...] = result
         return out
@@ -221,7 +253,8 @@ def plan(
     if interleaved == 1:
         program = channels_last.plan_if_faster(links, shape, dtype, threads, algorithm)
     planned = {1: make(1)} if program is None else {}
-    return CpuPlan(program, planned, make, in_shape, out_shape, np.dtype(dtype), threads)
+    described = planned_stages(stages, shape, interleaved)
+    return CpuPlan(described, program, planned, make, in_shape, out_shape, np.dtype(dtype), threads)
 
 
 def _plan_segment(segment: Segment, dtype: Any) -> PlannedSegment:

@@ -22,10 +22,12 @@ from lowrank.core import reference
 from lowrank.core.cost import chain_shapes, stage_costs
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.tables import format_count
 from lowrank.engine import INTEGERS, StepProfile, array_api
 from lowrank.engine.cuda import device as _device  # first: it explains a missing CuPy
 from lowrank.engine.cuda import direct, gemm, steps
 from lowrank.engine.cuda.bound_stage import BoundStage, Run
+from lowrank.engine.description import OperationRow, operation_table
 
 cupy = _device.cupy
 MAX_BATCH_SIZES = 8  # (stream, batch) pairs that a plan keeps buffers for
@@ -100,17 +102,35 @@ class CudaPlan:
         runs.sort(key=lambda run: sum(run[0]))
         times, wall_time = runs[len(runs) // 2]
         profiles = []
-        number = 0
-        for step, seconds in zip(self.steps, times):
-            costs = stage_costs(step.stages, step.in_shape)
-            shapes = " ".join("x".join(map(str, s.weight.shape)) for s in step.stages)
+        for (name, macs), step, seconds in zip(self._named_steps(), self.steps, times):
             samples = math.prod(step.in_shape) + math.prod(step.out_shape)
             moved = len(x) * samples * self.dtype.itemsize
-            macs = len(x) * sum(c.macs for c in costs)
-            profiles.append(StepProfile(f"{number} {shapes}", step.name, seconds, macs, moved))
-            number += len(step.stages)
+            profiles.append(StepProfile(name, step.name, seconds, len(x) * macs, moved))
         rest = max(0.0, wall_time - sum(times))
         return (*profiles, StepProfile("run", "rest", rest, 0, 0))
+
+    def describe(self, x: Any = None) -> str:
+        """Return a table of the steps; with `x`, also of their times by the GPU's clock."""
+        rows = [
+            OperationRow(name, step.name, "", format_count(macs))
+            for (name, macs), step in zip(self._named_steps(), self.steps)
+        ]
+        seconds = None
+        if x is not None:
+            rows.append(OperationRow("rest"))
+            seconds = [step.seconds for step in self.breakdown(x)]
+        table = operation_table(rows, seconds, "stages")
+        return f"cuda:{self.device}, {self.dtype}\n{table}"
+
+    def _named_steps(self) -> list[tuple[str, int]]:
+        """Return the first stage and weight shapes of each step, and its MACs per example."""
+        found, number = [], 0
+        for step in self.steps:
+            shapes = " ".join("x".join(map(str, s.weight.shape)) for s in step.stages)
+            macs = sum(c.macs for c in stage_costs(step.stages, step.in_shape))
+            found.append((f"{number} {shapes}", macs))
+            number += len(step.stages)
+        return found
 
     def _timed_run(self, x: Any, y: Any) -> tuple[list[float], float]:
         """Run once; return the seconds of each step and of the whole run."""
