@@ -226,6 +226,10 @@ MISTAKES = [
     ((*C, "--macs", "0.5", "--calibrate", "part.npz"), "no inputs of conv"),
     ((*C, "--macs", "0.5", "--calibrate", "plan.json"), "come as .npz"),
     ((*C, "--macs", "0.5", "--report", "a.svg"), r"\.html"),
+    (
+        (*C, "--macs", "0.5", "--algorithm", "fast"),
+        "--algorithm must be auto or direct, got 'fast'",
+    ),
     ((*C, "--macs", "0.5", "--report", "no/a.html"), "folder"),
     ((*C, "--macs", "0.5", "--evaluate", "score"), "SCRIPT.py:FUNCTION"),
     ((*C, "--macs", "0.5", "--evaluate", "gone.py:f"), "gone.py"),

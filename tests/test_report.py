@@ -189,6 +189,23 @@ def test_large_layers_are_not_timed(net, result, monkeypatch):
     assert timed.measured()[:2] == timed.layers[2].measured
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "direct"])
+def test_layers_are_timed_by_the_given_algorithm(net, result, monkeypatch, algorithm):
+    used = set()
+
+    def compile_chain(f, *args, algorithm, **options):
+        used.add(algorithm)
+        return compiled(f, *args, algorithm=algorithm, **options)
+
+    compiled = lr.Factorization.compile
+    monkeypatch.setattr(lr.Factorization, "compile", compile_chain)
+    monkeypatch.setattr(comparisons, "MAX_RUNS", 1)
+    report.compare(net, result, algorithm=algorithm)
+    assert used == {algorithm}
+    with pytest.raises(ValueError, match="algorithm must be one of auto, direct, got 'fast'"):
+        report.compare(net, result, algorithm="fast")
+
+
 def test_a_refitted_dense_layer_is_labelled(net, result):
     conv = net.layers[0].conv
     new = replace(conv, stages=(replace(conv.stages[0], weight=conv.stages[0].weight * 2),))

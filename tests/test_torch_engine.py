@@ -4,6 +4,7 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lowrank
@@ -241,6 +242,27 @@ class ReadsWeights(nn.Module):
 def test_model_that_reads_weights_of_its_layers_raises():
     with pytest.raises(ValueError, match=r"outputs of model.*differ"):
         on_engine(ReadsWeights(), torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "direct"])
+def test_modules_without_a_trace_run_by_the_given_algorithm(algorithm):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(64, 64, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() < 1e9 else x
+
+    model = nn.Sequential(Branches(), nn.ReLU())
+    x = torch.randn(1, 64, 28, 28)
+    fast = on_engine(model, x, threads=1, algorithm=algorithm)
+    (engine,) = (m for m in fast.modules() if isinstance(m, EngineModule))
+    ((f, _),) = engine.links
+    with torch.inference_mode():
+        run = f.compile(x.shape[1:], np.float32, 1, algorithm=algorithm)
+        np.testing.assert_array_equal(fast(x), np.maximum(run(x.numpy()), 0))
+    assert ("F(" in run.describe()) == (algorithm == "auto")
 
 
 class BranchesOnType(nn.Module):

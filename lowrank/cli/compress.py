@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 from lowrank import report
 from lowrank.cli.console import (
+    Algorithm,
     AsJson,
     Batch,
     Bytes,
@@ -24,6 +25,7 @@ from lowrank.cli.console import (
     app,
     check_output,
     expand_options,
+    parse_algorithm,
     parse_families,
     print_json,
     print_table,
@@ -178,6 +180,7 @@ def compress(
     report_to: Annotated[
         Path | None, typer.Option("--report", help="Write a report (.html); layers are timed.")
     ] = None,
+    algorithm: Algorithm = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compress a network within a budget, each layer fitted to calibration data.
@@ -185,6 +188,7 @@ def compress(
     A number in (0, 1] or 50% is a share of the network; counts above 1 and 20M are amounts; times
     need a unit (3ms).  If nothing can be saved, no file is written and the exit code is 1.
     """
+    timed = parse_algorithm(algorithm)
     calibrate = options.calibrate
     files.check_target(out, model)
     check_output("--out", out, calibrate, plan)
@@ -233,6 +237,7 @@ def compress(
                 model.name,
                 batch=options.batch,
                 threads=options.threads,
+                algorithm=timed,
                 scores=scores,
                 notes=notes,
                 measure=report_to is not None,

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lowrank import engine
 from lowrank._typing import Ints
 from lowrank.families import FAMILIES
 from lowrank.interop import files
@@ -60,6 +61,13 @@ Families = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of predicted times.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of predicted times; all if not given.")
+]
+Algorithm = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(engine.ALGORITHMS),
+        help="auto, or direct: no Winograd or Toom-Cook algorithm in lowrank.",
+    ),
 ]
 
 
@@ -125,6 +133,13 @@ def parse_families(text: str | None) -> list[str] | None:
     if not names:
         raise ValueError(f"--families must name some of {', '.join(FAMILIES)}, got {text!r}")
     return names
+
+
+def parse_algorithm(text: str) -> engine.Algorithm:
+    """Parse ``--algorithm``."""
+    if text not in engine.ALGORITHMS:
+        raise ValueError(f"--algorithm must be {' or '.join(engine.ALGORITHMS)}, got {text!r}")
+    return text
 
 
 def check_output(

@@ -9,9 +9,11 @@ from lowrank._kernels import _core
 from lowrank._typing import Ints
 from lowrank.cli import latency
 from lowrank.cli.console import (
+    Algorithm,
     AsJson,
     Size,
     app,
+    parse_algorithm,
     parse_size,
     print_json,
     print_table,
@@ -38,10 +40,7 @@ def time(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all if not given.")] = None,
     size: Size = None,
-    algorithm: Annotated[
-        str,
-        typer.Option(help="auto, or direct: no Winograd or Toom-Cook algorithm in lowrank."),
-    ] = "auto",
+    algorithm: Algorithm = "auto",
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, of 0.1 s per row or longer.")] = 11,
     as_json: AsJson = False,
 ) -> None:
@@ -51,8 +50,7 @@ def time(
     norms, in the faster of its two layouts.  Speed-ups are relative to the fastest other runtime
     with the dense network.
     """
-    if algorithm not in ("auto", "direct"):
-        raise ValueError(f"--algorithm must be auto or direct, got {algorithm!r}")
+    algorithm = parse_algorithm(algorithm)
     threads = threads or _core.max_threads()
     given = {"dense": model} | ({} if compressed is None else {"compressed": compressed})
     jobs = []

@@ -42,8 +42,9 @@ class StepProfile(NamedTuple):
     step : str
         ``"pack"``: copies of the input into padded tile buffers; ``"compute"``: MACs and stores of
         their results; ``"store"``: conversion of results to the type of the output;
-        ``"prepare"``: padding and depth-to-space in NumPy; ``"rest"``: call overhead and waiting
-        for threads.  On a GPU, the kind of the kernel.
+        ``"unpack"``: copies of the results from channels-last buffers; ``"prepare"``: padding,
+        depth-to-space and reordered channels; ``"rest"``: call overhead and waiting for threads.
+        On a GPU, the kind of the kernel.
     seconds : float
         Sum over the threads, divided by their number: the steps add up to the run.
     macs : int

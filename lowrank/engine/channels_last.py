@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._kernels import toom_cook
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.core.tables import format_count
 from lowrank.engine import Algorithm, StepProfile
+from lowrank.engine.algorithms import algorithm_shape
 from lowrank.engine.description import OperationRow, PlannedStage, stage_name
 from lowrank.engine.network import describe_operation
 from lowrank.engine.program import Operation, Program, ProgramBuilder, Unsupported
@@ -52,7 +52,7 @@ class ChannelsLastPlan:
         several.
         """
         return [
-            (tuple(toom_cook.ALGORITHMS[n - 1][0] if n else 1 for n in op.algorithm), op.error)
+            (tuple(algorithm_shape(n)[0] for n in op.algorithm), op.error)
             for op in self.program.operations
             if op.kind == "winograd" and stage_number(op) == number
         ]
@@ -82,8 +82,9 @@ class ChannelsLastPlan:
         steps = []
         for op, duration in zip(self.program.operations, seconds):
             number = stage_number(op)
-            stage = "run" if number is None else self.stages[number]
-            step = op.kind if op.kind in ("pack", "unpack") else "compute"
+            stage, step = "run", op.kind if op.kind in ("pack", "unpack") else "prepare"
+            if number is not None:
+                stage, step = self.stages[number], "compute"
             moved = len(x) * op.samples_moved * itemsize
             steps.append(StepProfile(stage, step, duration, len(x) * op.macs, moved))
         return [*steps, StepProfile("run", "rest", max(rest, 0.0), 0, 0)]
@@ -91,7 +92,7 @@ class ChannelsLastPlan:
 
 def stage_number(operation: Operation) -> int | None:
     """Return the number of the stage that an operation computes, or None if it moves data."""
-    if operation.kind not in ("dense", "winograd", "depthwise"):
+    if operation.weight is None:
         return None
     _, dot, number = operation.name.rpartition(".")
     return int(number) if dot else 0  # of a chain of one stage

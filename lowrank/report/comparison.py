@@ -16,6 +16,7 @@ from lowrank._typing import Array
 from lowrank.certify import certificate
 from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Layer
 from lowrank.core import chain_algebra
+from lowrank.engine import ALGORITHMS, Algorithm
 from lowrank.factorization import Factorization
 from lowrank.selection.candidates import Candidate, Pricing
 
@@ -210,6 +211,7 @@ def compare(
     *,
     batch: int = 1,
     threads: int | None = None,
+    algorithm: Algorithm = "auto",
     measure: bool = True,
     scores: tuple[float, float] | None = None,
     notes: Sequence[str] = (),
@@ -227,6 +229,9 @@ def compare(
         Name of the network.
     batch, threads : int, int or None
         Batch size and number of threads of all times; times are per example.
+    algorithm : str
+        ``"auto"`` or ``"direct"`` for layers that are timed; see
+        :meth:`lowrank.Factorization.compile`.
     measure : bool
         Whether layers are timed.
     scores : tuple of float, optional
@@ -240,6 +245,11 @@ def compare(
     -------
     Comparison
 
+    Raises
+    ------
+    ValueError
+        If `algorithm` is unknown.
+
     Examples
     --------
     >>> from lowrank import demo, compress, report
@@ -251,12 +261,14 @@ def compare(
     >>> after <= before / 2
     True
     """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     layers = [x for x in net.layers if x.name in result.plan.layers]
     rows = []
     for i, layer in enumerate(layers):
         if progress is not None:
             progress("measuring", i / len(layers))
-        rows.append(_compare_layer(layer, result, batch, threads, measure))
+        rows.append(_compare_layer(layer, result, batch, threads, algorithm if measure else None))
     if progress is not None:
         progress("measuring", 1.0)
     machine = perfmodel.current()
@@ -275,8 +287,13 @@ def compare(
 
 
 def _compare_layer(
-    layer: Layer, result: CompressedLayers, batch: int, threads: int | None, measure: bool
+    layer: Layer,
+    result: CompressedLayers,
+    batch: int,
+    threads: int | None,
+    algorithm: Algorithm | None,
 ) -> LayerComparison:
+    """Compare a layer with its chain; `algorithm` is None if it is not timed."""
     conv, chosen = layer.conv, result.plan.layers[layer.name]
     chain = result.chains.get(layer.name)
     before, after = (_costs(layer, f, batch, threads) for f in (conv, chain or conv))
@@ -292,6 +309,9 @@ def _compare_layer(
     n_values += math.prod(conv.output_shape(layer.input_size))
     is_small = batch * conv.dtype.itemsize * n_values <= MAX_BYTES
     is_fast = before["seconds"] <= MAX_PREDICTED_SECONDS * layer.times
+    measured = None
+    if algorithm is not None and is_fast and is_small:
+        measured = _measure(layer, chain, batch, threads, algorithm)
     errors = {row.name: row.error for row in result.rows}
     return LayerComparison(
         name=layer.name,
@@ -305,9 +325,7 @@ def _compare_layer(
         kernel_bound=bound,
         before=before,
         after=after,
-        measured=(
-            _measure(layer, chain, batch, threads) if measure and is_fast and is_small else None
-        ),
+        measured=measured,
         front=result.plan.alternatives.get(layer.name, ()),
         spectra=spectra(conv),
     )
@@ -321,7 +339,11 @@ def _costs(layer: Layer, f: Factorization, batch: int, threads: int | None) -> d
 
 
 def _measure(
-    layer: Layer, chain: Factorization | None, batch: int, threads: int | None
+    layer: Layer,
+    chain: Factorization | None,
+    batch: int,
+    threads: int | None,
+    algorithm: Algorithm,
 ) -> tuple[float, float]:
     """Return median seconds per example before and after; both are equal without a chain.
 
@@ -329,7 +351,11 @@ def _measure(
     """
     shape = layer.conv.input_shape(layer.input_size)
     x = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
-    runs = [f.compile(shape, np.float32, threads) for f in (layer.conv, chain) if f is not None]
+    runs = [
+        f.compile(shape, np.float32, threads, algorithm=algorithm)
+        for f in (layer.conv, chain)
+        if f is not None
+    ]
     outs = [run(x) for run in runs]  # warm-up; its outputs are reused, so pages are mapped
     times: list[list[float]] = [[] for _ in runs]
     begin = time.perf_counter()

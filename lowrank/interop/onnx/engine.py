@@ -15,8 +15,8 @@ import numpy as np
 
 from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
-from lowrank.core.tables import align_columns, format_seconds
 from lowrank.engine import ALGORITHMS
+from lowrank.engine.description import NAME_WIDTH, OperationRow, operation_table
 from lowrank.engine.network import describe_operation
 from lowrank.engine.program import Algorithm
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
@@ -33,8 +33,6 @@ from lowrank.interop.onnx.runtime import (
 _PLANS = 8  # kept at once, of different shapes without the batch
 _SHAPES = 1024  # of the inputs, whose plans are known
 _RUNS = 5  # of a network for its times
-_NAME = 30  # characters of a line of a name in a table
-_COLUMNS = ("algorithm", "error", "MACs", "time", "share")
 
 
 def on_engine(
@@ -211,13 +209,13 @@ class EngineNetwork:
         for _ in range(_RUNS):
             runs.append([])
             self._run(feed, runs[-1])
-        rows: list[tuple[str, ...]] = []
+        rows: list[OperationRow] = []
         seconds: list[float] = []
         stays: dict[tuple[str, ...], tuple[Counter[str], float]] = {}
         for piece, *times in zip(self._plan(feed), *runs):
             medians = np.median(times, axis=0).tolist()
             if piece.program is not None:
-                rows += map(describe_operation, piece.program.operations)
+                rows += [OperationRow(*describe_operation(o)) for o in piece.program.operations]
                 seconds += medians
                 continue
             types = Counter(self._model.graph.node[i].op_type for i in piece.nodes)
@@ -226,19 +224,9 @@ class EngineNetwork:
             stays[key] = counts + types, before + medians[0]
         for counts, t in stays.values():
             text = ", ".join(f"{n} {op}" for op, n in counts.most_common())
-            rows.append((text, "onnxruntime", "", ""))
+            rows.append(OperationRow(textwrap.fill(text, NAME_WIDTH), "onnxruntime"))
             seconds.append(t)
-        total = sum(seconds)
-        table: list[tuple[str, ...]] = [("operation", *_COLUMNS)]
-        for (name, *texts), t in zip(rows, seconds):
-            if texts[0] == "onnxruntime":
-                *more, last = textwrap.wrap(name, _NAME)
-                table += [(line, *("",) * len(_COLUMNS)) for line in more]
-            else:
-                last = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
-            table.append((last, *texts, format_seconds(t), f"{t / total:.1%}"))
-        table.append(("total", "", "", "", format_seconds(total), "100.0%"))
-        return "\n".join(align_columns(table))
+        return operation_table(rows, seconds)
 
     def _run(self, feed: Feed, times: list[list[float]] | None = None) -> list[Array]:
         """Return the outputs; append the seconds of the operations of each piece to `times`."""

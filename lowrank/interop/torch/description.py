@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lowrank.core.tables import align_columns, format_seconds
+from lowrank.engine.description import OperationRow, operation_table
 from lowrank.engine.network import describe_operation
 from lowrank.interop.torch.engine import EngineModule
 from lowrank.interop.torch.network import TensorProgram, label
 from lowrank.interop.torch.program import ProgramModule
 
 _RUNS = 5  # whose medians are the times
-_NAME = 30  # characters of a name
 
 
 class _Row(NamedTuple):
@@ -58,13 +57,7 @@ def describe(model: nn.Module, example: torch.Tensor) -> str:
         model(example)
         runs = [list(_rows(model, example)) for _ in range(_RUNS)]
     medians = [float(np.median([row.seconds for row in rows])) for rows in zip(*runs)]
-    total = sum(medians)
-    table: list[tuple[str, ...]] = [("operation", "algorithm", "error", "MACs", "time", "share")]
-    for row, seconds in zip(runs[0], medians):
-        name = row.name if len(row.name) <= _NAME else f"...{row.name[3 - _NAME :]}"
-        table.append((name, *row[1:4], format_seconds(seconds), f"{seconds / total:.1%}"))
-    table.append(("total", "", "", "", format_seconds(total), "100.0%"))
-    return "\n".join(align_columns(table))
+    return operation_table([OperationRow(*row[:4]) for row in runs[0]], medians)
 
 
 def _rows(model: nn.Module, example: torch.Tensor) -> Iterator[_Row]:

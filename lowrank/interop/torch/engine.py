@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowrank.core.stage import Activation
-from lowrank.engine import Runner
+from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, compile_chains
 
 Links = tuple[tuple[Factorization, Activation], ...]
@@ -29,6 +29,8 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         ``"relu6"``.
     threads : int, optional
         Number of threads; PyTorch's number at the time of planning if not given.
+    algorithm : str
+        ``"auto"`` or ``"direct"``; see :meth:`lowrank.Factorization.compile`.
 
     Examples
     --------
@@ -42,11 +44,14 @@ class EngineModule(nn.Module):  # type: ignore[misc]
     """
 
     def __init__(
-        self, links: Sequence[tuple[Factorization, Activation]], threads: int | None = None
+        self,
+        links: Sequence[tuple[Factorization, Activation]],
+        threads: int | None = None,
+        algorithm: Algorithm = "auto",
     ) -> None:
         super().__init__()
         self.links: Links = tuple(links)
-        self.threads = threads
+        self.threads, self.algorithm = threads, algorithm
         # Two caches: one look-up by the whole shape is the fastest, and a runner serves every
         # batch size.  Values are (runner, output shape).
         self._plans: dict[Any, tuple[Runner, tuple[int, ...]]] = {}
@@ -114,7 +119,8 @@ class EngineModule(nn.Module):  # type: ignore[misc]
             links = self.links
             if x.is_cuda:
                 links = tuple((f.to(f"cuda:{x.device.index}"), a) for f, a in links)
-            run = compile_chains(links, shape, str(x.dtype).removeprefix("torch."), threads)
+            dtype = str(x.dtype).removeprefix("torch.")
+            run = compile_chains(links, shape, dtype, threads, self.algorithm)
             for f, _ in self.links:
                 shape = f.output_shape(shape)
             planned = self._runners[key] = run, shape

@@ -87,12 +87,12 @@ def on_engine(
     whole = nn.Sequential(plain) if is_conv(plain) else plain
     traced = trace(whole) if _has_fixed_arguments(whole) else None
     if traced is None:
-        converted = swap_modules(copy_for_inference(), threads)
+        converted = swap_modules(copy_for_inference(), threads, algorithm)
     else:
         converted = onto_engine(traced, threads, algorithm)
     if example is None or _outputs_match(model, converted, example):
         return converted
-    converted = swap_modules(copy_for_inference(), threads)
+    converted = swap_modules(copy_for_inference(), threads, algorithm)
     if not _outputs_match(model, converted, example):
         raise ValueError(
             "the outputs of model on lowrank's engine differ from those in PyTorch: does it use "

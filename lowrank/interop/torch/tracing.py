@@ -76,11 +76,11 @@ def onto_engine(
     graph = traced.graph
     for name in traced.meta["untraceable"]:
         parent, _, leaf = name.rpartition(".")
-        swapped = swap_modules(traced.get_submodule(name), threads)
+        swapped = swap_modules(traced.get_submodule(name), threads, algorithm)
         setattr(traced.get_submodule(parent), leaf, swapped)
     for i, fused in enumerate(find_fused_nodes(traced)):
         name = f"lowrank_engine_{i}"
-        traced.add_module(name, EngineModule(fused.links, threads))
+        traced.add_module(name, EngineModule(fused.links, threads, algorithm))
         last = fused.nodes[-1]
         with graph.inserting_after(last):
             new = graph.call_module(name, (fused.nodes[0].args[0],))
@@ -92,7 +92,7 @@ def onto_engine(
     return partition(traced, lambda part: ProgramModule(part, threads, algorithm))
 
 
-def swap_modules(model: nn.Module, threads: int | None) -> nn.Module:
+def swap_modules(model: nn.Module, threads: int | None, algorithm: Algorithm) -> nn.Module:
     """Replace convolutions, and sequences of nothing but convolutions, in place.
 
     Parameters
@@ -101,6 +101,8 @@ def swap_modules(model: nn.Module, threads: int | None) -> nn.Module:
         Model to change.
     threads : int or None
         Number of threads of the engine.
+    algorithm : str
+        ``"auto"`` or ``"direct"``, which never uses a fast algorithm.
 
     Returns
     -------
@@ -114,7 +116,7 @@ def swap_modules(model: nn.Module, threads: int | None) -> nn.Module:
             replacements[module] = module
             f = from_sequence(list(module) if type(module) is nn.Sequential else [module])
             if f is not None:
-                replacements[module] = EngineModule([(f, "none")], threads)
+                replacements[module] = EngineModule([(f, "none")], threads, algorithm)
             else:
                 for name, child in module.named_children():
                     new = swap(child)
