@@ -41,8 +41,8 @@ cdef extern from "program.h":
         Five strides
 
 cdef extern from "dispatch.h":
-    int lr_run_program(const lr_program *, const lr_kernels *, const lr_array *, int64_t, int64_t, int,
-                       void **, double *, int *) nogil
+    int lr_run_program(const lr_program *, const lr_kernels *, const lr_array *, int64_t, int64_t,
+                       int, void **, double *, int *) nogil
     int lr_limits(const lr_kernels *, int64_t *) nogil
     int64_t lr_scratch(const lr_op *, const lr_kernels *) nogil
 
@@ -68,7 +68,8 @@ class BlockLimits(NamedTuple):
 def block_limits(dtype="float32", isa=None):
     """Return the block sizes of the channels-last kernels."""
     cdef int64_t found[8]
-    cdef int n = lr_limits(_kernels(dtype, default_isa() if isa is None else _checked_isa("isa", isa)), found)
+    isa = default_isa() if isa is None else _checked_isa("isa", isa)
+    cdef int n = lr_limits(_kernels(dtype, isa), found)
     return BlockLimits(found[0], found[1], tuple(found[i] for i in range(2, n)))
 
 
@@ -94,7 +95,9 @@ cdef class Program:
     def __dealloc__(self):
         free(self.cache)
 
-    def __init__(self, ops, steps, shapes, outputs, *, arena, group=1, dtype="float32", isa=None, names=()):
+    def __init__(
+        self, ops, steps, shapes, outputs, *, arena, group=1, dtype="float32", isa=None, names=()
+    ):
         self.isa = default_isa() if isa is None else _checked_isa("isa", isa)
         self.kernels = _kernels(dtype, self.isa)
         self.itemsize = 4 if dtype == "float32" else 8
@@ -201,12 +204,13 @@ cdef class Program:
                     if i != j and batch and _overlap(&views[i], &views[j]):
                         raise ValueError(f"{self.names[i]} must not overlap {self.names[j]}")
             with nogil:
-                status = lr_run_program(&self.program, self.kernels, each, batch, self.itemsize, threads,
-                                        &self.cache, seconds, &used)
+                status = lr_run_program(&self.program, self.kernels, each, batch, self.itemsize,
+                                        threads, &self.cache, seconds, &used)
             if status != LR_OK:
                 raise MemoryError(
-                    f"not enough memory for {<object>self.program.arena * self.itemsize} bytes of buffers and "
-                    f"{self.program.scratch * self.itemsize} bytes of scratch per thread"
+                    f"not enough memory for {<object>self.program.arena * self.itemsize} bytes of "
+                    f"buffers and {self.program.scratch * self.itemsize} bytes of scratch per "
+                    "thread"
                 )
         finally:
             for i in range(n):
@@ -220,10 +224,14 @@ cdef class Program:
             raise TypeError(f"{self.names[i]} must be a {self.dtype} array in native byte order")
         shape = tuple(v.shape[k] for k in range(v.ndim))
         if shape[1:] != self.shapes[i] or v.ndim != 5 or (batch >= 0 and shape[0] != batch):
-            raise ValueError(f"{self.names[i]} must have shape (batch, {self.shapes[i]}), got {shape}")
+            raise ValueError(
+                f"{self.names[i]} must have shape (batch, {self.shapes[i]}), got {shape}"
+            )
         for k in range(5):
             if v.strides[k] % self.itemsize:
-                raise ValueError(f"strides of {self.names[i]} must be multiples of {self.itemsize} bytes")
+                raise ValueError(
+                    f"strides of {self.names[i]} must be multiples of {self.itemsize} bytes"
+                )
         if <size_t>v.buf % <size_t>self.itemsize:
             raise ValueError(f"{self.names[i]} must be aligned to {self.itemsize} bytes")
         return shape[0]
