@@ -8,7 +8,7 @@
 
 #include "dispatch.h"
 
-#define LR_SPINS 4096 /* looks at a barrier before a thread yields its core */
+#define LR_SPINS 256 /* looks at a barrier, about 5 us, before a thread yields its core to others */
 #define LR_UNITS 4    /* units per thread, at least, so that uneven ones balance */
 
 /* A barrier that spins: parallel steps take a few microseconds, waking a thread takes 50. */
@@ -25,8 +25,12 @@ static void wait_for_all(barrier *b)
         __atomic_store_n(&b->round, round + 1, __ATOMIC_RELEASE);
         return;
     }
-    for (int spins = 0; __atomic_load_n(&b->round, __ATOMIC_ACQUIRE) == round;)
+    for (int spins = 0; __atomic_load_n(&b->round, __ATOMIC_ACQUIRE) == round;) {
         if (++spins > LR_SPINS) sched_yield();
+#ifdef __x86_64__
+        else __builtin_ia32_pause();
+#endif
+    }
 #else
     (void)b;
 #endif
