@@ -377,7 +377,8 @@ class Factorization:
             ``run(x, out=None)``, which any thread may call; on a GPU, threads that share a stream
             need one plan each.  `x` and `out` may also hold 8- or 16-bit integers: results are
             rounded to nearest, halves to even, and saturate.  ``run.breakdown(x)`` returns the
-            time per stage and step.
+            time per stage and step; ``run.describe()`` is a table of the stages with algorithm,
+            predicted error and MACs, ``run.describe(x)`` also with times.
 
         Raises
         ------
