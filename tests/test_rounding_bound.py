@@ -9,7 +9,7 @@ import pytest
 
 import lowrank as lr
 from lowrank._kernels import toom_cook
-from lowrank.certify import rounding_bound
+from lowrank.certify import arithmetic, rounding_bound
 from lowrank.core import reference
 from lowrank.core.stage import Epilogue
 from lowrank.engine import program
@@ -113,6 +113,14 @@ def test_direct_sums_stay_within_their_bound(options, rng):
     bound = rounding_bound(stage)
     assert (error <= bound).all()
     assert (bound <= 500 * error).all()
+
+
+def test_bound_does_not_depend_on_the_blocks_of_outputs(rng, monkeypatch):
+    weight = rng.standard_normal((14, 3, 3, 3))
+    stage = lr.Stage(weight, lr.Geometry.of(2), outer=2, groups=2, inner=3)
+    whole = rounding_bound(stage, "float32", (4, 4))
+    monkeypatch.setattr(arithmetic, "BLOCK", 2 * 2 * 3 * 36)  # of two of seven outputs per group
+    np.testing.assert_allclose(rounding_bound(stage, "float32", (4, 4)), whole, rtol=1e-12)
 
 
 def test_bound_is_a_multiple_of_the_precision(rng):

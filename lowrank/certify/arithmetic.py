@@ -19,6 +19,8 @@ from lowrank.engine import Runner
 from lowrank.engine.cpu import CpuPlan
 from lowrank.factorization import Factorization
 
+BLOCK = 1 << 22  # transformed weights in memory at a time
+
 
 def rounding_bound(
     stage: Stage,
@@ -228,6 +230,11 @@ def _fast_bound(weight: Array, outputs: Sequence[int], dtype: Any, sizes: Array)
     """Bound the error of a fast algorithm: (outer, groups, out, inner)."""
     taps = weight.shape[3:]
     algorithms = [matrices(m if r > 1 else 1, r) for m, r in zip(outputs, taps)]
+    per_output = weight[:, :1].size * math.prod(len(t.b) / r for t, r in zip(algorithms, taps))
+    step = max(1, int(BLOCK / per_output))
+    if weight.shape[1] > step:
+        blocks = [weight[:, i : i + step] for i in range(0, weight.shape[1], step)]
+        return np.concatenate([_fast_bound(w, outputs, dtype, sizes) for w in blocks], axis=2)
     exact, spread = weight, np.abs(weight)  # U, and |G| |g|
     for axis, t in enumerate(algorithms, start=3):
         g = np.array(t.g, np.float64)
