@@ -21,7 +21,7 @@ from lowrank._kernels import _core, toom_cook
 from lowrank._kernels.spec import ACTIVATIONS, KINDS, MODES, StageSpec
 from lowrank.core.reference import apply_epilogue, run_stage
 from lowrank.core.stage import Epilogue
-from lowrank.engine import convolutions, schedule
+from lowrank.engine import algorithms, convolutions, program, schedule
 from lowrank.engine.algorithms import MAX_ERROR, predicted_error
 from lowrank.engine.padding import padded_indices
 from lowrank.engine.program import ProgramBuilder, Unsupported
@@ -67,14 +67,15 @@ def builder(isa, dtype, *shapes, numbers=None, algorithm="direct"):
     return made, *(made.input(s) for s in shapes)
 
 
-def convolved(isa, s, x, other=None, alpha=0.0, numbers=None, threads=1, group=1):
+def convolved(isa, s, x, other=None, alpha=0.0, numbers=None, algorithm="direct", group=1):
     """Return a convolution, with that of `other` for a residual, and the kinds of operations."""
     inputs = [x] if other is None else [x, other]
-    b, *values = builder(isa, x.dtype, *(i.shape[1:] for i in inputs), numbers=numbers)
+    shapes = [i.shape[1:] for i in inputs]
+    b, *values = builder(isa, x.dtype, *shapes, numbers=numbers, algorithm=algorithm)
     residual = None if other is None else b.convolve(values[1], s._replace(activation="none"))
     b.output(b.convolve(values[0], s, residual, alpha))
     made = b.build(group)
-    (out,) = call(made, inputs, threads)
+    (out,) = call(made, inputs)
     return out, [op.kind for op in made.operations]
 
 
@@ -216,6 +217,26 @@ def test_depthwise_convolutions_match_numpy(isa, dtype, problem, groups, multipl
 
 
 @every_kernel
+@given(problem=problems(), outs=st.integers(1, algorithms.MAX_FEW_OUTPUTS))
+@settings(max_examples=60, deadline=None)
+def test_few_outputs_match_numpy(isa, dtype, problem, outs):
+    s, x, other, alpha = problem
+    outs = min(outs, _core.block_limits(dtype, isa).lanes)
+    rng = np.random.default_rng(outs)
+    s = s._replace(
+        weight=rng.standard_normal((outs, x.shape[1], *s.kernel)), outer=1, groups=1, inner=1,
+        bias=None if s.bias is None else rng.standard_normal(outs),
+    )  # fmt: skip
+    problem = in_type((s, x, other, alpha), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "has_few_outputs", lambda *_: True)
+        actual, kinds = convolved(isa, *problem, numbers=ZEROS, algorithm="auto")
+    expected, bound = reference(*problem)
+    assert "few outputs" in kinds or s.weight.shape[1] == 1
+    assert (np.abs(actual - expected) <= bound).all()
+
+
+@every_kernel
 @given(data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_fast_algorithms_have_their_predicted_error(isa, dtype, data):
@@ -253,7 +274,7 @@ def test_blocks_of_terms_and_tiles_do_not_change_bits(rng, monkeypatch, numbers)
     x, other = rng.standard_normal((2, 2, 40, 1, 19, 23)).astype("f4")
     expected, _ = convolved(None, s, x, other, numbers=numbers)
     monkeypatch.setattr(convolutions, "L2_WEIGHTS", 0)
-    monkeypatch.setattr(convolutions, "L2_TILES", 0)
+    monkeypatch.setattr(algorithms, "L2_TILES", 0)
     np.testing.assert_array_equal(convolved(None, s, x, other, numbers=numbers)[0], expected)
 
 
@@ -344,6 +365,31 @@ def close(actual, expected, bound):
 
 
 @every_kernel
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_normalization_matches_numpy(isa, dtype, data):
+    shape = (2, data.draw(st.integers(1, 20)), *(data.draw(st.integers(1, 6)) for _ in range(3)))
+    rng = np.random.default_rng(shape[1])
+    x = (rng.standard_normal(shape) + data.draw(st.sampled_from([0, 100]))).astype(dtype)
+    residual = rng.standard_normal(shape).astype(dtype)
+    weight, shift = rng.standard_normal((2, shape[1], 1, 1, 1)).astype(dtype)
+    epsilon = data.draw(st.sampled_from([1e-5, 0.5]))
+    b, value, other = builder(isa, dtype, shape[1:], shape[1:])
+    b.output(b.normalize(value, weight.ravel(), shift.ravel(), epsilon, other, "relu"))
+    (actual,) = call(b.build(), [x, residual])
+    axes, n, eps = (2, 3, 4), np.prod(shape[2:]), np.finfo(dtype).eps
+    centred = x.astype(np.float64) - x.mean(axes, np.float64, keepdims=True)
+    deviation = np.sqrt((centred**2).mean(axes, keepdims=True) + epsilon)
+    expected = np.maximum(weight / deviation * centred + shift + residual, 0)
+    # The mean is off by n eps times the largest value, at most; the variance by the same relative
+    # to itself, and by the square of the error of the mean; five roundings follow.
+    off = n * eps * np.abs(x).max(axes, keepdims=True)
+    bound = off + np.abs(centred) * ((n + 5) * eps + (off / deviation) ** 2)
+    bound = np.abs(weight) / deviation * bound + 2 * eps * (np.abs(shift) + np.abs(residual))
+    assert (np.abs(actual - expected) <= bound).all()
+
+
+@every_kernel
 @given(data=st.data(), mode=st.sampled_from(["copy", "add", "multiply"]))
 @settings(max_examples=80, deadline=None)
 def test_elementwise_operations_match_numpy(isa, dtype, data, mode):
@@ -424,8 +470,10 @@ class Network:
         i = self.draw(st.sampled_from([recent, recent, *range(recent)]))
         c, *size = self.shapes[i]
         alike = [j for j, s in enumerate(self.shapes) if list(s[1:]) == size]
-        kinds = "convolution depthwise residual pool add scale upsample concatenate permutation pad"
-        kind = self.draw(st.sampled_from([*kinds.split(), "transposed", "activation"]))
+        kinds = "convolution depthwise residual pool add scale upsample concatenate permutation"
+        kind = self.draw(
+            st.sampled_from([*kinds.split(), "pad", "transposed", "activation", "normalize"])
+        )
         operands = [i]
         if kind in ("convolution", "depthwise", "residual"):
             stride, c_out = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 20))
@@ -452,6 +500,11 @@ class Network:
 
             def apply(b, value):
                 return b.pool(value, pool, tuple(n), (1, 3, 3), (1, 2, 2), before)
+        elif kind == "normalize":
+            weight, shift = self.rng.standard_normal((2, c))
+
+            def apply(b, value):
+                return b.normalize(value, weight, shift, 1e-3)
         elif kind == "scale":
 
             def apply(b, value):
@@ -865,7 +918,7 @@ def test_too_large_buffers_are_a_memory_error(monkeypatch, log_samples):
 LIMITED = """
 import resource
 import numpy as np
-from lowrank.engine.program import ProgramBuilder, Unsupported
+from lowrank.engine.program import ProgramBuilder
 b = ProgramBuilder("float32")
 b.output(b.input((1, 1, 1500, 1500)))
 made = b.build()  # of 8 to 16 times the bytes of its input
