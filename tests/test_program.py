@@ -100,6 +100,8 @@ def activated(x, activation, alpha=0.0):
             return np.where(x < 0, 0, x)
         case "relu6":
             return np.where(x < 0, 0, np.where(x > 6, 6, x))
+        case "clip":
+            return np.where(x < 0, 0, np.where(x > alpha, alpha, x))
         case "leaky_relu":
             return np.where(x < 0, alpha * x, x)
         case "elu":
@@ -114,7 +116,9 @@ def activated(x, activation, alpha=0.0):
             return x * special.expit(x)
         case "tanh":
             return np.tanh(x)
-    return x * special.ndtr(x)
+        case "gelu":
+            return x * special.ndtr(x)
+    raise AssertionError(activation)
 
 
 def reference(s, x, other=None, alpha=0.0):
