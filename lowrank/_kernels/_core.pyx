@@ -39,7 +39,7 @@ cdef extern from "dispatch.h":
         double fill
         Three tile, tiles
         int64_t parts
-        double seconds
+        double seconds, fork_join
         int64_t workspace, outputs, result
 
     ctypedef struct lr_arrays:
@@ -64,7 +64,7 @@ cdef extern from "dispatch.h":
     const char *lr_isa_name(int) nogil
     const lr_isa *lr_isa_table(int) nogil
     int lr_max_threads() nogil
-    double lr_wake(int, int) nogil
+    double lr_fork_join(int) nogil
     void lr_caches(int64_t *) nogil
     double lr_now() nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
@@ -105,9 +105,9 @@ def max_threads():
     return lr_max_threads()
 
 
-def fork_join_seconds(int threads):
-    """Return the measured fork/join latency of an OpenMP parallel region, in seconds."""
-    return lr_wake(min(threads, lr_max_threads()), 1)
+def measure_fork_join():
+    """Measure the fork/join latency of an OpenMP parallel region on all threads, in seconds."""
+    return lr_fork_join(lr_max_threads())
 
 
 cdef class KernelPlan:
@@ -135,7 +135,7 @@ cdef class KernelPlan:
         free(self.cache)
 
     def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, splits=1,
-                 seconds=1.0, isa=None):
+                 seconds=1.0, fork_join=0.0, isa=None):
         if not 1 <= len(stages) <= MAX_STAGES:
             raise ValueError(f"stages must number 1 to {MAX_STAGES}, got {len(stages)}")
         if splits < 1 or (splits > 1 and len(stages) > 1):
@@ -169,6 +169,7 @@ cdef class KernelPlan:
                 self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
         self.plan.stages, self.plan.stage, self.plan.fill = len(stages), s, fill
         self.plan.parts, self.plan.seconds = splits, seconds
+        self.plan.fork_join = fork_join
         self.plan.workspace = layout.workspace
         self.plan.outputs = prod(self.out_shape)
         self.plan.result = self.out_shape[0] * prod(self.tile)

@@ -138,60 +138,34 @@ double lr_now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Median fork/join latency of a parallel region, in seconds: for calibration, which stores it.  Work
+ * before each fork lets the pool's threads fall asleep, as between calls, since spinning threads
+ * respond at once: about 50 us where idle threads sleep (OMP_WAIT_POLICY=passive), 1 us where they
+ * spin. */
+double lr_fork_join(int threads)
+{
 #ifdef _OPENMP
-#define LR_WAKES 15
-#define LR_PAUSE 1e-4 /* seconds of work before each measurement */
-#define LR_AGAIN 0.3  /* seconds between repetitions for plans */
-#define LR_TIMES 5    /* most repetitions */
-
-/* Median fork/join latency; work before each fork lets the pool's threads fall asleep, as between
- * calls, since spinning threads respond at once. */
-static double measured_wake(int threads)
-{
+    enum { WARM_UP = 5, FORKS = 101 };
+    const double pause = 1e-4; /* seconds of work before each fork */
     lr_note_team();
-    double took[LR_WAKES];
-    for (int i = -1; i < LR_WAKES; i++) {
-        int there = 0;
+    double times[FORKS];
+    for (int i = -WARM_UP; i < FORKS; i++) {
+        int joined = 0;
         double start = omp_get_wtime();
-        for (const double until = start + LR_PAUSE; start < until;) start = omp_get_wtime();
-#pragma omp parallel num_threads(threads) reduction(+ : there)
-        there += 1;
-        const double since = there ? omp_get_wtime() - start : 0;
-        int at = i; /* the first round creates the threads */
-        for (; at > 0 && took[at - 1] > since; at--) took[at] = took[at - 1];
-        if (i >= 0) took[at] = since;
+        for (const double until = start + pause; start < until;) start = omp_get_wtime();
+#pragma omp parallel num_threads(threads) reduction(+ : joined)
+        joined += 1;
+        const double seconds = joined ? omp_get_wtime() - start : 0;
+        int at = i; /* sorted; the first rounds create the threads */
+        for (; at > 0 && times[at - 1] > seconds; at--) times[at] = times[at - 1];
+        if (i >= 0) times[at] = seconds;
     }
-    return took[LR_WAKES / 2] > 1e-9 ? took[LR_WAKES / 2] : 1e-9;
-}
-
-/* Measured fork/join latency of a parallel region, in seconds: about 50 us where idle threads sleep
- * (OMP_WAIT_POLICY=passive), 1 us where they spin.  It is lower while other libraries keep the cores
- * busy: with `plan` set, it is measured up to LR_TIMES times, and the maximum is returned. */
-double lr_wake(int threads, int plan)
-{
-    if (threads < 2 || forked) return 0;
-    static struct {
-        double seconds, last;
-        int times;
-    } all[64]; /* per number of threads; a race only measures twice */
-    const int i = threads < 64 ? threads : 63;
-    double seconds;
-    __atomic_load(&all[i].seconds, &seconds, __ATOMIC_RELAXED);
-    if (seconds > 0 && (!plan || all[i].times >= LR_TIMES || lr_now() - all[i].last < LR_AGAIN))
-        return seconds;
-    const double found = measured_wake(threads);
-    if (found > seconds) __atomic_store(&all[i].seconds, &found, __ATOMIC_RELAXED);
-    all[i].last = lr_now();
-    all[i].times++;
-    return found > seconds ? found : seconds;
-}
+    return times[FORKS / 2];
 #else
-double lr_wake(int threads, int plan)
-{
-    (void)threads, (void)plan;
+    (void)threads;
     return 0;
-}
 #endif
+}
 
 /* Whether out is too large to stay in the L3 cache until it is read. */
 static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
@@ -212,7 +186,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
 #ifdef _OPENMP
     if (threads > 1) {
         /* Fork only if the predicted saving exceeds the fork/join latency. */
-        if (plan->seconds * (double)batch * (threads - 1) / threads < lr_wake(threads, 0)) threads = 1;
+        if (plan->seconds * (double)batch * (threads - 1) / threads < plan->fork_join) threads = 1;
     }
 #endif
     arrays->now = steps ? lr_now : NULL;

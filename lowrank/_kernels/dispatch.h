@@ -9,7 +9,7 @@ int lr_isa_count(void);              /* compiled in and supported by this CPU, b
 const char *lr_isa_name(int i);
 const lr_isa *lr_isa_table(int i);
 int lr_max_threads(void);
-double lr_wake(int threads, int plan); /* fork/join latency in seconds; see dispatch.c */
+double lr_fork_join(int threads); /* measure the fork/join latency, in seconds */
 void lr_caches(int64_t sizes[3]); /* bytes of L1 data, L2 and L3 */
 double lr_now(void);                      /* seconds */
 /* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `team` receives the threads used. */

@@ -14,7 +14,7 @@ enum { LR_OK = 0, LR_NO_MEMORY = 1 };
 /* Activation after the bias; those beyond LR_RELU6 in programs only. */
 enum {
     LR_LINEAR, LR_RELU, LR_RELU6, LR_LEAKY_RELU, LR_HARD_SWISH, LR_HARD_SIGMOID, LR_SIGMOID, LR_SILU,
-    LR_TANH, LR_GELU, LR_ELU
+    LR_TANH, LR_GELU, LR_ELU, LR_CLIP
 };
 enum { LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16 }; /* element types of x and out: the plan's type, or integers */
 enum { LR_BRING, LR_COMPUTE, LR_STEPS };       /* steps of a stage on one tile: pack the input, compute */
@@ -54,6 +54,7 @@ typedef struct {
     int64_t tile[LR_AXES], tiles[LR_AXES];
     int64_t parts;     /* output-channel splits of a single stage, one task each */
     double seconds;    /* predicted for one example on one thread: decides on threads */
+    double fork_join;  /* latency of a parallel region, in seconds: what threads have to save */
     int64_t workspace; /* elements of either buffer of a thread */
     int64_t outputs;   /* elements of one example's output */
     int64_t result;    /* elements of one output tile, buffered if out holds integers */
@@ -91,8 +92,8 @@ typedef struct {
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */
     int64_t (*scratch)(const struct lr_op *op);
     void (*run_op)(const struct lr_op *op, const struct lr_array *arrays, void *arena, void *scratch,
-                   int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t split,
-                   int64_t splits);
+                   int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t from,
+                   int64_t to);
 } lr_kernels;
 
 typedef struct {

@@ -11,7 +11,7 @@
 #define LR_SPINS 256 /* looks at a barrier, about 5 us, before a thread yields its core to others */
 #define LR_UNITS 4    /* units per thread, at least, so that uneven ones balance */
 
-/* A barrier that spins: parallel steps take a few microseconds, waking a thread takes 50. */
+/* A barrier that spins: a parallel step takes a few microseconds, a fork/join latency about 50. */
 typedef struct {
     int threads, arrived, round;
 } barrier;
@@ -45,23 +45,27 @@ static void run_group(const lr_program *p, const lr_kernels *kernels, const lr_a
         const lr_step_range *step = p->step + i;
         const lr_op *op = p->op + step->op;
         const double start = seconds ? lr_now() : 0;
-        int64_t begin = step->begin, end = step->end, split = 0, splits = 1;
+        int64_t begin = step->begin, end = step->end, from = step->from, to = step->to;
         const int64_t last = step->last < images ? step->last : images;
         if (step->first >= last) continue;
-        if (team > 1) {
+        const int shared = team > 1 && step->strand < 0;
+        if (team > 1 && !shared && step->strand % team != me) continue;
+        if (shared) {
             const int64_t units = end - begin;
-            const int by_units = units >= LR_UNITS * team || units % team == 0 || op->splits < team;
+            const int by_units = units >= LR_UNITS * team || units % team == 0 || to - from < team;
             if (by_units) {
                 end = begin + units * (me + 1) / team;
                 begin += units * me / team;
                 if (op->kind == LR_BORDER && me) end = begin;
             } else {
-                split = me, splits = team;
+                const int64_t splits = to - from;
+                to = from + splits * (me + 1) / team;
+                from += splits * me / team;
             }
         }
         if (begin < end)
-            kernels->run_op(op, arrays, arena, scratch, image, step->first, last, begin, end, split, splits);
-        if (team > 1) wait_for_all(all);
+            kernels->run_op(op, arrays, arena, scratch, image, step->first, last, begin, end, from, to);
+        if (shared) wait_for_all(all);
         if (seconds) seconds[step->op] += lr_now() - start;
     }
 }

@@ -54,14 +54,16 @@ typedef struct lr_op {
     int64_t stride[LR_AXES], dilation[LR_AXES], before[LR_AXES]; /* pooling; dilation: LR_WINOGRAD */
     int64_t terms;            /* products per output of a dense operation, per position if fast */
     int64_t terms_block;      /* that run at a time, so that their weights stay in L2 */
-    int64_t blocks, splits;   /* blocks of output channels; 1, or blocks if they do not overlap */
+    int64_t blocks;           /* blocks of output channels of a dense operation */
+    int64_t splits;           /* parts of the output channels that can run alone: blocks that do not
+                               * overlap, or vectors of an operation on each channel alone */
     int64_t algorithm[LR_AXES]; /* LR_WINOGRAD: 0 or the number of ALGORITHMS in toom_cook.py */
     int64_t tiles;              /* LR_WINOGRAD: that run at a time */
     int64_t multiplier;         /* outputs per channel of LR_DEPTHWISE, outputs of LR_FEW_OUTPUTS */
     int64_t array;              /* LR_PACK, LR_UNPACK: number of the array */
     int64_t count_padding;      /* LR_MEAN_POOL: whether padding counts */
     double epsilon;             /* LR_NORMALIZE: added to the variance */
-    double alpha;               /* slope of leaky ReLU, or value of a constant border */
+    double alpha;               /* slope of leaky ReLU, scale of ELU, upper bound of clip, or value of a border */
     const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
     const lr_block *block;
     const void *weight, *bias;
@@ -69,9 +71,10 @@ typedef struct lr_op {
     const int32_t *index[LR_AXES];  /* input sample at each output sample, or -1; or NULL */
 } lr_op;
 
-/* Run units [begin, end) of an operation on images [first, last) of a group. */
+/* Run units [begin, end) of an operation on images [first, last) of a group, on splits [from, to) of
+ * its output channels.  Steps of one strand run on one thread; strand -1 is shared by all. */
 typedef struct {
-    int64_t op, begin, end, first, last;
+    int64_t op, begin, end, first, last, from, to, strand;
 } lr_step_range;
 
 typedef struct {

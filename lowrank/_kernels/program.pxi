@@ -28,7 +28,7 @@ cdef extern from "program.h":
         const int32_t *index[3]
 
     ctypedef struct lr_step_range:
-        int64_t op, begin, end, first, last
+        int64_t op, begin, end, first, last, begin_split "from", to, strand
 
     ctypedef struct lr_program:
         int64_t ops, steps
@@ -45,6 +45,12 @@ cdef extern from "dispatch.h":
                        int, void **, double *, int *) nogil
     int lr_limits(const lr_kernels *, int64_t *) nogil
     int64_t lr_scratch(const lr_op *, const lr_kernels *) nogil
+
+
+cdef enum:
+    LR_ARRAYS = 16
+
+MAX_ARRAYS = LR_ARRAYS  # of a program, inputs and outputs
 
 
 class BlockLimits(NamedTuple):
@@ -183,12 +189,14 @@ cdef class Program:
         return [sum(seconds[i::n]) / used for i in range(n)]
 
     cdef int _run(self, arrays, int threads, double *seconds) except -1:
-        cdef Py_buffer views[16]
-        cdef lr_array each[16]
+        cdef Py_buffer views[LR_ARRAYS]
+        cdef lr_array each[LR_ARRAYS]
         cdef int n = 0, i, j, k, status = LR_OK, used = 1
         cdef int64_t batch = -1
-        if len(arrays) != len(self.shapes) or len(arrays) > 16:
-            raise ValueError(f"arrays must be {len(self.shapes)}, at most 16, got {len(arrays)}")
+        if len(arrays) != len(self.shapes) or len(arrays) > MAX_ARRAYS:
+            raise ValueError(
+                f"arrays must be {len(self.shapes)}, at most {MAX_ARRAYS}, got {len(arrays)}"
+            )
         try:
             for i in range(len(arrays)):
                 writes = i in self.outputs

@@ -8,7 +8,7 @@ Three = tuple[int, int, int]
 # Numbered as in lr.h; chains of the planes engine have the first three.
 ACTIVATIONS = (
     "none", "relu", "relu6", "leaky_relu", "hard_swish", "hard_sigmoid", "sigmoid", "silu", "tanh",
-    "gelu", "elu",
+    "gelu", "elu", "clip",
 )  # fmt: skip
 # Kinds of operations, and modes of "combine", numbered as in program.h.
 KINDS = (

@@ -1,4 +1,4 @@
-"""Choice of fast (Toom-Cook) algorithms for convolutions: predicted errors and costs."""
+"""Choice of fast (Toom-Cook) algorithms for convolutions: predicted errors and counts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._kernels import toom_cook
+from lowrank._kernels import _core, toom_cook
 from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints
 from lowrank.engine.buffers import ONES, ZEROS, Value
+from lowrank.engine.costs import Counts, default_cost, product_counts, weight_vectors
+from lowrank.engine.operations import JOINED_ROW, ROW, rows_join
 
 MAX_ERROR = 1e-4  # predicted, relative, of a fast algorithm in float32
-# Costs in FMAs of a vector, from measurements on AVX-512:
-TRANSFORM_COST = 2.0  # per vector of transformed inputs or outputs
-TRANSFORM_AXIS_COST = 3.0  # the same for each axis of the algorithm
-WEIGHT_COST = 4.0  # per vector of transformed weights, which are read from memory
+L2_TILES = 0.35  # of the L2 cache for the transformed inputs of a block of tiles
+MAX_TILE_BLOCKS = 8  # blocks of pixels in a block of tiles
+MAX_FEW_OUTPUTS = 4  # outputs of LR_FEW_OUTPUTS in program.h
 
 
 def algorithm_shape(number: int) -> tuple[int, int]:
@@ -67,15 +68,17 @@ def predicted_error(algorithm: Ints, channels: int, dtype: Any) -> float:
 
 
 def choose_algorithm(
-    spec: StageSpec, value: Value, result: Value, lanes: int, dtype: Any
+    spec: StageSpec, value: Value, result: Value, limits: _core.BlockLimits, dtype: Any
 ) -> tuple[Ints, float]:
     """Return the number of the cheapest algorithm along each axis, and its predicted error."""
-    best, best_error, least = ZEROS, 0.0, direct_cost(spec, result, lanes)
+    itemsize = np.dtype(dtype).itemsize
+    best, best_error = ZEROS, 0.0
+    least = default_cost(direct_counts(spec, value, result, limits, itemsize))
     for candidate in candidates(spec):
         error = predicted_error(candidate, spec.weight.shape[1], dtype)
         if error > MAX_ERROR:
             continue
-        cost = fast_cost(candidate, spec, value, result, lanes)
+        cost = default_cost(fast_counts(candidate, spec, value, result, limits, itemsize))
         if cost < least:
             best, best_error, least = candidate, error, cost
     return best, best_error
@@ -97,26 +100,67 @@ def candidates(spec: StageSpec) -> list[Three]:
     return found
 
 
-def direct_cost(spec: StageSpec, result: Value, lanes: int) -> float:
-    """Estimate the time of a direct convolution of one example, in FMAs of a vector."""
-    terms = math.prod(spec.weight.shape[1:])
-    return float(math.prod(result.size) * _output_vectors(spec, lanes) * terms)
+def direct_counts(
+    spec: StageSpec, value: Value, result: Value, limits: _core.BlockLimits, itemsize: int
+) -> Counts:
+    """Count direct sums of one example."""
+    terms, rows = math.prod(spec.weight.shape[1:]), result.size
+    pixels = math.prod(rows) if rows_join(value, result, spec) else rows[2]
+    parts = math.ceil(pixels / (ROW if pixels == rows[2] else JOINED_ROW))
+    count = math.prod(rows) / pixels * parts
+    slots, loads = product_counts(spec, count, math.ceil(pixels / parts), terms, itemsize, limits)
+    weights = weight_vectors(spec.weight.size, limits.lanes)
+    return {"product": slots, "load": loads, "weight": weights}
 
 
-def fast_cost(algorithm: Ints, spec: StageSpec, value: Value, result: Value, lanes: int) -> float:
-    """Estimate the time of a fast convolution of one example, in FMAs of a vector."""
-    rows, channels = spec.weight.shape[:2]
-    positions = product_count(algorithm)
+def fast_counts(
+    algorithm: Ints,
+    spec: StageSpec,
+    value: Value,
+    result: Value,
+    limits: _core.BlockLimits,
+    itemsize: int,
+) -> Counts:
+    """Count a fast algorithm on one example."""
+    outs, channels = spec.weight.shape[:2]
+    positions, axes = product_count(algorithm), sum(n > 0 for n in algorithm)
     tiles = math.prod(tile_counts(algorithm, spec.dilation, result.size))
-    axes = sum(n > 0 for n in algorithm)
-    products = positions * tiles * _output_vectors(spec, lanes) * channels
-    transformed = positions * tiles * (value.width + result.width) / lanes
-    weights = positions * rows * channels / lanes
-    transforms = (TRANSFORM_COST + TRANSFORM_AXIS_COST * axes) * transformed
-    return float(products + transforms + WEIGHT_COST * weights)
+    block = tile_block(algorithm, value, limits, itemsize)
+    blocks = math.ceil(tiles / block)
+    rows, pixels = positions * blocks, math.ceil(tiles / blocks)
+    slots, loads = product_counts(spec, rows, pixels, channels, itemsize, limits)
+    return {
+        "fast product": slots,
+        "load": loads,
+        "transform": axes * positions * tiles * (value.width + result.width) / limits.lanes,
+        "weight": weight_vectors(positions * outs * channels, limits.lanes),
+    }
 
 
-def _output_vectors(spec: StageSpec, lanes: int) -> int:
-    """Return the vectors of output channels of a sample; each group has its own."""
-    groups = spec.outer * spec.groups * spec.inner
-    return groups * math.ceil(len(spec.weight) // spec.groups / lanes)
+def few_outputs_counts(
+    spec: StageSpec, value: Value, result: Value, limits: _core.BlockLimits
+) -> Counts:
+    """Count kernels for few outputs, whose lanes hold input channels."""
+    samples = math.prod(result.size) * len(spec.weight)
+    terms = math.prod(spec.kernel) * math.ceil(value.width / limits.lanes)
+    return {"few output term": samples * terms, "lane sum": samples, "weight": terms}
+
+
+def has_few_outputs(
+    spec: StageSpec, value: Value, result: Value, limits: _core.BlockLimits, itemsize: int
+) -> bool:
+    """Return whether lanes should hold input channels, since outputs would fill few."""
+    is_plain = spec.outer * spec.groups * spec.inner == 1
+    if not is_plain or len(spec.weight) > min(MAX_FEW_OUTPUTS, limits.lanes):
+        return False
+    few = few_outputs_counts(spec, value, result, limits)
+    direct = direct_counts(spec, value, result, limits, itemsize)
+    return default_cost(few) < default_cost(direct)
+
+
+def tile_block(algorithm: Ints, value: Value, limits: _core.BlockLimits, itemsize: int) -> int:
+    """Return the tiles of a block: whole blocks of pixels, whose inputs stay in L2."""
+    fitting = L2_TILES * _core.caches()[1]
+    fitting /= product_count(algorithm) * value.width * itemsize
+    most = limits.pixels[-1]
+    return max(most, int(min(fitting, MAX_TILE_BLOCKS * most)) // most * most)

@@ -96,9 +96,14 @@ class Value:
         _, d, h, w = self.shape
         return d, h, w
 
+    @property
+    def samples(self) -> int:
+        """Elements of one example, padded channels included."""
+        return math.prod(self.size) * self.width
+
     def vectors(self, lanes: int) -> float:
         """Return the number of vectors of all samples."""
-        return float(math.prod(self.size) * self.width / lanes)
+        return self.samples / lanes
 
     def view(self, spec: StageSpec | None = None, broadcast: bool = False) -> View:
         """Return the place of the samples, or of the first tap of each output of a stage."""

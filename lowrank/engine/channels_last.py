@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +15,14 @@ from lowrank.core.stage import Epilogue, Stage
 from lowrank.core.tables import format_count
 from lowrank.engine import Algorithm, StepProfile
 from lowrank.engine.algorithms import algorithm_shape
+from lowrank.engine.costs import add_counts, default_cost
 from lowrank.engine.description import OperationRow, PlannedStage, stage_name
+from lowrank.engine.lowering import lower_untiled
 from lowrank.engine.network import describe_operation
+from lowrank.engine.planes import segment_counts
 from lowrank.engine.program import Operation, Program, ProgramBuilder, Unsupported
 
 ALGORITHM_WIDTH = 20  # of a description
-# Costs of kernels on planes in FMAs of a vector, from measurements on AVX-512:
-PLANES_DENSE = 1.06
-PLANES_REMAINDER = 0.5  # idle lanes at the end of a plane, in vectors
-PLANES_DEPTHWISE, PLANES_OUTPUT = 1.4, 2.5  # per tap, and per vector of the output
-PLANES_STRIDED = 2.2  # factor on depthwise stages
-PLANES_SCATTER = 40.0  # per vector that a dense stage scatters into padded rows
-PLANES_PACK = 3.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +101,8 @@ def plan_if_faster(
     algorithm: Algorithm,
 ) -> ChannelsLastPlan | None:
     """Plan a chain; return None if kernels on planes are predicted to be as fast."""
-    try:
-        builder = _builder(links, shape, dtype, algorithm)
-    except Unsupported:
-        return None
-    if builder.cost >= planes_cost(links, shape, builder.limits.lanes):
+    builder = faster_program(links, shape, dtype, algorithm)
+    if builder is None:
         return None
     out_shape = chain_shapes([stage for stage, _ in links], shape)[-1]
     program = builder.build(names=("x", "out"))
@@ -118,35 +110,20 @@ def plan_if_faster(
     return ChannelsLastPlan(program, stages, shape, out_shape, np.dtype(dtype), threads)
 
 
-def planes_cost(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, lanes: int) -> float:
-    """Estimate the time of a chain on planes for one example, in FMAs of a vector."""
-    total = 0.0
-    stages = [stage for stage, _ in links]
-    sizes = chain_shapes(stages, shape)
-    for number, (stage, inputs, outputs) in enumerate(zip(stages, sizes, sizes[1:])):
-        samples = math.prod(outputs[1:])
-        vectors = samples / lanes
-        terms = math.prod(stage.weight.shape[1:])
-        taps = math.prod(stage.kernel)
-        if stage.transposed:
-            terms = terms * stage.weight.shape[0] // stage.groups // max(1, stage.weight.shape[1])
-        if stage.weight.shape[1] == 1:
-            cost = PLANES_DEPTHWISE * taps + PLANES_OUTPUT
-            cost *= PLANES_STRIDED if max(stage.geometry.stride) > 1 else 1.0
-            # A dense stage before it scatters its runs into padded rows.
-            scattered = (
-                number > 0 and stage.kernel[-1] > 1 and stages[number - 1].weight.shape[1] > 1
-            )
-            total += outputs[0] * vectors * (cost + scattered * PLANES_SCATTER)
-        else:
-            # Runs continue over the ends of rows, whose padding is computed, too.
-            width = outputs[-1]
-            wasted = (width + stage.kernel[-1] - 1) / width if taps > 1 else 1.0
-            remainder = 1 + PLANES_REMAINDER * lanes / max(samples, lanes)
-            total += PLANES_DENSE * outputs[0] * vectors * terms * wasted * remainder
-        packs = number == 0 and (taps > 1 or max(stage.geometry.stride) > 1)
-        total += packs * PLANES_PACK * math.prod(inputs) / lanes
-    return total
+def faster_program(
+    links: Sequence[tuple[Stage, Epilogue]], shape: Ints, dtype: Any, algorithm: Algorithm
+) -> ProgramBuilder | None:
+    """Return the program of a chain if it costs less than kernels on planes; weights are not read.
+
+    Costs are those of one example on one thread, by default costs.
+    """
+    try:
+        builder = _builder(links, shape, dtype, algorithm)
+    except Unsupported:
+        return None
+    lanes = builder.limits.lanes
+    planes = add_counts(segment_counts(s, lanes) for s in lower_untiled(links, shape, dtype))
+    return builder if default_cost(builder.counts) < default_cost(planes) else None
 
 
 def _builder(

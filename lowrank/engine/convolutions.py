@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,22 @@ from lowrank._kernels.spec import StageSpec
 from lowrank._typing import Array, Ints
 from lowrank.engine.algorithms import (
     algorithm_shape,
-    direct_cost,
-    fast_cost,
+    direct_counts,
+    fast_counts,
+    few_outputs_counts,
     product_count,
+    tile_block,
     tile_counts,
     transform_weight,
 )
 from lowrank.engine.buffers import ONES, VECTOR_OVERHANG, ZEROS, Value, round_up
+from lowrank.engine.costs import Counts, output_blocks
 from lowrank.engine.operations import Operation, make_operation
 from lowrank.engine.schedule import Node, Reach
 
 L2_WEIGHTS = 0.3  # of the L2 cache for the weights of one block of terms
-L2_TILES = 0.35  # of the L2 cache for the transformed inputs of a block of tiles
 MIN_TERMS = 64  # of a block, so that products outweigh the loads and stores of sums
-MAX_TILE_BLOCKS = 8  # blocks of pixels in a block of tiles
 MIN_GAP_VECTORS = 4  # per sample: fewer need no gap for their samples to differ in cache sets
-# Costs in FMAs of a vector, from measurements on AVX-512:
-DEPTHWISE_COST = 1.2, 2.0  # per tap and vector where inputs stay in registers, and elsewhere
-OUTPUT_COST = 4.0  # per vector of the output of a depthwise convolution
 SLIDING_TAPS = 3, 5, 7  # along a row, for which kernels keep inputs in registers
 
 
@@ -85,6 +83,8 @@ class Convolution:
         Number of the fast algorithm along each axis, 0 for none.
     error : float
         Its predicted error.
+    has_few_outputs : bool
+        Whether lanes hold input channels, since outputs would fill few.
     """
 
     name: str
@@ -97,6 +97,7 @@ class Convolution:
     limits: _core.BlockLimits
     algorithm: Ints = ZEROS
     error: float = 0.0
+    has_few_outputs: bool = False
 
     def make_node(self) -> Node:
         """Return the node of the convolution; make the halo of its input large enough."""
@@ -108,18 +109,34 @@ class Convolution:
             vectors = self.value.buffer.width // self.limits.lanes
             if vectors >= MIN_GAP_VECTORS and vectors % 2 == 0:
                 self.value.buffer.gap = self.limits.lanes
-            return Node(inputs, self.result, self._depthwise, reach, cost=self._depthwise_cost())
-        lanes, itemsize = self.limits.lanes, np.dtype(self.dtype).itemsize
+            counts = self._depthwise_counts
+            return Node(inputs, self.result, self._depthwise, reach, count=counts)
+        sizes = spec, self.value, self.result, self.limits
+        itemsize = np.dtype(self.dtype).itemsize
+        weights = spec.weight.size * itemsize
+        if self.has_few_outputs:
+            counts = partial(few_outputs_counts, *sizes)
+            return Node(inputs, self.result, self._few_outputs, reach, weights, count=counts)
         if not any(self.algorithm):
-            cost = direct_cost(spec, self.result, lanes)
-            weights = spec.weight.size * itemsize
-            return Node(inputs, self.result, self._direct, reach, weights, cost=cost)
-        cost = fast_cost(self.algorithm, spec, self.value, self.result, lanes)
+            counts = partial(direct_counts, *sizes, itemsize)
+            splits = self._splits()
+            return Node(inputs, self.result, self._direct, reach, weights, ONES, counts, splits)
+        counts = partial(fast_counts, self.algorithm, *sizes, itemsize)
         weights = math.prod(spec.weight.shape[:2]) * product_count(self.algorithm) * itemsize
         tile = *(algorithm_shape(n)[0] for n in self.algorithm[:2]), self.result.size[2]
         if any(d > 1 for n, d in zip(self.algorithm, spec.dilation) if n):
             reach = None  # tiles of one phase come before those of the next
-        return Node(inputs, self.result, self._fast, reach, weights, tile, cost)
+        splits = self._splits()
+        return Node(inputs, self.result, self._fast, reach, weights, tile, counts, splits)
+
+    def _splits(self) -> int:
+        """Return the output-channel splits that threads can share."""
+        copies = self.spec.outer * self.spec.groups * self.spec.inner
+        outs = len(self.spec.weight) // self.spec.groups
+        blocks = copies * len(list(output_blocks(outs, self.limits)))
+        # Vectors of padding overlap the next group's outputs, unless groups are whole vectors.
+        are_disjoint = outs % self.limits.lanes == 0 or copies == 1
+        return blocks if are_disjoint else 1
 
     def _grow_halo(self) -> None:
         """Make the halo of the input large enough for the stage, and for its last tiles."""
@@ -155,15 +172,29 @@ class Convolution:
         positions = matrix.shape[2]
         matrix = matrix.reshape(spec.groups, -1, spec.weight.shape[1], positions)
         operation = self._dense("winograd", matrix.transpose(0, 3, 2, 1), np.zeros(1, np.int64))
-        fitting = L2_TILES * _core.caches()[1]
-        fitting /= positions * self.value.width * np.dtype(self.dtype).itemsize
-        # Whole blocks of pixels, whose inputs stay in L2.
-        most = self.limits.pixels[-1]
-        tiles = max(most, int(min(fitting, MAX_TILE_BLOCKS * most)) // most * most)
+        tiles = tile_block(self.algorithm, self.value, self.limits, np.dtype(self.dtype).itemsize)
         return replace(
             operation, unit=ONES, units=tile_counts(self.algorithm, spec.dilation, operation.size),
             tap=self.value.tap_pitch(spec.dilation), dilation=spec.dilation,
             algorithm=self.algorithm, error=self.error, tiles=tiles,
+        )  # fmt: skip
+
+    def _few_outputs(self) -> Operation:
+        """Return the operation whose terms are vectors of input channels under a tap."""
+        spec, value, lanes = self.spec, self.value, self.limits.lanes
+        taps = np.zeros(1, np.int64)
+        for n, pitch in zip(spec.kernel, value.tap_pitch(spec.dilation)):
+            taps = np.add.outer(taps, np.arange(n) * pitch).reshape(-1)
+        outs, channels = spec.weight.shape[:2]
+        weight = np.zeros((len(taps), value.width, outs), self.dtype)
+        weight[:, value.position] = spec.weight.reshape(outs, channels, -1).transpose(2, 1, 0)
+        weight = weight.reshape(len(taps), -1, lanes, outs).swapaxes(2, 3)
+        offsets = np.add.outer(taps, np.arange(0, value.width, lanes)).reshape(-1)
+        return make_operation(
+            "few outputs", self.name, value, self.result, spec, **self._epilogue(),
+            terms=len(offsets), offsets=offsets.tolist(), multiplier=outs, taps=spec.kernel,
+            weight=np.ascontiguousarray(weight),
+            macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
         )  # fmt: skip
 
     def _dense(self, kind: str, matrix: Array, taps: Array) -> Operation:
@@ -191,31 +222,23 @@ class Convolution:
             start = tables.setdefault(table.tobytes(), len(offsets))
             if start == len(offsets):
                 offsets += table.tolist()
-            for first, vectors in self._output_blocks(outs):
+            for first, vectors in output_blocks(outs, self.limits):
                 blocks.append((vectors, number * outs + first, start, starts[group, first]))
         widest = max(b[0] for b in blocks) * lanes * np.dtype(self.dtype).itemsize
-        # Vectors of padding overlap the next group's outputs, unless groups are whole vectors.
-        are_disjoint = outs % lanes == 0 or len(blocks) == 1 or math.prod(copies) == 1
         return make_operation(
             kind, self.name, self.value, self.result, spec, **self._epilogue(),
             terms=terms, terms_block=max(MIN_TERMS, int(L2_WEIGHTS * _core.caches()[1] / widest)),
-            blocks=blocks, offsets=offsets, splits=len(blocks) if are_disjoint else 1,
+            blocks=blocks, offsets=offsets, splits=self._splits(),
             weight=weight, taps=spec.kernel,
             macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
         )  # fmt: skip
-
-    def _output_blocks(self, outs: int) -> Iterator[tuple[int, int]]:
-        """Yield the first output and the vectors of the blocks of a group's outputs."""
-        lanes, most = self.limits.lanes, self.limits.vectors
-        for first in range(0, outs, most * lanes):
-            yield first, min(most, -(-(outs - first) // lanes))
 
     def _packed(self, matrix: Array) -> tuple[Array, dict[tuple[int, int], int]]:
         """Return weights block after block, and the start of each (group, first output)."""
         packed, starts, at = [], {}, 0
         groups, positions, terms, outs = matrix.shape
         for group in range(groups):
-            for first, vectors in self._output_blocks(outs):
+            for first, vectors in output_blocks(outs, self.limits):
                 block = np.zeros((positions, terms, vectors * self.limits.lanes), self.dtype)
                 columns = matrix[group, :, :, first : first + block.shape[2]]
                 block[:, :, : columns.shape[2]] = columns
@@ -246,13 +269,14 @@ class Convolution:
             "depthwise", self.name, value, self.result, spec, **self._epilogue(),
             taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
             multiplier=multiplier, weight=weight,
+            splits=value.width // self.limits.lanes if multiplier == 1 else 1,
             macs=math.prod(self.result.shape) * math.prod(spec.kernel),
         )  # fmt: skip
 
-    def _depthwise_cost(self) -> float:
-        """Estimate the time of a depthwise convolution, in FMAs of a vector."""
+    def _depthwise_counts(self) -> Counts:
+        """Count the depthwise convolution of one example."""
         spec = self.spec
         slides = spec.stride[2] == spec.dilation[2] == 1 and spec.kernel[2] in SLIDING_TAPS
-        per_tap = DEPTHWISE_COST[0 if slides else 1]
-        cost = per_tap * math.prod(spec.kernel) + OUTPUT_COST
-        return self.result.vectors(self.limits.lanes) * cost
+        vectors = self.result.vectors(self.limits.lanes)
+        taps = "tap" if slides else "loaded tap"
+        return {taps: vectors * math.prod(spec.kernel), "output": vectors}

@@ -268,5 +268,6 @@ def _plan_segment(segment: Segment, dtype: Any) -> PlannedSegment:
         tile=segment.tile,
         splits=segment.splits,
         seconds=segment.seconds,
+        fork_join=segment.fork_join,
     )
     return PlannedSegment(core, segment)

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from lowrank._kernels import _core
-from lowrank._kernels.layout import TileLayout
 from lowrank._kernels.limits import MAX_STAGES
 from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints, trailing
@@ -31,6 +30,7 @@ from lowrank.core import reference
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage, is_abstract
 from lowrank.engine import tiling
+from lowrank.engine.machine import fork_join_seconds
 from lowrank.engine.padding import padded_indices
 
 AXES = 3  # spatial axes of the engine
@@ -68,6 +68,8 @@ class Segment:
         Number and weight shape of each stage.
     seconds : float
         Estimated time of one example on one thread.
+    fork_join : float
+        Fork/join latency in seconds, which threads have to save.
     """
 
     specs: tuple[StageSpec, ...]
@@ -84,6 +86,7 @@ class Segment:
     after: Callable[[Array], Array] | None
     names: tuple[str, ...]
     seconds: float
+    fork_join: float
 
     @property
     def tasks(self) -> int:
@@ -104,11 +107,16 @@ def lower(
     return _lower_runs([[link] for link in links], shape, dtype, threads, interleaved, batch)
 
 
+def lower_untiled(links: Sequence[Link], shape: Ints, dtype: Any) -> tuple[Segment, ...]:
+    """Lower a chain for one input of `shape` in tiles that are whole images: for its counts."""
+    return _lower_runs(_split(links), shape, dtype, None, 1, 1)
+
+
 def _lower_runs(
     runs: Sequence[Sequence[Link]],
     shape: Ints,
     dtype: Any,
-    threads: int,
+    threads: int | None,
     interleaved: int,
     batch: int,
 ) -> tuple[Segment, ...]:
@@ -178,7 +186,7 @@ def _lower_run(
     links: Sequence[Link],
     shape: Ints,
     dtype: Any,
-    threads: int,
+    threads: int | None,
     interleaved: int,
     batch: int,
     border_value: Array,
@@ -257,11 +265,15 @@ def _lower_run(
     if is_batched:
         sizes = (*sizes[: free - 1], batch, *sizes[free:])
     in_shape = (shape[0], *sizes)
-    itemsize = np.dtype(dtype).itemsize
-    l1, l2, _ = _core.caches()
-    latency = _core.fork_join_seconds(threads)
-    tile = tiling.choose_tile(stage_specs, in_shape, threads, itemsize, l1, l2, latency)
-    out_shape = TileLayout(stage_specs, in_shape, None).out_shape
+    layouts = tiling.Layouts(stage_specs, in_shape)
+    out_shape = layouts(None).out_shape
+    tile, splits, latency = layouts(None).tile, 1, 0.0
+    if threads is not None:
+        itemsize = np.dtype(dtype).itemsize
+        l1, l2, _ = _core.caches()
+        latency = fork_join_seconds(threads)
+        tile = tiling.choose_tile(layouts, threads, itemsize, l1, l2, latency)
+        splits = tiling.channel_splits(layouts, tile, threads)
     out_size = [1] * len(size_in)
     for a, n in zip(kept_axes, out_shape[1 + free :]):
         out_size[a] = n
@@ -273,13 +285,14 @@ def _lower_run(
         on_three([border.get(a) for a in range(len(size_in))], None) if border else None,
         fill,
         tile,
-        tiling.channel_splits(stage_specs, in_shape, tile, threads),
+        splits,
         free > 0,
         is_batched,
         before,
         after,
         tuple(f"{number + i}: {_shape_text(s.weight)}" for i, s in enumerate(stages)),
-        tiling.estimate_seconds(stage_specs, in_shape),
+        tiling.estimate_seconds(layouts),
+        latency,
     )
 
 

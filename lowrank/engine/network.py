@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from lowrank.engine.program import Link, ProgramBuilder, Unsupported
 
 # Activation that a product of a value with this activation of it is.
 _GATES = {"sigmoid": "silu", "hard_sigmoid": "hard_swish"}
+_LINEAR = ("convolve", "affine", "normalize")  # that may end with an affine map or a residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +38,14 @@ class Primitive:
     Attributes
     ----------
     kind : str
-        ``"convolve"``, ``"affine"`` (a scale and a shift per channel), ``"activate"``, ``"add"``,
-        ``"multiply"``, ``"concatenate"``, ``"pool"``, ``"pad"``, ``"resample"``, ``"select"``
-        (of channels), ``"spread"`` (of channels in space), ``"view"`` (another shape of the same
-        values) or ``"transpose"``.
+        ``"convolve"``, ``"affine"`` (a scale and a shift per channel), ``"normalize"`` (of each
+        channel of each example, then an affine map), ``"activate"``, ``"add"``, ``"multiply"``,
+        ``"concatenate"``, ``"pool"``, ``"pad"``, ``"resample"``, ``"select"`` (of channels),
+        ``"spread"`` (of channels in space), ``"view"`` (another shape of the same values) or
+        ``"transpose"``.
     inputs : tuple of str
-        Values that it reads; the second one of a convolution or affine map is its residual, which
-        is added before the activation.
+        Values that it reads; the second one of a convolution, affine map or normalization is its
+        residual, which is added before the activation.
     output : str
         Value that it computes.
     shape : tuple of int
@@ -52,13 +55,14 @@ class Primitive:
     links : tuple of (Stage, Epilogue)
         Stages of a convolution.
     scale, shift : ndarray, shape (channels,)
-        Factors and summands of an affine map.
+        Factors and summands of an affine map or a normalization.
     activation : str
         Activation after the operation; one of ``lowrank._kernels.spec.ACTIVATIONS``.
     alpha : float
         Parameter of the activation.
     options : mapping
-        Pooling: arguments of :meth:`ProgramBuilder.pool` over three axes; padding: ``before``,
+        Normalization: ``epsilon``, added to the variance; pooling: arguments of
+        :meth:`ProgramBuilder.pool` over three axes; padding: ``before``,
         ``after``, ``mode`` and ``value``; resampling: ``index``, one table per spatial axis;
         selection: ``channels``; spreading: ``channels`` of each sample of a block, an array
         (d, h, w, out); transposition: ``order`` of the axes without the batch.
@@ -111,7 +115,8 @@ def fuse(primitives: Iterable[Primitive], uses: Mapping[str, int]) -> list[Primi
     -------
     list of Primitive
         Batch normalization and constants are folded into convolutions, activations are epilogues,
-        sums are residuals, and zero padding is that of a convolution.
+        sums are residuals, and zero padding is that of a convolution, crops that of a transposed
+        one.
 
     Examples
     --------
@@ -193,16 +198,16 @@ class _Fusion:
         return q if is_map and self.uses[name] == 1 else None
 
     def _activate(self, p: Primitive) -> Primitive:
-        kinds = ("convolve", "affine", "add", "multiply", "resample", "spread")
+        kinds = ("convolve", "affine", "normalize", "add", "multiply", "resample", "spread")
         if (q := self._producer(p.inputs[0], kinds)) is None:
             return p
         return self._merge(q, p, activation=p.activation, alpha=p.alpha)
 
     def _affine(self, p: Primitive) -> Primitive:
-        q = self._producer(p.inputs[0], ("convolve", "affine"))
+        q = self._producer(p.inputs[0], _LINEAR)
         if q is None or len(q.inputs) > 1:
             return p
-        if q.kind == "affine":
+        if q.kind != "convolve":
             shift = q.shift * p.scale + p.shift
             return self._merge(q, p, scale=q.scale * p.scale, shift=shift)
         try:
@@ -213,7 +218,7 @@ class _Fusion:
 
     def _add(self, p: Primitive) -> Primitive:
         order = list(self.made)
-        found = [self._producer(name, ("convolve", "affine")) for name in p.inputs]
+        found = [self._producer(name, _LINEAR) for name in p.inputs]
         linear = [q for q in found if q is not None and len(q.inputs) == 1 and q.shape == p.shape]
         if not linear:
             return p
@@ -257,12 +262,28 @@ class _Fusion:
         return replace(p, links=((stage, epilogue), *p.links[1:]))
 
     def _resample(self, p: Primitive) -> Primitive:
-        q = self._producer(p.inputs[0], ("resample",))
+        q = self._producer(p.inputs[0], ("convolve", "resample"))
         if q is None:
             return p
+        if q.kind == "convolve":
+            return self._cropped(q, p)
         pairs = zip(q.options["index"], p.options["index"])
         index = tuple(a if b is None else b if a is None else a[b] for a, b in pairs)
         return self._merge(q, p, options={"index": index})
+
+    def _cropped(self, q: Primitive, p: Primitive) -> Primitive:
+        """Make a crop of a transposed convolution its padding."""
+        (stage, epilogue), g = q.links[-1], q.links[-1][0].geometry
+        tables = p.options["index"][3 - g.ndim :]
+        is_crop = all(index is None or (np.diff(index) == 1).all() for index in tables)
+        if not stage.transposed or len(q.inputs) > 1 or not is_crop:
+            return p
+        padding = tuple(
+            (b, a) if index is None else (b + int(index[0]), a + n - 1 - int(index[-1]))
+            for (b, a), index, n in zip(g.padding, tables, q.shape[1:])
+        )
+        stage = replace(stage, geometry=replace(g, padding=padding))
+        return self._merge(q, p, links=(*q.links[:-1], (stage, epilogue)))
 
 
 def _step(index: Array | None) -> int:
@@ -393,16 +414,31 @@ class _Emitter:
 
     def _last(self, value: Value, link: Link) -> Value:
         """Add a stage with the residual and the activation of the primitive."""
-        p, (stage, epilogue) = self.p, link
-        final = stage, Epilogue(epilogue.bias, p.activation)  # type: ignore[arg-type]
+
+        def add(
+            residual: Value | None = None, activation: str = "none", alpha: float = 0.0
+        ) -> Value:
+            final = link[0], Epilogue(link[1].bias, activation)  # type: ignore[arg-type]
+            return self.builder.chain(value, [final], residual, alpha, self.p.name)
+
+        return self._with_epilogue(add)
+
+    def _normalize(self) -> Value:
+        value, p, epsilon = self._plain(), self.p, self.p.options["epsilon"]
+        if epsilon < np.finfo(self.builder.dtype).tiny:  # constant channels would become NaN
+            raise Unsupported(f"normalization with epsilon {epsilon}")
+        add = partial(self.builder.normalize, value, p.scale, p.shift, epsilon, name=p.name)
+        return self._with_epilogue(add)
+
+    def _with_epilogue(self, add: Callable[..., Value]) -> Value:
+        """Add an operation that may take a residual of its result's shape, and the activation."""
         if len(self.inputs) == 1:
-            return self.builder.chain(value, [final], alpha=p.alpha, name=p.name)
+            return add(**self.epilogue)
         residual = self._plain(1)
-        if residual.shape == value_shape(p.shape):
-            return self.builder.chain(value, [final], residual, p.alpha, p.name)
-        plain = self.builder.chain(value, [link], name=p.name)
-        self.shapes[0] = p.shape
-        return self._combine(plain, residual, "add")
+        if residual.shape == value_shape(self.p.shape):
+            return add(residual=residual, **self.epilogue)
+        self.shapes[0] = self.p.shape
+        return self._combine(add(), residual, "add")
 
     def _activate(self) -> Value:
         return self.builder.combine(self.inputs[0], name=self.p.activation, **self.epilogue)

@@ -76,6 +76,11 @@ class Operation:
         return outputs + max(inputs, outputs) + weights
 
     @property
+    def is_channelwise(self) -> bool:
+        """Whether channels run alone, a vector of them per split."""
+        return self.kind in ("pack", "unpack", "depthwise") and self.splits > 1
+
+    @property
     def work_units(self) -> int:
         """Number of units of work: boxes of outputs, or rows of tiles."""
         return math.prod(self.units[:2] if self.kind == "winograd" else self.units)
@@ -97,7 +102,9 @@ def make_operation(
     return split_rows(operation, ROW)
 
 
-def transfer(kind: Literal["pack", "unpack"], value: Value, array: int) -> Operation:
+def transfer(
+    kind: Literal["pack", "unpack"], value: Value, array: int, splits: int
+) -> Operation:
     """Return the operation that reads a value from an array, or writes it to one."""
     channel = np.full(value.width, -1, np.int32)
     channel[value.position] = np.arange(value.shape[0])
@@ -105,7 +112,7 @@ def transfer(kind: Literal["pack", "unpack"], value: Value, array: int) -> Opera
     source, target = (NO_VIEW, value.view()) if kind == "pack" else (value.view(), NO_VIEW)
     return Operation(
         kind, kind, source, target, size=value.size, unit=(1, 1, w), units=(d, h, 1),
-        channels=value.width, channel=channel.tolist(), array=array,
+        channels=value.width, channel=channel.tolist(), array=array, splits=splits,
     )  # fmt: skip
 
 
@@ -121,6 +128,17 @@ def split_rows(operation: Operation, most: int) -> Operation:
     d, h, w = operation.size
     parts = -(-w // most)
     return replace(operation, unit=(1, 1, -(-w // parts)), units=(d, h, parts))
+
+
+def rows_join(value: Value, result: Value, spec: StageSpec) -> bool:
+    """Return whether a dense operation can take all samples as one row: pointwise, without gaps."""
+    is_pointwise = spec.kernel == ONES and value.size == result.size
+    return is_pointwise and not any(_has_gaps(v.view(), v.size) for v in (value, result))
+
+
+def _has_gaps(view: View, size: Ints) -> bool:
+    _, h, w = size
+    return view.pitch[1] != w * view.pitch[2] or view.pitch[0] != h * w * view.pitch[2]
 
 
 def join_rows(operation: Operation) -> Operation:

@@ -7,7 +7,7 @@ chooses buffers, halos and algorithms and makes the C engine's program.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import Algorithm as Algorithm
-from lowrank.engine.algorithms import choose_algorithm
+from lowrank.engine.algorithms import choose_algorithm, has_few_outputs
 from lowrank.engine.buffers import ONES, ZEROS, Buffer, round_up
 from lowrank.engine.buffers import Value as Value
 from lowrank.engine.convolutions import (
@@ -27,6 +27,7 @@ from lowrank.engine.convolutions import (
     depthwise_layout,
     has_depthwise_kernel,
 )
+from lowrank.engine.costs import Counts, add_counts
 from lowrank.engine.operations import Operation as Operation
 from lowrank.engine.operations import join_rows, make_operation, reorder, transfer
 from lowrank.engine.padding import padded_indices
@@ -34,8 +35,6 @@ from lowrank.engine.schedule import Node, Reach, Schedule
 from lowrank.engine.stages import on_three_axes, stage_padding, stage_spec, transposed_phases
 
 Link = tuple[Stage, Epilogue]
-
-MOVE_COST = 8.0  # FMAs of a vector per vector that is packed, unpacked, copied or pooled
 
 
 class Unsupported(ValueError):
@@ -78,22 +77,22 @@ class ProgramBuilder:
         self.outputs: list[int] = []
 
     @property
-    def cost(self) -> float:
-        """Estimated time of one example, in FMAs of a vector."""
-        return sum(node.cost for node in self.nodes)
+    def counts(self) -> Counts:
+        """Counts of one example, of all nodes together."""
+        return add_counts(node.count() for node in self.nodes)
 
     def input(self, shape: Ints) -> Value:
         """Return the value of a new input array, (batch, *shape)."""
         value = self._value(shape)
         number = self._array(shape)
-        self._move((), value, lambda: transfer("pack", value, number))
+        self._move((), value, lambda: transfer("pack", value, number, value.width // self.limits.lanes))
         return value
 
     def output(self, value: Value) -> None:
         """Write a value to a new output array."""
         number = self._array(value.shape)
         self.outputs.append(number)
-        self._move((value,), None, lambda: transfer("unpack", value, number))
+        self._move((value,), None, lambda: transfer("unpack", value, number, value.width // self.limits.lanes))
 
     def convolve(
         self,
@@ -108,16 +107,21 @@ class ProgramBuilder:
             value = self.permute(value, spec.permutation)
         shape = (spec.outer * len(spec.weight) * spec.inner, *output_size(spec, value.size))
         algorithm: Ints = ZEROS
-        error = 0.0
+        error, is_few = 0.0, False
         if has_depthwise_kernel(spec, self.limits):
             result = self._value(shape, *depthwise_layout(spec, value))
         else:
             result = self._value(shape, *dense_layout(spec, self.limits.lanes))
             algorithm, error = self._choose_algorithm(spec, value, result)
+            if self.algorithm == "auto" and not any(algorithm):
+                # Sums over lanes have another order than direct sums elsewhere.
+                itemsize = self.dtype.itemsize
+                is_few = has_few_outputs(spec, value, result, self.limits, itemsize)
         residual = self._like(residual, result)
         convolution = Convolution(
-            name, spec, value, result, residual, alpha, self.dtype, self.limits, algorithm, error
-        )
+            name, spec, value, result, residual, alpha, self.dtype, self.limits, algorithm, error,
+            is_few,
+        )  # fmt: skip
         self.nodes.append(convolution.make_node())
         return result
 
@@ -162,6 +166,34 @@ class ProgramBuilder:
             )  # fmt: skip
 
         self._move((value,), result, make, Reach(taps, stride, dilation, before))
+        return result
+
+    def normalize(
+        self,
+        value: Value,
+        weight: Array,
+        bias: Array,
+        epsilon: float,
+        residual: Value | None = None,
+        activation: str = "none",
+        alpha: float = 0.0,
+        name: str = "normalize",
+    ) -> Value:
+        """Return a value with zero mean and unit variance per channel, times weight, plus bias."""
+        result = self._value(value.shape, value.position, value.width)
+        residual = self._like(residual, result)
+        vectors = value.width // self.limits.lanes
+
+        def make() -> Operation:
+            scale, shift = (np.zeros(value.width, self.dtype) for _ in range(2))
+            scale[value.position], shift[value.position] = weight, bias
+            operation = make_operation(
+                "normalize", name, value, result, other=residual and residual.view(),
+                weight=scale, bias=shift, epsilon=epsilon, activation=activation, alpha=alpha,
+            )  # fmt: skip
+            return replace(operation, unit=ONES, units=(1, 1, vectors))
+
+        self._move((value, *([residual] if residual else [])), result, make, None)
         return result
 
     def combine(
@@ -314,7 +346,7 @@ class ProgramBuilder:
         """Return the number of the algorithm along each axis, and its predicted error."""
         if self.algorithm == "direct":
             return ZEROS, 0.0
-        return choose_algorithm(spec, value, result, self.limits.lanes, self.dtype)
+        return choose_algorithm(spec, value, result, self.limits, self.dtype)
 
     def _like(self, value: Value | None, result: Value, broadcast: bool = False) -> Value | None:
         """Return an operand with its channels in the places that those of `result` have."""
@@ -348,8 +380,8 @@ class ProgramBuilder:
         reach: Reach | None = Reach(),  # noqa: B008 - immutable
     ) -> None:
         """Add a node that moves data, without MACs."""
-        cost = MOVE_COST * (output or inputs[0]).vectors(self.limits.lanes)
-        self.nodes.append(Node(inputs, output, make, reach, cost=cost))
+        moved = {"move": (output or inputs[0]).vectors(self.limits.lanes)}
+        self.nodes.append(Node(inputs, output, make, reach, count=lambda: moved))
 
     def _can_move(self, value: Value) -> bool:
         """Return whether a value can be written elsewhere: nothing else uses its buffer yet."""

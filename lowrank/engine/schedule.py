@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from lowrank._kernels import _core
 from lowrank._kernels.spec import Three
 from lowrank._typing import Ints
 from lowrank.engine.buffers import ONES, ZEROS, Value, place_buffers
-from lowrank.engine.operations import Operation
+from lowrank.engine.costs import Counts
+from lowrank.engine.operations import ROW, Operation
 
 MAX_GROUP = 8  # images that share weights
 MAX_ARENA = 1 << 26  # bytes of the buffers of a group
@@ -19,7 +21,20 @@ GROUP_BYTES = 0.5  # of the L2 cache for what an operation reads and writes of s
 BAND_WEIGHTS = 0.4  # of the L2 cache for the weights of operations that run by bands
 BAND_BYTES = 0.2  # of the L2 cache for one band of the largest buffer
 
-Step = tuple[int, int, int, int, int]  # operation, first unit, end, first image, end
+L1_SHARE = 0.6  # of the L1 cache for the samples of channels that run through all operations
+
+
+class Step(NamedTuple):
+    """Some units of work of an operation; fields as in program.h."""
+
+    op: int
+    begin: int
+    end: int
+    first: int
+    last: int
+    begin_split: int
+    end_split: int
+    strand: int = -1
 
 
 class Reach(NamedTuple):
@@ -53,8 +68,10 @@ class Node(NamedTuple):
         Bytes of its weights.
     tile : tuple of int
         Outputs that are computed together along each axis.
-    cost : float
-        Estimated time of one example, in FMAs of a vector.
+    count : callable
+        Function that returns the counts of one example; without reading weights.
+    splits : int
+        Output-channel splits that threads can share.
     """
 
     inputs: tuple[Value, ...]
@@ -63,12 +80,19 @@ class Node(NamedTuple):
     reach: Reach | None = Reach()
     weights: int = 0
     tile: Ints = ONES
-    cost: float = 0.0
+    count: Callable[[], Counts] = dict
+    splits: int = 1
 
     @property
     def size(self) -> Three:
         """Size of the output, or of what is written to an array."""
         return (self.output or self.inputs[0]).size
+
+    @property
+    def work_units(self) -> int:
+        """Number of units of work: rows, or rows of tiles."""
+        d, h, w = (math.ceil(n / t) for n, t in zip(self.size, self.tile))
+        return d * h * math.ceil(w / ROW)
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -124,12 +148,32 @@ class Schedule:
         Images of a group run one after another while their samples fill L2, and together where
         several fit, so that weights in L2 serve all of them.
         """
+        is_channelwise = all(op.is_channelwise for op in operations)
+        if is_channelwise and len({op.splits for op in operations}) == 1 and self.group == 1:
+            return self._strands(operations)
         steps: list[Step] = []
-        for images, run in itertools.groupby(self.segments, key=self._images_together):
+        for images, run in itertools.groupby(self.segments, key=self.images_together):
             parts = [part for segment in run for part in self._parts(operations, segment)]
             for image in range(0, self.group, images):
-                steps += [(*part, image, min(image + images, self.group)) for part in parts]
+                end = min(image + images, self.group)
+                steps += [Step(*p, image, end, 0, operations[p[0]].splits) for p in parts]
         return steps
+
+    def _strands(self, operations: Sequence[Operation]) -> list[Step]:
+        """Return steps that take a few vectors of channels through all operations, in L1.
+
+        Each is a strand, and threads need no barrier between them.
+        """
+        l1, _, _ = _core.caches()
+        vectors = operations[0].splits
+        buffers = {id(v.buffer): v.buffer for node in self.nodes for v in node.values}
+        each = sum(b.elements for b in buffers.values()) * self.itemsize / vectors
+        together = max(1, int(L1_SHARE * l1 / each))
+        return [
+            Step(i, 0, op.work_units, 0, 1, start, min(start + together, vectors), strand)
+            for strand, start in enumerate(range(0, vectors, together))
+            for i, op in enumerate(operations)
+        ]
 
     def _segments(self) -> Iterator[Segment]:
         """Yield the segments.
@@ -173,7 +217,7 @@ class Schedule:
             return 1
         return max(1, min(MAX_GROUP, MAX_ARENA // max(1, arena * self.itemsize)))
 
-    def _images_together(self, segment: Segment) -> int:
+    def images_together(self, segment: Segment) -> int:
         """Return the number of images that each operation of a segment runs on at a time."""
         first, end, bands = segment
         if self.group == 1 or bands > 1:

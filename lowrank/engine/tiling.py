@@ -26,23 +26,38 @@ DENSE_MACS, DEPTHWISE_MACS = 5e10, 2e10  # MACs per second
 SAMPLES = 4e9  # samples per second, packed or stored
 
 
+class Layouts:
+    """Layouts of a chain for inputs of `shape` = (channels, d, h, w), each computed once."""
+
+    def __init__(self, stages: Sequence[StageSpec], shape: Sequence[int]) -> None:
+        self.stages, self.shape = stages, shape
+        self._known: dict[tuple[int, ...] | None, TileLayout] = {}
+
+    def __call__(self, tile: Sequence[int] | None) -> TileLayout:
+        """Return the layout for one tile of the output; None: for the whole output."""
+        key = None if tile is None else tuple(tile)
+        if key not in self._known:
+            self._known[key] = TileLayout(self.stages, self.shape, tile)
+            self._known.setdefault(self._known[key].tile, self._known[key])
+        return self._known[key]
+
+
 def choose_tile(
-    stages: Sequence[StageSpec],
-    shape: Sequence[int],
+    layouts: Layouts,
     threads: int,
     itemsize: int,
     l1: int,
     l2: int,
     latency: float,
 ) -> Three:
-    """Choose the output tile of a chain for inputs of `shape` = (channels, d, h, w).
+    """Choose the output tile of a chain.
 
     One axis is halved at a time, the one that adds the least halo work, until the buffers fit the
     L2 cache (`l2` bytes) and every thread has work; `latency` is the fork/join latency in
     seconds.  Chains that read their input in place are also cut into row tiles whose
     intermediates fit `l1`.
     """
-    whole = TileLayout(stages, shape, None).out_shape[1:]
+    stages, whole = layouts.stages, layouts(None).tile
     lanes = VECTOR_BYTES // itemsize
     needs_whole_rows = any(s.padded_columns is not None for s in stages)
     # An input read in place takes no buffer: only the later stages have to fit the cache.
@@ -56,12 +71,12 @@ def choose_tile(
     size = list(whole)
     # A single stage is split by output channels, so that each thread reads its own weights.
     splits_channels = len(stages) == 1 and _channel_blocks(stages[0]) >= threads
-    untiled_work = _work(stages, shape, whole, lanes)
+    untiled_work = _work(layouts, whole, lanes)
     # With fewer tiles than threads the chain would run stage by stage: one fork/join per stage.
-    saved = (len(stages) - 1) * latency * threads / estimate_seconds(stages, shape)
+    saved = (len(stages) - 1) * latency * threads / estimate_seconds(layouts)
     max_halo_few_tasks = min(max(MAX_HALO, 1 + saved), MAX_HALO_FEW_TASKS)
     while True:
-        layout = TileLayout(stages, shape, size)
+        layout = layouts(size)
         elements = _later_buffers(layout) if in_place else 2 * layout.workspace
         if len(stages) == 1 and stages[0].weight.shape[1] == 1:  # channels run one by one
             elements = layout.stages[0].channel
@@ -74,14 +89,14 @@ def choose_tile(
             for axis in range(3)
             if size[axis] > least[axis]
         ]
-        best = min(halved, key=lambda s: _price(stages, shape, s, whole, lanes), default=None)
+        best = min(halved, key=lambda s: _price(layouts, s, lanes), default=None)
         max_work = untiled_work * (max_halo_few_tasks if count < threads else MAX_HALO)
-        if best is None or (fits and _work(stages, shape, best, lanes) > max_work):
+        if best is None or (fits and _work(layouts, best, lanes) > max_work):
             break
         size = best
     if by_rows and size[0] == 1:
         while size[1] > MIN_ROWS:
-            elements = _later_buffers(TileLayout(stages, shape, size))
+            elements = _later_buffers(layouts(size))
             if elements * itemsize <= L2_SHARE * l1:
                 break
             size[1] = max(MIN_ROWS, -(-size[1] // 2 // MIN_ROWS) * MIN_ROWS)
@@ -101,11 +116,11 @@ def _later_buffers(layout: TileLayout) -> int:
     return sum(sorted(s.buffer for s in layout.stages[1:])[-2:])
 
 
-def estimate_seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float:
+def estimate_seconds(layouts: Layouts) -> float:
     """Estimate the time of one example on one thread, well enough to tell small from large."""
-    layout = TileLayout(stages, shape, None)
-    total = (math.prod(shape) + math.prod(layout.out_shape)) / SAMPLES
-    for spec, sizes in zip(stages, layout.stages):
+    layout = layouts(None)
+    total = (math.prod(layouts.shape) + math.prod(layout.out_shape)) / SAMPLES
+    for spec, sizes in zip(layouts.stages, layout.stages):
         rows, *rest = spec.weight.shape
         outputs = spec.outer * spec.inner * rows * math.prod(sizes.size_out)
         throughput = DENSE_MACS if rest[0] > 1 else DEPTHWISE_MACS
@@ -113,23 +128,20 @@ def estimate_seconds(stages: Sequence[StageSpec], shape: Sequence[int]) -> float
     return total
 
 
-def _price(
-    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], whole: Three, lanes: int
-) -> float:
+def _price(layouts: Layouts, size: Sequence[int], lanes: int) -> float:
     """Return the work and weight reads per output sample; a little more for cut rows."""
-    weights = WEIGHT_COST * sum(math.prod(s.weight.shape) for s in stages)
+    whole = layouts(None).tile
+    weights = WEIGHT_COST * sum(math.prod(s.weight.shape) for s in layouts.stages)
     weights /= _mean_samples(whole, size)
-    work = _work(stages, shape, size, lanes) + weights
+    work = _work(layouts, size, lanes) + weights
     return float(work * (CUT_ROW_FACTOR if size[2] < whole[2] else 1))
 
 
-def channel_splits(
-    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], threads: int
-) -> int:
+def channel_splits(layouts: Layouts, size: Sequence[int], threads: int) -> int:
     """Choose the output-channel splits of a single stage with too few tiles for the threads."""
+    stages, whole = layouts.stages, layouts(None).tile
     if len(stages) > 1:
         return 1  # each split would repeat the stages before the last
-    whole = TileLayout(stages, shape, size).out_shape[1:]
     tiles = math.prod(-(-n // t) for n, t in zip(whole, size))
     per_thread = TASKS_PER_THREAD if stages[0].weight.shape[1] == 1 and threads > 1 else 1
     return max(1, min(_channel_blocks(stages[0]), -(-per_thread * threads // tiles)))
@@ -140,13 +152,11 @@ def _channel_blocks(s: StageSpec) -> int:
     return s.outer * s.inner * s.groups * -(-(len(s.weight) // s.groups) // BLOCK_ROWS)
 
 
-def _work(
-    stages: Sequence[StageSpec], shape: Sequence[int], size: Sequence[int], lanes: int
-) -> float:
+def _work(layouts: Layouts, size: Sequence[int], lanes: int) -> float:
     """Return the MACs and loads per output sample, including halos and idle lanes."""
-    layout = TileLayout(stages, shape, size)
+    layout = layouts(size)
     work, out = 0.0, layout.tile
-    for spec, sizes in zip(reversed(stages), reversed(layout.stages)):
+    for spec, sizes in zip(reversed(layouts.stages), reversed(layout.stages)):
         rows, *rest = spec.weight.shape
         samples = (out[1] - 1) * sizes.plane[2] + out[2]
         remainder = samples % lanes
@@ -156,8 +166,8 @@ def _work(
         work += out[0] * run * rows * math.prod(rest) * spec.outer * spec.inner
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))
         out = (a, b, c)
-    loads = shape[0] * math.prod(layout.stages[0].extent)
-    return (work + PACK_COST * loads) / _mean_samples(layout.out_shape[1:], size)
+    loads = layouts.shape[0] * math.prod(layout.stages[0].extent)
+    return (work + PACK_COST * loads) / _mean_samples(layouts(None).tile, size)
 
 
 def _mean_samples(whole: Sequence[int], size: Sequence[int]) -> float:

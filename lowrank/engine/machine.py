@@ -1,0 +1,94 @@
+"""This machine: its processor, its calibration file, and the fork/join latency stored there."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from lowrank._kernels import _core
+
+VERSION = 4  # of calibration files: coefficients of another version mean nothing
+
+WaitPolicy = Literal["passive", "active"]
+WAIT_POLICIES: tuple[WaitPolicy, ...] = ("passive", "active")
+
+
+def wait_policy() -> WaitPolicy:
+    """Return what idle threads of OpenMP do: sleep (passive) or spin (active).
+
+    Without the variable OMP_WAIT_POLICY they spin for a few milliseconds before they sleep.
+    """
+    is_passive = os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
+    return "passive" if is_passive else "active"
+
+
+@functools.cache
+def cpu() -> str:
+    """Return the name of the processor, with family and model if the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            facts: dict[str, str] = {}
+            for line in lines:
+                name, _, value = line.partition(":")
+                facts.setdefault(name.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"
+
+
+def calibration_file() -> Path:
+    """Return the calibration file of this machine, named by processor, ISA and version."""
+    identity = f"{cpu()}|{_core.default_isa()}|{VERSION}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return platformdirs.user_cache_path("lowrank") / f"machine-{key}.json"
+
+
+@functools.cache
+def shipped_calibration() -> str:
+    """Return the calibration of the machine on which the package was made, as JSON."""
+    return resources.files("lowrank").joinpath("data/machine.json").read_text()
+
+
+def fork_join_seconds(threads: int) -> float:
+    """Return the fork/join latency of a parallel region under the wait policy in force, in seconds.
+
+    It was measured by the calibration of this machine; without one, by that shipped with the
+    package: it is the same in every process.
+    """
+    if threads < 2:
+        return 0.0
+    file = calibration_file()
+    try:
+        modified = file.stat().st_mtime_ns
+    except OSError:
+        modified = 0
+    return _stored_latencies(file, modified)[wait_policy()]
+
+
+@functools.lru_cache(4)
+def _stored_latencies(file: Path, modified: int) -> dict[WaitPolicy, float]:
+    """Return the latencies in `file`, last modified at `modified`, or the shipped ones."""
+    for text in (file.read_text() if modified else "", shipped_calibration()):
+        try:
+            return read_latencies(json.loads(text)["fork_join"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a damaged file is reported where coefficients are read
+    raise ValueError("the calibration shipped with lowrank has no fork/join latencies")
+
+
+def read_latencies(entry: Any) -> dict[WaitPolicy, float]:
+    """Return fork/join latencies in seconds by wait policy; ValueError unless they are positive."""
+    latencies: dict[WaitPolicy, float] = {p: float(entry[p]) for p in WAIT_POLICIES}
+    if not all(0 < v < float("inf") for v in latencies.values()):
+        raise ValueError(f"fork/join latencies must be positive, got {latencies}")
+    return latencies
