@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from asv_benchmarks.benchmarks import net_data, net_onnx, net_weights, nets  # noqa: E402
+from lowrank.interop.torch import on_engine  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,17 @@ def test_cifar_networks_reach_the_measured_accuracy(name, which, percent, apart)
     assert (
         abs(nets.top1(net_weights.load_net(name), *net_data.cifar(name, which)) - percent) < apart
     )
+
+
+def test_exact_program_keeps_every_prediction_of_resnet20():
+    images, labels = net_data.cifar("resnet20_cifar10", "test_lossless_500")
+    net = net_weights.load_net("resnet20_cifar10")
+    exact = nets.outputs(net, images)
+    found = nets.outputs(on_engine(net, images[:2], threads=1), images)
+    assert torch.equal(found.argmax(1), exact.argmax(1))
+    assert nets.top1(net, images, labels) == 91.0
+    # twice the largest error that was seen: 19 layers by F(4x4, 3x3) add 6e-6 at most each
+    assert abs(found - exact).max() <= 2 * 1.3e-6 * abs(exact).max()
 
 
 def test_crepe_agrees_with_the_reference_activations():
