@@ -124,8 +124,11 @@ def test_convolution_nodes(rng, case):
         ("HardSigmoid", {"alpha": 1 / 6}, 17),
         ("Sigmoid", {}, 17),
         ("Tanh", {}, 17),
+        ("Elu", {}, 17),
+        ("Elu", {"alpha": 0.3}, 17),
         ("Gelu", {}, 20),
         ("Clip", {"min": 0.0, "max": 6.0}, 7),
+        ("Clip", {"min": 0.0, "max": 0.5}, 7),
         ("Clip", {"min": 0.0}, 7),
     ],
 )
@@ -139,7 +142,6 @@ def test_activations_are_fused(rng, op, attributes, opset):
     [
         ("HardSigmoid", {}, 17),
         ("Gelu", {"approximate": "tanh"}, 20),
-        ("Elu", {}, 17),
         ("Clip", {"min": -1.0, "max": 1.0}, 7),
         ("Softplus", {}, 17),
     ],
@@ -531,18 +533,60 @@ def test_u_net(rng):
 def test_nodes_that_are_not_supported_split_the_network(rng):
     one, w = conv(rng, 16, 3, y="a")
     two, v = conv(rng, 16, 16, x="b", y="d", w="v")
-    weights = w | v | {k: arrays(rng, (16,))[0] for k in "st"}
+    weights = w | v
     nodes = [
         one,
-        node("InstanceNormalization", "a s t", "b"),
+        node("LRN", "a", "b", size=3),
         two,
         node("Add", "d a", "e"),
         node("Softmax", "e", "y", axis=1),
     ]
     model = model_of(nodes, {"x": ["N", 3, 8, 8]}, weights=weights)
-    stays = "InstanceNormalization Softmax"
+    stays = "LRN Softmax"
     text = compare(model, *arrays(rng, (2, 3, 8, 8), (5, 3, 8, 8)), stays=stays, programs=2)
-    assert "1 InstanceNormalization" in text
+    assert "1 LRN" in text
+
+
+@pytest.mark.parametrize("channels", [3, 16, 40])
+@pytest.mark.parametrize("size", [(11,), (9, 10), (3, 4, 5)])
+def test_instance_normalization(rng, channels, size):
+    weights = {"t": arrays(rng, (channels,))[0]}
+    for name, axes in (("s", ()), ("k", (1,) * len(size))):  # no sum cancels a channel
+        weights[name] = rng.uniform(0.5, 2, (channels, *axes)).astype(np.float32)
+    nodes = [
+        node("InstanceNormalization", "c s t", "1", epsilon=1e-3),
+        node("Mul", "1 k", "2"),
+        node("Add", "c 2", "3"),
+        node("InstanceNormalization", "3 s t", "4"),
+        node("Elu", "4", "y"),
+    ]
+    text = after_conv(rng, nodes, (2, channels, *size), weights, channels)
+    assert len(text.splitlines()) == 7, text  # header, pack, convolution, two of these, ...
+    stays = "InstanceNormalization"
+    nodes = [node(stays, "c s t", "y", epsilon=0.0)]
+    after_conv(rng, nodes, (2, channels, *size), weights, channels, stays=stays)
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+@pytest.mark.parametrize(("channels", "block"), [(12, 2), (36, 3), (80, 2)])
+def test_depth_to_space(rng, mode, channels, block):
+    last, weights = conv(rng, 2, channels // block**2, x="s", w="v")
+    nodes = [
+        node("Tanh", "c", "t"),
+        node("DepthToSpace", "t", "s", blocksize=block, mode=mode),
+        last,
+    ]
+    after_conv(rng, nodes, weights=weights, out=channels)
+
+
+def test_squares_are_products(rng):
+    weights = {"two": np.float32(2), "three": np.array([3], np.float32)}
+    weights["twos"] = np.full((1, 1, 1, 1, 1), 2, np.float32)
+    nodes = [node("Pow", "c two", "1"), node("Relu", "1", "y")]
+    assert len(after_conv(rng, nodes, weights=weights).splitlines()) == 6
+    for exponent in ("three", "twos"):  # another power, more axes
+        nodes[0] = node("Pow", f"c {exponent}", "1")
+        after_conv(rng, nodes, weights=weights, stays="Pow Relu")
 
 
 def test_operations_without_a_layer_stay(rng):

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: E402, N812
 from torch_models import single_thread as single_thread  # noqa: E402
 from torch_models import with_statistics  # noqa: E402
 
+from lowrank._kernels._core import MAX_ARRAYS  # noqa: E402
 from lowrank.interop.torch import describe, on_engine  # noqa: E402
 from lowrank.interop.torch.network import TensorProgram  # noqa: E402
 from lowrank.interop.torch.program import ProgramModule  # noqa: E402
@@ -167,12 +168,13 @@ def paddings():
 def activations():
     kinds = [
         nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.Hardswish(), nn.Hardsigmoid(), nn.SiLU(),
-        nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.Hardtanh(0, 6),
+        nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.Hardtanh(0, 6), nn.Hardtanh(0, 0.5), nn.ELU(0.7),
     ]  # fmt: skip
 
     def forward(m, x):
         y = [act(m.a(x)) for act in m.kinds]
         y += [F.leaky_relu(m.a(x)), F.hardswish(x), m.a(x).clamp(0, 6), F.gelu(x), x.sigmoid()]
+        y += [F.elu(m.a(x)), torch.clip(m.a(x), 0, max=0.25), x.clamp(0)]
         return torch.cat(y, 1)
 
     return Call(forward, a=conv(4, 4), kinds=nn.ModuleList(kinds))
@@ -189,6 +191,21 @@ def handwritten():
         return 0.5 * (1 - z) - 2 + m.norm(m.b(z)) * 3
 
     return Call(forward, a=conv(4, 8), b=conv(8, 8), norm=nn.BatchNorm2d(8))
+
+
+def normalizations():
+    """Instance normalizations with what is fused to them, and squares."""
+
+    def forward(m, x):
+        y = F.elu(x + m.b(x))
+        y = F.instance_norm(m.conv(m.c(m.a(y)) + y), eps=0.1) * 3 + 1
+        z = m.a(x) + y.mean((2, 3), keepdim=True)
+        return F.relu(F.group_norm(y, 16) ** 2 + x.square()) + z.pow(2)
+
+    return Call(
+        forward, a=nn.InstanceNorm2d(16, 1e-3, affine=True), b=nn.GroupNorm(16, 16),
+        c=nn.InstanceNorm2d(16), conv=conv(16, 16),
+    )  # fmt: skip
 
 
 def later_readers():
@@ -240,6 +257,7 @@ NETWORKS = {
     "paddings": paddings,
     "activations": activations,
     "handwritten": handwritten,
+    "normalizations": lambda: nn.Sequential(conv(4, 16), normalizations(), conv(16, 3)),
     "later readers": later_readers,
     "orders": lambda: nn.Sequential(conv(4, 16), grouped_orders()),
     "dilated": lambda: nn.Sequential(
@@ -261,6 +279,8 @@ NETWORKS = {
     "transposed": lambda: nn.Sequential(
         nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), nn.ReLU(),
         nn.ConvTranspose2d(6, 6, 4, 3, groups=2, dilation=2), nn.BatchNorm2d(6),
+        Call(lambda m, x: x[:, :, :-1, 3:-4].relu()), nn.ConvTranspose2d(6, 2, (3, 1), (2, 1), 1),
+        Call(lambda m, x: x[..., 1:]), Call(lambda m, x: x[..., ::2]),
     ),
 }  # fmt: skip
 
@@ -332,6 +352,22 @@ def test_other_numbers_of_axes(make, shape):
     assert {type(p) for p in programs(fast)} >= {TensorProgram}
 
 
+@pytest.mark.parametrize(("name", "shape"), [("style", (3, 16, 20)), ("meshnet", (1, 6, 7, 5))])
+def test_third_party_networks_are_one_program(name, shape):
+    architectures = pytest.importorskip("asv_benchmarks.benchmarks.architectures")
+    model = getattr(architectures, name)().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    fast, x = on_engine(model), torch.randn(2, *shape)
+    with torch.inference_mode():
+        assert error(fast(x), model(x)) < 1e-4
+    assert [type(p) for p in programs(fast)] == [TensorProgram]
+    kinds = [op.kind for op in programs(fast)[0].program.operations]
+    assert "combine" not in kinds, "crops, sums and activations are fused"
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parts_run_without_programs(name, monkeypatch):
     """As tensors on a GPU do."""
@@ -395,6 +431,11 @@ def test_unsupported_operations_stay_in_pytorch_between_programs():
         (lambda m, x: m.b(F.gelu(m.a(x), approximate="tanh")), (2, 4, 6, 6)),
         (lambda m, x: m.b((m.a(x)).expand_as(x).sigmoid()), (2, 4, 6, 6)),
         (lambda m, x: m.b(m.a(x).squeeze()), (2, 4, 6, 6)),
+        (lambda m, x: m.b(m.a(x) ** 3), (2, 4, 6, 6)),
+        (lambda m, x: m.b(m.a(x).clamp(-0.5, 0.5)), (2, 4, 6, 6)),
+        (lambda m, x: m.b(F.group_norm(m.a(x), 2)), (2, 4, 6, 6)),
+        (lambda m, x: m.b(F.instance_norm(m.a(x), eps=0)), (2, 4, 6, 6)),
+        (lambda m, x: m.b(F.group_norm(F.avg_pool2d(m.a(x), 6), 4)), (2, 4, 6, 6)),
     ],
 )
 def test_shapes_that_programs_do_not_support(function, shape):
@@ -404,6 +445,16 @@ def test_shapes_that_programs_do_not_support(function, shape):
         for _ in range(2):
             assert error(fast(x), model(x)) < 3e-6
     assert sum(isinstance(p, TensorProgram) for p in programs(fast)) >= 2
+
+
+def test_normalization_by_running_statistics_stays():
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = with_statistics(nn.Sequential(conv(4, 4), norm, conv(4, 4))).eval()
+    nn.init.uniform_(norm.running_var, 1, 2)
+    fast, x = on_engine(model), torch.randn(2, 4, 6, 6)
+    with torch.inference_mode():
+        assert error(fast(x), model(x)) < 1e-5
+    assert sum(isinstance(p, TensorProgram) for p in programs(fast)) == 2
 
 
 def overwritten(m, x):
@@ -447,6 +498,19 @@ def test_operations_in_place_keep_their_order(function):
             assert error(found, wanted) < 3e-6
     assert torch.equal(*inputs)
     assert programs(fast)
+
+
+def test_more_tensors_than_a_program_takes_stay():
+    def forward(m, x):
+        y = torch.relu(x)
+        return [layer(y) for layer in m.layers]
+
+    model = Call(forward, layers=nn.ModuleList([conv(4, 2) for _ in range(MAX_ARRAYS)])).eval()
+    fast, x = on_engine(model), torch.randn(1, 4, 3, 3)
+    with torch.inference_mode():
+        for found, wanted in zip(fast(x), model(x), strict=True):
+            assert error(found, wanted) < 1e-5
+    assert not any(isinstance(p, TensorProgram) for p in programs(fast))
 
 
 def test_several_inputs_and_outputs():

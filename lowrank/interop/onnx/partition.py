@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from lowrank._kernels._core import MAX_ARRAYS
 from lowrank._typing import Ints
 from lowrank.engine.network import Primitive, emit, fuse, value_shape
 from lowrank.engine.program import Algorithm, Program, ProgramBuilder, Unsupported
@@ -15,7 +16,6 @@ from lowrank.interop.onnx.layers import LAYER_OPS
 from lowrank.interop.onnx.primitives import read
 from lowrank.interop.onnx.runtime import Tensor
 
-_MAX_ARRAYS = 16  # of a program, inputs and outputs
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 
 
@@ -163,7 +163,7 @@ class _Partition:
         if not primitives:
             return Piece(tuple(item.number for item in part), inputs, outputs), None
         numbers = tuple(sorted({i for p in primitives for i in p.sources}))
-        if len(inputs) + len(outputs) > _MAX_ARRAYS:
+        if len(inputs) + len(outputs) > MAX_ARRAYS:
             raise _Demoted(*numbers)
         builder = ProgramBuilder(_TYPES[self.tensors[inputs[0]].kind], algorithm)
         shapes: dict[str, Ints] = {}

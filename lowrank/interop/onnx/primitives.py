@@ -137,6 +137,18 @@ def _batch_norm(n: _Node) -> Iterator[Primitive]:
     yield n.primitive("affine", scale=scale, shift=beta - mean * scale)
 
 
+def _instance_norm(n: _Node) -> Iterator[Primitive]:
+    scale, shift = n.value(1), n.value(2)
+    options = {"epsilon": n.attributes.get("epsilon", 1e-5)}
+    yield n.primitive("normalize", scale=scale, shift=shift, options=options)
+
+
+def _power(n: _Node) -> Iterator[Primitive]:
+    exponent = n.value(1)
+    if exponent is not None and exponent.size == 1 and exponent.item() == 2 and n.shape == n.out:
+        yield n.primitive("multiply", (n.x, n.x))
+
+
 def _arithmetic(n: _Node) -> Iterator[Primitive]:
     a, b = n.node.input
     if not n.constant.holds(a) and not n.constant.holds(b):
@@ -170,10 +182,12 @@ def _activation(n: _Node) -> Iterator[Primitive]:
     a, alpha = n.attributes, 0.0
     name: str | None = {
         "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "HardSwish": "hard_swish",
-        "LeakyRelu": "leaky_relu", "PRelu": "leaky_relu",
+        "LeakyRelu": "leaky_relu", "PRelu": "leaky_relu", "Elu": "elu",
     }.get(n.op)  # fmt: skip
     if n.op == "LeakyRelu":
         alpha = a.get("alpha", 0.01)
+    elif n.op == "Elu":
+        alpha = a.get("alpha", 1.0)
     elif n.op == "PRelu":
         slope = n.value(1)
         if slope is None or slope.size != 1:
@@ -191,8 +205,8 @@ def _activation(n: _Node) -> Iterator[Primitive]:
     elif n.op == "Clip":
         largest = float(np.finfo(np.float32).max)
         low, high = n.argument("min", 1, -largest), n.argument("max", 2, largest)
-        if low == 0 and (high == 6 or high >= largest):
-            name = "relu6" if high == 6 else "relu"
+        if low == 0:
+            name, alpha = "relu" if high >= largest else "relu6" if high == 6 else "clip", high
     if name is not None:
         yield n.primitive("activate", activation=name, alpha=alpha)
 
@@ -291,6 +305,15 @@ def _resampling(n: _Node) -> Iterator[Primitive]:
     yield n.primitive("resample", options={"index": tuple(index)})
 
 
+def _depth_to_space(n: _Node) -> Iterator[Primitive]:
+    block, out = n.attributes["blocksize"], n.out[0]
+    if n.text("mode", "DCR") == "DCR":
+        channels = np.arange(n.shape[0]).reshape(1, block, block, out)
+    else:
+        channels = np.arange(n.shape[0]).reshape(out, 1, block, block).transpose(1, 2, 3, 0)
+    yield n.primitive("spread", options={"channels": channels})
+
+
 def _view(n: _Node) -> Iterator[Primitive]:
     if n.op == "Dropout" and n.value(2):  # it is training
         return
@@ -337,10 +360,12 @@ def _slicing(n: _Node) -> Iterator[Primitive]:
 _HANDLERS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _convolution),
     "BatchNormalization": _batch_norm,
+    "InstanceNormalization": _instance_norm,
+    "Pow": _power,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
     **dict.fromkeys(
         ("Relu", "Sigmoid", "Tanh", "HardSwish", "LeakyRelu", "PRelu", "HardSigmoid", "Gelu",
-         "Swish", "Clip", "Erf"),
+         "Swish", "Clip", "Elu", "Erf"),
         _activation,
     ),
     "Concat": _concatenation,
@@ -350,6 +375,7 @@ _HANDLERS = {
     ),
     "Pad": _padding,
     **dict.fromkeys(("Resize", "Upsample"), _resampling),
+    "DepthToSpace": _depth_to_space,
     **dict.fromkeys(_VIEWS, _view),
     "Transpose": _transposition,
     "Split": _split,

@@ -48,7 +48,7 @@ def describe(model: nn.Module, example: torch.Tensor) -> str:
     --------
     >>> import torch
     >>> from lowrank.interop.torch import describe, on_engine
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.ELU()).eval()
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.Softplus()).eval()
     >>> table = describe(on_engine(model), torch.ones(1, 16, 8, 8))
     >>> [line.split()[0] for line in table.splitlines()]
     ['operation', 'pack', '0', 'unpack', '1', 'total']

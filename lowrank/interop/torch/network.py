@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from lowrank._kernels._core import MAX_ARRAYS
 from lowrank._typing import Ints
 from lowrank.core.stage import Epilogue
 from lowrank.engine.network import emit, fuse, value_shape
@@ -142,6 +143,8 @@ def build_program(
     """
     reader = _Reader(traced)
     inputs, outputs = reader.read(shapes)
+    if len(inputs) + len(outputs) > MAX_ARRAYS:
+        raise UnsupportedNodesError(traced.graph.nodes, f"more than {MAX_ARRAYS} tensors")
     uses = Counter(name for p in reader.net.primitives for name in p.inputs)
     uses.update(t.name for t in outputs)
     builder = ProgramBuilder(dtype, algorithm)

@@ -23,7 +23,9 @@ from lowrank.interop.torch.operations import (
     expand_as,
     flatten,
     get_item,
+    group_norm,
     identity,
+    instance_norm,
     max_pool,
     mean,
     mean_pool,
@@ -31,6 +33,7 @@ from lowrank.interop.torch.operations import (
     pad_module,
     permute,
     pixel_shuffle,
+    power,
     reshape,
     split,
     squeeze,
@@ -54,6 +57,7 @@ _MODULES: dict[type[nn.Module], Operation] = {
     **_of_each_ndim(nn, "MaxPool{}d", max_pool), **_of_each_ndim(nn, "AvgPool{}d", mean_pool),
     **_of_each_ndim(nn, "AdaptiveMaxPool{}d", _max),
     **_of_each_ndim(nn, "AdaptiveAvgPool{}d", _mean),
+    **_of_each_ndim(nn, "InstanceNorm{}d", instance_norm), nn.GroupNorm: group_norm,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), identity),
     nn.Upsample: upsample, nn.UpsamplingNearest2d: upsample, nn.PixelShuffle: pixel_shuffle,
     nn.ChannelShuffle: channel_shuffle, nn.Flatten: flatten,
@@ -62,12 +66,14 @@ _MODULES: dict[type[nn.Module], Operation] = {
 _FUNCTIONS: dict[Any, Operation] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add), add),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), multiply),
+    **dict.fromkeys((operator.pow, torch.pow, torch.square), power),
     **_of_each_ndim(functional, "max_pool{}d", max_pool),
     **_of_each_ndim(torch, "max_pool{}d", max_pool),
     **_of_each_ndim(functional, "avg_pool{}d", mean_pool),
     **_of_each_ndim(functional, "adaptive_max_pool{}d", _max),
     **_of_each_ndim(functional, "adaptive_avg_pool{}d", _mean),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate),
+    functional.instance_norm: partial(instance_norm, None), functional.group_norm: group_norm,
     torch.mean: mean, functional.pad: pad, functional.interpolate: upsample,
     functional.pixel_shuffle: pixel_shuffle, functional.channel_shuffle: channel_shuffle,
     torch.split: split, torch.chunk: chunk, operator.getitem: get_item, torch.reshape: reshape,
@@ -84,6 +90,7 @@ _METHODS: dict[str, Operation] = {
     "mean": mean, "split": split, "chunk": chunk, "view": reshape, "reshape": reshape,
     "flatten": flatten, "squeeze": squeeze, "unsqueeze": unsqueeze, "transpose": transpose,
     "permute": permute, "expand_as": expand_as,
+    **dict.fromkeys(("pow", "square"), power),
     **dict.fromkeys(("contiguous", "clone", "detach"), identity),
 }  # fmt: skip
 # Operations whose outputs may share memory with their inputs in PyTorch.
@@ -139,7 +146,7 @@ _ACTIVATIONS: dict[Any, str] = {
 
 
 def _hardtanh(min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False) -> Any:
-    return ("relu6", 0.0) if (min_val, max_val) == (0, 6) else None
+    return _clamp(min_val, max_val)
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Any:
@@ -150,21 +157,30 @@ def _gelu(approximate: str = "none") -> Any:
     return ("gelu", 0.0) if approximate == "none" else None
 
 
+def _elu(alpha: float = 1.0, inplace: bool = False) -> Any:
+    return "elu", alpha
+
+
 def _clamp(min: Any = None, max: Any = None) -> Any:
-    return {(0, 6): ("relu6", 0.0), (0, None): ("relu", 0.0)}.get((min, max))
+    if min != 0 or not isinstance(max, int | float | None):
+        return None
+    if max is None:
+        return "relu", 0.0
+    return ("relu6", 0.0) if max == 6 else ("clip", float(max))
 
 
 # Activations that depend on settings, which have PyTorch's names.
 _CHOICES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((nn.Hardtanh, functional.hardtanh), _hardtanh),
     **dict.fromkeys((nn.LeakyReLU, functional.leaky_relu), _leaky_relu),
+    **dict.fromkeys((nn.ELU, functional.elu), _elu),
     **dict.fromkeys((nn.GELU, functional.gelu), _gelu),
-    **dict.fromkeys((torch.clamp, "clamp", "clamp_"), _clamp),
+    **dict.fromkeys((torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"), _clamp),
 }
 
 
 def find_activation(node: fx.Node, module: nn.Module | None) -> tuple[str, float] | None:
-    """Return the activation that a node computes, if the engine has it, and its slope.
+    """Return the activation that a node computes, if the engine has it, and its parameter.
 
     Parameters
     ----------
@@ -176,7 +192,8 @@ def find_activation(node: fx.Node, module: nn.Module | None) -> tuple[str, float
     Returns
     -------
     (str, float) or None
-        Name of the activation and, for ``"leaky_relu"``, its slope for negative values.
+        Name of the activation, and the slope of ``"leaky_relu"`` for negative values, the scale
+        of ``"elu"`` or the upper bound of ``"clip"``.
     """
     called: Any = type(module) if node.op == "call_module" else node.target
     if called in _ACTIVATIONS:

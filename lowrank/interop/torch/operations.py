@@ -18,6 +18,7 @@ from lowrank.core.stage import Epilogue
 from lowrank.engine.network import Primitive, on_three, value_shape
 from lowrank.engine.program import Unsupported
 from lowrank.factorization import dense
+from lowrank.interop.torch.modules import to_numpy
 
 # Stands for the batch size: only what follows the batch equals this prime number.
 BATCH = 2147483647
@@ -150,6 +151,13 @@ def elementwise(kind: str, net: Recorder, a: Any, b: Any, *, alpha: float = 1.0)
     return net.add(kind, (a, b), a.shape, a.value)
 
 
+def power(net: Recorder, input: Any, exponent: Any = 2) -> Tensor:
+    """Return the square of a tensor."""
+    if not isinstance(input, Tensor) or isinstance(exponent, Tensor) or exponent != 2:
+        raise Unsupported(f"a power other than the square, of exponent {exponent}")
+    return elementwise("multiply", net, input, input)
+
+
 def max_pool(
     ndim: int, net: Recorder, input: Tensor, kernel_size: Any, stride: Any = None,
     padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
@@ -222,6 +230,37 @@ def mean(
         raise Unsupported(f"a mean over axes {dim}")
     pooled = adaptive_pool("mean pool", ndim, net, input, 1)
     return pooled if keepdim else reshape(net, pooled, BATCH, input.shape[0])
+
+
+def instance_norm(
+    ndim: int | None, net: Recorder, input: Tensor, running_mean: Any = None,
+    running_var: Any = None, weight: Any = None, bias: Any = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Return each channel of each example with zero mean and unit variance, times weight + bias."""
+    input.sizes(ndim)
+    if not use_input_stats or running_mean is not None or running_var is not None:
+        raise Unsupported("instance normalization by other statistics")
+    return _normalize(net, input, weight, bias, eps)
+
+
+def group_norm(
+    net: Recorder, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Return the normalization of groups of one channel each."""
+    if num_groups != input.shape[0]:
+        raise Unsupported(f"normalization of {input.shape[0]} channels in {num_groups} groups")
+    return _normalize(net, input, weight, bias, eps)
+
+
+def _normalize(net: Recorder, x: Tensor, weight: Any, bias: Any, epsilon: float) -> Tensor:
+    if math.prod(x.sizes()) == 1:  # which PyTorch may reject
+        raise Unsupported("normalization of single samples")
+    scale = np.ones(x.shape[0]) if weight is None else to_numpy(weight)
+    shift = np.zeros(x.shape[0]) if bias is None else to_numpy(bias)
+    options = {"epsilon": epsilon}
+    return net.add("normalize", (x,), x.shape, scale=scale, shift=shift, options=options)
 
 
 def pad(
