@@ -602,6 +602,12 @@ def test_description_names_operations():
     ]  # fmt: skip
     assert "82.9k" in lines[2]  # 4 * 16 * 9 * 144 MACs
 
+    model = nn.Sequential(conv(40, 1, 9), nn.InstanceNorm2d(1), nn.ELU()).eval()
+    lines = describe(on_engine(model), torch.randn(2, 40, 12, 12)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split()[:3] == ["0", "few", "outputs"]
+    assert lines[3].split()[:2] == ["1", "normalize"]
+
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
