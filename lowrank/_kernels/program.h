@@ -67,6 +67,7 @@ typedef struct lr_op {
     const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
     const lr_block *block;
     const void *weight, *bias;
+    const void *mask; /* LR_FEW_OUTPUTS: per term, lanes that hold channels have all bits; or NULL */
     const int32_t *channel;         /* channel of the array (LR_REORDER: of in) at each channel, or -1 */
     const int32_t *index[LR_AXES];  /* input sample at each output sample, or -1; or NULL */
 } lr_op;
@@ -84,6 +85,7 @@ typedef struct {
     int64_t group;   /* images per group, at most */
     int64_t arena;   /* elements of the buffers of a group */
     int64_t scratch; /* elements that a thread needs beside */
+    double seconds, fork_join; /* as in lr_plan */
 } lr_program;
 
 /* One array of a run. */

@@ -24,6 +24,7 @@ cdef extern from "program.h":
         const lr_block *block
         const void *weight
         const void *bias
+        const void *mask
         const int32_t *channel
         const int32_t *index[3]
 
@@ -35,6 +36,7 @@ cdef extern from "program.h":
         const lr_op *op
         const lr_step_range *step
         int64_t group, arena, scratch
+        double seconds, fork_join
 
     ctypedef struct lr_array:
         void *data
@@ -102,7 +104,8 @@ cdef class Program:
         free(self.cache)
 
     def __init__(
-        self, ops, steps, shapes, outputs, *, arena, group=1, dtype="float32", isa=None, names=()
+        self, ops, steps, shapes, outputs, *, arena, group=1, seconds=1.0, fork_join=0.0,
+        dtype="float32", isa=None, names=(),
     ):
         self.isa = default_isa() if isa is None else _checked_isa("isa", isa)
         self.kernels = _kernels(dtype, self.isa)
@@ -123,6 +126,7 @@ cdef class Program:
         self.program.steps = len(steps)
         self.program.step = <const lr_step_range *>self._ints("q", flat)
         self.program.group, self.program.arena = group, arena
+        self.program.seconds, self.program.fork_join = seconds, fork_join
 
     cdef void *_ints(self, code, values) except? NULL:
         ints = array(code, values)
@@ -176,6 +180,7 @@ cdef class Program:
         op.block = <const lr_block *>self._ints("q", [n for b in o.blocks for n in b])
         op.channel = <const int32_t *>self._ints("i", o.channel)
         op.weight, op.bias = self._floats(o.weight), self._floats(o.bias)
+        op.mask = self._floats(o.mask)
 
     def __call__(self, arrays, int threads=0):
         """Run the program on a list of arrays, inputs and outputs."""

@@ -110,13 +110,17 @@ class Convolution:
             if vectors >= MIN_GAP_VECTORS and vectors % 2 == 0:
                 self.value.buffer.gap = self.limits.lanes
             counts = self._depthwise_counts
-            return Node(inputs, self.result, self._depthwise, reach, count=counts)
+            splits = self._depthwise_splits()
+            return Node(
+                inputs, self.result, self._depthwise, reach, make_counts=counts, splits=splits,
+                is_channelwise=splits > 1,
+            )  # fmt: skip
         sizes = spec, self.value, self.result, self.limits
         itemsize = np.dtype(self.dtype).itemsize
         weights = spec.weight.size * itemsize
         if self.has_few_outputs:
             counts = partial(few_outputs_counts, *sizes)
-            return Node(inputs, self.result, self._few_outputs, reach, weights, count=counts)
+            return Node(inputs, self.result, self._few_outputs, reach, weights, make_counts=counts)
         if not any(self.algorithm):
             counts = partial(direct_counts, *sizes, itemsize)
             splits = self._splits()
@@ -137,6 +141,11 @@ class Convolution:
         # Vectors of padding overlap the next group's outputs, unless groups are whole vectors.
         are_disjoint = outs % self.limits.lanes == 0 or copies == 1
         return blocks if are_disjoint else 1
+
+    def _depthwise_splits(self) -> int:
+        """Return the vectors of channels that can run alone."""
+        has_multiplier = len(self.spec.weight) > self.spec.groups
+        return 1 if has_multiplier else self.value.width // self.limits.lanes
 
     def _grow_halo(self) -> None:
         """Make the halo of the input large enough for the stage, and for its last tiles."""
@@ -190,10 +199,15 @@ class Convolution:
         weight[:, value.position] = spec.weight.reshape(outs, channels, -1).transpose(2, 1, 0)
         weight = weight.reshape(len(taps), -1, lanes, outs).swapaxes(2, 3)
         offsets = np.add.outer(taps, np.arange(0, value.width, lanes)).reshape(-1)
+        mask = None
+        if value.width > channels:
+            integers = np.zeros((len(taps), value.width), f"i{np.dtype(self.dtype).itemsize}")
+            integers[:, value.position] = -1
+            mask = integers.view(self.dtype)
         return make_operation(
             "few outputs", self.name, value, self.result, spec, **self._epilogue(),
             terms=len(offsets), offsets=offsets.tolist(), multiplier=outs, taps=spec.kernel,
-            weight=np.ascontiguousarray(weight),
+            weight=np.ascontiguousarray(weight), mask=mask,
             macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
         )  # fmt: skip
 
@@ -269,7 +283,7 @@ class Convolution:
             "depthwise", self.name, value, self.result, spec, **self._epilogue(),
             taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
             multiplier=multiplier, weight=weight,
-            splits=value.width // self.limits.lanes if multiplier == 1 else 1,
+            splits=self._depthwise_splits(),
             macs=math.prod(self.result.shape) * math.prod(spec.kernel),
         )  # fmt: skip
 

@@ -62,6 +62,7 @@ class Operation:
     offsets: Sequence[int] = ()
     weight: Any = None
     bias: Any = None
+    mask: Any = None
     channel: Sequence[int] = ()
     index: tuple[Any, Any, Any] = (None, None, None)
     macs: int = 0
@@ -74,11 +75,6 @@ class Operation:
         inputs = math.prod(self.in_size) * (self.in_channels or self.channels)
         weights = 0 if self.weight is None else int(self.weight.size)
         return outputs + max(inputs, outputs) + weights
-
-    @property
-    def is_channelwise(self) -> bool:
-        """Whether channels run alone, a vector of them per split."""
-        return self.kind in ("pack", "unpack", "depthwise") and self.splits > 1
 
     @property
     def work_units(self) -> int:
@@ -102,9 +98,7 @@ def make_operation(
     return split_rows(operation, ROW)
 
 
-def transfer(
-    kind: Literal["pack", "unpack"], value: Value, array: int, splits: int
-) -> Operation:
+def transfer(kind: Literal["pack", "unpack"], value: Value, array: int, splits: int) -> Operation:
     """Return the operation that reads a value from an array, or writes it to one."""
     channel = np.full(value.width, -1, np.int32)
     channel[value.position] = np.arange(value.shape[0])
