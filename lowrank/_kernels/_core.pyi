@@ -60,6 +60,8 @@ class Program:
         *,
         arena: int,
         group: int = 1,
+        seconds: float = 1.0,
+        fork_join: float = 0.0,
         dtype: str = "float32",
         isa: str | None = None,
         names: Sequence[str] = (),

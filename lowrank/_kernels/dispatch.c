@@ -213,6 +213,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     *team = threads;
 #ifdef _OPENMP
     if (threads > 1) {
+        lr_note_team();
         const int64_t kinds = plan->stages * LR_STEPS + 1;
         /* Neighbouring tiles share input rows, so a thread takes several; 8 chunks per thread balance. */
         const int64_t chunk = jobs / (8 * threads) > 1 ? jobs / (8 * threads) : 1;

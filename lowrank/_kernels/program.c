@@ -75,6 +75,8 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
 {
     if (batch <= 0) return LR_OK;
     if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
+    /* Fork only if the predicted saving exceeds the fork/join latency. */
+    if (threads > 1 && p->seconds * (double)batch * (threads - 1) / threads < p->fork_join) threads = 1;
     *used = threads;
     const int distributed = batch >= threads;
     const size_t head = 64;

@@ -43,6 +43,7 @@ DEFAULT_COSTS = {
     "scatter": 12.0,  # vectors stored into padded rows of the next stage
     "stage tile": 150.0,
 }
+COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds
 # A block with fewer sums waits for their latency: 4 cycles, 2 FMAs per cycle.
 LATENCY_SLOTS = 8
 L1_WEIGHTS = 0.5  # of the L1 cache for weights that blocks of pixels find there

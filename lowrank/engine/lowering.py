@@ -271,7 +271,7 @@ def _lower_run(
     if threads is not None:
         itemsize = np.dtype(dtype).itemsize
         l1, l2, _ = _core.caches()
-        latency = fork_join_seconds(threads)
+        latency = fork_join_seconds() if threads > 1 else 0.0
         tile = tiling.choose_tile(layouts, threads, itemsize, l1, l2, latency)
         splits = tiling.channel_splits(layouts, tile, threads)
     out_size = [1] * len(size_in)

@@ -59,14 +59,12 @@ def shipped_calibration() -> str:
     return resources.files("lowrank").joinpath("data/machine.json").read_text()
 
 
-def fork_join_seconds(threads: int) -> float:
+def fork_join_seconds() -> float:
     """Return the fork/join latency of a parallel region under the wait policy in force, in seconds.
 
     It was measured by the calibration of this machine; without one, by that shipped with the
     package: it is the same in every process.
     """
-    if threads < 2:
-        return 0.0
     file = calibration_file()
     try:
         modified = file.stat().st_mtime_ns

@@ -27,7 +27,8 @@ from lowrank.engine.convolutions import (
     depthwise_layout,
     has_depthwise_kernel,
 )
-from lowrank.engine.costs import Counts, add_counts
+from lowrank.engine.costs import COST_SECONDS, Counts, add_counts, default_cost
+from lowrank.engine.machine import fork_join_seconds
 from lowrank.engine.operations import Operation as Operation
 from lowrank.engine.operations import join_rows, make_operation, reorder, transfer
 from lowrank.engine.padding import padded_indices
@@ -79,20 +80,25 @@ class ProgramBuilder:
     @property
     def counts(self) -> Counts:
         """Counts of one example, of all nodes together."""
-        return add_counts(node.count() for node in self.nodes)
+        return add_counts(node.make_counts() for node in self.nodes)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of one example on one thread, to tell small from large."""
+        return default_cost(self.counts) * COST_SECONDS
 
     def input(self, shape: Ints) -> Value:
         """Return the value of a new input array, (batch, *shape)."""
         value = self._value(shape)
         number = self._array(shape)
-        self._move((), value, lambda: transfer("pack", value, number, value.width // self.limits.lanes))
+        self._transfer("pack", (), value, value, number)
         return value
 
     def output(self, value: Value) -> None:
         """Write a value to a new output array."""
         number = self._array(value.shape)
         self.outputs.append(number)
-        self._move((value,), None, lambda: transfer("unpack", value, number, value.width // self.limits.lanes))
+        self._transfer("unpack", (value,), None, value, number)
 
     def convolve(
         self,
@@ -292,7 +298,7 @@ class ProgramBuilder:
         core = _core.Program(
             operations, schedule.steps(operations), self.arrays, self.outputs,
             arena=schedule.arena, group=schedule.group, dtype=self.dtype.name, isa=self.isa,
-            names=names,
+            names=names, seconds=self.seconds, fork_join=fork_join_seconds(),
         )  # fmt: skip
         return Program(core, tuple(operations), schedule.arena * itemsize)
 
@@ -381,7 +387,20 @@ class ProgramBuilder:
     ) -> None:
         """Add a node that moves data, without MACs."""
         moved = {"move": (output or inputs[0]).vectors(self.limits.lanes)}
-        self.nodes.append(Node(inputs, output, make, reach, count=lambda: moved))
+        self.nodes.append(Node(inputs, output, make, reach, make_counts=lambda: moved))
+
+    def _transfer(
+        self,
+        kind: Literal["pack", "unpack"],
+        inputs: tuple[Value, ...],
+        output: Value | None,
+        value: Value,
+        array: int,
+    ) -> None:
+        """Add a node that reads a value from an array, or writes it to one."""
+        splits = value.width // self.limits.lanes
+        self._move(inputs, output, lambda: transfer(kind, value, array, splits))
+        self.nodes[-1] = self.nodes[-1]._replace(splits=splits, is_channelwise=splits > 1)
 
     def _can_move(self, value: Value) -> bool:
         """Return whether a value can be written elsewhere: nothing else uses its buffer yet."""

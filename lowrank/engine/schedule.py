@@ -68,10 +68,12 @@ class Node(NamedTuple):
         Bytes of its weights.
     tile : tuple of int
         Outputs that are computed together along each axis.
-    count : callable
+    make_counts : callable
         Function that returns the counts of one example; without reading weights.
     splits : int
         Output-channel splits that threads can share.
+    is_channelwise : bool
+        Whether channels run alone; splits are then vectors of them.
     """
 
     inputs: tuple[Value, ...]
@@ -80,8 +82,9 @@ class Node(NamedTuple):
     reach: Reach | None = Reach()
     weights: int = 0
     tile: Ints = ONES
-    count: Callable[[], Counts] = dict
+    make_counts: Callable[[], Counts] = dict
     splits: int = 1
+    is_channelwise: bool = False
 
     @property
     def size(self) -> Three:
@@ -128,6 +131,8 @@ class Schedule:
         Number of images that run as a group.
     arena : int
         Elements of the buffers of a group.
+    strands : list of (int, int)
+        Vectors of channels that run through all operations, if channels run alone in each.
     """
 
     def __init__(self, nodes: Sequence[Node], itemsize: int, group: int | None = None) -> None:
@@ -141,6 +146,7 @@ class Schedule:
         ]
         self.group = self._group(place_buffers(turns, 1)) if group is None else group
         self.arena = place_buffers(turns, self.group)
+        self.strands = self._strands()
 
     def steps(self, operations: Sequence[Operation]) -> list[Step]:
         """Return the steps in the order in which they run.
@@ -148,9 +154,8 @@ class Schedule:
         Images of a group run one after another while their samples fill L2, and together where
         several fit, so that weights in L2 serve all of them.
         """
-        is_channelwise = all(op.is_channelwise for op in operations)
-        if is_channelwise and len({op.splits for op in operations}) == 1 and self.group == 1:
-            return self._strands(operations)
+        if self.strands:
+            return self._strand_steps(operations)
         steps: list[Step] = []
         for images, run in itertools.groupby(self.segments, key=self.images_together):
             parts = [part for segment in run for part in self._parts(operations, segment)]
@@ -159,19 +164,28 @@ class Schedule:
                 steps += [Step(*p, image, end, 0, operations[p[0]].splits) for p in parts]
         return steps
 
-    def _strands(self, operations: Sequence[Operation]) -> list[Step]:
-        """Return steps that take a few vectors of channels through all operations, in L1.
+    def _strands(self) -> list[tuple[int, int]]:
+        """Return the first vector of channels and the end of each strand; none unless all apply.
 
-        Each is a strand, and threads need no barrier between them.
+        Strands take a few vectors of channels through all operations, in L1, and threads need no
+        barrier between them.
         """
+        is_channelwise = all(node.is_channelwise for node in self.nodes)
+        splits = {node.splits for node in self.nodes}
+        if not is_channelwise or len(splits) > 1 or splits <= {1} or self.group > 1:
+            return []
+        (vectors,) = splits
         l1, _, _ = _core.caches()
-        vectors = operations[0].splits
         buffers = {id(v.buffer): v.buffer for node in self.nodes for v in node.values}
         each = sum(b.elements for b in buffers.values()) * self.itemsize / vectors
         together = max(1, int(L1_SHARE * l1 / each))
+        return [(start, min(start + together, vectors)) for start in range(0, vectors, together)]
+
+    def _strand_steps(self, operations: Sequence[Operation]) -> list[Step]:
+        """Return the steps of one strand after another."""
         return [
-            Step(i, 0, op.work_units, 0, 1, start, min(start + together, vectors), strand)
-            for strand, start in enumerate(range(0, vectors, together))
+            Step(i, 0, op.work_units, 0, 1, start, end, number)
+            for number, (start, end) in enumerate(self.strands)
             for i, op in enumerate(operations)
         ]
 

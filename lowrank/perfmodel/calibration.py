@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-import platform
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -20,10 +22,10 @@ from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine import fourier, pytorch
+from lowrank.engine import fourier, machine, pytorch
 from lowrank.perfmodel import features
 from lowrank.perfmodel.coefficients import (
-    IN_SECONDS,
+    FORK_JOIN,
     RUNTIMES,
     Coefficients,
     PerformanceModel,
@@ -35,6 +37,7 @@ from lowrank.perfmodel.workloads import fft_workloads, workloads
 BUDGETS = {"fft": 6.0, "lowrank": 11.0, "torch": 7.0, "torch channels-last": 7.0, "cuda": 10.0}
 CPU_RUNTIMES = tuple(name for name in BUDGETS if name != "cuda")  # measured by default
 GPU_BATCH_FACTOR = 32  # GPU batch over CPU batch, as far as memory allows
+LATENCY_PROCESSES = 3
 MIN_PASSES = 2  # over all workloads in turn: a disturbance of one pass does not affect all
 MAX_TORCH_SAMPLES = 1 << 18  # larger inputs are filters, which PyTorch is not measured on
 MAX_CALL = 0.02  # seconds: slower workloads are left out
@@ -49,6 +52,7 @@ def measure(
 ) -> PerformanceModel:
     """Measure this machine; see :func:`lowrank.perfmodel.calibrate`."""
     max_threads = _core.max_threads()
+    fork_join = {policy: _fork_join_seconds(policy) for policy in machine.WAIT_POLICIES}
     coefficients = {}
     for name in CPU_RUNTIMES if runtimes is None else runtimes:
         torch = _import_torch() if "torch" in name else None
@@ -66,9 +70,27 @@ def measure(
             [task.features for task, _ in timed],
             [t for _, t in timed],
             [task.workload for task, _ in timed],
+            {FORK_JOIN: fork_join[machine.wait_policy()]},
         )
-    isa = _core.default_isa()
-    return PerformanceModel(cpu(), isa, max_threads, MappingProxyType(coefficients))
+    return PerformanceModel(
+        machine.cpu(), _core.default_isa(), max_threads, MappingProxyType(coefficients),
+        MappingProxyType(fork_join),
+    )  # fmt: skip
+
+
+def _fork_join_seconds(policy: machine.WaitPolicy) -> float:
+    """Measure the fork/join latency in a process of the wait policy, which is fixed at its start.
+
+    The median of several processes: a thread may start on a core that is busy or asleep.
+    """
+    code = "from lowrank._kernels import _core; print(_core.measure_fork_join())"
+    env = {**os.environ, "OMP_WAIT_POLICY": policy}
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        for _ in range(LATENCY_PROCESSES)
+    ]
+    return statistics.median(float(run.stdout) for run in runs)
 
 
 class Task(NamedTuple):
@@ -171,7 +193,7 @@ def _bind_call(
     epilogues = [Epilogue()] * len(stages)
     out_shape = (len(x), *chain_shapes(stages, x.shape[1:])[-1])
     if runtime == "lowrank":
-        run = engine.plan(stages, x.shape[1:], np.float32, epilogues, threads)
+        run = engine.plan(stages, x.shape[1:], np.float32, epilogues, threads, algorithm="auto")
         return partial(run, x, arrays.result(out_shape))
     if runtime == "cuda":
         on_gpu = [replace(s, weight=engine.to_device(s.weight, "cuda")) for s in stages]
@@ -212,17 +234,19 @@ def _import_torch() -> Any:
 
 
 def fit(
-    counts: Sequence[Features], times: Sequence[float], workload_numbers: Sequence[int]
+    counts: Sequence[Features],
+    times: Sequence[float],
+    workload_numbers: Sequence[int],
+    measured: Mapping[str, float] = MappingProxyType({}),
 ) -> Coefficients:
     """Fit non-negative coefficients to times; estimate their errors by cross-validation.
 
     Relative errors are minimised in a norm between L1 and L2, by iteratively reweighted least
-    squares: a few outliers do not decide.
+    squares: a few outliers do not decide.  Features in `measured` have known coefficients.
     """
-    names = sorted({name for c in counts for name in c if name not in IN_SECONDS})
+    names = sorted({name for c in counts for name in c if name not in measured})
     table = np.array([[c.get(name, 0.0) for name in names] for c in counts])
-    measured = [sum(cost * c.get(k, 0.0) for k, cost in IN_SECONDS.items()) for c in counts]
-    known = np.array(measured)
+    known = np.array([sum(v * c.get(k, 0.0) for k, v in measured.items()) for c in counts])
     seconds = np.asarray(times)
     errors = np.empty(len(times))
     fold = np.asarray(workload_numbers) % FOLDS
@@ -252,18 +276,3 @@ def _solve(table: Array, seconds: Array, known: Array) -> Array:
         residuals = np.abs(scaled @ solution - remaining)
         weights = 1 / np.sqrt(np.maximum(residuals, FULL_WEIGHT_ERROR))
     return np.asarray(solution / scale)
-
-
-def cpu() -> str:
-    """Return the name of the processor, with family and model if the system tells."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            facts: dict[str, str] = {}
-            for line in lines:
-                name, _, value = line.partition(":")
-                facts.setdefault(name.strip(), value.strip())
-    except OSError:
-        return platform.processor() or platform.machine()
-    if "model name" not in facts:
-        return platform.machine()
-    return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"

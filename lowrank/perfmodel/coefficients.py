@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,14 +16,12 @@ from lowrank._typing import Ints
 from lowrank.core import tables
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Stage
+from lowrank.engine.machine import VERSION, WaitPolicy, read_latencies, wait_policy
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import features
 from lowrank.perfmodel.features import Features, Work
 
-VERSION = 3  # of the features: coefficients of another version mean nothing
-
-#: Features that are in seconds.
-IN_SECONDS = {"fork/join": 1.0}
+FORK_JOIN = "fork/join"  # the feature whose coefficient is measured, not fitted
 #: Function that counts the features of each runtime.
 RUNTIMES = {
     "lowrank": features.lowrank,
@@ -99,7 +97,7 @@ class Coefficients:
         >>> Coefficients({"call": 2e-6}, error=0.1, spread=0.2).predict({"call": 3}).seconds
         6e-06
         """
-        parts = {k: v * (IN_SECONDS.get(k) or self.seconds.get(k, 0.0)) for k, v in counts.items()}
+        parts = {name: n * self.seconds.get(name, 0.0) for name, n in counts.items()}
         nonzero = {k: v for k, v in parts.items() if v > 0}
         return Prediction(sum(nonzero.values()), self.error, MappingProxyType(nonzero))
 
@@ -117,6 +115,9 @@ class PerformanceModel:
     coefficients : mapping of str to Coefficients
         Coefficients by runtime: ``"lowrank"``, ``"fft"``, and with PyTorch ``"torch"`` and
         ``"torch channels-last"``.
+    fork_join : mapping of str to float
+        Fork/join latency of a parallel region on all threads, in seconds, by the wait policy of
+        OpenMP: ``"passive"`` or ``"active"``.
     calibrated : bool
         Whether they were measured on this machine; False for those shipped with the package.
     """
@@ -125,6 +126,7 @@ class PerformanceModel:
     isa: str
     threads: int
     coefficients: Mapping[str, Coefficients]
+    fork_join: Mapping[WaitPolicy, float]
     calibrated: bool = True
 
     def predict(
@@ -262,7 +264,9 @@ class PerformanceModel:
         )
 
     def _predict(self, runtime: str, counts: Features) -> Prediction:
-        prediction = self.coefficients[runtime].predict(counts)
+        coefficients = self.coefficients[runtime]
+        seconds = {**coefficients.seconds, FORK_JOIN: self.fork_join[wait_policy()]}
+        prediction = replace(coefficients, seconds=seconds).predict(counts)
         return prediction if self.calibrated else prediction._replace(error=math.nan)
 
     def to_json(self) -> str:
@@ -278,7 +282,8 @@ class PerformanceModel:
             name: {"error": c.error, "spread": c.spread, "seconds": dict(c.seconds)}
             for name, c in self.coefficients.items()
         }
-        return json.dumps({**machine, "coefficients": coefficients}, indent=1)
+        latencies = {"fork_join": dict(self.fork_join)}
+        return json.dumps({**machine, **latencies, "coefficients": coefficients}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PerformanceModel:
@@ -307,12 +312,13 @@ class PerformanceModel:
             }
             if not {"lowrank", "fft"} <= set(coefficients):
                 raise ValueError("coefficients of 'lowrank' or 'fft' are missing")
-            if not {"multiply", "load"} & set(coefficients["lowrank"].seconds):
+            if not {"product", "plane product"} & set(coefficients["lowrank"].seconds):
                 raise ValueError("the coefficients of MACs are missing")
             if int(data["threads"]) < 1:
                 raise ValueError(f"threads must be at least 1, got {data['threads']}")
             machine = str(data["cpu"]), str(data["isa"]), int(data["threads"])
-            return cls(*machine, MappingProxyType(coefficients))
+            latencies = read_latencies(data["fork_join"])
+            return cls(*machine, MappingProxyType(coefficients), MappingProxyType(latencies))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a calibration: {error!r}") from None
 

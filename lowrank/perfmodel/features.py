@@ -1,11 +1,12 @@
 """Features of a run: counts of vectors, samples, bytes and calls, each with a cost coefficient.
 
-Features follow the plan that the engine would make, tiles included; weights are not read, so
-chains of abstract weights can be counted.  They are few, and each has one physical cause:
-coefficients are fitted to them, and a feature without a cost on the machine is noise.
+Features of this library's engine are the counts by which it chooses its plans (engine/costs.py),
+shared out over threads, and its traffic; weights are not read, so chains of abstract weights can
+be counted.  They are few, and each has one physical cause: coefficients are fitted to them, and a
+feature without a cost on the machine is noise.
 
-One feature is in seconds: ``"fork/join"``, the latency of parallel regions in this process.  It
-is measured, not fitted: it differs fiftyfold between processes whose idle threads sleep and spin.
+``"fork/join"``, the number of parallel regions, has a coefficient that is measured, not fitted: it
+differs fiftyfold between processes whose idle threads sleep and spin.
 """
 
 from __future__ import annotations
@@ -15,23 +16,20 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lowrank._kernels import _core
-from lowrank._kernels.layout import output_size
-from lowrank._kernels.limits import (
-    BLOCK_ROWS,
-    MAX_CHANNELS_LAST_SAMPLES,
-    MAX_DEPTHWISE_TAPS,
-    MAX_REMAINDER,
-    SCATTER_TAPS,
-    VECTOR_BYTES,
-)
-from lowrank._kernels.spec import StageSpec
+from lowrank._kernels.limits import MIN_UNITS, VECTOR_BYTES
 from lowrank._typing import Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine import fourier
+from lowrank.engine import channels_last, fourier
 from lowrank.engine.cuda import steps
-from lowrank.engine.lowering import Segment, lower
+from lowrank.engine.lowering import lower
+from lowrank.engine.machine import fork_join_seconds
+from lowrank.engine.planes import segment_counts
+from lowrank.engine.program import ProgramBuilder
+from lowrank.engine.schedule import Node, Schedule
 
 Features = dict[str, float]
 
@@ -64,34 +62,97 @@ class Work(NamedTuple):
 
 
 def lowrank(work: Work, max_threads: int) -> Features:
-    """Count the features of this library's engine.
+    """Count the features of this library's engine, on the path that it would take.
 
     Coefficients are known for 1 and for `max_threads` threads.
     """
     links = [(stage, Epilogue()) for stage in work.stages]
-    dtype = f"f{work.itemsize}"
+    dtype = np.dtype(f"f{work.itemsize}")
+    program = None
+    if work.interleaved == 1:
+        program = channels_last.faster_program(links, work.shape, dtype, "auto")
+    if program is not None:
+        return _program(program, work, max_threads)
     total: Features = defaultdict(float)
+    lanes = _core.block_limits(dtype.name).lanes
     for segment in lower(links, work.shape, dtype, work.threads, work.interleaved, work.batch):
         images = 1 if segment.is_batched else work.batch
         tasks = segment.tasks * images
         saved = segment.seconds * images * (work.threads - 1) / work.threads
-        is_parallel = (
-            tasks > 1 and work.threads > 1 and saved >= _core.fork_join_seconds(work.threads)
-        )
+        is_parallel = tasks > 1 and work.threads > 1 and saved >= segment.fork_join
         threads = min(work.threads, tasks) if is_parallel else 1
         # The run ends with the thread that has the most tasks.
         share = tasks / math.ceil(tasks / threads)
-        for name, count in _segment(segment, images, work.itemsize).items():
-            total[name] += count / share
+        for name, count in segment_counts(segment, lanes).items():
+            total[name] += images * count / share
         samples = math.prod(segment.in_shape) + math.prod(segment.out_shape)
         moved = images * samples * work.itemsize
         weights = sum(s.weight.size for s in segment.specs) * work.itemsize
         for name, count in _memory_traffic(moved, moved + weights, threads, max_threads).items():
             total[name] += count
         total["call"] += 1
-        total["parallel region"] += is_parallel
-        total["fork/join"] += is_parallel * _core.fork_join_seconds(work.threads)
+        total["fork/join"] += is_parallel
     return total
+
+
+def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
+    """Count a program, whose images threads share out; one by one if there are fewer.
+
+    The rules are those of program.c.
+    """
+    batch, threads = work.batch, work.threads
+    saved = builder.seconds * batch * (threads - 1) / threads
+    if saved < fork_join_seconds():
+        threads = 1
+    schedule = Schedule(builder.nodes, work.itemsize)
+    per_thread = batch // threads  # images that a thread takes alone
+    group = max(1, min(schedule.group, per_thread))
+    alone = _most_images(per_thread * threads, group, threads)
+    together = batch - per_thread * threads  # images that threads share
+    arrays = batch * sum(map(math.prod, builder.arrays)) * work.itemsize
+    weights = sum(node.weights for node in builder.nodes)
+    strands = len(schedule.strands)
+    total: Features = defaultdict(float)
+    traffic = []
+    for segment in schedule.segments:
+        images = min(group, schedule.images_together(segment))
+        passes = math.ceil(alone / images)  # over the weights
+        parts = strands or segment.bands
+        for node in builder.nodes[segment.first : segment.end]:
+            share = strands / math.ceil(strands / threads) if strands else _share(node, threads)
+            for name, count in node.make_counts().items():
+                runs = passes if name == "weight" else alone
+                total[name] += count * (runs + together / share)
+            total["step"] += parts * (passes + together)
+            total["barrier"] += segment.bands * together * (threads > 1 and not strands)
+            moved = sum(v.samples for v in node.values) * work.itemsize
+            traffic.append((batch * moved, images * moved / parts + node.weights))
+            if len(node.values) == 1:  # packs or unpacks an array
+                traffic.append((batch * math.prod(node.values[0].shape) * work.itemsize, arrays))
+            read = node.weights * (passes * min(threads, batch) + together)
+            traffic.append((read, weights + images * moved))
+    for moved, working_set in traffic:
+        lines = _memory_traffic(moved, working_set, threads, max_threads)
+        for name, count in lines.items():
+            total[name] += count
+    total["call"] += 1
+    total["fork/join"] += threads > 1
+    return total
+
+
+def _most_images(images: int, group: int, threads: int) -> int:
+    """Return the most images that one of several threads runs, a group at a time."""
+    groups = math.ceil(images / group)
+    most = math.ceil(groups / threads) * group
+    return most - (groups * group - images) * (groups % threads == 1 % threads)
+
+
+def _share(node: Node, threads: int) -> float:
+    """Return how many times faster threads run an operation on one image together."""
+    units = node.work_units
+    if units >= MIN_UNITS * threads or units % threads == 0 or node.splits < threads:
+        return units / math.ceil(units / threads)
+    return node.splits / math.ceil(node.splits / threads)
 
 
 def _memory_traffic(moved: float, working_set: float, threads: int, max_threads: int) -> Features:
@@ -111,126 +172,6 @@ def _memory_traffic(moved: float, working_set: float, threads: int, max_threads:
 
 def _miss_rate(working_set: float, size: float) -> float:
     return max(0.0, 1 - size / working_set) if working_set else 0.0
-
-
-def _segment(segment: Segment, images: int, itemsize: int) -> Features:
-    """Count the features of all stages, over all tiles and images."""
-    lanes = VECTOR_BYTES // itemsize
-    counts = [-(-n // t) for n, t in zip(segment.out_shape[1:], segment.tile)]
-    tiles = math.prod(counts) * images
-    out: tuple[float, ...] = tuple(n / c for n, c in zip(segment.out_shape[1:], counts))
-    total: Features = defaultdict(float)
-    a, b, c = segment.in_shape[1:]
-    input_sizes = [(a, b, c)]
-    for spec in segment.specs:
-        input_sizes.append(output_size(spec, input_sizes[-1]))
-    for k in reversed(range(len(segment.specs))):
-        spec, whole = segment.specs[k], input_sizes[k]
-        extent = tuple(
-            (n - 1) * s + d * (t - 1) + 1
-            for n, s, d, t in zip(out, spec.stride, spec.dilation, spec.kernel)
-        )
-        in_image = tuple(min(n, m) for n, m in zip(extent, whole))
-        is_first, is_last = k == 0, k == len(segment.specs) - 1
-        stage = _stage(spec, out, extent, in_image, is_first, is_last, lanes)
-        for name, count in stage.items():
-            total[name] += tiles * count
-        total["stage tile"] += tiles
-        out = in_image
-    return total
-
-
-def _stage(
-    spec: StageSpec,
-    out: Sequence[float],
-    extent: Sequence[float],
-    in_image: Sequence[float],
-    is_first: bool,
-    is_last: bool,
-    lanes: int,
-) -> Features:
-    """Count one stage on one tile: `out` samples per axis, from `extent` of its input."""
-    rows, per_group, *taps = spec.weight.shape
-    rows //= spec.groups
-    groups = spec.outer * spec.groups * spec.inner
-    depth, height, width = out
-    outputs = groups * rows * depth * height * width
-    inputs = groups * per_group * math.prod(in_image)
-    is_strided = max(spec.stride) > 1
-    # Unpadded rows are read in place if no tap crosses them.
-    in_place = is_first and not is_strided and spec.before[2] == spec.after[2] == 0 and taps[2] == 1
-    if per_group > 1 or math.prod(taps) > MAX_DEPTHWISE_TAPS:
-        by_rows = _runs_by_rows(spec, out, extent, lanes)
-        return _dense(spec, out, extent, lanes, by_rows) | {
-            "pack strided" if is_strided else "pack": is_first * (not in_place) * inputs / lanes,
-            "scatter": (not by_rows) * (not is_last) * outputs / lanes,
-            "scatter output": (not by_rows) * is_last * outputs / lanes,
-        }
-    is_small_plane = height * width <= MAX_CHANNELS_LAST_SAMPLES
-    if is_first and rows == 1 and groups >= lanes and is_small_plane:
-        vectors = groups / lanes * depth * height * width
-        return {
-            "channels-last multiply": vectors * math.prod(taps),
-            "channels-last sample": (outputs + inputs) / lanes,
-        }
-    return _depthwise(spec, out, lanes) | {
-        "pack strided" if is_strided else "pack rows": is_first * (not in_place) * inputs / lanes,
-        "scatter rows": (not is_last) * outputs / lanes,
-    }
-
-
-def _runs_by_rows(
-    spec: StageSpec, out: Sequence[float], extent: Sequence[float], lanes: int
-) -> bool:
-    """Return whether the engine stores row by row, without scattering: the rule of chain.inc."""
-    terms, width = math.prod(spec.weight.shape[1:]), out[2]
-    vectors, pitch = math.ceil(width / lanes), math.ceil(extent[2] / spec.stride[2])
-    rows = min(spec.weight.shape[0] // spec.groups, BLOCK_ROWS)
-    hides_latency = rows * min(vectors, 3) >= BLOCK_ROWS
-    is_cheaper = vectors * lanes * terms <= pitch * terms + SCATTER_TAPS * lanes
-    return width >= lanes and pitch > width and hides_latency and is_cheaper
-
-
-def _dense(
-    spec: StageSpec, out: Sequence[float], extent: Sequence[float], lanes: int, by_rows: bool
-) -> Features:
-    """Count runs over rows, or over planes, where runs continue over the ends of rows."""
-    rows = spec.weight.shape[0] // spec.groups
-    terms = math.prod(spec.weight.shape[1:])
-    groups = spec.outer * spec.groups * spec.inner
-    depth, height, width = out
-    length = (height - 1) * math.ceil(extent[2] / spec.stride[2]) + width
-    runs, vectors = depth, max(1, math.ceil((length - MAX_REMAINDER) / lanes))
-    if by_rows:
-        runs, vectors = depth * height, math.ceil(width / lanes)
-    blocks = groups * math.ceil(rows / BLOCK_ROWS)
-    return {
-        "multiply": groups * rows * terms * runs * vectors,
-        "load": blocks * terms * runs * vectors,
-        "run": blocks * runs * math.ceil(vectors / 3),
-        "weight": blocks * BLOCK_ROWS * terms / lanes,
-    }
-
-
-def _depthwise(spec: StageSpec, out: Sequence[float], lanes: int) -> Features:
-    """Count rows of one channel, four at a time where their taps overlap."""
-    rows = spec.weight.shape[0] // spec.groups
-    d, h, w = spec.kernel
-    planes = spec.outer * spec.groups * spec.inner * rows
-    depth, height, width = out
-    # Rows shorter than a vector run in half and quarter vectors.
-    vector = lanes if width >= lanes else lanes / 2 if width >= lanes / 2 else lanes / 4
-    vectors = planes * depth * height * math.ceil(width / vector)
-    overlaps = spec.stride[1] == 1 and spec.dilation[1] == 1
-    loads = vectors * d * w * ((h + 3) / 4 if overlaps else h)
-    return {
-        "row multiply": vectors * d * h * w,
-        "2-D multiply": vectors * d * h * w if w > 1 and d * h > 1 else 0,
-        "unaligned load": loads if w > 1 else 0,  # some cross the ends of cache lines
-        "aligned load": loads if w == 1 else 0,
-        "row": planes * depth * height * (0.25 if overlaps else 1),
-        "plane": planes,
-    }
 
 
 def cuda(work: Work, max_threads: int) -> Features:
@@ -299,10 +240,8 @@ def torch(work: Work, max_threads: int) -> Features:
                 total[f"{name}, not shared"] += count
         total["op"] += 1
         total["weight"] += stage.weight.size / lanes
-        is_parallel = work.threads > 1
-        total["parallel region"] += is_parallel
-        latency = TORCH_FORK_JOINS * _core.fork_join_seconds(work.threads)
-        total["fork/join"] += is_parallel * latency
+        total["parallel region"] += work.threads > 1
+        total["fork/join"] += TORCH_FORK_JOINS * (work.threads > 1)
         moved = (inputs + outputs) * VECTOR_BYTES
         working_set = moved + stage.weight.size * work.itemsize
         traffic = _memory_traffic(moved, working_set, work.threads, max_threads)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
-import platformdirs
-
 from lowrank._kernels import _core
+from lowrank.engine import machine
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import calibration
-from lowrank.perfmodel.coefficients import VERSION, PerformanceModel, Prediction
+from lowrank.perfmodel.coefficients import PerformanceModel, Prediction
 
 
 def path() -> Path:
@@ -34,9 +31,7 @@ def path() -> Path:
     >>> perfmodel.path().suffix
     '.json'
     """
-    identity = f"{calibration.cpu()}|{_core.default_isa()}|{VERSION}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return platformdirs.user_cache_path("lowrank") / f"machine-{key}.json"
+    return machine.calibration_file()
 
 
 def calibrate(
@@ -68,7 +63,8 @@ def calibrate(
     -----
     Runs calibration workloads of many kinds and sizes on one thread and on all, and fits
     coefficients to the features of each: vectors of MACs, loads, samples moved, lines from each
-    cache, calls and parallel regions.  Run it on an otherwise idle machine.
+    cache and calls.  The fork/join latency of a parallel region is measured in processes of their
+    own, one per wait policy of OpenMP.  Run it on an otherwise idle machine.
     """
     unknown = set(runtimes or ()) - set(calibration.BUDGETS)
     if unknown:
@@ -186,13 +182,13 @@ def _read_cached(file: Path, modified: int) -> PerformanceModel:
 
 def _read(file: Path) -> PerformanceModel:
     model = PerformanceModel.from_json(file.read_text())
-    machine = calibration.cpu(), _core.default_isa()
-    if (model.cpu, model.isa) != machine:
-        raise ValueError(f"made on {model.cpu}, {model.isa}, not on {', '.join(machine)}")
+    here = machine.cpu(), _core.default_isa()
+    if (model.cpu, model.isa) != here:
+        raise ValueError(f"made on {model.cpu}, {model.isa}, not on {', '.join(here)}")
     return model
 
 
 @functools.cache
 def _shipped() -> PerformanceModel:
-    text = resources.files("lowrank").joinpath("data/machine.json").read_text()
+    text = machine.shipped_calibration()
     return replace(PerformanceModel.from_json(text), calibrated=False)
