@@ -11,6 +11,7 @@ import pytest
 
 import lowrank as lr
 from lowrank import cli, demo, filters, perfmodel
+from lowrank.engine import machine
 from lowrank.interop.weights import layers
 from lowrank.perfmodel import calibration, store
 
@@ -185,7 +186,7 @@ def test_filter_lists_its_methods(lowrank, photo):
 def test_calibrate_measures_and_shows_the_model(lowrank, monkeypatch, tmp_path):
     shipped = perfmodel.current()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    here = replace(shipped, cpu=calibration.cpu(), isa=store._core.default_isa(), calibrated=True)
+    here = replace(shipped, cpu=machine.cpu(), isa=store._core.default_isa(), calibrated=True)
     runtimes = []
 
     def measure(progress, engines):

@@ -108,9 +108,9 @@ def direct_counts(
     pixels = math.prod(rows) if rows_join(value, result, spec) else rows[2]
     parts = math.ceil(pixels / (ROW if pixels == rows[2] else JOINED_ROW))
     count = math.prod(rows) / pixels * parts
-    slots, loads = product_counts(spec, count, math.ceil(pixels / parts), terms, itemsize, limits)
-    weights = weight_vectors(spec.weight.size, limits.lanes)
-    return {"product": slots, "load": loads, "weight": weights}
+    length = math.ceil(pixels / parts)
+    products = product_counts("product", spec, count, length, terms, itemsize, limits)
+    return products | {"weight": weight_vectors(spec, spec.weight.size, limits.lanes)}
 
 
 def fast_counts(
@@ -128,12 +128,9 @@ def fast_counts(
     block = tile_block(algorithm, value, limits, itemsize)
     blocks = math.ceil(tiles / block)
     rows, pixels = positions * blocks, math.ceil(tiles / blocks)
-    slots, loads = product_counts(spec, rows, pixels, channels, itemsize, limits)
-    return {
-        "fast product": slots,
-        "load": loads,
+    return product_counts("fast product", spec, rows, pixels, channels, itemsize, limits) | {
         "transform": axes * positions * tiles * (value.width + result.width) / limits.lanes,
-        "weight": weight_vectors(positions * outs * channels, limits.lanes),
+        "weight": blocks * weight_vectors(spec, positions * outs * channels, limits.lanes),
     }
 
 

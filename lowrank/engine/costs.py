@@ -16,32 +16,35 @@ from lowrank._kernels.spec import StageSpec
 
 Counts = dict[str, float]
 
-#: Default costs in FMAs of a vector.  Those of programs were measured one by one on a Zen 5 core
-#: with AVX-512; those of planes are a fit of `lowrank calibrate` there, over the cost of a product.
+#: Default costs in FMAs of a vector: a fit of `lowrank calibrate` on a Zen 5 core with AVX-512,
+#: over the cost of a product there, rounded; "load" and "weight" by hand, since that fit counts
+#: what comes from beyond L2 by cache lines.
 DEFAULT_COSTS = {
     # Programs on channels-last buffers.
     "product": 1.0,  # issue slots of direct sums
     "fast product": 1.0,  # issue slots of fast algorithms
+    "block": 120.0,  # calls of the micro-kernel, which begin and end with loads and stores of sums
     "load": 0.3,  # vectors of weights that come from L2 for a block of pixels
     "few output term": 1.2,  # FMAs of kernels for few outputs
     "lane sum": 12.0,  # outputs of them, whose lanes are added up
-    "transform": 4.0,  # vectors through one axis of a transform
-    "tap": 1.2,  # FMAs of a depthwise kernel whose inputs stay in registers
-    "loaded tap": 2.0,  # FMAs of the others
-    "output": 4.0,  # vectors of depthwise outputs
-    "move": 8.0,  # vectors packed, unpacked, copied or pooled
-    "weight": 1.0,  # vectors of weights, which each image or group of images reads again
+    "transform": 3.0,  # vectors through one axis of a transform
+    "tap": 1.1,  # FMAs of a depthwise kernel whose inputs stay in registers
+    "loaded tap": 1.8,  # FMAs of the others
+    "output": 6.0,  # vectors of depthwise outputs
+    "move": 7.0,  # vectors packed, unpacked, copied or pooled
+    "weight": 4.0,  # vectors of weights that come from beyond L2
+    "step": 500.0,
     # Planes.
-    "plane product": 1.0,
-    "plane load": 0.5,  # vectors of inputs loaded for a block of output channels
-    "plane run": 20.0,  # up to three vectors at a time
-    "plane weight": 4.0,
+    "plane product": 0.9,
+    "plane load": 1.0,  # vectors of inputs loaded for a block of output channels
+    "plane run": 60.0,  # up to three vectors at a time
+    "plane weight": 10.0,
     "row product": 0.9,  # FMAs of depthwise rows
-    "row load": 1.0,  # vectors of inputs loaded by them; many cross cache lines
-    "row": 60.0,  # up to four at a time
-    "pack": 12.0,
-    "scatter": 12.0,  # vectors stored into padded rows of the next stage
-    "stage tile": 150.0,
+    "row load": 0.6,  # vectors of inputs loaded by them; many cross cache lines
+    "row": 120.0,  # four at a time
+    "pack": 6.0,
+    "scatter": 6.0,  # vectors stored into padded rows of the next stage
+    "stage tile": 800.0,
 }
 COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds
 # A block with fewer sums waits for their latency: 4 cycles, 2 FMAs per cycle.
@@ -71,15 +74,21 @@ def output_blocks(outs: int, limits: _core.BlockLimits) -> Iterator[tuple[int, i
 
 
 def product_counts(
-    spec: StageSpec, rows: float, pixels: int, terms: int, itemsize: int, limits: _core.BlockLimits
-) -> tuple[float, float]:
-    """Return the issue slots and the loads from L2 of sums over `terms` for rows of pixels.
+    name: str,
+    spec: StageSpec,
+    rows: float,
+    pixels: int,
+    terms: int,
+    itemsize: int,
+    limits: _core.BlockLimits,
+) -> Counts:
+    """Count sums over `terms` for rows of pixels; `name` is that of their issue slots.
 
     A slot issues an FMA or a load; the micro-kernel loads a weight per vector and an input per
     pixel.
     """
     l1, _, _ = _core.caches()
-    slots = loads = 0.0
+    slots = loads = calls = 0.0
     for _, vectors in output_blocks(len(spec.weight) // spec.groups, limits):
         most = limits.pixels[vectors - 1]
         count = -(-pixels // most)
@@ -88,10 +97,11 @@ def product_counts(
             slots += blocks * max(n * vectors, n + vectors, LATENCY_SLOTS)
         is_streamed = terms * vectors * limits.lanes * itemsize > L1_WEIGHTS * l1
         loads += count * vectors * is_streamed
-    groups = spec.outer * spec.groups * spec.inner
-    return groups * rows * terms * slots, groups * rows * terms * loads
+        calls += count
+    runs = spec.outer * spec.groups * spec.inner * rows
+    return {name: runs * terms * slots, "load": runs * terms * loads, "block": runs * calls}
 
 
-def weight_vectors(size: int, lanes: int) -> float:
-    """Return the vectors that hold weights."""
-    return math.ceil(size / lanes)
+def weight_vectors(spec: StageSpec, size: int, lanes: int) -> float:
+    """Return the vectors of `size` weights that copies of a stage read."""
+    return spec.outer * spec.inner * math.ceil(size / lanes)

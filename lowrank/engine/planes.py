@@ -107,5 +107,5 @@ def _depthwise(spec: StageSpec, out: Sequence[float], lanes: int) -> Counts:
     return {
         "row product": vectors * d * h * w,
         "row load": vectors * d * w * ((h + 3) / 4 if overlaps else h),
-        "row": planes * depth * height * (0.25 if overlaps else 1),
+        "row": planes * depth * height / 4,
     }

@@ -80,7 +80,8 @@ class ProgramBuilder:
     @property
     def counts(self) -> Counts:
         """Counts of one example, of all nodes together."""
-        return add_counts(node.make_counts() for node in self.nodes)
+        each = [node.make_counts() for node in self.nodes]
+        return add_counts([*each, {"step": len(each)}])
 
     @property
     def seconds(self) -> float:

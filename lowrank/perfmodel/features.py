@@ -113,7 +113,7 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
     weights = sum(node.weights for node in builder.nodes)
     strands = len(schedule.strands)
     total: Features = defaultdict(float)
-    traffic = []
+    traffic: list[tuple[float, float]] = []
     for segment in schedule.segments:
         images = min(group, schedule.images_together(segment))
         passes = math.ceil(alone / images)  # over the weights
@@ -125,12 +125,16 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
                 total[name] += count * (runs + together / share)
             total["step"] += parts * (passes + together)
             total["barrier"] += segment.bands * together * (threads > 1 and not strands)
-            moved = sum(v.samples for v in node.values) * work.itemsize
-            traffic.append((batch * moved, images * moved / parts + node.weights))
+            touched = sum(v.samples for v in node.values) * work.itemsize
+            traffic.append((batch * touched, images * touched / parts + node.weights))
             if len(node.values) == 1:  # packs or unpacks an array
                 traffic.append((batch * math.prod(node.values[0].shape) * work.itemsize, arrays))
-            read = node.weights * (passes * min(threads, batch) + together)
-            traffic.append((read, weights + images * moved))
+            # The first read of the weights finds what other operations left in the cache.
+            read = node.make_counts().get("weight", 0) * builder.limits.lanes * work.itemsize
+            passes_of_all = passes * min(threads, batch) + together
+            traffic.append((node.weights * passes_of_all, weights + images * touched))
+            again = max(0.0, read - node.weights) * passes_of_all
+            traffic.append((again, images * touched + node.weights))
     for moved, working_set in traffic:
         lines = _memory_traffic(moved, working_set, threads, max_threads)
         for name, count in lines.items():

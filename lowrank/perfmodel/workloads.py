@@ -82,7 +82,8 @@ def _layers() -> Iterator[Workload]:
         (768, 384, 1, 6, 1, 8), (48, 12, 1, 48, 1, 1), (12, 48, 1, 48, 1, 1), (96, 24, 1, 24, 1, 4),
         (320, 80, 1, 12, 1, 1), (80, 320, 1, 12, 1, 1), (48, 48, 3, 40, 1, 8),
         (24, 24, 7, 30, 1, 1), (20, 20, 3, 60, 1, 1), (128, 256, 3, 20, 2, 1),
-        (640, 640, 1, 8, 1, 8), (8, 8, 3, 100, 1, 1),
+        (640, 640, 1, 8, 1, 8), (8, 8, 3, 100, 1, 1), (40, 3, 9, 60, 1, 1), (40, 40, 7, 40, 1, 1), (72, 72, 5, 14, 1, 8), (72, 72, 3, 14, 1, 8),
+        (24, 24, 3, 28, 1, 8), (144, 72, 3, 28, 2, 8),
     ]  # fmt: skip
     for c, out, taps, size, stride, batch in dense:
         yield _chain(c, size, (out, taps, False, stride), batch=batch)
@@ -120,6 +121,9 @@ def _chains() -> Iterator[Workload]:
         yield _chain(c, size, (c, 3, True, stride), (out, 1, False, 1), batch=n)
         if stride == 1:
             yield _chain(c, size, (out, 1, False, 1), (out, 3, True, 1), batch=n)
+    for c, middle, size, taps, out in [(40, 72, 60, 9, 3), (72, 72, 50, 3, 1), (40, 40, 44, 5, 2),
+                                       (72, 40, 90, 1, 3)]:  # fmt: skip
+        yield _chain(c, size, (middle, 3, False, 1), (out, taps, False, 1))
     layers = [
         (48, 48, 3, 1), (48, 48, 3, 8), (96, 24, 3, 1), (96, 24, 3, 8), (192, 12, 3, 1),
         (192, 12, 3, 8), (384, 8, 3, 1), (384, 8, 3, 8), (80, 32, 5, 1), (160, 20, 3, 1),
