@@ -359,6 +359,35 @@ def close(actual, expected, bound):
 
 @every_kernel
 @given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_softmax_matches_numpy(isa, dtype, data):
+    shape = (2, data.draw(st.integers(1, 40)), *(data.draw(st.integers(1, 5)) for _ in range(3)))
+    x = np.random.default_rng(shape[1]).standard_normal(shape).astype(dtype)
+    x = (x * data.draw(st.sampled_from([1, 30, 1e30]))).astype(dtype)
+    b, value = builder(isa, dtype, shape[1:])
+    b.output(b.softmax(value))
+    (actual,) = call(b.build(), [x])
+    powers = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    expected = powers / powers.sum(1, keepdims=True)
+    # x - max is rounded once, which exp amplifies by its size; exp itself is good to 2 units; sums
+    # of positive numbers and the quotient add n + 1 roundings.
+    size = np.minimum(np.abs(x.astype(np.float64) - x.max(1, keepdims=True)), 100)
+    bound = np.finfo(dtype).eps * ((size + 4) * expected + (shape[1] + 104) * expected)
+    assert (np.abs(actual - expected) <= bound + np.exp(-87)).all()  # the least power in float32
+
+
+def test_nan_spreads_over_the_channels_of_its_sample():
+    x = np.zeros((1, 20, 1, 1, 3), np.float32)
+    x[0, 7, 0, 0, 1] = np.nan
+    b, value = builder(_core.default_isa(), np.float32, x.shape[1:])
+    b.output(b.softmax(value))
+    (actual,) = call(b.build(), [x])
+    assert np.isnan(actual[..., 1]).all()
+    np.testing.assert_allclose(actual[..., ::2], 0.05, rtol=1e-6)
+
+
+@every_kernel
+@given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_normalization_matches_numpy(isa, dtype, data):
     shape = (2, data.draw(st.integers(1, 20)), *(data.draw(st.integers(1, 6)) for _ in range(3)))

@@ -590,7 +590,7 @@ def test_views_and_repeated_samples_are_read_in_place():
 
 def test_description_names_operations():
     model = nn.Sequential(
-        conv_norm(4, 16), nn.Conv2d(16, 16, 3, bias=False), nn.Softmax(1), conv(16, 4, 1)
+        conv_norm(4, 16), nn.Conv2d(16, 16, 3, bias=False), nn.Softsign(), conv(16, 4, 1)
     ).eval()
     x = torch.randn(2, 4, 12, 12)
     lines = describe(on_engine(model, algorithm="direct"), x).splitlines()

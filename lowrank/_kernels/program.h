@@ -20,6 +20,7 @@ enum {
     LR_MAX_POOL,
     LR_MEAN_POOL,
     LR_NORMALIZE, /* instance normalization */
+    LR_SOFTMAX,   /* over channels */
     LR_COMBINE, /* out = in, in + other or in * other */
     LR_BORDER,  /* fill the halo of out from its samples */
     LR_KINDS
@@ -67,7 +68,8 @@ typedef struct lr_op {
     const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
     const lr_block *block;
     const void *weight, *bias;
-    const void *mask; /* LR_FEW_OUTPUTS: per term, lanes that hold channels have all bits; or NULL */
+    const void *mask; /* lanes that hold channels have all bits: LR_SOFTMAX, and LR_FEW_OUTPUTS
+                         * (per term, or NULL) */
     const int32_t *channel;         /* channel of the array (LR_REORDER: of in) at each channel, or -1 */
     const int32_t *index[LR_AXES];  /* input sample at each output sample, or -1; or NULL */
 } lr_op;

@@ -2,9 +2,9 @@
 
 A Dask array that is given to a :class:`~lowrank.Factorization` runs here and gives a lazy Dask
 array.  ``dask.array.map_overlap`` computes each output chunk from an input chunk and its halo.
-The result has the bits of a run with ``algorithm="direct"`` on the whole array in memory: the engine adds the taps of an
-output sample in the same order wherever it lies, and whatever depends on the whole array is
-decided once:
+The result has the bits of a run with ``algorithm="direct"`` on the whole array in memory: the
+engine adds the taps of an output sample in the same order wherever it lies, and whatever depends on
+the whole array is decided once:
 
 * chunk boundaries are moved to multiples of the strides;
 * chunks at the ends of the array get the padding of the whole array, all others real samples.

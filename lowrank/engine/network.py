@@ -39,7 +39,8 @@ class Primitive:
     ----------
     kind : str
         ``"convolve"``, ``"affine"`` (a scale and a shift per channel), ``"normalize"`` (of each
-        channel of each example, then an affine map), ``"activate"``, ``"add"``, ``"multiply"``,
+        channel of each example, then an affine map), ``"softmax"`` (over channels),
+        ``"activate"``, ``"add"``, ``"multiply"``,
         ``"concatenate"``, ``"pool"``, ``"pad"``, ``"resample"``, ``"select"`` (of channels),
         ``"spread"`` (of channels in space), ``"view"`` (another shape of the same values) or
         ``"transpose"``.
@@ -429,6 +430,9 @@ class _Emitter:
             raise Unsupported(f"normalization with epsilon {epsilon}")
         add = partial(self.builder.normalize, value, p.scale, p.shift, epsilon, name=p.name)
         return self._with_epilogue(add)
+
+    def _softmax(self) -> Value:
+        return self.builder.softmax(self._plain(), self.p.name)
 
     def _with_epilogue(self, add: Callable[..., Value]) -> Value:
         """Add an operation that may take a residual of its result's shape, and the activation."""

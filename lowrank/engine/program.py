@@ -203,6 +203,18 @@ class ProgramBuilder:
         self._move((value, *([residual] if residual else [])), result, make, None)
         return result
 
+    def softmax(self, value: Value, name: str = "softmax") -> Value:
+        """Return exp(x - max) over its sum, over the channels of every sample."""
+        result = self._value(value.shape, value.position, value.width)
+
+        def make() -> Operation:
+            mask = np.zeros(value.width, f"i{self.dtype.itemsize}")
+            mask[value.position] = -1
+            return make_operation("softmax", name, value, result, mask=mask.view(self.dtype))
+
+        self._move((value,), result, make)
+        return result
+
     def combine(
         self,
         value: Value,

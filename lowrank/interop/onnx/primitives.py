@@ -143,6 +143,12 @@ def _instance_norm(n: _Node) -> Iterator[Primitive]:
     yield n.primitive("normalize", scale=scale, shift=shift, options=options)
 
 
+def _softmax(n: _Node) -> Iterator[Primitive]:
+    # Of (N, K) alone every opset means the same: before opset 13 the axis flattened what follows.
+    if len(n.shape) == 1 and n.attributes.get("axis", 1) in (1, -1):
+        yield n.primitive("softmax")
+
+
 def _power(n: _Node) -> Iterator[Primitive]:
     exponent = n.value(1)
     if exponent is not None and exponent.size == 1 and exponent.item() == 2 and n.shape == n.out:
@@ -361,6 +367,7 @@ _HANDLERS = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul"), _convolution),
     "BatchNormalization": _batch_norm,
     "InstanceNormalization": _instance_norm,
+    "Softmax": _softmax,
     "Pow": _power,
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
     **dict.fromkeys(

@@ -254,6 +254,15 @@ def group_norm(
     return _normalize(net, input, weight, bias, eps)
 
 
+def softmax(
+    net: Recorder, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+) -> Tensor:
+    """Return the softmax over channels."""
+    if dim is None or dtype is not None or _axis(dim, input.ndim) != 1 or not input.is_map:
+        raise Unsupported(f"a softmax over axis {dim}")
+    return net.add("softmax", (input,), input.shape)
+
+
 def _normalize(net: Recorder, x: Tensor, weight: Any, bias: Any, epsilon: float) -> Tensor:
     if math.prod(x.sizes()) == 1:  # which PyTorch may reject
         raise Unsupported("normalization of single samples")
