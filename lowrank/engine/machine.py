@@ -48,9 +48,13 @@ def cpu() -> str:
 
 def calibration_file() -> Path:
     """Return the calibration file of this machine, named by processor, ISA and version."""
-    identity = f"{cpu()}|{_core.default_isa()}|{VERSION}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return platformdirs.user_cache_path("lowrank") / f"machine-{key}.json"
+    return platformdirs.user_cache_path("lowrank") / _file_name(_core.default_isa())
+
+
+@functools.cache
+def _file_name(isa: str) -> str:
+    key = hashlib.sha256(f"{cpu()}|{isa}|{VERSION}".encode()).hexdigest()[:12]
+    return f"machine-{key}.json"
 
 
 @functools.cache
