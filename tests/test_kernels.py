@@ -430,12 +430,12 @@ def c_enum(prefix, first, header="lr.h"):
         ("LR_FEW", limits.MAX_REMAINDER),
         ("LR_PUTS", limits.SCATTER_TAPS),
         ("LR_TAPS", limits.MAX_DEPTHWISE_TAPS),
-        ("LR_SHORT", limits.MAX_CHANNELS_LAST_SAMPLES),
         ("LR_NEAR", limits.DEPTHWISE_L1_BYTES),
     ],
 )
 def test_python_limits_equal_the_c_constants(name, value):
     assert max(c_constant(name)) == value  # the widest instruction set has the largest
+    assert c_constant("LR_UNITS", "program.c") == {limits.MIN_UNITS}
 
 
 def test_vector_bytes_are_those_of_the_widest_instruction_set():

@@ -238,6 +238,7 @@ def test_measure_gives_coefficients_for_every_runtime(monkeypatch):
     assert {name for name, _ in seen} == {"fft", "lowrank"}
     assert all(0 < share <= 1 for _, share in seen)
     assert all(0 <= r.error < math.inf for r in found.coefficients.values())
+    assert all(0 < found.fork_join[policy] < 1 for policy in machine.WAIT_POLICIES)
     again = perfmodel.PerformanceModel.from_json(found.to_json())
     assert again.to_json() == found.to_json()
 

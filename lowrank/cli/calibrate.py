@@ -6,6 +6,7 @@ from typing import Annotated
 
 from lowrank import perfmodel
 from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
+from lowrank.core.tables import format_seconds
 
 
 @app.command()
@@ -47,6 +48,8 @@ def calibrate(
     rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.coefficients.items()]
     print_table(("runtime", "median error", "90th percentile"), rows)
     print("Cross-validated relative errors of predicted times.")
+    latencies = (f"{format_seconds(s)} ({policy})" for policy, s in here.fork_join.items())
+    print(f"Fork/join latency by OMP_WAIT_POLICY: {', '.join(latencies)}")
     if here.calibrated:
         print(f"stored in {perfmodel.path()}")
     else:
