@@ -47,14 +47,15 @@ static void run_group(const lr_program *p, const lr_kernels *kernels, const lr_a
         const int64_t last = step->last < images ? step->last : images;
         if (step->first >= last) continue;
         const int shared = team > 1 && step->strand < 0;
+        /* A strand's channels are those of one thread in every image: no barrier between images. */
         if (team > 1 && !shared && step->strand % team != me) continue;
         if (shared) {
             const int64_t units = end - begin;
+            /* Splits repeat the input transforms of fast algorithms, and share few units evenly. */
             const int by_units = units >= LR_UNITS * team || units % team == 0 || to - from < team;
             if (by_units) {
                 end = begin + units * (me + 1) / team;
                 begin += units * me / team;
-                if (op->kind == LR_BORDER && me) end = begin;
             } else {
                 const int64_t splits = to - from;
                 to = from + splits * (me + 1) / team;

@@ -22,7 +22,6 @@ enum {
     LR_NORMALIZE, /* instance normalization */
     LR_SOFTMAX,   /* over channels */
     LR_COMBINE, /* out = in, in + other or in * other */
-    LR_BORDER,  /* fill the halo of out from its samples */
     LR_KINDS
 };
 
@@ -37,7 +36,8 @@ typedef struct {
 /* Consecutive output channels that one call of a micro-kernel computes. */
 typedef struct {
     int64_t vectors; /* of channels, 1 to LR_VECTORS */
-    int64_t to;      /* first channel in the output; its padding may be overwritten by the next block */
+    int64_t to;      /* first channel in the output; the next block may overwrite its padding, so that
+                      * blocks of several groups run in order on one thread: splits is 1 then */
     int64_t terms;   /* start of its terms in `offset` */
     int64_t weight;  /* start of its weights */
 } lr_block;
@@ -47,7 +47,7 @@ typedef struct lr_op {
     lr_view in, out, other; /* other: added before the activation, or the operand of LR_COMBINE */
     int64_t has_other;
     int64_t size[LR_AXES];    /* output samples */
-    int64_t in_size[LR_AXES]; /* input samples: pooling, border */
+    int64_t in_size[LR_AXES]; /* input samples: pooling */
     int64_t unit[LR_AXES], units[LR_AXES]; /* output samples per unit of work, and their number */
     int64_t in_channels, channels; /* of input and output, padding included */
     int64_t taps[LR_AXES];    /* of the kernel or window */
@@ -64,7 +64,7 @@ typedef struct lr_op {
     int64_t array;              /* LR_PACK, LR_UNPACK: number of the array */
     int64_t count_padding;      /* LR_MEAN_POOL: whether padding counts */
     double epsilon;             /* LR_NORMALIZE: added to the variance */
-    double alpha;               /* slope of leaky ReLU, scale of ELU, upper bound of clip, or value of a border */
+    double alpha;               /* slope of leaky ReLU, scale of ELU, upper bound of clip */
     const int64_t *offset;      /* distance of each term from the first tap of channel 0 */
     const lr_block *block;
     const void *weight, *bias;

@@ -13,7 +13,7 @@ ACTIVATIONS = (
 # Kinds of operations, and modes of "combine", numbered as in program.h.
 KINDS = (
     "pack", "unpack", "dense", "winograd", "few outputs", "depthwise", "max pool", "mean pool",
-    "normalize", "softmax", "combine", "border",
+    "normalize", "softmax", "combine",
 )  # fmt: skip
 MODES = ("copy", "add", "multiply", "reorder")
 

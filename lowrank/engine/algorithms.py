@@ -156,8 +156,14 @@ def has_few_outputs(
 
 
 def tile_block(algorithm: Ints, value: Value, limits: _core.BlockLimits, itemsize: int) -> int:
-    """Return the tiles of a block: whole blocks of pixels, whose inputs stay in L2."""
+    """Return the tiles of a block: whole blocks of pixels.
+
+    Their inputs stay in L2, if half a block's do; else they come from L3, but serve weights that do
+    so as well: many channels need many tiles per pass over the weights.
+    """
+    most = limits.pixels[-1]
     fitting = L2_TILES * _core.caches()[1]
     fitting /= product_count(algorithm) * value.width * itemsize
-    most = limits.pixels[-1]
+    if fitting < MAX_TILE_BLOCKS // 2 * most:
+        fitting = MAX_TILE_BLOCKS * most
     return max(most, int(min(fitting, MAX_TILE_BLOCKS * most)) // most * most)

@@ -37,7 +37,6 @@ class Buffer:
     before: list[int] = field(default_factory=lambda: [0, 0, 0])
     after: list[int] = field(default_factory=lambda: [0, 0, 0])
     gap: int = 0  # elements between samples, so that neighbours share no set of the L1 cache
-    border: object = None  # what the halo holds, if not zeros
     offset: int = 0  # in the arena
 
     @property
@@ -56,7 +55,7 @@ class Buffer:
     @property
     def key(self) -> object:
         """Buffers of the same key can share memory: their halos are in the same places."""
-        return self.size, self.width, self.gap, tuple(self.before), tuple(self.after), self.border
+        return self.size, self.width, self.gap, tuple(self.before), tuple(self.after)
 
 
 @dataclass(eq=False)

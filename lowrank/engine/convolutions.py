@@ -28,16 +28,25 @@ from lowrank.engine.costs import Counts, output_blocks
 from lowrank.engine.operations import Operation, make_operation
 from lowrank.engine.schedule import Node, Reach
 
+CACHE_LINE = 64  # bytes
 L2_WEIGHTS = 0.3  # of the L2 cache for the weights of one block of terms
 MIN_TERMS = 64  # of a block, so that products outweigh the loads and stores of sums
 MIN_GAP_VECTORS = 4  # per sample: fewer need no gap for their samples to differ in cache sets
 SLIDING_TAPS = 3, 5, 7  # along a row, for which kernels keep inputs in registers
 
 
-def has_depthwise_kernel(spec: StageSpec, limits: _core.BlockLimits) -> bool:
-    """Return whether a stage has one input channel per group, and groups for half a vector."""
-    groups = spec.outer * spec.groups * spec.inner
-    return spec.weight.shape[1] == 1 and groups >= limits.lanes // 2
+def aligned(values: Array) -> Array:
+    """Return a C-contiguous copy whose vectors cross no cache line."""
+    memory = np.empty(values.size + CACHE_LINE // values.itemsize, values.dtype)
+    start = -memory.ctypes.data % CACHE_LINE // values.itemsize
+    copy = memory[start : start + values.size].reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def has_depthwise_kernel(spec: StageSpec) -> bool:
+    """Return whether a stage has several groups of one input channel each."""
+    return spec.weight.shape[1] == 1 and spec.outer * spec.groups * spec.inner > 1
 
 
 def dense_layout(spec: StageSpec, lanes: int) -> tuple[Array, int]:
@@ -105,7 +114,7 @@ class Convolution:
         inputs = (self.value, *([self.residual] if self.residual else []))
         reach: Reach | None = Reach(spec.kernel, spec.stride, spec.dilation, spec.before)
         self._grow_halo()
-        if has_depthwise_kernel(spec, self.limits):
+        if has_depthwise_kernel(spec):
             vectors = self.value.buffer.width // self.limits.lanes
             if vectors >= MIN_GAP_VECTORS and vectors % 2 == 0:
                 self.value.buffer.gap = self.limits.lanes
@@ -207,7 +216,7 @@ class Convolution:
         return make_operation(
             "few outputs", self.name, value, self.result, spec, **self._epilogue(),
             terms=len(offsets), offsets=offsets.tolist(), multiplier=outs, taps=spec.kernel,
-            weight=np.ascontiguousarray(weight), mask=mask,
+            weight=aligned(weight), mask=mask,
             macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
         )  # fmt: skip
 
@@ -259,7 +268,7 @@ class Convolution:
                 starts[group, first] = at
                 packed.append(block.reshape(-1))
                 at += block.size
-        return np.concatenate(packed), starts
+        return aligned(np.concatenate(packed)), starts
 
     def _epilogue(self) -> dict[str, Any]:
         """Return the fields of an operation for its bias, residual and activation."""
@@ -282,7 +291,7 @@ class Convolution:
         return make_operation(
             "depthwise", self.name, value, self.result, spec, **self._epilogue(),
             taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
-            multiplier=multiplier, weight=weight,
+            multiplier=multiplier, weight=aligned(weight),
             splits=self._depthwise_splits(),
             macs=math.prod(self.result.shape) * math.prod(spec.kernel),
         )  # fmt: skip

@@ -67,10 +67,13 @@ def add_counts(parts: Iterable[Counts]) -> Counts:
 
 
 def output_blocks(outs: int, limits: _core.BlockLimits) -> Iterator[tuple[int, int]]:
-    """Yield the first output and the vectors of the blocks of a group's outputs."""
-    lanes, most = limits.lanes, limits.vectors
-    for first in range(0, outs, most * lanes):
-        yield first, min(most, -(-(outs - first) // lanes))
+    """Yield the first output and the vectors of the blocks of a group's outputs, nearly equal."""
+    vectors = -(-outs // limits.lanes)
+    count, first = -(-vectors // limits.vectors), 0
+    for i in range(count):
+        width = vectors // count + (i < vectors % count)
+        yield first, width
+        first += width * limits.lanes
 
 
 def product_counts(

@@ -406,11 +406,7 @@ class _Emitter:
     def _affine(self) -> Value:
         p, value = self.p, self._plain()
         channels = value.shape[0]
-        geometry = Geometry.of(1)
-        if channels < self.builder.limits.lanes:
-            stage = Stage(np.diag(p.scale)[..., None], geometry)
-        else:
-            stage = Stage(p.scale.reshape(-1, 1, 1), geometry, groups=channels)
+        stage = Stage(p.scale.reshape(-1, 1, 1), Geometry.of(1), groups=channels)
         return self._last(value, (stage, Epilogue(p.shift)))
 
     def _last(self, value: Value, link: Link) -> Value:

@@ -115,7 +115,7 @@ class ProgramBuilder:
         shape = (spec.outer * len(spec.weight) * spec.inner, *output_size(spec, value.size))
         algorithm: Ints = ZEROS
         error, is_few = 0.0, False
-        if has_depthwise_kernel(spec, self.limits):
+        if has_depthwise_kernel(spec):
             result = self._value(shape, *depthwise_layout(spec, value))
         else:
             result = self._value(shape, *dense_layout(spec, self.limits.lanes))
@@ -261,6 +261,7 @@ class ProgramBuilder:
             positions.append(value.position + start)
             if value.buffer.width == value.width and self._can_move(value):
                 value.buffer, value.start = buffer, start  # its operation writes here
+                value.has_alias = True
             else:
                 part = Value(value.shape, value.position, value.width, buffer, start)
                 copies.append((value, part))
@@ -376,7 +377,7 @@ class ProgramBuilder:
             raise ValueError(
                 f"an operand of shape {value.shape} does not fit a result of {result.shape}"
             )
-        if np.array_equal(value.position, result.position):
+        if value.width == result.width and np.array_equal(value.position, result.position):
             return value
         reordered = self._value(value.shape, result.position, result.width)
         self._reorder(value, value.position, reordered, "reorder")

@@ -281,7 +281,7 @@ class Schedule:
             for j, k in users:
                 user = self.nodes[j]
                 tile = user.tile[axis]
-                outputs = min(user.size[axis], -(-needed[j] // tile) * tile)
+                outputs = -(-needed[j] // tile) * tile  # tiles also read beyond the last output
                 reach = user.reach if k == 0 and user.reach is not None else Reach()
                 needed[i] = max(needed[i], reach.end(axis, outputs, n) if outputs else 0)
         return needed
