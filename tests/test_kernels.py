@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank._kernels import _core, layout, limits, profiling, spec
+from lowrank._kernels import _core, profiling, spec
 from lowrank._kernels.spec import StageSpec
+from lowrank.core.stage import abstract_weight
 
 # A sum of n products in precision eps is off by at most about n * eps times the sum of their
 # magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, eq. 3.5); a chain
@@ -409,12 +410,6 @@ def test_environment_chooses_the_instruction_set(monkeypatch):
 SOURCES = Path(_core.__file__).parent
 
 
-def c_constant(name, source="isa.c"):
-    """Return the integers that a C source defines a macro as, one per branch."""
-    text = (SOURCES / source).read_text()
-    return {int(v) for v in re.findall(rf"^#define {name} (\d+)\b", text, re.MULTILINE)}
-
-
 def c_enum(prefix, first, header="lr.h"):
     """Return the names of the enum of a header that begins with a name, in order, lower-case."""
     text = re.sub(r"/\*.*?\*/", "", (SOURCES / header).read_text(), flags=re.DOTALL)
@@ -422,35 +417,63 @@ def c_enum(prefix, first, header="lr.h"):
     return [n.strip().removeprefix(prefix).lower() for n in names.split(",")]
 
 
+@pytest.mark.parametrize("isa", _core.ISAS)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float64", 8)])
+def test_limits_are_those_of_the_instruction_set(isa, dtype, itemsize):
+    limits = _core.plane_limits(dtype, isa)
+    assert limits.lanes * itemsize == {"avx512": 64, "avx2": 32, "baseline": 16}[isa]
+    assert limits.block_rows == (8 if isa == "avx512" else 4)
+    # A first stage that is computed channels-last packs a vector of channels.
+    assert limits.packed_channels >= limits.lanes
+    spec = stage(abstract_weight((1, 1, 1, 1, 1)))
+    assert len(_core.stage_paths([spec] * limits.max_stages, (1, 1, 1, 1))) == limits.max_stages
+    with pytest.raises(ValueError, match=f"must number 1 to {limits.max_stages}, got"):
+        _core.stage_paths([spec] * (limits.max_stages + 1), (1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("isa", _core.ISAS)
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("shape", "weights", "expected"),
     [
-        ("LR_STAGES", limits.MAX_STAGES),
-        ("LR_ROWS", limits.BLOCK_ROWS),
-        ("LR_FEW", limits.MAX_REMAINDER),
-        ("LR_PUTS", limits.SCATTER_TAPS),
-        ("LR_TAPS", limits.MAX_DEPTHWISE_TAPS),
-        ("LR_NEAR", limits.DEPTHWISE_L1_BYTES),
+        # (padding, groups, weight shape) of each stage, and its input and kernel
+        ((4, 1, 40, 40), [(0, 1, (8, 4, 1, 1, 1))], [("in place", "dense flat")]),
+        ((16, 1, 40, 41), [(1, 1, (8, 16, 1, 3, 3))], [("packed", "dense scatter")]),
+        ((16, 1, 40, 128), [(1, 1, (8, 16, 1, 3, 3))], [("packed", "dense rows")]),
+        ((4, 1, 40, 40), [(1, 4, (4, 1, 1, 3, 3))], [("packed by channels", "depthwise rows")]),
+        ((3, 40, 2, 40), [(0, 3, (3, 1, 3, 1, 1))], [("in place", "depthwise planes")]),
+        ((1, 1, 9, 2000), [(0, 1, (1, 1, 1, 1, 1025))], [("packed by channels", "dense scatter")]),
+        (
+            (4, 1, 40, 40),
+            [(0, 1, (8, 4, 1, 1, 1)), (1, 8, (8, 1, 1, 3, 3))],
+            [("in place", "dense rows"), ("buffer", "depthwise rows")],
+        ),
     ],
 )
-def test_python_limits_equal_the_c_constants(name, value):
-    assert max(c_constant(name)) == value  # the widest instruction set has the largest
-    assert c_constant("LR_UNITS", "program.c") == {limits.MIN_UNITS}
+def test_paths_follow_from_sizes_alone(isa, shape, weights, expected):
+    stages = [stage(abstract_weight(w), padding, groups) for padding, groups, w in weights]
+    found = _core.stage_paths(stages, shape, isa=isa)
+    assert [(p.input, p.kernel) for p in found] == expected
 
 
-def test_vector_bytes_are_those_of_the_widest_instruction_set():
-    text = (SOURCES / "isa.c").read_text()
-    branches = {int(v) for v in re.findall(r"LR_BYTES == (\d+)", text)}
-    assert max(branches) == limits.VECTOR_BYTES
+@pytest.mark.parametrize("isa", _core.ISAS)
+def test_only_rows_shorter_than_a_vector_are_transposed(isa):
+    lanes = _core.plane_limits(isa=isa).lanes
+    spec = stage(abstract_weight((lanes, 1, 1, 3, 3)), 1, lanes)
+    for width, expected in ((lanes - 1, "transposed"), (lanes, "packed by channels")):
+        (path,) = _core.stage_paths([spec], (lanes, 1, 3, width), isa=isa)
+        assert path.input == expected
 
 
-def test_buffers_have_room_for_the_longest_run():
-    # A run reads up to 8 vectors (lr_kernels.width) past its last sample.
-    (vectors,) = {
-        int(n)
-        for n in re.findall(r"LR_ROWS, (\d) \* LR_BYTES / 4", (SOURCES / "isa.c").read_text())
-    }
-    assert vectors * limits.VECTOR_BYTES // 4 <= layout.OVERREAD
+def test_a_halo_or_a_permutation_keeps_a_stage_from_reading_in_place():
+    weight = abstract_weight((8, 4, 1, 3, 1))
+    tall = StageSpec(weight, 1, 1, 1, (1,) * 3, (1,) * 3, (0, 1, 0), (0, 1, 0))
+    shape = (4, 1, 90, 40)
+    whole, inside = (_core.stage_paths([tall], shape, t)[0] for t in (None, (1, 8, 40)))
+    assert (whole.input, inside.input) == ("packed", "in place")
+    assert (whole.keeps_rows, inside.keeps_rows) == (True, True)
+    permuted = tall._replace(permutation=np.arange(4, dtype=np.int32))
+    (path,) = _core.stage_paths([permuted], shape, (1, 8, 40))
+    assert path[::2] == ("packed", False)
 
 
 def test_activations_and_steps_are_numbered_as_in_c():
@@ -458,4 +481,4 @@ def test_activations_and_steps_are_numbered_as_in_c():
     kinds = [name.replace("_", " ") for name in c_enum("LR_", "PACK", "program.h")[:-1]]
     assert kinds == [*spec.KINDS]
     assert c_enum("LR_", "COPY", "program.h") == [*spec.MODES]
-    assert len(c_enum("LR_", "BRING")) - 1 == len(profiling.STEPS)
+    assert len(c_enum("LR_", "STEP_PACK")) - 1 == len(profiling.STEPS)

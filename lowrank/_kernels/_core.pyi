@@ -1,10 +1,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lowrank._kernels.spec import StageSpec, Three
+from lowrank._kernels.spec import PlaneLimits, StagePath, StageSpec, Three
 
 ISAS: tuple[str, ...]
-MAX_STAGES: int
+MIN_UNITS: int
 MAX_ARRAYS: int
 
 def default_isa() -> str: ...
@@ -12,6 +12,16 @@ def caches() -> tuple[int, int, int]: ...
 def max_threads() -> int: ...
 def measure_fork_join() -> float: ...
 def peak(n: int, dtype: str = "float32", isa: str | None = None) -> int: ...
+def plane_limits(dtype: str = "float32", isa: str | None = None) -> PlaneLimits: ...
+def stage_paths(
+    stages: Sequence[StageSpec],
+    shape: Sequence[int],
+    tile: Sequence[int] | None = None,
+    *,
+    dtype: str = "float32",
+    border: Sequence[Any] | None = None,
+    isa: str | None = None,
+) -> tuple[StagePath, ...]: ...
 def block_limits(dtype: str = "float32", isa: str | None = None) -> BlockLimits: ...
 
 class BlockLimits(NamedTuple):

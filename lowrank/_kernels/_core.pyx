@@ -18,15 +18,15 @@ ctypedef int64_t Four[4]
 ctypedef int64_t Five[5]
 
 cdef extern from "dispatch.h":
-    const int LR_OK, LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
+    const int LR_OK, LR_PLAN_TYPE, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
 
     ctypedef struct lr_stage:
-        int64_t left, groups, right, cin, cout, taps
+        int64_t outer, groups, inner, cin, cout, taps
         Three kernel, stride, dilation, before, in_size, out_size, extent, plane, phase
         int64_t channel, buffer
-        const int32_t *fold
+        const int32_t *padded_columns
         const int32_t *source
-        const int32_t *place
+        const int32_t *destination
         const int64_t *offset
         const void *weight
         const void *bias
@@ -38,7 +38,7 @@ cdef extern from "dispatch.h":
         const int32_t *border[3]
         double fill
         Three tile, tiles
-        int64_t parts
+        int64_t splits
         double seconds, fork_join
         int64_t workspace, outputs, result
 
@@ -52,8 +52,18 @@ cdef extern from "dispatch.h":
         double seconds
         int64_t macs, bytes
 
+    const int LR_FROM_BUFFER, LR_IN_PLACE, LR_PACKED, LR_PACKED_BY_CHANNELS, LR_TRANSPOSED
+    const int LR_DEPTHWISE_ROWS, LR_DEPTHWISE_PLANES, LR_DENSE_FLAT, LR_DENSE_ROWS, LR_DENSE_SCATTER
+
+    ctypedef struct lr_path:
+        int input, compute, keeps_rows
+
+    ctypedef struct lr_plane_limits:
+        int64_t lanes, rows, overread, remainder, packed, stages
+
     ctypedef struct lr_kernels:
-        int64_t rows, width
+        lr_plane_limits limits
+        void (*paths)(const lr_plan *, const lr_arrays *, int64_t, lr_path *) noexcept nogil
         void (*pack)(const void *, void *, int64_t, int64_t, int64_t) noexcept nogil
         double (*peak)(int64_t, double) noexcept nogil
 
@@ -71,8 +81,7 @@ cdef extern from "dispatch.h":
                lr_step *, int *) nogil
 
 from lowrank._kernels.layout import TileLayout, check_border, check_padded_columns, inverse
-from lowrank._kernels.limits import MAX_STAGES
-from lowrank._kernels.spec import ACTIVATIONS, KINDS, MODES
+from lowrank._kernels.spec import ACTIVATIONS, KINDS, MODES, PlaneLimits, StagePath
 
 ISAS = tuple(lr_isa_name(i).decode() for i in range(lr_isa_count()))
 
@@ -97,7 +106,108 @@ def peak(int64_t n, dtype="float32", isa=None):
     cdef const lr_kernels *kernels = _kernels(dtype, default_isa() if isa is None else isa)
     with nogil:
         kernels.peak(n, 0.5)
-    return 2 * n * 3 * kernels.rows * (kernels.width // 8)
+    return 2 * n * 3 * kernels.limits.rows * kernels.limits.lanes
+
+
+def plane_limits(dtype="float32", isa=None):
+    """Return the limits and block sizes of the kernels on planes, by default of default_isa()."""
+    isa = default_isa() if isa is None else _checked_isa("isa", isa)
+    cdef lr_plane_limits n = _kernels(dtype, isa).limits
+    return PlaneLimits(n.lanes, n.rows, n.overread, n.remainder, n.packed, n.stages)
+
+
+INPUTS = {
+    LR_FROM_BUFFER: "buffer", LR_IN_PLACE: "in place", LR_PACKED: "packed",
+    LR_PACKED_BY_CHANNELS: "packed by channels", LR_TRANSPOSED: "transposed",
+}
+KERNELS = {
+    LR_DEPTHWISE_ROWS: "depthwise rows", LR_DEPTHWISE_PLANES: "depthwise planes",
+    LR_DENSE_FLAT: "dense flat", LR_DENSE_ROWS: "dense rows", LR_DENSE_SCATTER: "dense scatter",
+}
+
+
+def stage_paths(stages, shape, tile=None, *, dtype="float32", border=None, isa=None):
+    """Return the path of each stage on the middle tile; weights are not read.
+
+    Parameters
+    ----------
+    stages : sequence of StageSpec
+        Stages; only the shapes of their weights matter.
+    shape : (int, int, int, int)
+        (channels, d, h, w) of x.
+    tile : (int, int, int), optional
+        Tile of the output (default: all of it).
+    dtype : str
+        Type of the plan.
+    border : sequence, optional
+        Tables of the input's border, as for KernelPlan.
+    isa : str, optional
+        Instruction set (default: that of default_isa()).
+
+    Returns
+    -------
+    tuple of StagePath
+        Path of each stage if x and out are contiguous, for whole blocks of output channels.
+    """
+    isa = default_isa() if isa is None else _checked_isa("isa", isa)
+    cdef const lr_kernels *kernels = _kernels(dtype, isa)
+    limits = plane_limits(dtype, isa)
+    _check_stages(stages, limits)
+    border = (None, None, None) if border is None else border
+    check_border(border, stages, shape)
+    layout = TileLayout(stages, shape, tile, limits, border[2] is not None)
+    structs = bytearray(len(stages) * sizeof(lr_stage))
+    found = bytearray(len(stages) * sizeof(lr_path))
+    cdef lr_stage *s = <lr_stage *><void *><char *>structs
+    cdef lr_path *paths = <lr_path *><void *><char *>found
+    cdef lr_plan plan
+    cdef lr_arrays arrays
+    cdef int32_t present = 0
+    cdef int64_t middle = 0
+    for k, (spec, sizes) in enumerate(zip(stages, layout.stages)):
+        _fill_sizes(&s[k], spec, sizes)
+        # Whether there is a permutation decides, not its values.
+        if spec.permutation is not None and k:
+            s[k - 1].destination = &present
+        elif spec.permutation is not None:
+            s[k].source = &present
+    for a in range(3):
+        plan.tile[a] = layout.tile[a]
+        plan.tiles[a] = -(-layout.out_shape[1 + a] // layout.tile[a])
+        plan.border[a] = NULL if border[a] is None else &present
+        middle = middle * plan.tiles[a] + plan.tiles[a] // 2
+    plan.stages, plan.stage = len(stages), s
+    arrays.x_type = arrays.out_type = LR_PLAN_TYPE
+    arrays.xs[4] = arrays.os[4] = 1
+    for a in range(3, -1, -1):
+        arrays.xs[a] = arrays.xs[a + 1] * shape[a]
+        arrays.os[a] = arrays.os[a + 1] * layout.out_shape[a]
+    kernels.paths(&plan, &arrays, middle, paths)
+    return tuple(
+        StagePath(INPUTS[paths[k].input], KERNELS[paths[k].compute], paths[k].keeps_rows != 0)
+        for k in range(len(stages))
+    )
+
+
+cdef _check_stages(stages, limits):
+    if not 1 <= len(stages) <= limits.max_stages:
+        raise ValueError(f"stages must number 1 to {limits.max_stages}, got {len(stages)}")
+
+
+cdef _fill_sizes(lr_stage *s, spec, sizes):
+    """Fill the fields of a struct that are no pointers; see lr.h."""
+    s.outer, s.groups, s.inner = spec.outer, spec.groups, spec.inner
+    rows, s.cin = spec.weight.shape[:2]
+    s.cout = rows // spec.groups
+    s.taps = prod(spec.weight.shape[1:])
+    for a in range(3):
+        s.kernel[a], s.stride[a] = spec.kernel[a], spec.stride[a]
+        s.dilation[a], s.before[a] = spec.dilation[a], spec.before[a]
+        s.in_size[a], s.out_size[a] = sizes.size_in[a], sizes.size_out[a]
+        s.extent[a], s.plane[a], s.phase[a] = sizes.extent[a], sizes.plane[a], sizes.phase[a]
+    s.channel, s.buffer = sizes.channel, sizes.buffer
+    s.activation = ACTIVATIONS.index(spec.activation)
+    s.source = s.destination = s.padded_columns = NULL
 
 
 def max_threads():
@@ -136,17 +246,17 @@ cdef class KernelPlan:
 
     def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, splits=1,
                  seconds=1.0, fork_join=0.0, isa=None):
-        if not 1 <= len(stages) <= MAX_STAGES:
-            raise ValueError(f"stages must number 1 to {MAX_STAGES}, got {len(stages)}")
-        if splits < 1 or (splits > 1 and len(stages) > 1):
-            raise ValueError(f"splits must be 1 for {len(stages)} stages, got {splits}")
         self.isa = default_isa() if isa is None else _checked_isa("isa", isa)
         self.kernels = _kernels(dtype, self.isa)
+        limits = plane_limits(dtype, self.isa)
+        _check_stages(stages, limits)
+        if splits < 1 or (splits > 1 and len(stages) > 1):
+            raise ValueError(f"splits must be 1 for {len(stages)} stages, got {splits}")
         self.itemsize = 4 if dtype == "float32" else 8
         self.dtype, self.shape, self.owned = dtype, tuple(shape), []
         border = (None, None, None) if border is None else border
         check_border(border, stages, shape)
-        layout = TileLayout(stages, shape, tile, border[2] is not None)
+        layout = TileLayout(stages, shape, tile, limits, border[2] is not None)
         self.tile, self.out_shape = layout.tile, layout.out_shape
         for a in range(4):
             self.dims[a], self.out_dims[a] = self.shape[a], self.out_shape[a]
@@ -156,19 +266,19 @@ cdef class KernelPlan:
         for k, (spec, sizes) in enumerate(zip(stages, layout.stages)):
             self._fill(&s[k], spec, sizes)
             if k and spec.permutation is not None:
-                s[k - 1].place = <const int32_t *>self._ints("i", inverse(spec.permutation))
+                s[k - 1].destination = <const int32_t *>self._ints("i", inverse(spec.permutation))
             elif spec.permutation is not None:
                 s[k].source = <const int32_t *>self._ints("i", spec.permutation)
             if spec.padded_columns is not None:
                 check_padded_columns(k, spec, layout)
-                s[k].fold = <const int32_t *>self._ints("i", spec.padded_columns)
+                s[k].padded_columns = <const int32_t *>self._ints("i", spec.padded_columns)
         for a in range(3):
             self.plan.tile[a] = self.tile[a]
             self.plan.tiles[a] = -(-self.out_shape[1 + a] // self.tile[a])
             if border[a] is not None:
                 self.plan.border[a] = <const int32_t *>self._ints("i", border[a])
         self.plan.stages, self.plan.stage, self.plan.fill = len(stages), s, fill
-        self.plan.parts, self.plan.seconds = splits, seconds
+        self.plan.splits, self.plan.seconds = splits, seconds
         self.plan.fork_join = fork_join
         self.plan.workspace = layout.workspace
         self.plan.outputs = prod(self.out_shape)
@@ -199,25 +309,15 @@ cdef class KernelPlan:
         return address
 
     cdef _fill(self, lr_stage *s, spec, sizes):
-        """Fill a struct; see lr.h for its fields."""
-        s.left, s.groups, s.right = spec.outer, spec.groups, spec.inner
-        rows, s.cin = spec.weight.shape[:2]
-        s.cout = rows // spec.groups
-        s.taps = prod(spec.weight.shape[1:])
-        for a in range(3):
-            s.kernel[a], s.stride[a] = spec.kernel[a], spec.stride[a]
-            s.dilation[a], s.before[a] = spec.dilation[a], spec.before[a]
-            s.in_size[a], s.out_size[a] = sizes.size_in[a], sizes.size_out[a]
-            s.extent[a], s.plane[a], s.phase[a] = sizes.extent[a], sizes.plane[a], sizes.phase[a]
-        s.channel, s.buffer = sizes.channel, sizes.buffer
-        s.source = s.place = s.fold = NULL
+        """Fill a struct but for its permutations; see lr.h for its fields."""
+        _fill_sizes(s, spec, sizes)
+        rows = s.groups * s.cout
         s.offset = <const int64_t *>self._ints("q", sizes.offsets(spec))
         packed = bytearray(max(1, rows * s.taps * self.itemsize) + 64)
         cdef char *to = packed
         self.owned.append(packed)
         self.kernels.pack(self._floats(spec.weight), to, s.groups, s.cout, s.taps)
         s.weight = to
-        s.activation = ACTIVATIONS.index(spec.activation)
         s.bias = NULL
         if spec.bias is not None:
             channels = spec.outer * rows * spec.inner
@@ -322,7 +422,7 @@ cdef int _type(const char *format, int64_t itemsize) noexcept:
     if format == NULL or format[0] == 0 or format[1] != 0:
         return -1
     if format[0] == (c"f" if itemsize == 4 else c"d"):
-        return LR_OWN
+        return LR_PLAN_TYPE
     if format[0] == c"B":
         return LR_U8
     if format[0] == c"b":

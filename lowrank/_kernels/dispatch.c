@@ -102,20 +102,21 @@ void lr_caches(int64_t sizes[3])
 
 #ifdef _OPENMP
 /* GNU's OpenMP hangs in a forked child if the parent ran a parallel region: the child runs serially. */
-static int teams, forked;
-static void in_child(void) { forked = teams; }
+static int ran_parallel_region, is_forked_child;
+static void in_child(void) { is_forked_child = ran_parallel_region; }
 #endif
 
-void lr_note_team(void)
+void lr_note_parallel_region(void)
 {
 #ifdef _OPENMP
-    if (!__atomic_exchange_n(&teams, 1, __ATOMIC_RELAXED)) pthread_atfork(NULL, NULL, in_child);
+    if (!__atomic_exchange_n(&ran_parallel_region, 1, __ATOMIC_RELAXED))
+        pthread_atfork(NULL, NULL, in_child);
 #endif
 }
 
 int lr_limits(const lr_kernels *kernels, int64_t *limits)
 {
-    limits[0] = kernels->lanes, limits[1] = kernels->vectors;
+    limits[0] = kernels->limits.lanes, limits[1] = kernels->vectors;
     for (int i = 1; i <= kernels->vectors; i++) limits[1 + i] = kernels->pixels[i];
     return (int)(2 + kernels->vectors);
 }
@@ -125,7 +126,7 @@ int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels) { return kernels-
 int lr_max_threads(void)
 {
 #ifdef _OPENMP
-    return forked ? 1 : omp_get_max_threads();
+    return is_forked_child ? 1 : omp_get_max_threads();
 #else
     return 1;
 #endif
@@ -147,7 +148,7 @@ double lr_fork_join(int threads)
 #ifdef _OPENMP
     enum { WARM_UP = 5, FORKS = 101 };
     const double pause = 1e-4; /* seconds of work before each fork */
-    lr_note_team();
+    lr_note_parallel_region();
     double times[FORKS];
     for (int i = -WARM_UP; i < FORKS; i++) {
         int joined = 0;
@@ -168,7 +169,7 @@ double lr_fork_join(int threads)
 }
 
 /* Whether out is too large to stay in the L3 cache until it is read. */
-static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
+static int exceeds_cache(const lr_plan *plan, int64_t batch, int64_t itemsize)
 {
     int64_t sizes[3];
     lr_caches(sizes);
@@ -176,13 +177,13 @@ static int large(const lr_plan *plan, int64_t batch, int64_t itemsize)
 }
 
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache, lr_step *steps, int *team)
+           int64_t itemsize, int threads, void **cache, lr_step *steps, int *used)
 {
     const int64_t tiles = plan->tiles[0] * plan->tiles[1] * plan->tiles[2];
-    const int64_t each_image = tiles * plan->parts, jobs = batch * each_image;
-    if (jobs == 0) return LR_OK;
+    const int64_t tasks_per_image = tiles * plan->splits, tasks = batch * tasks_per_image;
+    if (tasks == 0) return LR_OK;
     if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
-    if (threads > jobs) threads = (int)jobs;
+    if (threads > tasks) threads = (int)tasks;
 #ifdef _OPENMP
     if (threads > 1) {
         /* Fork only if the predicted saving exceeds the fork/join latency. */
@@ -190,11 +191,11 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     }
 #endif
     arrays->now = steps ? lr_now : NULL;
-    arrays->stream = large(plan, batch, itemsize);
+    arrays->stream = exceeds_cache(plan, batch, itemsize);
     /* A plan keeps the workspace of its last call; concurrent calls allocate another.  The first word
      * is its size. */
     const size_t head = 64;
-    const int64_t elements = 2 * plan->workspace + (arrays->out_type == LR_OWN ? 0 : plan->result);
+    const int64_t elements = 2 * plan->workspace + (arrays->out_type == LR_PLAN_TYPE ? 0 : plan->result);
     const size_t each = (size_t)(elements * itemsize + 63) / 64 * 64;
     char *work = __atomic_exchange_n(cache, NULL, __ATOMIC_ACQ_REL);
     if (work && *(size_t *)work < each * (size_t)threads) {
@@ -210,23 +211,23 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
         *(size_t *)work = each * (size_t)threads;
     }
     char *slices = work + head;
-    *team = threads;
+    *used = threads;
 #ifdef _OPENMP
     if (threads > 1) {
-        lr_note_team();
+        lr_note_parallel_region();
         const int64_t kinds = plan->stages * LR_STEPS + 1;
         /* Neighbouring tiles share input rows, so a thread takes several; 8 chunks per thread balance. */
-        const int64_t chunk = jobs / (8 * threads) > 1 ? jobs / (8 * threads) : 1;
+        const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
-        for (int64_t j = 0; j < jobs; j++)
-            kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
-                          slices + each * (size_t)omp_get_thread_num(),
+        for (int64_t j = 0; j < tasks; j++)
+            kernels->tile(plan, arrays, j / tasks_per_image, j % tasks_per_image / plan->splits,
+                          j % plan->splits, slices + each * (size_t)omp_get_thread_num(),
                           steps ? steps + kinds * omp_get_thread_num() : NULL);
     } else
 #endif
-        for (int64_t j = 0; j < jobs; j++)
-            kernels->tile(plan, arrays, j / each_image, j % each_image / plan->parts, j % plan->parts,
-                          slices, steps);
+        for (int64_t j = 0; j < tasks; j++)
+            kernels->tile(plan, arrays, j / tasks_per_image, j % tasks_per_image / plan->splits,
+                          j % plan->splits, slices, steps);
     free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }

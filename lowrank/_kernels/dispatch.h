@@ -12,10 +12,11 @@ int lr_max_threads(void);
 double lr_fork_join(int threads); /* measure the fork/join latency, in seconds */
 void lr_caches(int64_t sizes[3]); /* bytes of L1 data, L2 and L3 */
 double lr_now(void);                      /* seconds */
-/* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `team` receives the threads used. */
+/* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `used` receives the threads used. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
-           int64_t itemsize, int threads, void **cache, lr_step *steps, int *team);
-void lr_note_team(void); /* before a parallel region: a child of this process then runs serially */
+           int64_t itemsize, int threads, void **cache, lr_step *steps, int *used);
+/* Call it before a parallel region: a child of this process then runs serially. */
+void lr_note_parallel_region(void);
 int lr_limits(const lr_kernels *kernels, int64_t *limits); /* lanes, vectors, most pixels by vectors */
 int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels);
 /* `seconds` is NULL or has shape (threads, operations). */

@@ -10,32 +10,33 @@
 
 #define LR_JOIN_(a, b) a##_##b
 #define LR_JOIN(a, b) LR_JOIN_(a, b)
-#define LR_TAPS 1024 /* per channel, at most, in depthwise.inc; dense.inc runs more */
-#define LR_NEAR 16384 /* bytes of channels that a depthwise stage packs at a time, well inside L1 */
-#define LR_FEW 4 /* remainder samples of a run, at most, that get no vector */
-#define LR_PUTS 32 /* taps that take as long as scattering one output row */
-#define LR_SHORT 256 /* samples of a plane, at most, that runs channels-last (lanes.inc) */
-#define LR_SHORT_TAPS 64 /* taps, at most, of such a plane */
-#define LR_STAGES 16 /* per chain, at most; the caller splits longer ones */
+#define LR_MAX_DEPTHWISE_TAPS 1024 /* per channel, at most, in depthwise.inc; dense.inc runs more */
+#define LR_PACKED_BYTES 16384 /* bytes of channels that a depthwise stage packs at a time, well inside L1 */
+#define LR_MAX_REMAINDER 4 /* remainder samples of a run, at most, that get no vector */
+#define LR_SCATTER_TAPS 32 /* taps that take as long as scattering one output row */
+#define LR_SMALL_PLANE 256 /* samples of a plane, at most, that runs channels-last (lanes.inc) */
+#define LR_SMALL_PLANE_TAPS 64 /* taps, at most, of such a plane */
+#define LR_PACKED_CHANNELS 16 /* that a depthwise stage packs at a time, at most: L or more */
+#define LR_MAX_STAGES 16 /* per chain, at most; the caller splits longer ones */
 
 #if LR_BYTES == 64
 #define LR_ROWS 8 /* 8 x 3 accumulators of 32 registers */
 #define LR_VECTORS 4 /* of output channels per channels-last block */
 #define LR_PIXELS 16 /* of such a block, at most */
 #define LR_SLIDE 8   /* pixels of a channels-last depthwise block */
-#define LR_WIDE 4 /* vectors per block of 4 rows in depthwise.inc: 16 accumulators */
+#define LR_DEPTHWISE_VECTORS 4 /* vectors per block of 4 rows in depthwise.inc: 16 accumulators */
 #elif LR_BYTES == 32
 #define LR_ROWS 4 /* 4 x 3 accumulators of 16 registers */
 #define LR_VECTORS 2
 #define LR_PIXELS 12
 #define LR_SLIDE 4
-#define LR_WIDE 3 /* 12 accumulators */
+#define LR_DEPTHWISE_VECTORS 3 /* 12 accumulators */
 #else
 #define LR_ROWS 4
 #define LR_VECTORS 2
 #define LR_PIXELS 8
 #define LR_SLIDE 4
-#define LR_WIDE 2 /* 8 accumulators: without FMA, products take registers, too */
+#define LR_DEPTHWISE_VECTORS 2 /* 8 accumulators: without FMA, products take registers, too */
 #endif
 
 /* Non-temporal stores need intrinsics; other architectures use ordinary stores. */
@@ -153,8 +154,10 @@
 #include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
-    {LR_ROWS, 8 * LR_BYTES / 4, pack_f32, tile_f32, peak_f32,
-     LR_BYTES / 4, LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
-    {LR_ROWS, 8 * LR_BYTES / 8, pack_f64, tile_f64, peak_f64,
-     LR_BYTES / 8, LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
+    {{LR_BYTES / 4, LR_ROWS, 8 * LR_BYTES / 4, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
+     pack_weights_f32, tile_f32, paths_f32, peak_f32,
+     LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
+    {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
+     pack_weights_f64, tile_f64, paths_f64, peak_f64,
+     LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
 };

@@ -7,13 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lowrank._kernels.limits import DEPTHWISE_L1_BYTES
-from lowrank._kernels.spec import StageSpec, Three
-
-OVERREAD = 256  # elements past a buffer that a run of the widest kernel may read
-# Elements of channels that a first depthwise stage packs at a time, for float32 and float64 alike.
-DEPTHWISE_ELEMENTS = DEPTHWISE_L1_BYTES // 4
-MIN_DEPTHWISE_CHANNELS = 16  # packed at a time: one vector of float32
+from lowrank._kernels.spec import PlaneLimits, StageSpec, Three
 
 
 class StageSizes(NamedTuple):
@@ -59,7 +53,8 @@ class StageSizes(NamedTuple):
 class TileLayout:
     """Sizes of a chain for one tile; raises ValueError if stages do not fit each other.
 
-    `padded_rows` means that the input's rows are padded by something else than zeros.
+    `limits` are those of the kernels that run it (see _core.plane_limits); `padded_rows` means that
+    the input's rows are padded by something else than zeros.
     """
 
     def __init__(
@@ -67,6 +62,7 @@ class TileLayout:
         stages: Sequence[StageSpec],
         shape: Sequence[int],
         tile: Any,
+        limits: PlaneLimits,
         padded_rows: bool = False,
     ) -> None:
         channels, *size = shape
@@ -79,7 +75,7 @@ class TileLayout:
         requested = sizes[-1] if tile is None else tile
         self.tile = _three(max(1, min(t, n)) for t, n in zip(requested, sizes[-1]))
         self.stages = [
-            _stage_sizes(s, size_in, size_out, extent, k == 0, padded_rows and k == 0)
+            _stage_sizes(s, size_in, size_out, extent, limits, k == 0, padded_rows and k == 0)
             for k, (s, size_in, size_out, extent) in enumerate(
                 zip(stages, sizes, sizes[1:], extents(stages, sizes, self.tile))
             )
@@ -154,6 +150,7 @@ def _stage_sizes(
     size_in: Three,
     size_out: Three,
     extent: Three,
+    limits: PlaneLimits,
     is_first: bool,
     padded_rows: bool,
 ) -> StageSizes:
@@ -175,10 +172,10 @@ def _stage_sizes(
     channel = math.prod(stage.stride) * samples
     channels = stage.outer * stage.groups * stage.weight.shape[1] * stage.inner
     if is_first and stage.weight.shape[1] == 1:
-        channels = min(channels, max(MIN_DEPTHWISE_CHANNELS, DEPTHWISE_ELEMENTS // channel))
+        channels = min(channels, limits.packed_channels)
     # An input read in place needs no buffer; its tap offsets (8 bytes each) are stored there.
     offsets = 2 * math.prod(stage.weight.shape[1:])
-    buffer = max(channels * channel + shared, offsets) + OVERREAD
+    buffer = max(channels * channel + shared, offsets) + limits.overread
     return StageSizes(size_in, size_out, extent, plane, phase, channel, buffer)
 
 

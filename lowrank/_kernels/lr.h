@@ -16,18 +16,18 @@ enum {
     LR_LINEAR, LR_RELU, LR_RELU6, LR_LEAKY_RELU, LR_HARD_SWISH, LR_HARD_SIGMOID, LR_SIGMOID, LR_SILU,
     LR_TANH, LR_GELU, LR_ELU, LR_CLIP
 };
-enum { LR_OWN, LR_U8, LR_I8, LR_U16, LR_I16 }; /* element types of x and out: the plan's type, or integers */
-enum { LR_BRING, LR_COMPUTE, LR_STEPS };       /* steps of a stage on one tile: pack the input, compute */
+enum { LR_PLAN_TYPE, LR_U8, LR_I8, LR_U16, LR_I16 }; /* element types of x and out */
+enum { LR_STEP_PACK, LR_STEP_COMPUTE, LR_STEPS }; /* steps of a stage on one tile */
 
 /* One stage: out(l, g, o, r) = sum over c, taps of weight[g](o, c, tap) * in(l, g, c, r),
- * shifted by the tap; channel (l, g, c, r) has the number ((l * groups + g) * cin + c) * right + r.
+ * shifted by the tap; channel (l, g, c, r) has the number ((l * groups + g) * cin + c) * inner + r.
  *
  * Its input is a buffer of planes [channel][phase d][phase h][phase w][d'][h'][w'], where sample i
  * of an axis with stride s has phase i % s and index i / s: strided stages, too, read consecutive
  * samples.  Tap k of output sample q is at q + offset[k], in any dimension.
  */
 typedef struct {
-    int64_t left, groups, right, cin, cout, taps; /* taps: cin * product of kernel */
+    int64_t outer, groups, inner, cin, cout, taps; /* taps: cin * product of kernel */
     int64_t kernel[LR_AXES], stride[LR_AXES], dilation[LR_AXES];
     int64_t before[LR_AXES];                  /* zeros ahead of the input; negative values crop it */
     int64_t in_size[LR_AXES], out_size[LR_AXES]; /* of the whole image */
@@ -36,10 +36,10 @@ typedef struct {
     int64_t phase[LR_AXES];                   /* distance between phases */
     int64_t channel;                          /* distance between channels */
     int64_t buffer;                           /* elements of the buffer, overread included */
-    const int32_t *fold;   /* later stages: input column at each padded column, or NULL (zeros);
-                            * needs tiles of whole rows */
-    const int32_t *source; /* first stage: channel of x at each input channel, or NULL */
-    const int32_t *place;  /* input channel of the next stage for each output channel, or NULL */
+    /* Later stages: input column at each padded column, or NULL (zeros); needs tiles of whole rows. */
+    const int32_t *padded_columns;
+    const int32_t *source;      /* first stage: channel of x at each input channel, or NULL */
+    const int32_t *destination; /* input channel of the next stage for each output channel, or NULL */
     const int64_t *offset; /* (taps,) */
     const void *weight;    /* packed: (taps, rows) for each group and block of rows */
     const void *bias;      /* one per output channel, or NULL */
@@ -52,7 +52,7 @@ typedef struct {
     const int32_t *border[LR_AXES]; /* first stage: sample at each padded position, -1: fill */
     double fill;
     int64_t tile[LR_AXES], tiles[LR_AXES];
-    int64_t parts;     /* output-channel splits of a single stage, one task each */
+    int64_t splits;    /* output-channel splits of a single stage, one task each */
     double seconds;    /* predicted for one example on one thread: decides on threads */
     double fork_join;  /* latency of a parallel region, in seconds: what threads have to save */
     int64_t workspace; /* elements of either buffer of a thread */
@@ -79,16 +79,46 @@ typedef struct {
 struct lr_op;
 struct lr_array;
 
+/* Where a stage reads its input; see path.inc for the decision. */
+enum {
+    LR_FROM_BUFFER,        /* planes that the previous stage wrote */
+    LR_IN_PLACE,           /* x itself */
+    LR_PACKED,             /* all channels of x, packed into planes */
+    LR_PACKED_BY_CHANNELS, /* a few at a time */
+    LR_TRANSPOSED          /* L channels at a time, computed channels-last: lanes.inc */
+};
+/* How a stage computes a block of output channels from planes. */
+enum {
+    LR_DEPTHWISE_ROWS,   /* rows of one channel (depthwise.inc) */
+    LR_DEPTHWISE_PLANES, /* the same where taps lie along the first axis only */
+    LR_DENSE_FLAT,       /* runs over whole planes, stored directly (dense.inc) */
+    LR_DENSE_ROWS,       /* runs over single rows, stored directly */
+    LR_DENSE_SCATTER     /* runs over whole planes, scattered to the destination */
+};
+typedef struct {
+    int input, compute, keeps_rows; /* keeps_rows: tiles inside the image may read x in place */
+} lr_path;
+
+/* Limits and block sizes that planning has to know. */
+typedef struct {
+    int64_t lanes;     /* elements of a vector */
+    int64_t rows;      /* output channels per block */
+    int64_t overread;  /* samples of the longest run: it may read as many past the end of a buffer */
+    int64_t remainder; /* samples at the end of a run, at most, that get no vector */
+    int64_t packed;    /* channels that a depthwise stage packs at a time, at most */
+    int64_t stages;    /* of a chain, at most */
+} lr_plane_limits;
+
 /* Kernels of one instruction set for one type. */
 typedef struct {
-    int64_t rows;  /* output channels per block */
-    int64_t width; /* samples of the longest run */
+    lr_plane_limits limits;
     void (*pack)(const void *weight, void *packed, int64_t groups, int64_t cout, int64_t taps);
-    void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t part,
+    void (*tile)(const lr_plan *plan, const lr_arrays *arrays, int64_t n, int64_t tile, int64_t split,
                  void *work, lr_step *steps);
+    void (*paths)(const lr_plan *plan, const lr_arrays *arrays, int64_t tile, lr_path *paths);
     double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of MACs */
     /* Channels-last kernels: see program.h. */
-    int64_t lanes, vectors;
+    int64_t vectors;
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */
     int64_t (*scratch)(const struct lr_op *op);
     void (*run_op)(const struct lr_op *op, const struct lr_array *arrays, void *arena, void *scratch,

@@ -9,7 +9,6 @@
 #include "dispatch.h"
 
 #define LR_SPINS 10000 /* looks at a barrier, some 10 us, before a thread yields its core to others */
-#define LR_UNITS 4    /* units per thread, at least, so that uneven ones balance */
 
 /* A barrier that spins: a parallel step takes a few microseconds, a fork/join latency about 50.  It
  * does without PAUSE, which costs microseconds where a hypervisor traps it (ResNet-20 on two threads:
@@ -111,7 +110,7 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
         return LR_OK;
     }
 #ifdef _OPENMP
-    lr_note_team();
+    lr_note_parallel_region();
     barrier all = {0, 0, 0};
     int64_t next = 0;
     const int64_t alone = batch / threads * threads; /* images that single threads take */

@@ -9,6 +9,8 @@
 
 #include "lr.h"
 
+#define LR_UNITS 4    /* units per thread, at least, so that uneven ones balance */
+
 /* Kinds of operations. */
 enum {
     LR_PACK,      /* out = array, (batch, channels, d, h, w) of any strides */

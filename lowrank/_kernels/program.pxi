@@ -1,6 +1,8 @@
 """Programs: operations on channels-last buffers; included by _core.pyx."""
 
 cdef extern from "program.h":
+    const int LR_UNITS
+
     ctypedef struct lr_view:
         int64_t offset, image
         Three pitch
@@ -53,6 +55,8 @@ cdef enum:
     LR_ARRAYS = 16
 
 MAX_ARRAYS = LR_ARRAYS  # of a program, inputs and outputs
+
+MIN_UNITS = LR_UNITS  # per thread, of an operation whose units threads share
 
 
 class BlockLimits(NamedTuple):
@@ -233,7 +237,7 @@ cdef class Program:
     cdef int64_t _check(self, int i, Py_buffer *v, int64_t batch) except -1:
         """Return the batch size of an array of the right type and shape."""
         cdef int k
-        if _type(v.format, self.itemsize) != LR_OWN:
+        if _type(v.format, self.itemsize) != LR_PLAN_TYPE:
             raise TypeError(f"{self.names[i]} must be a {self.dtype} array in native byte order")
         shape = tuple(v.shape[k] for k in range(v.ndim))
         if shape[1:] != self.shapes[i] or v.ndim != 5 or (batch >= 0 and shape[0] != batch):

@@ -1,4 +1,4 @@
-"""A stage as the C engine takes it."""
+"""Stages as the C engine takes them, and what it reports about them."""
 
 from __future__ import annotations
 
@@ -61,3 +61,50 @@ class StageSpec(NamedTuple):
         """Taps along each axis."""
         d, h, w = self.weight.shape[2:]
         return d, h, w
+
+
+class PlaneLimits(NamedTuple):
+    """Limits and block sizes of the kernels on planes, of one instruction set and type.
+
+    Attributes
+    ----------
+    lanes : int
+        Elements of a vector.
+    block_rows : int
+        Output channels that one micro-kernel call computes, at most.
+    overread : int
+        Elements that a run may read past the end of a buffer.
+    max_remainder : int
+        Samples at the end of a run, at most, that get no vector.
+    packed_channels : int
+        Channels that a depthwise stage packs at a time, at most.
+    max_stages : int
+        Stages of a chain, at most.
+    """
+
+    lanes: int
+    block_rows: int
+    overread: int
+    max_remainder: int
+    packed_channels: int
+    max_stages: int
+
+
+class StagePath(NamedTuple):
+    """How the C engine runs a stage on planes; lr.h describes the paths.
+
+    Attributes
+    ----------
+    input : str
+        Where it reads its input: "buffer" (of the previous stage), "in place", "packed", "packed by
+        channels" or "transposed" (and computed channels-last).
+    kernel : str
+        Kernel of a block of output channels: "depthwise rows", "depthwise planes", "dense flat",
+        "dense rows" or "dense scatter".
+    keeps_rows : bool
+        Whether a first stage reads tiles inside the image in place, if x is contiguous.
+    """
+
+    input: str
+    kernel: str
+    keeps_rows: bool

@@ -121,8 +121,8 @@ def faster_program(
         builder = _builder(links, shape, dtype, algorithm)
     except Unsupported:
         return None
-    lanes = builder.limits.lanes
-    planes = add_counts(segment_counts(s, lanes) for s in lower_untiled(links, shape, dtype))
+    name = np.dtype(dtype).name
+    planes = add_counts(segment_counts(s, name) for s in lower_untiled(links, shape, dtype))
     return builder if default_cost(builder.counts) < default_cost(planes) else None
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from lowrank._kernels import _core
-from lowrank._kernels.limits import MAX_STAGES
 from lowrank._kernels.spec import StageSpec, Three
 from lowrank._typing import Array, Ints, trailing
 from lowrank.core import reference
@@ -143,10 +142,11 @@ def _lower_runs(
 def _split(links: Sequence[Link]) -> list[list[Link]]:
     """Split a chain into runs that the engine can take at once: nearly always one."""
     runs: list[list[Link]] = [[]]
+    max_stages = _core.plane_limits().max_stages
     for link in links:
         earlier = [stage for stage, _ in runs[-1]]
         if earlier and (
-            len(earlier) == MAX_STAGES
+            len(earlier) == max_stages
             or _needs_rearranging(earlier[-1])
             or not _can_pad_at_input(earlier, link[0], len(runs) == 1)
         ):
@@ -265,14 +265,13 @@ def _lower_run(
     if is_batched:
         sizes = (*sizes[: free - 1], batch, *sizes[free:])
     in_shape = (shape[0], *sizes)
-    layouts = tiling.Layouts(stage_specs, in_shape)
+    layouts = tiling.Layouts(stage_specs, in_shape, np.dtype(dtype).name)
     out_shape = layouts(None).out_shape
     tile, splits, latency = layouts(None).tile, 1, 0.0
     if threads is not None:
-        itemsize = np.dtype(dtype).itemsize
         l1, l2, _ = _core.caches()
         latency = fork_join_seconds() if threads > 1 else 0.0
-        tile = tiling.choose_tile(layouts, threads, itemsize, l1, l2, latency)
+        tile = tiling.choose_tile(layouts, threads, l1, l2, latency)
         splits = tiling.channel_splits(layouts, tile, threads)
     out_size = [1] * len(size_in)
     for a, n in zip(kept_axes, out_shape[1 + free :]):

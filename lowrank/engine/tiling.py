@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from lowrank._kernels import _core
 from lowrank._kernels.layout import TileLayout
-from lowrank._kernels.limits import BLOCK_ROWS, MAX_REMAINDER, VECTOR_BYTES
-from lowrank._kernels.spec import StageSpec, Three
+from lowrank._kernels.spec import PlaneLimits, StageSpec, Three
 
 L2_SHARE = 0.6  # of the cache for a thread's two buffers; weights and output take the rest
 TASKS_PER_THREAD = 3  # so that one late thread does not keep the others waiting
@@ -27,17 +29,21 @@ SAMPLES = 4e9  # samples per second, packed or stored
 
 
 class Layouts:
-    """Layouts of a chain for inputs of `shape` = (channels, d, h, w), each computed once."""
+    """Layouts of a chain for inputs of `shape` = (channels, d, h, w), each computed once.
 
-    def __init__(self, stages: Sequence[StageSpec], shape: Sequence[int]) -> None:
-        self.stages, self.shape = stages, shape
+    `dtype` is the name of the plan's type; `limits` are those of the kernels that run it.
+    """
+
+    def __init__(self, stages: Sequence[StageSpec], shape: Sequence[int], dtype: str) -> None:
+        self.stages, self.shape, self.dtype = stages, shape, dtype
+        self.limits = _core.plane_limits(dtype)
         self._known: dict[tuple[int, ...] | None, TileLayout] = {}
 
     def __call__(self, tile: Sequence[int] | None) -> TileLayout:
         """Return the layout for one tile of the output; None: for the whole output."""
         key = None if tile is None else tuple(tile)
         if key not in self._known:
-            self._known[key] = TileLayout(self.stages, self.shape, tile)
+            self._known[key] = TileLayout(self.stages, self.shape, tile, self.limits)
             self._known.setdefault(self._known[key].tile, self._known[key])
         return self._known[key]
 
@@ -45,7 +51,6 @@ class Layouts:
 def choose_tile(
     layouts: Layouts,
     threads: int,
-    itemsize: int,
     l1: int,
     l2: int,
     latency: float,
@@ -58,20 +63,21 @@ def choose_tile(
     intermediates fit `l1`.
     """
     stages, whole = layouts.stages, layouts(None).tile
-    lanes = VECTOR_BYTES // itemsize
+    limits, itemsize = layouts.limits, np.dtype(layouts.dtype).itemsize
     needs_whole_rows = any(s.padded_columns is not None for s in stages)
     # An input read in place takes no buffer: only the later stages have to fit the cache.
-    in_place = _reads_in_place(stages)
+    (path, *later) = _core.stage_paths(stages, layouts.shape, dtype=layouts.dtype)
+    in_place = bool(later) and path.keeps_rows
     by_rows = in_place and all(s.weight.shape[1] == 1 for s in stages[1:])
     least = (
         MIN_ROWS if by_rows and stages[0].weight.shape[2] > 1 else 1,
         1,
-        whole[2] if needs_whole_rows else MIN_ROW_VECTORS * lanes,
+        whole[2] if needs_whole_rows else MIN_ROW_VECTORS * limits.lanes,
     )
     size = list(whole)
     # A single stage is split by output channels, so that each thread reads its own weights.
-    splits_channels = len(stages) == 1 and _channel_blocks(stages[0]) >= threads
-    untiled_work = _work(layouts, whole, lanes)
+    splits_channels = len(stages) == 1 and _channel_blocks(stages[0], limits) >= threads
+    untiled_work = _work(layouts, whole)
     # With fewer tiles than threads the chain would run stage by stage: one fork/join per stage.
     saved = (len(stages) - 1) * latency * threads / estimate_seconds(layouts)
     max_halo_few_tasks = min(max(MAX_HALO, 1 + saved), MAX_HALO_FEW_TASKS)
@@ -89,9 +95,9 @@ def choose_tile(
             for axis in range(3)
             if size[axis] > least[axis]
         ]
-        best = min(halved, key=lambda s: _price(layouts, s, lanes), default=None)
+        best = min(halved, key=lambda s: _price(layouts, s), default=None)
         max_work = untiled_work * (max_halo_few_tasks if count < threads else MAX_HALO)
-        if best is None or (fits and _work(layouts, best, lanes) > max_work):
+        if best is None or (fits and _work(layouts, best) > max_work):
             break
         size = best
     if by_rows and size[0] == 1:
@@ -101,14 +107,6 @@ def choose_tile(
                 break
             size[1] = max(MIN_ROWS, -(-size[1] // 2 // MIN_ROWS) * MIN_ROWS)
     return size[0], size[1], size[2]
-
-
-def _reads_in_place(stages: Sequence[StageSpec]) -> bool:
-    """Return whether the first of several stages reads rows of x in place."""
-    first, *rest = stages
-    unpermuted = first.stride == (1, 1, 1) and first.permutation is None
-    unpadded_rows = first.weight.shape[4] == 1 and first.before[2] == first.after[2] == 0
-    return bool(rest) and unpermuted and unpadded_rows
 
 
 def _later_buffers(layout: TileLayout) -> int:
@@ -128,12 +126,12 @@ def estimate_seconds(layouts: Layouts) -> float:
     return total
 
 
-def _price(layouts: Layouts, size: Sequence[int], lanes: int) -> float:
+def _price(layouts: Layouts, size: Sequence[int]) -> float:
     """Return the work and weight reads per output sample; a little more for cut rows."""
     whole = layouts(None).tile
     weights = WEIGHT_COST * sum(math.prod(s.weight.shape) for s in layouts.stages)
     weights /= _mean_samples(whole, size)
-    work = _work(layouts, size, lanes) + weights
+    work = _work(layouts, size) + weights
     return float(work * (CUT_ROW_FACTOR if size[2] < whole[2] else 1))
 
 
@@ -144,24 +142,25 @@ def channel_splits(layouts: Layouts, size: Sequence[int], threads: int) -> int:
         return 1  # each split would repeat the stages before the last
     tiles = math.prod(-(-n // t) for n, t in zip(whole, size))
     per_thread = TASKS_PER_THREAD if stages[0].weight.shape[1] == 1 and threads > 1 else 1
-    return max(1, min(_channel_blocks(stages[0]), -(-per_thread * threads // tiles)))
+    blocks = _channel_blocks(stages[0], layouts.limits)
+    return max(1, min(blocks, -(-per_thread * threads // tiles)))
 
 
-def _channel_blocks(s: StageSpec) -> int:
+def _channel_blocks(s: StageSpec, limits: PlaneLimits) -> int:
     """Return the blocks of output channels that the micro-kernels process one by one."""
-    return s.outer * s.inner * s.groups * -(-(len(s.weight) // s.groups) // BLOCK_ROWS)
+    return s.outer * s.inner * s.groups * -(-(len(s.weight) // s.groups) // limits.block_rows)
 
 
-def _work(layouts: Layouts, size: Sequence[int], lanes: int) -> float:
+def _work(layouts: Layouts, size: Sequence[int]) -> float:
     """Return the MACs and loads per output sample, including halos and idle lanes."""
-    layout = layouts(size)
+    layout, lanes = layouts(size), layouts.limits.lanes
     work, out = 0.0, layout.tile
     for spec, sizes in zip(reversed(layouts.stages), reversed(layout.stages)):
         rows, *rest = spec.weight.shape
         samples = (out[1] - 1) * sizes.plane[2] + out[2]
         remainder = samples % lanes
         run: float = samples - remainder
-        run += remainder * REMAINDER_COST if remainder <= MAX_REMAINDER else lanes
+        run += remainder * REMAINDER_COST if remainder <= layouts.limits.max_remainder else lanes
         run += -(-samples // (3 * lanes)) * RUN_COST * lanes
         work += out[0] * run * rows * math.prod(rest) * spec.outer * spec.inner
         a, b, c = (min(n, m) for n, m in zip(sizes.extent, sizes.size_in))

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank._kernels import _core
-from lowrank._kernels.limits import MIN_UNITS, VECTOR_BYTES
 from lowrank._typing import Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
@@ -74,7 +73,6 @@ def lowrank(work: Work, max_threads: int) -> Features:
     if program is not None:
         return _program(program, work, max_threads)
     total: Features = defaultdict(float)
-    lanes = _core.block_limits(dtype.name).lanes
     for segment in lower(links, work.shape, dtype, work.threads, work.interleaved, work.batch):
         images = 1 if segment.is_batched else work.batch
         tasks = segment.tasks * images
@@ -83,7 +81,7 @@ def lowrank(work: Work, max_threads: int) -> Features:
         threads = min(work.threads, tasks) if is_parallel else 1
         # The run ends with the thread that has the most tasks.
         share = tasks / math.ceil(tasks / threads)
-        for name, count in segment_counts(segment, lanes).items():
+        for name, count in segment_counts(segment, dtype.name).items():
             total[name] += images * count / share
         samples = math.prod(segment.in_shape) + math.prod(segment.out_shape)
         moved = images * samples * work.itemsize
@@ -154,7 +152,7 @@ def _most_images(images: int, group: int, threads: int) -> int:
 def _share(node: Node, threads: int) -> float:
     """Return how many times faster threads run an operation on one image together."""
     units = node.work_units
-    if units >= MIN_UNITS * threads or units % threads == 0 or node.splits < threads:
+    if units >= _core.MIN_UNITS * threads or units % threads == 0 or node.splits < threads:
         return units / math.ceil(units / threads)
     return node.splits / math.ceil(node.splits / threads)
 
@@ -225,7 +223,7 @@ def torch(work: Work, max_threads: int) -> Features:
     own, and so has work that does not get faster with more threads.
     """
     total: Features = defaultdict(float)
-    lanes = VECTOR_BYTES // work.itemsize
+    lanes = _widest_vector(work.itemsize)
     shapes = chain_shapes(work.stages, work.shape)
     for stage, before, after in zip(work.stages, shapes, shapes[1:]):
         inputs, outputs = (work.batch * math.prod(s) / lanes for s in (before, after))
@@ -246,12 +244,17 @@ def torch(work: Work, max_threads: int) -> Features:
         total["weight"] += stage.weight.size / lanes
         total["parallel region"] += work.threads > 1
         total["fork/join"] += TORCH_FORK_JOINS * (work.threads > 1)
-        moved = (inputs + outputs) * VECTOR_BYTES
+        moved = (inputs + outputs) * lanes * work.itemsize
         working_set = moved + stage.weight.size * work.itemsize
         traffic = _memory_traffic(moved, working_set, work.threads, max_threads)
         for name, count in traffic.items():
             total[name] += count
     return total
+
+
+def _widest_vector(itemsize: int) -> int:
+    """Return the lanes of this CPU's best instruction set, which other libraries use."""
+    return _core.plane_limits(f"float{8 * itemsize}", _core.ISAS[0]).lanes
 
 
 def _torch_method(stage: Stage, lanes: int) -> tuple[str, int]:
@@ -278,7 +281,7 @@ def fft(
     samples = math.prod(spatial)
     used = 1 if samples < fourier.MIN_PARALLEL_SAMPLES else min(threads, groups)
     share = groups / math.ceil(groups / used)
-    lanes = VECTOR_BYTES // itemsize
+    lanes = _widest_vector(itemsize)
     count = transforms * points / lanes
     is_long = max(block[:-1], default=1) > LONG_COLUMN
     features = {
