@@ -100,7 +100,7 @@ def test_features_count_macs_including_idle_lanes(conv):
         # to four samples at the end of a row get no vector.
         axes = max(sum(k > 1 for k in s.kernel) for s in load.stages)
         least = (8 / 4 / 5) ** axes if "fast product" in counts else 0.8
-        assert vectors * lanes >= least * macs, load
+        assert vectors * lanes >= least * macs * (1 - 1e-9), load  # it can be that exactly
         assert vectors * lanes <= 32 * macs, load
 
 
