@@ -16,9 +16,9 @@ from lowrank._kernels.spec import StageSpec
 
 Counts = dict[str, float]
 
-#: Default costs in FMAs of a vector: a fit of `lowrank calibrate` on a Zen 5 core with AVX-512,
-#: over the cost of a product there, rounded; "load" and "weight" by hand, since that fit counts
-#: what comes from beyond L2 by cache lines.
+#: Default costs in FMAs of a vector: rounded from fits of `lowrank calibrate` on a Zen 4 core with
+#: AVX-512; "load", "weight", "row", "few output term" and "lane sum" were set by hand until choices
+#: agreed with measured times, since the fit counts what comes from beyond L2 by cache lines.
 DEFAULT_COSTS = {
     # Programs on channels-last buffers.
     "product": 1.0,  # issue slots of direct sums
@@ -46,7 +46,7 @@ DEFAULT_COSTS = {
     "scatter": 6.0,  # vectors stored into padded rows of the next stage
     "stage tile": 800.0,
 }
-COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds
+COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds, from its FMA peak
 # A block with fewer sums waits for their latency: 4 cycles, 2 FMAs per cycle.
 LATENCY_SLOTS = 8
 L1_WEIGHTS = 0.5  # of the L1 cache for weights that blocks of pixels find there

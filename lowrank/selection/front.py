@@ -18,7 +18,7 @@ from lowrank.selection.candidates import COSTS, Candidate, Pricing, candidates, 
 from lowrank.selection.pareto import pareto_front
 
 # MACs over the fewest of a more accurate candidate of the same variant, at most: times follow MACs
-# within this factor (kernels on 7 layers: no front changed at 1.5, one by 10 % at 1.3).
+# within this factor (6 layers: no front changed at 1.5, one by 10 % at 1.3).
 MAX_MACS = 1.5
 
 
