@@ -199,7 +199,8 @@ class EngineNetwork:
         >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
         ...     net (float[N, 2] x) => (float[N, 2] y)
         ...     <float[2, 2] w = {1, 2, 2, 4}> {m = MatMul(x, w) y = Relu(m)}''')
-        >>> table = on_engine(model).describe(np.ones((1, 2), np.float32))
+        >>> net = on_engine(model, algorithm="direct")
+        >>> table = net.describe(np.ones((1, 2), np.float32))
         >>> [line.split()[:2] for line in table.splitlines()[1:-1]]
         [['pack', 'pack'], ['y', 'dense'], ['unpack', 'unpack']]
         """
