@@ -2,7 +2,7 @@
  *
  * A buffer holds one value of every image of a group as (d, h, w, channels), channels padded to
  * whole vectors, with a halo of padding around; all sizes are in elements of the program's type.
- * All fields but pointers are int64_t, so that Python can fill the structs by name.
+ * Fields are int64_t, double or pointers: program.pxi fills them by name.
  */
 #ifndef LR_PROGRAM_H
 #define LR_PROGRAM_H
@@ -54,7 +54,7 @@ typedef struct lr_op {
     int64_t in_channels, channels; /* of input and output, padding included */
     int64_t taps[LR_AXES];    /* of the kernel or window */
     int64_t tap[LR_AXES];     /* elements between taps */
-    int64_t stride[LR_AXES], dilation[LR_AXES], before[LR_AXES]; /* pooling; dilation: LR_WINOGRAD */
+    int64_t stride[LR_AXES], dilation[LR_AXES], before[LR_AXES]; /* pooling; LR_DEPTHWISE has a stride, LR_WINOGRAD a dilation */
     int64_t terms;            /* products per output of a dense operation, per position if fast */
     int64_t terms_block;      /* that run at a time, so that their weights stay in L2 */
     int64_t blocks;           /* blocks of output channels of a dense operation */
@@ -89,7 +89,8 @@ typedef struct {
     int64_t group;   /* images per group, at most */
     int64_t arena;   /* elements of the buffers of a group */
     int64_t scratch; /* elements that a thread needs beside */
-    double seconds, fork_join; /* as in lr_plan */
+    double seconds;   /* predicted for one example on one thread */
+    double fork_join; /* seconds that several threads must save */
 } lr_program;
 
 /* One array of a run. */

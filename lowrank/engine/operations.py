@@ -141,9 +141,8 @@ def join_rows(operation: Operation) -> Operation:
     Short rows leave micro-kernels with few pixels, for which they load all weights.
     """
     views = [operation.input, operation.output, *([operation.other] if operation.other else [])]
-    d, h, w = operation.size
-    has_gaps = any(v.pitch[1] != w * v.pitch[2] or v.pitch[0] != h * w * v.pitch[2] for v in views)
+    has_gaps = any(_has_gaps(v, operation.size) for v in views)
     is_pointwise = operation.taps == ONES and operation.in_size == operation.size
     if operation.kind != "dense" or not is_pointwise or has_gaps:
         return operation
-    return split_rows(replace(operation, size=(1, 1, d * h * w)), JOINED_ROW)
+    return split_rows(replace(operation, size=(1, 1, math.prod(operation.size))), JOINED_ROW)

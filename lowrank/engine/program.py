@@ -28,7 +28,7 @@ from lowrank.engine.convolutions import (
     has_depthwise_kernel,
 )
 from lowrank.engine.costs import COST_SECONDS, Counts, add_counts, default_cost
-from lowrank.engine.machine import fork_join_seconds
+from lowrank.engine.machine import least_saving
 from lowrank.engine.operations import Operation as Operation
 from lowrank.engine.operations import join_rows, make_operation, reorder, transfer
 from lowrank.engine.padding import padded_indices
@@ -48,7 +48,6 @@ class Program:
 
     core: _core.Program
     operations: tuple[Operation, ...]
-    arena_bytes: int
 
     def __call__(self, inputs: Sequence[Array], outputs: Sequence[Array], threads: int) -> None:
         """Run on arrays (batch, channels, d, h, w)."""
@@ -312,9 +311,9 @@ class ProgramBuilder:
         core = _core.Program(
             operations, schedule.steps(operations), self.arrays, self.outputs,
             arena=schedule.arena, group=schedule.group, dtype=self.dtype.name, isa=self.isa,
-            names=names, seconds=self.seconds, fork_join=fork_join_seconds(),
+            names=names, seconds=self.seconds, fork_join=least_saving(),
         )  # fmt: skip
-        return Program(core, tuple(operations), schedule.arena * itemsize)
+        return Program(core, tuple(operations))
 
     def _stage(
         self,

@@ -25,7 +25,7 @@ from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import channels_last, fourier
 from lowrank.engine.cuda import steps
 from lowrank.engine.lowering import lower
-from lowrank.engine.machine import fork_join_seconds
+from lowrank.engine.machine import least_saving
 from lowrank.engine.planes import segment_counts
 from lowrank.engine.program import ProgramBuilder
 from lowrank.engine.schedule import Node, Schedule
@@ -100,7 +100,7 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
     """
     batch, threads = work.batch, work.threads
     saved = builder.seconds * batch * (threads - 1) / threads
-    if saved < fork_join_seconds():
+    if saved < least_saving():
         threads = 1
     schedule = Schedule(builder.nodes, work.itemsize)
     per_thread = batch // threads  # images that a thread takes alone
