@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special
 
 import lowrank as lr
 from lowrank import blocks
@@ -46,7 +47,16 @@ def pooled(x):
     return conv(x, np.full((n, 1, 3, 3), 1 / 9), 2, n)
 
 
-WORDS = {"relu": relu, "relu6": relu6, "silu": lambda x: x / (1 + np.exp(-x))}
+WORDS = {
+    "relu": relu,
+    "relu6": relu6,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "hard_swish": lambda x: x * relu6(x + 3) / 6,
+    "gelu": lambda x: x * (1 + special.erf(x / np.sqrt(2))) / 2,
+    "tanh": np.tanh,
+    "leaky_relu": lambda x: np.maximum(x, 0.01 * x),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
+}
 
 
 def run(block, x, skip=None):
@@ -236,10 +246,91 @@ def test_block_of_activations_runs_in_one_call(rng, x):
     d, p = rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((6, 8, 1, 1))
     block = blocks.mobilenet_v1(d, p, norms=(norm(rng, 8), norm(rng, 6)), stride=2)
     np.testing.assert_allclose(block(x), run(block, x), **TIGHT)
-    with pytest.raises(ValueError, match=r"one plan.*'add input'"):
+
+
+def random_blocks(rng):
+    """Yield blocks of every word, with their input."""
+    x = rng.standard_normal((2, 8, 10, 11))
+    e, d, p = (rng.standard_normal(s) for s in ((24, 8, 1, 1), (24, 1, 5, 5), (8, 24, 1, 1)))
+    norms = norm(rng, 24), norm(rng, 24), norm(rng, 8)
+    for word in ("relu6", "silu", "hard_swish", "gelu"):
+        yield blocks.inverted_residual(e, d, p, activation=word, norms=norms), x
+    yield blocks.inverted_residual(e, d, p, stride=2, norms=norms), x
+    weights = [
+        (rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((8, 8, 1, 1))) for _ in "abc"
+    ]
+    yield blocks.xception(weights, [norm(rng, 8) for _ in "abc"]), x
+    r, d = rng.standard_normal((12, 4, 1, 1)), rng.standard_normal((12, 1, 3, 3))
+    e = rng.standard_normal((8, 6, 1, 1))
+    for stride in (1, 2):
+        yield blocks.shuffle_unit(r, d, e, groups=2, stride=stride), x
+    one_axis = lr.dense(rng.standard_normal((3, 3, 5)), padding=2)
+    yield blocks.Block((one_axis, "tanh", "add input")), rng.standard_normal((3, 3, 40))
+    volume = lr.dense(rng.standard_normal((2, 2, 3, 3, 3)), rng.standard_normal(2), padding=1)
+    parts = ("relu", lr.cp(volume, 3), "add input, leaky_relu", volume, "elu")
+    yield blocks.Block(parts), rng.standard_normal((1, 2, 5, 6, 7))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("algorithm", ["auto", "direct"])
+def test_blocks_of_every_word_run_as_one_program(rng, dtype, algorithm):
+    for block, x in random_blocks(rng):
+        expected = run(block, x)
+        plans = [
+            block.compile(x.shape[1:], dtype, threads, algorithm=algorithm) for threads in (1, 2)
+        ]
+        y = plans[0](x.astype(dtype))
+        assert y.dtype == dtype
+        # Sums of at most 216 products, and of the roundings of at most six operations before them.
+        eps = 1e-11 if dtype == "float64" else 2e-5
+        np.testing.assert_allclose(y, expected, rtol=eps, atol=eps * np.abs(expected).max())
+        np.testing.assert_array_equal(plans[1](x.astype(dtype)), y)
+        out = np.full(y.shape, np.nan, dtype)
+        assert plans[0](x.astype(dtype), out) is out
+        np.testing.assert_array_equal(out, y)
+        assert sum(s.macs for s in plans[0].breakdown(x.astype(dtype))) > 0
+        assert "share" in plans[0].describe(x.astype(dtype))
+
+
+def test_decoder_step_takes_its_skip(rng, x):
+    up, skip = rng.standard_normal((8, 4, 2, 2)), rng.standard_normal((2, 6, 20, 22))
+    d, p = rng.standard_normal((10, 1, 3, 3)), rng.standard_normal((4, 10, 1, 1))
+    step = blocks.unet_step(up, [(d, p)])
+    np.testing.assert_allclose(step(x, skip=skip), run(step, x, skip), **TIGHT)
+    plan = step.compile(x.shape[1:])
+    with pytest.raises(ValueError, match="skip must be given"):
+        plan(x)
+    with pytest.raises(ValueError, match="skip must have shape"):
+        plan(x, skip=skip[:, 1:])
+    with pytest.raises(ValueError, match="batch of x"):
+        plan(x, skip=skip[1:])
+    with pytest.raises(ValueError, match="no skip connection"):
+        blocks.mobilenet_v1(np.ones((8, 1, 3, 3)), np.ones((4, 8, 1, 1)))(x, skip=skip)
+
+
+def test_blocks_that_no_program_runs_are_refused(rng, x):
+    d, p = rng.standard_normal((8, 1, 3, 3)), rng.standard_normal((6, 8, 1, 1))
+    block = blocks.mobilenet_v1(d, p, stride=2)
+    with pytest.raises(ValueError, match=r"'add input' needs an input of shape \(6, 5, 6\)"):
         blocks.Block((*block.parts, "add input")).compile((8, 10, 11))
-    with pytest.raises(ValueError, match=r"one plan.*'relu'"):
-        blocks.Block(("relu", *block.parts)).compile((8, 10, 11))
+    with pytest.raises(ValueError, match="'swish' is unknown"):
+        blocks.Block((*block.parts, "swish")).compile((8, 10, 11))
+    with pytest.raises(ValueError, match="'squeeze-excite' has no weights"):
+        blocks.Block((*block.parts, "squeeze-excite")).compile((8, 10, 11))
+    with pytest.raises(ValueError, match="a chain must follow 'concatenate skip'"):
+        blocks.Block((*block.parts, "concatenate skip")).compile((8, 10, 11))
+    with pytest.raises(ValueError, match="a chain of 8 input channels gets 6"):
+        blocks.Block((*block.parts, "silu", *block.parts)).compile((8, 10, 11))
+    xception = blocks.xception([(rng.standard_normal((8, 1, 3, 3)), np.ones((8, 8, 1, 1)))])
+    run_one = xception.compile((8, 10, 11), "float64")
+    with pytest.raises(TypeError, match="x must be an array of float64"):
+        run_one(x.astype(np.float32))
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        xception.compile((8, 10, 11), algorithm="fast")
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        xception.compile((8, 10, 11), threads=0)
+    with pytest.raises(ValueError, match="overlap"):
+        run_one(x, x)
 
 
 def test_chain_compiles_with_an_activation(rng, x):

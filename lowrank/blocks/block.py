@@ -8,8 +8,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from lowrank import engine
 from lowrank._typing import Array
+from lowrank.blocks.program import BlockPlan, plan_block
 from lowrank.core.cost import Cost
+from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Activation
 from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, as_input, compile_chains
@@ -155,7 +158,7 @@ class Block:
         dtype: Any = None,
         threads: int | None = None,
         algorithm: Algorithm = "auto",
-    ) -> Runner:
+    ) -> Runner | BlockPlan:
         r"""Plan the whole block, activations included, to run in one call.
 
         Parameters
@@ -172,13 +175,13 @@ class Block:
         Returns
         -------
         callable
-            ``run(x, out=None)``, which any thread may call.
+            ``run(x, out=None)``, which any thread may call; ``run(x, out=None, skip=skip)`` for
+            blocks that concatenate a skip.
 
         Raises
         ------
         ValueError
-            If the block has other words than ``"relu"`` and ``"relu6"``, or padding mode
-            ``"constant"`` after its first chain.
+            If parts do not fit, or a word is unknown or needs weights (``"squeeze-excite"``).
 
         Examples
         --------
@@ -189,28 +192,29 @@ class Block:
         >>> run(np.ones((1, 3, 32, 32))).shape
         (1, 8, 16, 16)
         """
-        links: list[tuple[Factorization, Activation]] = []
-        for part in self.parts:
-            if not isinstance(part, str):
-                modes = {s.geometry.padding_mode for s in part.stages}
-                if links and "constant" in modes:
-                    raise ValueError(
-                        "padding_mode must not be 'constant' after the first chain of a plan: "
-                        "compile the chains of this block one by one"
-                    )
-                links.append((part, "none"))
-            elif links and part in ("relu", "relu6") and links[-1][1] == "none":
-                links[-1] = (links[-1][0], cast(Activation, part))
-            else:
-                raise ValueError(
-                    f"parts must be chains, each followed by relu or relu6 at most, to run in one "
-                    f"plan, got {part!r}: compile the chains of this block one by one"
-                )
-        if not links:
-            raise ValueError("parts must have at least one chain")
-        return compile_chains(links, input_shape, dtype, threads, algorithm)
+        first = self._first()
+        links = self._links()
+        if links is not None:
+            return compile_chains(links, input_shape, dtype, threads, algorithm)
+        if first.device != "cpu":
+            raise ValueError(
+                "on a GPU, parts must be chains, each followed by relu or relu6 at most: compile "
+                "the chains of this block one by one"
+            )
+        if threads is not None:
+            (threads,) = as_integers("threads", threads, 1)
+        engine.check_options(algorithm, threads)
+        if dtype is None:
+            dtype = np.result_type(*(f.dtype for f in self.chains))
+        return plan_block(
+            self.parts,
+            first.input_shape(input_shape),
+            engine.as_precision(dtype, first.stages[0].weight),
+            threads or engine.max_threads(),
+            algorithm,
+        )
 
-    def __call__(self, x: Array, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, out: Array | None = None, *, skip: Array | None = None) -> Array:
         """Run the block; see :meth:`compile`.
 
         Parameters
@@ -219,6 +223,8 @@ class Block:
             Floating-point input; its precision is that of the computation.
         out : ndarray, optional
             Output array; must not overlap `x`.
+        skip : ndarray, optional
+            What a decoder step concatenates: (batch, channels, \\*spatial).
 
         Returns
         -------
@@ -227,12 +233,37 @@ class Block:
         Raises
         ------
         ValueError, TypeError
-            See :meth:`compile`; or if `x` does not fit.
+            See :meth:`compile`; or if an array does not fit.
         """
+        x = as_input(self._first(), x)
+        run = self.compile(x.shape[1:], x.dtype)
+        if isinstance(run, BlockPlan):
+            return run(x, out, skip=skip)
+        if skip is not None:
+            raise ValueError("skip must be None: this block has no skip connection")
+        return run(x, out)
+
+    def _first(self) -> Factorization:
         if not self.chains:
             raise ValueError("parts must have at least one chain")
-        x = as_input(self.chains[0], x)
-        return self.compile(x.shape[1:], x.dtype)(x, out)
+        return self.chains[0]
+
+    def _links(self) -> list[tuple[Factorization, Activation]] | None:
+        """Return chains and their activations if they are all of the block, or None."""
+        links: list[tuple[Factorization, Activation]] = []
+        for part in self.parts:
+            if not isinstance(part, str):
+                if links and any(s.geometry.padding_mode == "constant" for s in part.stages):
+                    raise ValueError(
+                        "padding_mode must not be 'constant' after the first chain of a plan: "
+                        "compile the chains of this block one by one"
+                    )
+                links.append((part, "none"))
+            elif links and part in ("relu", "relu6") and links[-1][1] == "none":
+                links[-1] = (links[-1][0], cast(Activation, part))
+            else:
+                return None
+        return links
 
     def _shapes(self, shape: Sequence[int]) -> Iterator[tuple[Factorization, Sequence[int]]]:
         first = self.chains[0]

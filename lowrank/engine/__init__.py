@@ -99,13 +99,18 @@ def plan(
     pixel, each filtered alike: arrays are that many times as long along this axis.  `algorithm` is
     ``"auto"`` or ``"direct"``; see :meth:`lowrank.Factorization.compile`.
     """
+    check_options(algorithm, threads)
+    return _backend(stages[0].weight).plan(  # type: ignore[no-any-return]
+        stages, shape, dtype, epilogues, threads, interleaved, algorithm
+    )
+
+
+def check_options(algorithm: object, threads: int | None) -> None:
+    """Raise unless these are an algorithm and a number of threads."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    return _backend(stages[0].weight).plan(  # type: ignore[no-any-return]
-        stages, shape, dtype, epilogues, threads, interleaved, algorithm
-    )
 
 
 def check_array(name: str, x: object, stages: Sequence[Stage]) -> None:

@@ -38,7 +38,7 @@ class ChannelsLastPlan:
 
     def run(self, x: Array, out: Array) -> None:
         """Run on checked arrays (batch, channels, *spatial)."""
-        self.program((_on_three_axes(x),), (_on_three_axes(out),), self.threads)
+        self.program((with_three_axes(x),), (with_three_axes(out),), self.threads)
 
     def fast_algorithms(self, number: int) -> list[tuple[Ints, float]]:
         """Return the fast algorithms that compute a stage, with their predicted errors.
@@ -71,7 +71,9 @@ class ChannelsLastPlan:
     def profile(self, x: Array, out: Array) -> list[StepProfile]:
         """Run once with clocks; return the time of each operation."""
         start = time.perf_counter()
-        seconds = self.program.core.profile((_on_three_axes(x), _on_three_axes(out)), self.threads)
+        seconds = self.program.core.profile(
+            (with_three_axes(x), with_three_axes(out)), self.threads
+        )
         rest = time.perf_counter() - start - sum(seconds)
         itemsize = np.dtype(self.dtype).itemsize
         steps = []
@@ -136,6 +138,6 @@ def _builder(
     return builder
 
 
-def _on_three_axes(x: Array) -> Array:
+def with_three_axes(x: Array) -> Array:
     """Return a view (batch, channels, d, h, w) of an array with one to three spatial axes."""
     return x[(slice(None), slice(None), *(None,) * (5 - x.ndim))]

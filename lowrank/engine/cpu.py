@@ -98,7 +98,7 @@ class CpuPlan:
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
-        x, out = self._checked(x, out)
+        x, out = check_arrays(x, out, self.dtype, self.in_shape, self.out_shape)
         if self.program is not None and self._is_floating(x, out):
             return self._run_program(self.program, x, out)
         segments = self._segments(len(x))
@@ -137,7 +137,7 @@ class CpuPlan:
         return f"{place}, {self.dtype}, threads {self.threads}\n{table}"
 
     def _profiled_run(self, x: Array, out: Array) -> list[StepProfile]:
-        x, _ = self._checked(x, out)
+        x, _ = check_arrays(x, out, self.dtype, self.in_shape, self.out_shape)
         if self.program is not None and self._is_floating(x, out) and out.flags.aligned:
             return self.program.profile(x, out)
         profiles = []
@@ -176,31 +176,6 @@ class CpuPlan:
         out[...] = result
         return out
 
-    def _checked(self, x: Array, out: Array | None) -> tuple[Array, Array | None]:
-        """Return `x`, aligned, and `out`; raise unless both fit the plan."""
-        if not isinstance(x, np.ndarray) or (x.dtype != self.dtype and x.dtype not in INTEGERS):
-            raise TypeError(
-                f"x must be an array of {self.dtype} or of 8- or 16-bit integers, got "
-                f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
-            )
-        if x.shape[1:] != self.in_shape:
-            raise ValueError(f"x must have shape (batch, {self.in_shape}), got {x.shape}")
-        if not x.flags.aligned:
-            x = x.copy()
-        if out is None:
-            return x, out
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
-        shape = (len(x), *self.out_shape)
-        if out.shape != shape or (out.dtype != self.dtype and out.dtype not in INTEGERS):
-            raise ValueError(
-                f"out must be {self.dtype}, or 8- or 16-bit integers, of shape {shape}, got "
-                f"{out.dtype} of {out.shape}"
-            )
-        if not out.flags.writeable:
-            raise ValueError("out must be writable, got a read-only array")
-        return x, out
-
     def _run(
         self,
         planned: PlannedSegment,
@@ -227,6 +202,34 @@ class CpuPlan:
             seconds, threads, steps = core.profile(x, y, self.threads)
             records.append((seconds, threads, step_totals(steps, len(segment.specs))))
         return out if segment.after is None else segment.after(out)
+
+
+def check_arrays(
+    x: Array, out: Array | None, dtype: Any, in_shape: Ints, out_shape: Ints, name: str = "x"
+) -> tuple[Array, Array | None]:
+    """Return `x`, aligned, and `out`; raise unless both fit a plan of these shapes."""
+    if not isinstance(x, np.ndarray) or (x.dtype != dtype and x.dtype not in INTEGERS):
+        raise TypeError(
+            f"{name} must be an array of {dtype} or of 8- or 16-bit integers, got "
+            f"{getattr(x, 'dtype', None) or type(x).__qualname__}"
+        )
+    if x.shape[1:] != in_shape:
+        raise ValueError(f"{name} must have shape (batch, {in_shape}), got {x.shape}")
+    if not x.flags.aligned:
+        x = x.copy()
+    if out is None:
+        return x, out
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a NumPy array, got {type(out).__qualname__}")
+    shape = (len(x), *out_shape)
+    if out.shape != shape or (out.dtype != dtype and out.dtype not in INTEGERS):
+        raise ValueError(
+            f"out must be {dtype}, or 8- or 16-bit integers, of shape {shape}, got "
+            f"{out.dtype} of {out.shape}"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    return x, out
 
 
 def plan(

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
-from lowrank.engine import ALGORITHMS
+from lowrank.engine import check_options
 from lowrank.engine.description import NAME_WIDTH, OperationRow, operation_table
 from lowrank.engine.network import describe_operation
 from lowrank.engine.program import Algorithm
@@ -80,10 +80,7 @@ def on_engine(
     >>> on_engine(model)(np.array([[[1, -1, 2, -2]]], np.float32))[0].tolist()
     [[[3.0, 4.0]]]
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_options(algorithm, threads)
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         folder = path.parent if folder is None else folder
