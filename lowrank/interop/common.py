@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from lowrank.compress.model import Chains, Layer
 from lowrank.factorization import Factorization
@@ -24,15 +24,6 @@ def check_chains(chains: Chains, layers: Mapping[str, Layer]) -> None:
             raise ValueError(
                 f"layer {name!r}: the chain must have output shape {expected}, got {actual}"
             )
-
-
-def unique_name(name: str, used: Collection[str]) -> str:
-    """Return `name`, with a number appended if it is among `used`."""
-    unique, i = name, 0
-    while unique in used:
-        i += 1
-        unique = f"{name}_{i}"
-    return unique
 
 
 def one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.engine.onnx import library as library
 from lowrank.interop.common import one_line
 
 #: Bytes of weights above which they are written to a second file: protobuf is limited to 2 GiB.
@@ -22,17 +23,6 @@ _PROTOBUF = 2**31 - 1
 _SMALL = 65_536
 _PAGE = 4096  # bytes; external tensors are aligned to pages so that they can be memory-mapped
 _HALVES = {"UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "UINT2": 2, "INT2": 2}  # bits of packed types
-
-
-def library() -> Any:
-    """Import onnx, or raise an ImportError that says how to install it."""
-    try:
-        import onnx
-    except ImportError:
-        raise ImportError(
-            "ONNX models need onnx and onnxruntime: pip install 'lowrank[onnx]'"
-        ) from None
-    return onnx
 
 
 def load(path: str | os.PathLike[str]) -> Any:

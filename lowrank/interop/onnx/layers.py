@@ -13,8 +13,8 @@ import numpy as np
 
 from lowrank._typing import Array, Ints, Pads
 from lowrank.compress.model import Layer
+from lowrank.engine.onnx import unique_name
 from lowrank.factorization import Factorization, dense
-from lowrank.interop.common import unique_name
 from lowrank.interop.onnx.graph import Constants, Sizes, attributes, shapes, uses
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
