@@ -17,8 +17,8 @@ from lowrank._kernels.spec import StageSpec
 Counts = dict[str, float]
 
 #: Default costs in FMAs of a vector: rounded from fits of `lowrank calibrate` on a Zen 4 core with
-#: AVX-512; "load", "weight", "row", "few output term" and "lane sum" were set by hand until choices
-#: agreed with measured times, since the fit counts what comes from beyond L2 by cache lines.
+#: AVX-512; "load", "weight", "row", "strided", "few output term" and "lane sum" were set by hand
+#: until choices agreed with measured times, since the fit counts what comes from beyond L2 by lines.
 DEFAULT_COSTS = {
     # Programs on channels-last buffers.
     "product": 1.0,  # issue slots of direct sums
@@ -45,6 +45,7 @@ DEFAULT_COSTS = {
     "pack": 6.0,
     "scatter": 6.0,  # vectors stored into padded rows of the next stage
     "stage tile": 800.0,
+    "strided": 25.0,  # vectors of inputs that are split into one row per phase of a stride
 }
 COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds, from its FMA peak
 # A block with fewer sums waits for their latency: 4 cycles, 2 FMAs per cycle.

@@ -55,6 +55,8 @@ def _stage(
     outputs = groups * rows * math.prod(out)
     inputs = groups * per_group * math.prod(in_image)
     packed = {"pack": is_first * (not path.keeps_rows) * inputs / limits.lanes, "stage tile": 1.0}
+    if spec.stride[2] > 1 and path.input != "transposed":
+        packed["strided"] = inputs / limits.lanes
     if path.kernel.startswith("depthwise") or path.input == "transposed":
         return packed | _depthwise(spec, out, limits.lanes)
     by_rows = path.kernel == "dense rows"
