@@ -258,41 +258,35 @@ def _prepare_lowrank(job: Job) -> Prepared:
 
         run, feeds = onnx.on_engine(job.network, **options), _random_feeds(job)
         return {"": lambda: run(feeds)}, _shape_text(feeds.values())
-    from lowrank.interop import torch
+    from lowrank.interop.torch import on_engine, runtimes
 
     module, x = load_module(job)
-    return {"": _inference(torch.on_engine(module, x, **options), x)}, _shape_text([x])
+    engine = on_engine(module, x, **options)
+    return {"": runtimes.inference_call(engine, x, job.threads)}, _shape_text([x])
 
 
 def _prepare_onnxruntime(job: Job) -> Prepared:
-    import onnxruntime
+    from lowrank.interop.onnx.runtime import session_call
 
     source: Any = job.network
-    feeds: Any
     if job.inputs:
         feeds = _random_feeds(job)
     else:
+        from lowrank.interop.torch.runtimes import export_onnx, fold_batch_norms
+
         module, x = load_module(job)
-        source, feeds = _export(_fold_batch_norms(module), x), {"x": x.numpy()}
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = job.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # errors are raised, not logged
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return {"": lambda: session.run(None, feeds)}, _shape_text(feeds.values())
+        source, feeds = export_onnx(fold_batch_norms(module), x), {"x": x.numpy()}
+    return {"": session_call(source, feeds, job.threads)}, _shape_text(feeds.values())
 
 
 def _prepare_pytorch(job: Job) -> Prepared:
-    import torch
+    from lowrank.interop.torch.runtimes import fold_batch_norms, in_channels_last, inference_call
 
-    torch.set_num_threads(job.threads)
     module, x = load_module(job)
-    module = _fold_batch_norms(module)
-    calls = {"": _inference(module, x)}
-    if x.ndim in (4, 5):
-        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        other = _fold_batch_norms(module).to(memory_format=layout)
-        calls["channels-last"] = _inference(other, x.contiguous(memory_format=layout))
+    module = fold_batch_norms(module)
+    calls = {"": inference_call(module, x, job.threads)}
+    if (other := in_channels_last(module, x)) is not None:
+        calls["channels-last"] = inference_call(*other, job.threads)
     return calls, _shape_text([x])
 
 
@@ -340,41 +334,6 @@ def load_module(job: Job) -> tuple[Any, Any]:
     if job.batch is not None:
         x = x.repeat(-(-job.batch // len(x)), *[1] * (x.ndim - 1))[: job.batch]
     return module.eval().requires_grad_(False), x.detach().contiguous()
-
-
-def _inference(module: Any, x: Any) -> Call:
-    import torch
-
-    def call() -> object:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
-
-
-def _fold_batch_norms(module: Any) -> Any:
-    """Return a copy with batch norms folded into the convolutions before, where it is traceable."""
-    import copy
-
-    from torch.fx.experimental.optimization import fuse
-
-    try:
-        return fuse(copy.deepcopy(module))
-    except Exception:  # control flow that depends on tensors, or anything else in a model
-        return copy.deepcopy(module)
-
-
-def _export(module: Any, x: Any) -> bytes:
-    import io
-    import warnings
-
-    import torch
-
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter that needs no other package is deprecated
-        torch.onnx.export(module, (x,), file, input_names=["x"], dynamo=False)
-    return file.getvalue()
 
 
 if __name__ == "__main__":

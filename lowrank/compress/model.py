@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from lowrank.factorization import Factorization
 
 Chains = Mapping[str, Factorization]
 Samples = dict[str, tuple[Array, ...]]
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,3 +88,9 @@ class CompressibleModel(Protocol):
 
     def replaced(self, chains: Chains) -> Any:
         """Return a new model in the form of the original, which is not changed."""
+
+    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
+        """Return a call of the network on a runtime, on `batch` examples.
+
+        None if the network as a whole cannot run there.
+        """

@@ -18,7 +18,7 @@ Counts = dict[str, float]
 
 #: Default costs in FMAs of a vector: rounded from fits of `lowrank calibrate` on a Zen 4 core with
 #: AVX-512; "load", "weight", "row", "strided", "few output term" and "lane sum" were set by hand
-#: until choices agreed with measured times, since the fit counts what comes from beyond L2 by lines.
+#: until choices agreed with measured times, since the fit counts traffic from beyond L2 by lines.
 DEFAULT_COSTS = {
     # Programs on channels-last buffers.
     "product": 1.0,  # issue slots of direct sums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lowrank.factorization import Factorization
 from lowrank.interop.common import check_chains, one_line
 from lowrank.interop.onnx.chain import Writer, conv_chain, linear_chain
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of, read_batches
+from lowrank.interop.onnx.engine import on_engine
 from lowrank.interop.onnx.files import (
     check,
     check_external,
@@ -27,7 +28,7 @@ from lowrank.interop.onnx.files import (
 )
 from lowrank.interop.onnx.graph import infer_shapes, prune, substitute, supported_opset
 from lowrank.interop.onnx.layers import Site, find
-from lowrank.interop.onnx.runtime import open_session
+from lowrank.interop.onnx.runtime import open_session, session_call
 
 _THREADS = 2  # maximum number of threads of onnxruntime
 _PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
@@ -247,6 +248,42 @@ class OnnxModel:
                 read_external(tensor, self._folder)
         return new
 
+    def call(
+        self, chains: Chains, runtime: str, batch: int, threads: int
+    ) -> Callable[[], object] | None:
+        """Return a call of the network on a runtime.
+
+        Parameters
+        ----------
+        chains : mapping of str to Factorization
+            Chains by the name of the layer that they replace.
+        runtime : str
+            ``"lowrank"`` or ``"onnxruntime"``.
+        batch, threads : int
+            Number of examples, and of threads.
+
+        Returns
+        -------
+        callable or None
+            None for other runtimes, and if neither data nor the graph give the inputs' shapes.
+
+        Raises
+        ------
+        ValueError
+            If the network fixes another batch size, or the runtime does not run it.
+        """
+        feed = self._feeds[0] if self._feeds else self._zeros()
+        if feed is None or runtime not in ("lowrank", "onnxruntime"):
+            return None
+        fixed = {i.shape[0] for i in self._inputs if i.shape} - {None, batch}
+        if fixed:
+            raise ValueError(f"batch must be {fixed.pop()}, which the network fixes, got {batch}")
+        given = {name: np.resize(x, (batch, *x.shape[1:])) for name, x in feed.items()}
+        model = self.replaced(chains)
+        if runtime == "onnxruntime":
+            return session_call(model, given, threads)
+        return partial(on_engine(model, threads=threads), given)
+
     def _site(self, name: str) -> Site:
         if name not in self._sites:
             raise ValueError(f"no layer {name!r} among {', '.join(self._sites)}")
@@ -305,17 +342,20 @@ class OnnxModel:
         The input is the first batch.  Without data it is a batch of one example of zeros, if the
         graph fixes all other sizes.
         """
-        if self._feeds:
-            feed = self._feeds[0]
-        elif all(_is_probe(i.shape) for i in self._inputs):
-            feed = {
-                i.name: np.zeros([1 if n is None else n for n in i.shape], i.dtype)
-                for i in self._inputs
-            }
-        else:
+        feed = self._feeds[0] if self._feeds else self._zeros()
+        if feed is None:
             return None
         run = next(self._run(names, {}, [feed]))
         return self._batch_size(feed), {name: value.shape for name, value in run.items()}
+
+    def _zeros(self) -> Feed | None:
+        """Return one example of zeros, or None if the graph does not fix all other sizes."""
+        if not all(_is_probe(i.shape) for i in self._inputs):
+            return None
+        return {
+            i.name: np.zeros([1 if n is None else n for n in i.shape], i.dtype)
+            for i in self._inputs
+        }
 
 
 def open_model(

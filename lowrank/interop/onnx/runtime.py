@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Tensor(NamedTuple):
 
 
 def open_session(model: Any, folder: Path | None, threads: int, optimize: bool = True) -> Any:
-    """Load a model into onnxruntime on the CPU; external data are in `folder`."""
+    """Load a model, its bytes or its file into onnxruntime; external data are in `folder`."""
     try:
         import onnxruntime
     except ImportError:
@@ -55,12 +55,20 @@ def open_session(model: Any, folder: Path | None, threads: int, optimize: bool =
     if folder is not None:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, str(folder))
+    source = model if isinstance(model, (bytes, str)) else model.SerializeToString()
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as why:  # onnxruntime's errors have no common base
         raise ValueError(f"onnxruntime does not load the network: {one_line(why)}") from None
+
+
+def session_call(
+    model: Any, feed: Mapping[str, Array], threads: int, folder: Path | None = None
+) -> Callable[[], object]:
+    """Return a call of a model in onnxruntime; see :func:`open_session`."""
+    session = open_session(model, folder, threads)
+    given = {i.name: feed[i.name] for i in session.get_inputs()}
+    return lambda: session.run(None, given)
 
 
 def run_session(session: Any, outputs: list[str], feed: Mapping[str, Array]) -> list[Array]:

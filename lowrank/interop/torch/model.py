@@ -32,6 +32,7 @@ from lowrank.interop.torch.modules import (
     replace_module,
     to_numpy,
 )
+from lowrank.interop.torch.runtimes import Call, network_call
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -271,6 +272,15 @@ class TorchModel:
         for x in self.data:
             with torch.inference_mode():
                 yield (to_numpy(first_tensor(self.run(model, x))),)
+
+    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
+        """See :class:`lowrank.compress.CompressibleModel`."""
+
+        def repeat(t: torch.Tensor) -> torch.Tensor:
+            return t.repeat(-(-batch // len(t)), *[1] * (t.ndim - 1))[:batch] if t.ndim else t
+
+        module = self.replaced(chains).eval().requires_grad_(False)
+        return network_call(module, map_tensors(repeat, self.data[0]), runtime, threads, self.run)
 
     def replaced(self, chains: Chains, tied: bool = True) -> nn.Module:
         """Return a copy of the model with layers replaced by chains.

@@ -1,0 +1,114 @@
+"""Times of calls, measured in alternation: what disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SAMPLE = 1e-3  # seconds of a sample, at least: the clock and a call of it take 0.1 us
+ROUNDS = 5  # samples per call, at least
+MAX_OVERRUN = 4.0  # times the budget after which slow calls get fewer samples, but three
+FEW_ROUNDS = 3
+BUSY = 0.15  # relative spread of a call from which on the machine is called busy
+ATTEMPTS = 3  # measurements of which the least disturbed counts
+
+
+class CallTime(NamedTuple):
+    """Time of a call.
+
+    Attributes
+    ----------
+    seconds : float
+        Median over the samples.
+    spread : float
+        Interquartile range of the samples over their median.
+    """
+
+    seconds: float
+    spread: float
+
+
+def time_calls(calls: Sequence[Callable[[], object]], budget: float = 0.3) -> list[CallTime]:
+    """Return the times of calls, measured in alternation.
+
+    A sample follows one call that is not timed, so that data and weights are in the caches as in
+    repeated calls.  If the spread of a call shows that the machine is busy, all are measured anew,
+    and the measurement with the least spread counts.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        Calls without arguments.
+    budget : float
+        Seconds of one measurement, beside first calls.
+
+    Returns
+    -------
+    list of CallTime
+
+    Examples
+    --------
+    >>> from lowrank.perfmodel.timing import time_calls
+    >>> short, long = time_calls([lambda: sum(range(10)), lambda: sum(range(10**5))], 0.01)
+    >>> short.seconds < long.seconds
+    True
+    """
+    repeats = [_repeats(call) for call in calls]
+    best: list[CallTime] = []
+    for _ in range(ATTEMPTS):
+        found = _measure(calls, repeats, budget)
+        if not best or _spread(found) < _spread(best):
+            best = found
+        if _spread(best) < BUSY:
+            break
+    return best
+
+
+def _spread(times: Sequence[CallTime]) -> float:
+    return max((t.spread for t in times), default=0.0)
+
+
+def _repeats(call: Callable[[], object]) -> int:
+    call()  # plans, allocates and loads
+    return max(1, math.ceil(SAMPLE / max(_seconds(call, 1), 1e-7)))
+
+
+def _measure(
+    calls: Sequence[Callable[[], object]], repeats: Sequence[int], budget: float
+) -> list[CallTime]:
+    samples: list[list[float]] = [[] for _ in calls]
+    begin, rounds = time.perf_counter(), 0
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        while True:
+            elapsed = time.perf_counter() - begin
+            least = ROUNDS if elapsed < MAX_OVERRUN * budget else FEW_ROUNDS
+            if elapsed >= budget and rounds >= least:
+                break
+            for call, n, found in zip(calls, repeats, samples):
+                call()
+                found.append(_seconds(call, n))
+            rounds += 1
+    finally:
+        if collects:
+            gc.enable()
+    times = []
+    for found in samples:
+        median = statistics.median(found)
+        first, third = np.quantile(found, (0.25, 0.75))
+        times.append(CallTime(median, float(third - first) / median))
+    return times
+
+
+def _seconds(call: Callable[[], object], n: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    return (time.perf_counter() - start) / n
