@@ -120,7 +120,7 @@ def faster_program(
     Costs are those of one example on one thread, by default costs.
     """
     try:
-        builder = _builder(links, shape, dtype, algorithm)
+        builder = program_builder(links, shape, dtype, algorithm)
     except Unsupported:
         return None
     name = np.dtype(dtype).name
@@ -128,9 +128,13 @@ def faster_program(
     return builder if default_cost(builder.counts) < default_cost(planes) else None
 
 
-def _builder(
-    links: Sequence[tuple[Stage, Epilogue]], shape: Ints, dtype: Any, algorithm: Algorithm
+def program_builder(
+    links: Sequence[tuple[Stage, Epilogue]],
+    shape: Ints,
+    dtype: Any,
+    algorithm: Algorithm = "auto",
 ) -> ProgramBuilder:
+    """Return the program of a chain; weights are not read before it is built."""
     builder = ProgramBuilder(dtype, algorithm)
     free = 3 - len(shape[1:])
     value = builder.input((shape[0], *(1,) * free, *shape[1:]))

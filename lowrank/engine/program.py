@@ -292,7 +292,12 @@ class ProgramBuilder:
         d, h, w = (b + n + a for b, n, a in zip(before, value.size, after))
         return self.combine(value, size=(d, h, w), index=index, name="pad")
 
-    def build(self, group: int | None = None, names: Sequence[str] = ()) -> Program:
+    def build(
+        self,
+        group: int | None = None,
+        names: Sequence[str] = (),
+        fork_join: float | None = None,
+    ) -> Program:
         """Return the program.
 
         Parameters
@@ -301,6 +306,8 @@ class ProgramBuilder:
             Number of images that run as a group and share weights.
         names : sequence of str, optional
             Names of the arrays in error messages, in the order of their numbers.
+        fork_join : float, optional
+            Seconds that several threads must save to run; default: three fork/join latencies.
         """
         itemsize = self.dtype.itemsize
         schedule = Schedule(self.nodes, itemsize, group)
@@ -311,7 +318,8 @@ class ProgramBuilder:
         core = _core.Program(
             operations, schedule.steps(operations), self.arrays, self.outputs,
             arena=schedule.arena, group=schedule.group, dtype=self.dtype.name, isa=self.isa,
-            names=names, seconds=self.seconds, fork_join=least_saving(),
+            names=names, seconds=self.seconds,
+            fork_join=least_saving() if fork_join is None else fork_join,
         )  # fmt: skip
         return Program(core, tuple(operations))
 

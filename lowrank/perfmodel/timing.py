@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,8 @@ MAX_OVERRUN = 4.0  # times the budget after which slow calls get fewer samples, 
 FEW_ROUNDS = 3
 BUSY = 0.15  # relative spread of a call from which on the machine is called busy
 ATTEMPTS = 3  # measurements of which the least disturbed counts
+
+Clock = Callable[[Callable[[], Any], int], float]  # mean seconds of a number of runs of a call
 
 
 class CallTime(NamedTuple):
@@ -34,7 +36,19 @@ class CallTime(NamedTuple):
     spread: float
 
 
-def time_calls(calls: Sequence[Callable[[], object]], budget: float = 0.3) -> list[CallTime]:
+def clock_calls(call: Callable[[], object], n: int) -> float:
+    """Return the mean seconds of `n` calls, by the clock."""
+    start = time.perf_counter()
+    for _ in range(n):
+        call()
+    return (time.perf_counter() - start) / n
+
+
+def time_calls(
+    calls: Sequence[Callable[[], Any]],
+    budget: float = 0.3,
+    clock: Clock = clock_calls,
+) -> list[CallTime]:
     """Return the times of calls, measured in alternation.
 
     A sample follows one call that is not timed, so that data and weights are in the caches as in
@@ -47,6 +61,8 @@ def time_calls(calls: Sequence[Callable[[], object]], budget: float = 0.3) -> li
         Calls without arguments.
     budget : float
         Seconds of one measurement, beside first calls.
+    clock : callable
+        Function of a call and a number of runs that returns the mean seconds of a run.
 
     Returns
     -------
@@ -59,10 +75,10 @@ def time_calls(calls: Sequence[Callable[[], object]], budget: float = 0.3) -> li
     >>> short.seconds < long.seconds
     True
     """
-    repeats = [_repeats(call) for call in calls]
+    repeats = [_repeats(call, clock) for call in calls]
     best: list[CallTime] = []
     for _ in range(ATTEMPTS):
-        found = _measure(calls, repeats, budget)
+        found = _measure(calls, repeats, budget, clock)
         if not best or _spread(found) < _spread(best):
             best = found
         if _spread(best) < BUSY:
@@ -74,13 +90,13 @@ def _spread(times: Sequence[CallTime]) -> float:
     return max((t.spread for t in times), default=0.0)
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], Any], clock: Clock) -> int:
     call()  # plans, allocates and loads
-    return max(1, math.ceil(SAMPLE / max(_seconds(call, 1), 1e-7)))
+    return max(1, math.ceil(SAMPLE / max(clock(call, 1), 1e-7)))
 
 
 def _measure(
-    calls: Sequence[Callable[[], object]], repeats: Sequence[int], budget: float
+    calls: Sequence[Callable[[], Any]], repeats: Sequence[int], budget: float, clock: Clock
 ) -> list[CallTime]:
     samples: list[list[float]] = [[] for _ in calls]
     begin, rounds = time.perf_counter(), 0
@@ -94,7 +110,7 @@ def _measure(
                 break
             for call, n, found in zip(calls, repeats, samples):
                 call()
-                found.append(_seconds(call, n))
+                found.append(clock(call, n))
             rounds += 1
     finally:
         if collects:
@@ -105,10 +121,3 @@ def _measure(
         first, third = np.quantile(found, (0.25, 0.75))
         times.append(CallTime(median, float(third - first) / median))
     return times
-
-
-def _seconds(call: Callable[[], object], n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        call()
-    return (time.perf_counter() - start) / n

@@ -6,7 +6,8 @@ import numpy as np
 
 from lowrank._typing import Ints
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine.onnx import Writer, write_stages
+from lowrank.engine.onnx import Writer as Writer
+from lowrank.engine.onnx import write_stages
 from lowrank.factorization import Factorization
 
 
