@@ -12,7 +12,6 @@ from .timing import measure_seconds
 
 try:
     import torch
-    from torch.fx.experimental.optimization import fuse
 except ImportError:  # asv imports every module of this folder
     torch = None
 
@@ -32,6 +31,8 @@ def inputs(case: Any, batch: int) -> Any:
 
 def calls(models: Mapping[str, Any], x: Any, threads: int) -> dict[str, Callable[[], object]]:
     """Return calls of networks on `x`: in PyTorch's two layouts, onnxruntime and the engine."""
+    from torch.fx.experimental.optimization import fuse  # warns of what PyTorch deprecates
+
     from lowrank.interop.torch import on_engine
 
     found: dict[str, Callable[[], object]] = {}

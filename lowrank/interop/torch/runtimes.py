@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from lowrank.interop.onnx.runtime import session_call
 from lowrank.interop.torch.batches import Run, map_tensors, run_model, tensors_in
@@ -40,6 +39,9 @@ def inference_call(module: Callable[[Any], Any], x: Any, threads: int) -> Call:
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:
     """Return a copy with batch norms folded into the convolutions before, where it is traceable."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own import uses what it deprecates
+        from torch.fx.experimental.optimization import fuse
     module = copy.deepcopy(module).eval().requires_grad_(False)
     try:
         folded: nn.Module = fuse(module)
