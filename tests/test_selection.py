@@ -11,11 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import lowrank as lr
+from lowrank.core.cost import speed_up_efficiency
 from lowrank.families import FAMILIES, applicable
 from lowrank.families.weighted import MetricFit
 from lowrank.interop.weights import layers
 from lowrank.metric import Moments
-from lowrank.selection import choose, parse_budget
+from lowrank.selection import choose, format_budget, parse_budget
+from lowrank.selection import front as fronts
 from lowrank.selection.pareto import pareto_front
 
 SIZE = (8, 8)
@@ -65,7 +67,7 @@ def test_a_front_is_a_sequence_that_prints_itself(front):
 
 
 def test_the_pick_by_error_is_the_cheapest_within_it(conv, front):
-    for limit in (0.0, 0.1, 0.4, 0.9, 1.0):
+    for limit in (0.0, 0.1, 0.4, 0.9, 0.99):
         if front.within(limit) is front.dense:
             with pytest.raises(ValueError, match=r"nothing within .* the cheapest within 0"):
                 lr.approximate(conv, SIZE, max_error=limit, axis="macs")
@@ -258,6 +260,28 @@ def test_a_budget_that_is_neither_is_refused(axis, given):
         parse_budget(axis, given)
 
 
+@pytest.mark.parametrize("limit", [-0.1, 1, 2.0, float("nan"), True, "0.1"])
+def test_an_error_limit_is_at_least_0_and_below_1(conv, front, limit):
+    message = rf"must be a relative error, at least 0 and below 1, got {re.escape(repr(limit))}"
+    with pytest.raises(ValueError, match=f"max_error {message}"):
+        lr.approximate(conv, SIZE, max_error=limit)
+    with pytest.raises(ValueError, match=f"error {message}"):
+        front.within(limit)
+
+
+@pytest.mark.parametrize(
+    ("axis", "amount"),
+    [("macs", 447_000.5), ("params", 0.3), ("bytes", 1.0), ("seconds", 1 / 3e4), ("seconds", 1e-7)],
+)
+def test_a_formatted_budget_is_parsed_to_the_same_amount(axis, amount):
+    assert parse_budget(axis, format_budget(axis, amount)).amount(1.0) == amount
+
+
+def test_a_budget_error_names_the_option():
+    with pytest.raises(ValueError, match=r"^--time must be a share .* got '3'"):
+        parse_budget("seconds", "3", "--time")
+
+
 @pytest.mark.parametrize("given", [True, None, [1]])
 def test_a_budget_of_another_type_is_refused(given):
     with pytest.raises(TypeError, match="macs must be a number or a string"):
@@ -304,3 +328,116 @@ def test_one_layer_is_approximated_in_a_metric():
         conv, (10, 10), max_error=limit, families=families, axis="macs", metric=metric
     )
     assert fit.error(f.stages) <= limit
+
+
+def test_efficiency_at_its_edges():
+    assert speed_up_efficiency(1.0, 1.0) == 1.0  # the dense kernel
+    assert speed_up_efficiency(4.0, 4.0) == 1.0
+    assert speed_up_efficiency(1.0, 2.0) == 0.0
+    assert speed_up_efficiency(0.5, 2.0) == -1.0
+    for speed_up, mac_ratio in (
+        (2.0, 1.0),
+        (2.0, 0.5),
+        (0.5, 0.5),
+        (0.0, 2.0),
+        (1.0, float("nan")),
+    ):
+        assert np.isnan(speed_up_efficiency(speed_up, mac_ratio))
+
+
+def test_chains_slower_than_the_dense_kernel_are_not_offered_by_time_and_else_marked():
+    rng = np.random.default_rng(0)
+    conv = lr.dense(rng.standard_normal((64, 64, 3, 3)), padding=1)
+    families = ["channel_svd"]
+    front = lr.frontier(conv, (4, 4), families, axis="macs", threads=1)
+    dense = front.dense
+    slower = [c for c in front if c.seconds > dense.seconds]
+    assert slower
+    assert all(c.is_slower(dense) and c.efficiency(dense) < 0 for c in slower)
+    by_time = lr.frontier(conv, (4, 4), families, threads=1)
+    assert all(c.seconds < dense.seconds for c in by_time[:-1])
+    for text in (str(front), front._repr_html_()):
+        assert "! slower than the dense kernel" in text
+    marked = [line for line in str(lr.frontier(conv, (4, 4), families, axis="macs", threads=1))
+              .splitlines() if "x !" in line]  # fmt: skip
+    assert marked
+    assert all(float(re.search(r"([\d.]+)x !", line)[1]) <= 1.0 for line in marked)
+    last = str(front).splitlines()[-3].split()
+    assert last[0] == "dense"
+    assert {"1.00x", "100%"} <= set(last)
+    assert "!" not in str(by_time)
+
+
+class Clock:
+    """Measurements that take a given multiple of a chain's MACs, and count the chains measured."""
+
+    def __init__(self, factors, unable=()):
+        self.factors, self.unable, self.known, self.options = factors, unable, {}, []
+
+    def __call__(self, runtime, batch, threads, in_network):
+        self.options.append((runtime, batch, threads, in_network))
+        return self
+
+    def seconds(self, dense, chains, shape):
+        found = []
+        for stages in (dense, *chains):
+            if len(stages) in self.unable:
+                raise NotImplementedError("no operator")
+            shapes = tuple(s.weight.shape for s in stages)
+            work = lr.chain(stages).cost(shape).macs * self.factors[len(stages)] * 1e-9
+            found.append(self.known.setdefault(shapes, work))
+        return found[0], found[1:]
+
+
+def chain_seconds(clock, f):
+    return clock.seconds(f.stages, [], (16, *SIZE))[0]
+
+
+@pytest.mark.parametrize("factors", [{1: 1, 2: 0.7, 3: 3}, {1: 1, 2: 3, 3: 0.5}])
+def test_the_pick_within_a_time_budget_is_measured(conv, monkeypatch, factors):
+    families = ["spatial_svd", "channel_svd", "tucker"]
+    clock = Clock(factors)
+    monkeypatch.setattr(fronts, "Measurements", clock)
+    call = {"families": families, "batch": 2, "threads": 1}
+    front, pick = choose(conv, SIZE, seconds=0.5, **call)
+    dense = front.dense
+    assert dense.is_measured
+    assert dense.seconds == chain_seconds(clock, conv)
+    assert pick.is_measured
+    assert pick.seconds == chain_seconds(clock, pick.build()) <= 0.5 * dense.seconds
+    assert set(clock.options) == {("lowrank", 2, 1, False)}
+    assert len(clock.known) < 40
+    # No measured candidate within the budget is more accurate.
+    fitting = [c for c in front if c.is_measured and c.seconds <= 0.5 * dense.seconds]
+    assert pick.error == min(c.error for c in fitting)
+    are_predicted = not all(c.is_measured for c in front)
+    assert ("~ predicted, scaled to the measured times" in str(front)) == are_predicted
+    asked = len(clock.known)
+    same = lr.approximate(conv, SIZE, seconds="50%", **call)
+    assert (same.family, same.variant, same.rank) == (pick.family, pick.variant, pick.rank)
+    assert len(clock.known) == asked
+    predicted, _ = choose(conv, SIZE, seconds=0.5, measure=False, **call)
+    assert not any(c.is_measured for c in predicted)
+
+
+def test_a_time_budget_that_the_clock_refuses_is_infeasible(conv, monkeypatch):
+    clock = Clock({1: 1, 2: 50, 3: 50})
+    monkeypatch.setattr(fronts, "Measurements", clock)
+    families = ["spatial_svd", "tucker"]
+    with pytest.raises(ValueError, match=r"seconds budget .* infeasible: the minimum is"):
+        lr.approximate(conv, SIZE, seconds=0.1, families=families)
+    # Whatever is slower by the clock than the dense kernel is no candidate.
+    front = lr.frontier(conv, SIZE, families, measure=True)
+    assert all(c.is_measured and c.seconds <= front.dense.seconds for c in front)
+    assert "~" not in str(front)
+
+
+def test_chains_that_the_runtime_cannot_run_are_dropped(conv, monkeypatch):
+    clock = Clock({1: 1, 2: 0.7, 3: 0.1}, unable=(3,))
+    monkeypatch.setattr(fronts, "Measurements", clock)
+    front, pick = choose(conv, SIZE, seconds=0.5, families=["spatial_svd", "tucker"])
+    assert pick.family == "spatial_svd"
+    assert not any(c.family == "tucker" and c.is_measured for c in front)
+    clock.unable = (1,)
+    with pytest.raises(NotImplementedError, match="no operator"):
+        choose(conv, SIZE, seconds=0.5, families=["spatial_svd"])

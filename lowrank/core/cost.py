@@ -104,3 +104,32 @@ def stage_costs(stages: Sequence[Stage], shape: Ints) -> tuple[Cost, ...]:
         traffic = size_in + stage.weight.size + size_out
         costs.append(Cost(macs, stage.weight.size, traffic, traffic, size_in + size_out))
     return tuple(costs)
+
+
+def speed_up_efficiency(speed_up: float, mac_ratio: float) -> float:
+    """Return log(speed-up) / log(MAC ratio): 1 where time falls as much as MACs.
+
+    Parameters
+    ----------
+    speed_up : float
+        Time of the dense kernel or network over that of the compressed one.
+    mac_ratio : float
+        MACs of the dense kernel or network over those of the compressed one.
+
+    Returns
+    -------
+    float
+        0 where nothing was gained, negative where the compressed one is slower.  1 if both ratios
+        are 1, as for the dense kernel itself; NaN if no MACs were saved otherwise.
+
+    Examples
+    --------
+    >>> from lowrank.core.cost import speed_up_efficiency
+    >>> speed_up_efficiency(2.0, 4.0), speed_up_efficiency(1.0, 4.0), speed_up_efficiency(1.0, 1.0)
+    (0.5, 0.0, 1.0)
+    """
+    if speed_up == mac_ratio == 1:
+        return 1.0
+    if not (speed_up > 0 and mac_ratio > 1):
+        return math.nan
+    return math.log(speed_up) / math.log(mac_ratio)

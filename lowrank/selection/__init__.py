@@ -2,6 +2,7 @@
 
 from lowrank.selection.budget import Budget as Budget
 from lowrank.selection.budget import InfeasibleBudgetError as InfeasibleBudgetError
+from lowrank.selection.budget import format_budget as format_budget
 from lowrank.selection.budget import parse_budget as parse_budget
 from lowrank.selection.candidates import COSTS as COSTS
 from lowrank.selection.candidates import Candidate as Candidate

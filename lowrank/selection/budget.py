@@ -57,7 +57,7 @@ class Budget(NamedTuple):
         return self.value * dense if self.is_share else self.value
 
 
-def parse_budget(axis: str, budget: float | str) -> Budget:
+def parse_budget(axis: str, budget: float | str, name: str | None = None) -> Budget:
     """Parse a budget.
 
     Parameters
@@ -68,6 +68,8 @@ def parse_budget(axis: str, budget: float | str) -> Budget:
         A number in (0, 1] or a percentage such as ``"50%"`` is a share of the dense cost.
         Counts above 1 and counts with a unit, such as ``"20M"`` or ``"300k"``, are amounts.
         Amounts of time have a unit: ``"0.6ms"``, ``"300us"`` or ``"2s"``.
+    name : str, optional
+        Name of the argument or option in error messages; `axis` if not given.
 
     Returns
     -------
@@ -90,10 +92,11 @@ def parse_budget(axis: str, budget: float | str) -> Budget:
     >>> parse_budget("seconds", "0.6ms")
     Budget(axis='seconds', value=0.0006, is_share=False)
     """
+    name = axis if name is None else name
     is_time = axis == "seconds"
     example = "'0.6ms'" if is_time else "'20M'"
     if isinstance(budget, bool) or not isinstance(budget, int | float | str | np.number):
-        raise TypeError(f"{axis} must be a number or a string such as {example}, got {budget!r}")
+        raise TypeError(f"{name} must be a number or a string such as {example}, got {budget!r}")
     match = re.fullmatch(rf"\s*{_NUMBER}\s*(%|[a-zA-Zµ]*)\s*", str(budget))
     number, unit = (float(match[1]), match[2]) if match else (math.nan, "")
     parsed = None
@@ -105,7 +108,7 @@ def parse_budget(axis: str, budget: float | str) -> Budget:
         parsed = Budget(axis, number * (_TIMES if is_time else _COUNTS)[unit], False)
     if parsed is None or not 0 < parsed.value < math.inf or (parsed.is_share and parsed.value > 1):
         raise ValueError(
-            f"{axis} must be a share in (0, 1], such as 0.5 or '50%', or an amount "
+            f"{name} must be a share in (0, 1], such as 0.5 or '50%', or an amount "
             f"{'with a unit, ' if is_time else ''}such as {example}, got {budget!r}"
         )
     return parsed
@@ -130,3 +133,31 @@ def infeasible(axis: str, limit: float, minimum: float, dense: float) -> Infeasi
         f"{axis} budget of {shown(limit)} is infeasible: the minimum is {shown(minimum)} "
         f"({minimum / dense if dense else 1.0:.1%} of the dense cost)"
     )
+
+
+def format_budget(axis: str, amount: float) -> float | str:
+    """Return an amount as :func:`parse_budget` reads it, without loss of digits.
+
+    Parameters
+    ----------
+    axis : str
+        Cost that is limited.
+    amount : float
+        Amount in the units of the axis.
+
+    Returns
+    -------
+    float or str
+        A string with a unit for times, and for counts of at most 1, which would be shares.
+
+    Examples
+    --------
+    >>> from lowrank.selection import format_budget, parse_budget
+    >>> format_budget("seconds", 0.0006), format_budget("macs", 500.0)
+    ('0.0006s', 500.0)
+    >>> parse_budget("seconds", format_budget("seconds", 0.0006)).amount(1.0)
+    0.0006
+    """
+    if axis == "seconds":
+        return f"{float(amount)!r}s"
+    return amount if amount > 1 else f"{float(amount) / 1000!r}k"

@@ -10,14 +10,14 @@ from typing import Any
 
 from lowrank import perfmodel
 from lowrank._typing import Ints
-from lowrank.core.cost import AXES, Cost, chain_cost
+from lowrank.core.cost import AXES, Cost, chain_cost, speed_up_efficiency
 from lowrank.core.stage import Stage, is_abstract
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, SweepPoint
 from lowrank.families.weighted import MetricFit
 from lowrank.metric import Metric
 
-#: Axes on which candidates are compared: predicted seconds, weight bytes, fields of `Cost`.
+#: Axes on which candidates are compared: seconds, weight bytes, fields of `Cost`.
 COSTS = ("seconds", "bytes", *AXES)
 
 
@@ -42,9 +42,9 @@ class Candidate:
     itemsize : int
         Bytes per weight.
     seconds : float
-        Predicted time per call for the given batch, threads and runtime; NaN if not predicted.
-    realised : float
-        Quotient of the speed-up and the MAC ratio.
+        Time per call for the given batch, threads and runtime; NaN if not predicted.
+    is_measured : bool
+        Whether `seconds` were measured, not predicted.
     loss : float
         Increase of the loss of the network; NaN outside of networks.
 
@@ -67,7 +67,7 @@ class Candidate:
     exact: bool = True
     itemsize: int = 4
     seconds: float = math.nan
-    realised: float = math.nan
+    is_measured: bool = False
     loss: float = math.nan
     _conv: Factorization | None = field(default=None, repr=False)
     _metric: Metric | None = field(default=None, repr=False)
@@ -229,12 +229,69 @@ class Candidate:
             return float(self.cost.params * self.itemsize)
         return float(getattr(self.cost, axis))
 
-    def as_dict(self) -> dict[str, Any]:
+    def is_slower(self, dense: Candidate) -> bool:
+        """Return whether the candidate takes longer than the dense kernel.
+
+        Parameters
+        ----------
+        dense : Candidate
+            Dense kernel; its seconds are those of the same call.
+
+        Returns
+        -------
+        bool
+            False if either time is unknown.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"])
+        >>> any(c.is_slower(front.dense) for c in front)
+        False
+        """
+        return self.seconds > dense.seconds
+
+    def efficiency(self, dense: Candidate) -> float:
+        """Return the speed-up efficiency, log(speed-up) / log(MAC ratio).
+
+        Parameters
+        ----------
+        dense : Candidate
+            Dense kernel; its seconds are those of the same call.
+
+        Returns
+        -------
+        float
+            1 if time falls as much as MACs, 0 if it does not fall, negative for candidates slower
+            than the dense kernel; NaN if no MACs are saved.  1 for the dense kernel itself.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
+        >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"])
+        >>> front.dense.efficiency(front.dense), front[0].efficiency(front.dense) > 0
+        (1.0, True)
+        """
+        if not (self.seconds and self.cost.macs):
+            return math.nan
+        return speed_up_efficiency(dense.seconds / self.seconds, dense.cost.macs / self.cost.macs)
+
+    def as_dict(self, dense: Candidate | None = None) -> dict[str, Any]:
         """Return the candidate as plain numbers, strings and lists, for JSON.
+
+        Parameters
+        ----------
+        dense : Candidate, optional
+            Dense kernel, to add the speed-up efficiency.
 
         Returns
         -------
         dict
+            None stands for NaN.
 
         Examples
         --------
@@ -245,17 +302,23 @@ class Candidate:
         >>> front[0].as_dict()["stages"]
         [[1, 8, 3, 1], [8, 1, 1, 3]]
         """
+        efficiency = {} if dense is None else {"efficiency": _finite(self.efficiency(dense))}
         return {
             "family": self.family,
             "variant": self.variant,
             "rank": list(self.rank),
             "error": self.error,
             "bound": self.bound,
-            "seconds": self.seconds,
-            "realised": self.realised,
+            "seconds": _finite(self.seconds),
+            "is_measured": self.is_measured,
+            **efficiency,
             **{axis: getattr(self.cost, axis) for axis in AXES},
             "stages": [list(s) for s in self.shapes],
         }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 class Pricing:
@@ -279,6 +342,9 @@ class Pricing:
         Whether chains have a bias; whether `conv` has one if not given.
     per_example : bool
         Whether seconds are per example, times `times`, and not per call.
+    in_network : bool
+        Whether seconds are those inside a network of the runtime, which keeps its own layout
+        between layers.
     """
 
     def __init__(
@@ -291,10 +357,11 @@ class Pricing:
         times: int = 1,
         has_bias: bool | None = None,
         per_example: bool = False,
+        in_network: bool = False,
     ) -> None:
         self.conv, self.shape, self.times = conv, conv.input_shape(input_shape), times
         self.has_bias = conv.bias is not None if has_bias is None else has_bias
-        self._call = batch, threads, runtime
+        self._call, self._in_network = (batch, threads, runtime), in_network
         self._calls = times / batch if per_example else times
         self.dense = Candidate(
             "dense", "", (), 0.0, 0.0, self._cost(conv.stages, conv.bias is not None), True,
@@ -307,7 +374,9 @@ class Pricing:
         return self._predict(self.conv.stages)
 
     def _predict(self, stages: Sequence[Stage]) -> perfmodel.Prediction:
-        return perfmodel.current().predict_stages(stages, self.shape, *self._call)
+        return perfmodel.current().predict_stages(
+            stages, self.shape, *self._call, in_network=self._in_network
+        )
 
     def price(self, c: Candidate) -> Candidate:
         """Return the candidate with its cost, without its time.
@@ -336,9 +405,7 @@ class Pricing:
         Candidate
         """
         predicted = self.prediction if c.is_dense else self._predict(c.stages)
-        ratio = self.dense.cost.macs / c.cost.macs
-        realised = self.prediction.seconds / predicted.seconds / ratio
-        return replace(c, seconds=predicted.seconds * self._calls, realised=realised)
+        return replace(c, seconds=predicted.seconds * self._calls)
 
     def _cost(self, stages: Sequence[Stage], has_bias: bool) -> Cost:
         cost = chain_cost(stages, self.shape, has_bias)

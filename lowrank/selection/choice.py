@@ -10,11 +10,12 @@ from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, SweepPoint
 from lowrank.families.kernel import as_kernel
 from lowrank.metric import Metric
-from lowrank.selection.budget import parse_budget
+from lowrank.selection.budget import Budget, InfeasibleBudgetError, parse_budget
 from lowrank.selection.candidates import COSTS, Candidate, Pricing, check_families
-from lowrank.selection.front import Frontier, check_error, frontier
+from lowrank.selection.front import CandidatePool, Frontier, check_error, collect
 
 REFINABLE = 1.25  # a short fit within this factor of the limit may be within it once refined
+AT_ONCE = 4  # candidates that are measured together: the pick and its neighbours on the front
 
 
 def approximate(
@@ -32,6 +33,7 @@ def approximate(
     threads: int | None = None,
     runtime: str = "lowrank",
     metric: Metric | None = None,
+    measure: bool = True,
 ) -> Factorization:
     """Return the cheapest chain within an error, or the most accurate one within a budget.
 
@@ -42,24 +44,28 @@ def approximate(
     input_shape : sequence of int
         (channels, \\*spatial), or the spatial size alone.
     max_error : float, optional
-        Largest relative error.
+        Largest relative error, at least 0 and below 1.
     rank : int or sequence of int, optional
         Rank; the most accurate candidate of that rank is returned.
     seconds, macs, params : float or str, optional
-        Budget of predicted time per call, of MACs or of parameters.  A number in (0, 1] or
-        ``"50%"`` is a share of the dense kernel's; counts above 1 and ``"20M"`` are amounts;
-        amounts of time have a unit: ``"0.6ms"``.  See :func:`lowrank.selection.parse_budget`.
+        Budget of time per call, of MACs or of parameters.  A number in (0, 1] or ``"50%"`` is a
+        share of the dense kernel's; counts above 1 and ``"20M"`` are amounts; amounts of time have
+        a unit: ``"0.6ms"``.  See :func:`lowrank.selection.parse_budget`.
     families : iterable of str, optional
         Names from :data:`lowrank.FAMILIES`; all of them if not given.
     axis : str, optional
         Cost that `max_error` minimises, ``"seconds"`` if not given, or that `rank` has to save,
         ``"macs"`` if not given.
     batch, threads, runtime : int, int, str
-        Examples per call, number of threads and library of the predicted seconds; see
-        :func:`frontier`.
+        Examples per call, number of threads and library of the seconds; see :func:`frontier`.
     metric : Metric, optional
         Second moments that weight the error, from :class:`lowrank.metric.Moments`; the Frobenius
         norm if not given.
+    measure : bool
+        Whether the choice within a budget of time is measured on the runtime: the dense kernel and
+        the candidates near the budget, until the pick is one that was measured.  Measurements
+        are kept on disk, so that the same call returns the same chain.  Times of the runtime
+        ``"cuda"`` are always predicted.
 
     Returns
     -------
@@ -93,7 +99,7 @@ def approximate(
     front, pick = choose(
         conv, input_shape, max_error=max_error, rank=rank, seconds=seconds, macs=macs,
         params=params, families=families, axis=axis, batch=batch, threads=threads,
-        runtime=runtime, metric=metric,
+        runtime=runtime, metric=metric, measure=measure,
     )  # fmt: skip
     if max_error is not None and pick.is_dense:
         raise ValueError(explain_dense_pick(front, max_error))
@@ -115,6 +121,7 @@ def choose(
     threads: int | None = None,
     runtime: str = "lowrank",
     metric: Metric | None = None,
+    measure: bool = True,
     progress: Callable[[str], object] | None = None,
 ) -> tuple[Frontier, Candidate]:
     """Return the frontier and the candidate that :func:`approximate` builds.
@@ -122,10 +129,10 @@ def choose(
     Parameters
     ----------
     conv, input_shape, max_error, rank, seconds, macs, params, families, axis, batch, threads, \
-runtime, metric
+runtime, metric, measure
         Arguments of :func:`approximate`.
     progress : callable, optional
-        Called with the name of each family before its sweep.
+        Called with the name of each family before its sweep, and before measurements.
 
     Returns
     -------
@@ -152,17 +159,39 @@ runtime, metric
     elif budget is not None and axis != goal:
         raise ValueError(f"axis must be {goal!r}, that of the budget, got {axis!r}")
     names = check_families(families)
-    front = frontier(
+    pool = collect(
         conv, input_shape, names, axis=axis, batch=batch, threads=threads, runtime=runtime,
         metric=metric, progress=progress,
     )  # fmt: skip
     if rank is not None:
         pricing = Pricing(conv, input_shape, batch, threads, runtime)
-        return front, _best_of_rank(pricing, rank, names, axis, metric)
+        return pool.front(), _best_of_rank(pricing, rank, names, axis, metric)
     if budget is None:
         assert max_error is not None
+        front = pool.front()
         return front, _refine_within(front, max_error)
-    return front, front.affordable(budget.amount(front.dense.amount(axis)))
+    return _spend(pool, budget, measure and axis == "seconds" and runtime != "cuda")
+
+
+def _spend(pool: CandidatePool, budget: Budget, measure: bool) -> tuple[Frontier, Candidate]:
+    """Return the front and its most accurate candidate within a budget.
+
+    Measurements correct predictions, and thereby the choice: it is repeated until it is measured.
+    """
+    while True:
+        front = pool.front()
+        infeasible: InfeasibleBudgetError | None = None
+        try:
+            pick = front.affordable(budget.amount(front.dense.amount(front.axis)))
+        except InfeasibleBudgetError as error:
+            pick, infeasible = front[0], error
+        if not measure or pick.is_measured:
+            if infeasible is not None:
+                raise infeasible
+            return front, pick
+        at = list(front).index(pick)
+        near = sorted(range(len(front)), key=lambda i: abs(i - at))
+        pool.measure([front[i] for i in near if not front[i].is_measured][:AT_ONCE])
 
 
 def _refine_within(front: Frontier, limit: float) -> Candidate:
@@ -239,7 +268,7 @@ def explain_dense_pick(front: Frontier, limit: float) -> str:
     # The next of 1, 2, 5, 10, ...: a round limit to try next.
     scale = 10.0 ** math.floor(math.log10(nearest.error)) if nearest.error > 0 else 1.0
     more = next((m * scale for m in (1, 2, 5, 10) if m * scale >= nearest.error), nearest.error)
-    c = front.within(more)
+    c = next(c for c in front if c.error <= more)
     share = c.amount(front.axis) / front.dense.amount(front.axis)
     rank = ",".join(map(str, c.rank))
     return (

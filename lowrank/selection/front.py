@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import final, overload
 
 import numpy as np
@@ -12,6 +15,7 @@ from lowrank._typing import Ints
 from lowrank.factorization import Factorization
 from lowrank.families.kernel import as_kernel
 from lowrank.metric import Metric
+from lowrank.perfmodel.measurement import Measurements
 from lowrank.selection import tables
 from lowrank.selection.budget import infeasible
 from lowrank.selection.candidates import COSTS, Candidate, Pricing, candidates, check_families
@@ -36,7 +40,7 @@ class Frontier(Sequence[Candidate]):
     input_shape : tuple of int
         Input size (channels, \\*spatial) of the costs.
     batch, threads : int, int or None
-        Examples per call and number of threads of the predicted seconds.
+        Examples per call and number of threads of the seconds.
     runtime : str
         Library that runs the chains; see :func:`lowrank.perfmodel.predict`.
     left_out : dict
@@ -51,9 +55,10 @@ class Frontier(Sequence[Candidate]):
     >>> conv = lowrank.dense(np.ones((8, 8, 3, 3)))
     >>> print(lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs"))  # doctest: +ELLIPSIS
     2 candidates, by macs, input of 8 channels x 16x16...
-    family           rank   error   bound   macs   fewer  params ...
-    spatial_svd h-w     1  0.0000  0.0000  10.1k  11.20x      48 ...
-    dense               -  0.0000  0.0000   113k   1.00x     576 ...
+    family           rank   error   bound   macs   fewer ...
+    spatial_svd h-w     1  0.0000  0.0000  10.1k  11.20x ...
+    dense               -  0.0000  0.0000   113k   1.00x ...
+    ~ predicted...
     """
 
     __slots__ = (
@@ -115,7 +120,7 @@ class Frontier(Sequence[Candidate]):
         Raises
         ------
         ValueError
-            If `error` is negative or NaN.
+            If `error` is not at least 0 and below 1.
 
         Examples
         --------
@@ -125,7 +130,7 @@ class Frontier(Sequence[Candidate]):
         >>> front.within(0.1).cost.macs < front.dense.cost.macs
         True
         """
-        check_error(error)
+        check_error(error, "error")
         return next(c for c in self if c.error <= error)
 
     def affordable(self, amount: float) -> Candidate:
@@ -176,6 +181,7 @@ def frontier(
     threads: int | None = None,
     runtime: str = "lowrank",
     metric: Metric | None = None,
+    measure: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> Frontier:
     """Return the Pareto front of all candidates in error and cost.
@@ -190,26 +196,28 @@ def frontier(
         Names from :data:`lowrank.FAMILIES`; all of them if not given.  Those that do not apply
         to the convolution are left out.
     axis : str
-        Cost to compare: ``"seconds"``, predicted for this machine, or one that is the same on
-        every machine: ``"macs"``, ``"params"``, ``"bytes"``, ``"traffic"``, ``"fused"`` or
-        ``"peak"``.
+        Cost to compare: ``"seconds"`` on this machine, or one that is the same on every machine:
+        ``"macs"``, ``"params"``, ``"bytes"``, ``"traffic"``, ``"fused"`` or ``"peak"``.
     batch : int
-        Number of examples per call, for predicted seconds.
+        Number of examples per call, for seconds.
     threads : int, optional
-        Number of threads, for predicted seconds; all that OpenMP offers if not given.
+        Number of threads, for seconds; all that OpenMP offers if not given.
     runtime : str
-        Library that runs the chains: ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``; see
-        :func:`lowrank.perfmodel.predict`.
+        Library that runs the chains: ``"lowrank"``, ``"onnxruntime"``, ``"torch"`` or
+        ``"torch-channels-last"``; see :func:`lowrank.perfmodel.predict`.
     metric : Metric, optional
         Second moments that weight the error, from :class:`lowrank.metric.Moments`; the Frobenius
         norm if not given.
+    measure : bool
+        Whether the seconds of the front are measured on the runtime, not predicted.
     progress : callable, optional
-        Called with the name of each family before its sweep.
+        Called with the name of each family before its sweep, and before measurements.
 
     Returns
     -------
     Frontier
-        Candidates, cheapest first, ending with the dense kernel; none costs more than it.
+        Candidates, cheapest first, ending with the dense kernel; none costs more than it on the
+        axis.
 
     Raises
     ------
@@ -231,6 +239,40 @@ def frontier(
     >>> [(c.name, c.rank, c.cost.macs) for c in lowrank.frontier(blur, (32, 32), axis="macs")]
     [('spatial_svd h-w', (1,), 10556), ('dense', (), 33124)]
     """
+    pool = collect(
+        conv, input_shape, families, axis=axis, batch=batch, threads=threads, runtime=runtime,
+        metric=metric, progress=progress,
+    )  # fmt: skip
+    front = pool.front()
+    while measure and (predicted := [c for c in front if not c.is_measured]):
+        pool.measure(predicted)
+        front = pool.front()
+    return front
+
+
+def collect(
+    conv: Factorization,
+    input_shape: Sequence[int],
+    families: Iterable[str] | None,
+    *,
+    axis: str,
+    batch: int,
+    threads: int | None,
+    runtime: str,
+    metric: Metric | None,
+    progress: Callable[[str], object] | None,
+) -> CandidatePool:
+    """Return all candidates that may be on a frontier, with predicted seconds.
+
+    Parameters
+    ----------
+    conv, input_shape, families, axis, batch, threads, runtime, metric, progress
+        Arguments of :func:`frontier`.
+
+    Returns
+    -------
+    CandidatePool
+    """
     names = check_families(families)
     if axis not in COSTS:
         raise ValueError(f"axis must be one of {', '.join(COSTS)}, got {axis!r}")
@@ -238,26 +280,142 @@ def frontier(
     pricing = Pricing(conv, input_shape, batch, threads, runtime)
     dense = pricing.time(pricing.dense)
     # Skip candidates that need more MACs than the dense kernel, whatever their predicted time.
-    measure = "macs" if axis == "seconds" else axis
+    limited = "macs" if axis == "seconds" else axis
     left_out: dict[str, str] = {}
     groups = candidates(pricing, names, metric, left_out=left_out, progress=progress)
     found: list[Candidate] = []
     for group in groups:
-        cheaper = [c for c in group if c.amount(measure) < dense.amount(measure)]
+        cheaper = [c for c in group if c.amount(limited) < dense.amount(limited)]
         found += drop_dominated(cheaper) if axis == "seconds" else cheaper
     if axis == "seconds":
-        found = [c for c in map(pricing.time, found) if c.seconds < dense.seconds]
+        found = [pricing.time(c) for c in found]
+    else:
+        # Seconds do not decide what is on the front: only its candidates need them.
+        found = [pricing.time(c) for c in _pareto_optimal(found, axis, conv)]
+    empty = Frontier(
+        [dense], axis, pricing.shape, left_out, batch, threads, runtime, pricing.prediction.error
+    )
+    return CandidatePool(found, empty, conv, progress)
+
+
+class CandidatePool:
+    """Candidates of one convolution with predicted seconds, of which some are measured.
+
+    Measurements correct the predictions of the others: those of one family and variant are
+    scaled by the median quotient of measured and predicted seconds, and those of variants without
+    measurements by the quotient of the dense kernel.
+
+    Parameters
+    ----------
+    found : sequence of Candidate
+        Candidates with predicted seconds, without the dense kernel.
+    empty : Frontier
+        Frontier of the dense kernel alone.
+    conv : Factorization
+        Dense kernel.
+    progress : callable, optional
+        Called before measurements.
+    """
+
+    def __init__(
+        self,
+        found: Sequence[Candidate],
+        empty: Frontier,
+        conv: Factorization,
+        progress: Callable[[str], object] | None = None,
+    ) -> None:
+        self._found, self._empty, self._conv = list(found), empty, conv
+        self._progress = progress
+        self._measured: dict[tuple[str, Ints], float] = {}
+
+    def front(self) -> Frontier:
+        """Return the Pareto front, by measured seconds where they are known.
+
+        Returns
+        -------
+        Frontier
+        """
+        f = self._empty
+        found, [dense] = self._timed(self._found), self._timed([f.dense])
+        longest = dense.seconds if f.axis == "seconds" else math.inf
+        found = [c for c in found if c.seconds < longest]
+        return Frontier(
+            [*_pareto_optimal(found, f.axis, self._conv), dense],
+            f.axis, f.input_shape, f.left_out, f.batch, f.threads, f.runtime, f.error,
+        )  # fmt: skip
+
+    def measure(self, some: Sequence[Candidate]) -> None:
+        """Measure candidates and the dense kernel on the runtime.
+
+        Parameters
+        ----------
+        some : sequence of Candidate
+            Candidates of :meth:`front`; those that the runtime cannot run are dropped.
+
+        Raises
+        ------
+        NotImplementedError
+            If the runtime has no operator for the dense kernel.
+        """
+        if self._progress is not None:
+            self._progress("measuring")
+        dense, chains = self._empty.dense, [c for c in some if not c.is_dense]
+        try:
+            seconds = self._seconds(chains)
+        except NotImplementedError:  # the runtime has no operator for some stage
+            seconds = [*self._seconds([]), *map(self._seconds_of_one, chains)]
+        self._measured.update(zip(map(_key, (dense, *chains)), seconds))
+
+    def _seconds(self, chains: Sequence[Candidate]) -> list[float]:
+        """Return the measured seconds of the dense kernel and of chains."""
+        f = self._empty
+        measurements = Measurements(f.runtime, f.batch, f.threads, in_network=False)
+        stages = [c.stages for c in chains]
+        dense, others = measurements.seconds(f.dense.stages, stages, f.input_shape)
+        return [dense, *others]
+
+    def _seconds_of_one(self, c: Candidate) -> float:
+        try:
+            return self._seconds([c])[1]
+        except NotImplementedError:
+            return math.inf
+
+    def _timed(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """Return candidates with measured seconds, or predicted ones that measurements correct."""
+        if not self._measured:
+            return list(found)
+        dense = self._empty.dense
+        quotients = defaultdict(list)
+        for c in (dense, *self._found):
+            seconds = self._measured.get(_key(c), math.inf)
+            if seconds < math.inf:
+                quotients[c.name].append(seconds / c.seconds)
+        scales = {name: statistics.median(q) for name, q in quotients.items()}
+        timed = []
+        for c in found:
+            measured = self._measured.get(_key(c))
+            estimate = c.seconds * scales.get(c.name, scales[dense.name])
+            timed.append(
+                replace(c, seconds=estimate)
+                if measured is None
+                else replace(c, seconds=measured, is_measured=True)
+            )
+        return timed
+
+
+def _key(c: Candidate) -> tuple[str, Ints]:
+    return c.name, c.rank
+
+
+def _pareto_optimal(found: Sequence[Candidate], axis: str, conv: Factorization) -> list[Candidate]:
+    """Return the Pareto front in error and one cost, cheapest first."""
     # Errors below rounding are equal: an error of 1e-16 must not beat one of 3e-17.
     rounding = float(np.finfo(float).eps) * math.sqrt(conv.stages[0].weight.size)
     found = sorted(found, key=lambda c: len(c.shapes))
     front = pareto_front(
         [[c.amount(axis)] for c in found], [c.error if c.error > rounding else 0.0 for c in found]
     )
-    kept = [found[i] for i in front]
-    return Frontier(
-        [*(kept if axis == "seconds" else map(pricing.time, kept)), dense],
-        axis, pricing.shape, left_out, batch, threads, runtime, pricing.prediction.error,
-    )  # fmt: skip
+    return [found[i] for i in front]
 
 
 def drop_dominated(group: Sequence[Candidate]) -> list[Candidate]:
@@ -282,13 +440,16 @@ def drop_dominated(group: Sequence[Candidate]) -> list[Candidate]:
     return kept
 
 
-def check_error(value: float) -> None:
-    """Raise ValueError unless `value` is an error limit, a number of at least 0.
+def check_error(value: float, name: str = "max_error") -> None:
+    """Raise ValueError unless `value` is an error limit: at least 0 and below 1.
 
     Parameters
     ----------
     value : float
-        Value of the argument ``max_error``.
+        Largest relative error.  At 1, a chain of zeros would do.
+    name : str
+        Name of the argument or option in the message.
     """
-    if not isinstance(value, int | float | np.number) or not value >= 0:
-        raise ValueError(f"max_error must be a number, at least 0, got {value!r}")
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a relative error, at least 0 and below 1, got {value!r}")

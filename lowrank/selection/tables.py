@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lowrank.core import tables
@@ -12,32 +13,43 @@ if TYPE_CHECKING:
     from lowrank.selection.front import Frontier
 
 HEAD = (
-    "family", "rank", "error", "bound", "macs", "fewer", "params", "traffic", "fused", "predicted",
-    "faster", "realised",
+    "family", "rank", "error", "bound", "macs", "fewer", "time", "faster", "efficiency", "params",
+    "traffic", "fused",
 )  # fmt: skip
 
-#: Meaning of the star behind a name.
-NOTE = "* fitted by iteration: not optimal in theory, refined when built"
+#: Columns that a narrow table drops, in this order.
+OPTIONAL = ("fused", "traffic", "bound", "params", "efficiency")
+
+#: Signs of predicted times and of options slower than the dense kernel.
+PREDICTED, SLOWER = "~", "!"
 
 
 def text_table(front: Frontier) -> str:
     """Format a frontier as text: one candidate per line, the dense kernel last."""
     shown = tables.thinned(list(front))
     lines = tables.align_columns([HEAD, *(row(c, front.dense) for c in shown)])
-    return "\n".join([title(front, len(shown)), *lines, *_notes(front)])
+    return "\n".join([title(front, len(shown)), *lines, *notes(front)])
 
 
 def html_table(front: Frontier) -> str:
     """Format a frontier as an HTML table."""
     shown = tables.thinned(list(front))
     rows = [HEAD, *(row(c, front.dense) for c in shown)]
-    return tables.html_table(rows, [title(front, len(shown)), *_notes(front)])
+    return tables.html_table(rows, [title(front, len(shown)), *notes(front)])
 
 
-def _notes(front: Frontier) -> list[str]:
-    """Return the lines below a table."""
-    star = [NOTE] if any(not c.exact for c in front) else []
-    return [*star, f"predicted: {tables.model(front.error)}"]
+def notes(front: Frontier) -> list[str]:
+    """Return the legend of a table."""
+    legend = []
+    if any(not c.exact for c in front):
+        legend.append("* fitted by iteration: not optimal in theory, refined when built")
+    if any(c.is_slower(front.dense) for c in front):
+        legend.append(f"{SLOWER} slower than the dense kernel")
+    if front.dense.is_measured and not all(c.is_measured for c in front):
+        legend.append(f"{PREDICTED} predicted, scaled to the measured times")
+    elif not front.dense.is_measured:
+        legend.append(f"{PREDICTED} predicted: {tables.model(front.error)}")
+    return legend
 
 
 def title(front: Frontier, shown: int) -> str:
@@ -63,10 +75,26 @@ def row(c: Candidate, dense: Candidate) -> tuple[str, ...]:
         f"{c.bound:.4f}",
         format_count(c.cost.macs),
         f"{dense.cost.macs / c.cost.macs:.2f}x",
+        format_time(c),
+        format_speed_up(c, dense),
+        format_efficiency(c.efficiency(dense)),
         format_count(c.cost.params),
         format_count(c.cost.traffic),
         format_count(c.cost.fused),
-        format_seconds(c.seconds),
-        f"{dense.seconds / c.seconds:.2f}x",
-        f"{c.realised:.0%}",
     )
+
+
+def format_time(c: Candidate) -> str:
+    """Return the seconds of a candidate, with a sign if they are predicted."""
+    return ("" if c.is_measured else PREDICTED) + format_seconds(c.seconds)
+
+
+def format_speed_up(c: Candidate, dense: Candidate) -> str:
+    """Return the speed-up over the dense kernel, with a sign if the candidate is slower."""
+    mark = f" {SLOWER}" if c.is_slower(dense) else ""
+    return f"{dense.seconds / c.seconds:.2f}x{mark}"
+
+
+def format_efficiency(efficiency: float) -> str:
+    """Return a speed-up efficiency as a percentage, or a dash if no MACs were saved."""
+    return f"{efficiency:.0%}" if math.isfinite(efficiency) else "-"
