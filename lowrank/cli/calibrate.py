@@ -18,6 +18,10 @@ def calibrate(
     device: Annotated[
         str, typer.Option(help="cpu, or cuda to add the GPU to the stored model.")
     ] = "cpu",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Measure each runtime in five seconds, less accurately."),
+    ] = False,
     show: Annotated[
         bool, typer.Option("--show", help="Show the stored model without measuring.")
     ] = False,
@@ -25,7 +29,8 @@ def calibrate(
 ) -> None:
     """Measure this machine in less than a minute, to predict its times.
 
-    Run it while the machine is idle.  The result is stored in the cache folder.
+    Run it while the machine is idle.  All installed runtimes are measured.  The result is stored
+    in the cache folder.
     """
     if runtime and set(runtime) - set(perfmodel.RUNTIMES):
         raise ValueError(f"--runtime must be one of {', '.join(perfmodel.RUNTIMES)}, got {runtime}")
@@ -40,19 +45,24 @@ def calibrate(
         here = perfmodel.current()
     else:
         with share_bars() as step:
-            here = perfmodel.calibrate(step, runtime)
+            here = perfmodel.calibrate(step, runtime, quick)
     if as_json:
         print(here.to_json())
         return
     print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
-    rows = [(n, f"{r.error:.1%}", f"{r.spread:.1%}") for n, r in here.coefficients.items()]
-    print_table(("runtime", "median error", "90th percentile"), rows)
-    print("Cross-validated relative errors of predicted times.")
+    if here.calibrated:
+        rows = [
+            (name, f"{c.error:.1%}", f"{c.spread:.1%}", "quick" if c.is_quick else "full")
+            for name, c in here.coefficients.items()
+        ]
+        print_table(("runtime", "median error", "90th percentile", "calibration"), rows)
+        print("Cross-validated relative errors of predicted times.")
     latencies = (f"{format_seconds(s)} ({policy})" for policy, s in here.fork_join.items())
     print(f"Fork/join latency by OMP_WAIT_POLICY: {', '.join(latencies)}")
     if here.calibrated:
         print(f"stored in {perfmodel.path()}")
     else:
         print(
-            "This model was shipped with lowrank: run 'lowrank calibrate' to measure this machine."
+            "These are the coefficients of another machine, which were shipped with lowrank: run "
+            "'lowrank calibrate' to measure this one."
         )

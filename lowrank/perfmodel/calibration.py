@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 import statistics
@@ -22,7 +23,7 @@ from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine import fourier, machine, pytorch
+from lowrank.engine import fourier, machine
 from lowrank.perfmodel import features
 from lowrank.perfmodel.coefficients import (
     FORK_JOIN,
@@ -31,15 +32,26 @@ from lowrank.perfmodel.coefficients import (
     PerformanceModel,
 )
 from lowrank.perfmodel.features import Features, Work
+from lowrank.perfmodel.runtimes import bind_call, is_installed, threads_of
 from lowrank.perfmodel.workloads import fft_workloads, workloads
 
 #: Seconds of measurement per runtime, beside planning and first calls.
-BUDGETS = {"fft": 6.0, "lowrank": 11.0, "torch": 7.0, "torch channels-last": 7.0, "cuda": 10.0}
+BUDGETS = {
+    "fft": 5.0,
+    "lowrank": 10.0,
+    "onnxruntime": 7.0,
+    "torch": 6.0,
+    "torch-channels-last": 6.0,
+    "cuda": 10.0,
+}
 CPU_RUNTIMES = tuple(name for name in BUDGETS if name != "cuda")  # measured by default
+OTHERS = ("onnxruntime", "torch", "torch-channels-last")
+QUICK_WORKLOADS = 4  # of so many, a quick calibration measures one
+QUICK_BUDGET = 0.15  # of the seconds of measurement
 GPU_BATCH_FACTOR = 32  # GPU batch over CPU batch, as far as memory allows
 LATENCY_PROCESSES = 3
 MIN_PASSES = 2  # over all workloads in turn: a disturbance of one pass does not affect all
-MAX_TORCH_SAMPLES = 1 << 18  # larger inputs are filters, which PyTorch is not measured on
+MAX_SAMPLES = 1 << 18  # larger inputs are filters, which only this engine is measured on
 MAX_CALL = 0.02  # seconds: slower workloads are left out
 MIN_SAMPLE = 1.2e-3  # seconds per timing: short calls repeat
 FOLDS = 5  # of the cross-validation
@@ -48,37 +60,37 @@ REWEIGHTINGS = 30
 
 
 def measure(
-    progress: Callable[[str, float], object] | None = None, runtimes: Sequence[str] | None = None
+    progress: Callable[[str, float], object] | None = None,
+    runtimes: Sequence[str] | None = None,
+    quick: bool = False,
 ) -> PerformanceModel:
     """Measure this machine; see :func:`lowrank.perfmodel.calibrate`."""
     max_threads = _core.max_threads()
-    fork_join = {policy: _fork_join_seconds(policy) for policy in machine.WAIT_POLICIES}
+    processes = 1 if quick else LATENCY_PROCESSES
+    fork_join = {p: _fork_join_seconds(p, processes) for p in machine.WAIT_POLICIES}
     coefficients = {}
-    for name in CPU_RUNTIMES if runtimes is None else runtimes:
-        torch = _import_torch() if "torch" in name else None
-        if "torch" in name and torch is None:
-            continue
-        threads_before = torch and torch.get_num_threads()
-        tasks = _fft_tasks(max_threads) if name == "fft" else _chain_tasks(name, max_threads)
-        try:
-            times = _time_tasks(tasks, name, progress)
-        finally:
-            if torch is not None:
-                torch.set_num_threads(threads_before)
+    for name in filter(is_installed, CPU_RUNTIMES) if runtimes is None else runtimes:
+        step = QUICK_WORKLOADS if quick else 1
+        budget = BUDGETS[name] * (QUICK_BUDGET if quick else 1)
+        with threads_of(name, max_threads):
+            make = _fft_tasks if name == "fft" else partial(_chain_tasks, name)
+            tasks = make(max_threads, step)
+            times = _time_tasks(tasks, name, budget, progress)
         timed = [(task, t) for task, t in zip(tasks, times) if t is not None]
-        coefficients[name] = fit(
+        found = fit(
             [task.features for task, _ in timed],
             [t for _, t in timed],
             [task.workload for task, _ in timed],
             {FORK_JOIN: fork_join[machine.wait_policy()]},
         )
+        coefficients[name] = replace(found, is_quick=quick)
     return PerformanceModel(
         machine.cpu(), _core.default_isa(), max_threads, MappingProxyType(coefficients),
         MappingProxyType(fork_join),
     )  # fmt: skip
 
 
-def _fork_join_seconds(policy: machine.WaitPolicy) -> float:
+def _fork_join_seconds(policy: machine.WaitPolicy, processes: int) -> float:
     """Measure the fork/join latency in a process of the wait policy, which is fixed at its start.
 
     The median of several processes: a thread may start on a core that is busy or asleep.
@@ -88,7 +100,7 @@ def _fork_join_seconds(policy: machine.WaitPolicy) -> float:
     command = [sys.executable, "-c", code]
     runs = [
         subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-        for _ in range(LATENCY_PROCESSES)
+        for _ in range(processes)
     ]
     return statistics.median(float(run.stdout) for run in runs)
 
@@ -102,13 +114,14 @@ class Task(NamedTuple):
     workload: int
 
 
-def _chain_tasks(runtime: str, max_threads: int) -> list[Task]:
+def _chain_tasks(runtime: str, max_threads: int, step: int) -> list[Task]:
+    """Return calls of one in `step` workloads."""
     tasks, arrays = [], _SharedArrays()
     if runtime == "cuda":
         max_threads = 1
     for threads in sorted({1, max_threads}):  # PyTorch's number of threads is global
-        for number, load in enumerate(workloads()):
-            if "torch" in runtime and math.prod(load.shape) > MAX_TORCH_SAMPLES:
+        for number, load in enumerate(itertools.islice(workloads(), 0, None, step)):
+            if runtime in OTHERS and math.prod(load.shape) > MAX_SAMPLES:
                 continue
             stages = tuple(replace(s, weight=arrays.random(s.weight.shape)) for s in load.stages)
             batch = load.batch
@@ -124,10 +137,12 @@ def _chain_tasks(runtime: str, max_threads: int) -> list[Task]:
     return tasks
 
 
-def _fft_tasks(max_threads: int) -> list[Task]:
+def _fft_tasks(max_threads: int, step: int) -> list[Task]:
     tasks, arrays = [], _SharedArrays()
     for threads in sorted({1, max_threads}):
-        for number, (taps, spatial, block) in enumerate(fft_workloads()):
+        for number, (taps, spatial, block) in enumerate(
+            itertools.islice(fft_workloads(), 0, None, step)
+        ):
             run = fourier.plan(arrays.random(taps), spatial, threads=threads, block=block)
             x = arrays.random((1, 1, *spatial))
             counts = features.fft(taps, spatial, block, threads, max_threads)
@@ -162,7 +177,10 @@ class _SharedArrays:
 
 
 def _time_tasks(
-    tasks: Sequence[Task], runtime: str, progress: Callable[[str, float], object] | None
+    tasks: Sequence[Task],
+    runtime: str,
+    budget: float,
+    progress: Callable[[str, float], object] | None,
 ) -> list[float | None]:
     """Return the median seconds of every task; None for slow ones."""
     first_times: list[float | None] = []
@@ -181,7 +199,7 @@ def _time_tasks(
             if n:
                 _time(task, 1, runtime)  # warm the caches, which hold data of other tasks
                 samples.append(_time(task, n, runtime))
-        passes, done = passes + 1, (time.perf_counter() - begin) / BUDGETS[runtime]
+        passes, done = passes + 1, (time.perf_counter() - begin) / budget
         if progress is not None:
             progress(runtime, min(done, 1.0))
     return [statistics.median(t) if t else None for t in times]
@@ -190,27 +208,23 @@ def _time_tasks(
 def _bind_call(
     runtime: str, stages: Sequence[Stage], x: Array, threads: int, arrays: _SharedArrays
 ) -> Callable[[], object]:
-    epilogues = [Epilogue()] * len(stages)
     out_shape = (len(x), *chain_shapes(stages, x.shape[1:])[-1])
-    if runtime == "lowrank":
-        run = engine.plan(stages, x.shape[1:], np.float32, epilogues, threads, algorithm="auto")
-        return partial(run, x, arrays.result(out_shape))
-    if runtime == "cuda":
-        on_gpu = [replace(s, weight=engine.to_device(s.weight, "cuda")) for s in stages]
-        run = engine.plan(on_gpu, x.shape[1:], np.float32, epilogues)
-        values, results = arrays.on_gpu()
-        return partial(
-            run,
-            values[: x.size].reshape(x.shape),
-            results[: math.prod(out_shape)].reshape(out_shape),
-        )
-    return pytorch.bind_call(stages, epilogues, x, "last" in runtime)
+    if runtime != "cuda":
+        return bind_call(runtime, stages, x, threads, arrays.result(out_shape))
+    on_gpu = [replace(s, weight=engine.to_device(s.weight, "cuda")) for s in stages]
+    run = engine.plan(on_gpu, x.shape[1:], np.float32, [Epilogue()] * len(stages))
+    values, results = arrays.on_gpu()
+    return partial(
+        run,
+        values[: x.size].reshape(x.shape),
+        results[: math.prod(out_shape)].reshape(out_shape),
+    )
 
 
 def _time(task: Task, n: int, runtime: str) -> float:
     """Return the mean seconds of `n` calls."""
     if "torch" in runtime:
-        torch = _import_torch()
+        torch = importlib.import_module("torch")
         if torch.get_num_threads() != task.threads:
             torch.set_num_threads(task.threads)
     synchronize = None
@@ -223,14 +237,6 @@ def _time(task: Task, n: int, runtime: str) -> float:
     if synchronize is not None:
         synchronize()
     return (time.perf_counter() - start) / n
-
-
-def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
 
 
 def fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,21 +15,34 @@ import numpy as np
 from lowrank._kernels import _core
 from lowrank._typing import Ints
 from lowrank.core import tables
-from lowrank.core.geometry import as_integers
-from lowrank.core.stage import Stage
-from lowrank.engine.machine import VERSION, WaitPolicy, read_latencies, wait_policy
+from lowrank.core.geometry import Geometry
+from lowrank.core.stage import Stage, abstract_weight
+from lowrank.engine.machine import (
+    VERSION,
+    WaitPolicy,
+    least_saving,
+    read_latencies,
+    shipped_calibration,
+    wait_policy,
+)
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import features
-from lowrank.perfmodel.features import Features, Work
+from lowrank.perfmodel.features import Work
+from lowrank.perfmodel.runtimes import available_threads, check_batch
 
 FORK_JOIN = "fork/join"  # the feature whose coefficient is measured, not fitted
 #: Function that counts the features of each runtime.
 RUNTIMES = {
     "lowrank": features.lowrank,
+    "onnxruntime": features.onnxruntime,
     "torch": features.torch,
-    "torch channels-last": features.torch,
+    "torch-channels-last": features.torch,
     "cuda": features.cuda,
 }
+CACHED = 1 << 16  # chains whose features are kept; a plan asks for the same ones repeatedly
+
+# A stage without its weight: shape, geometry, groups, outer, inner, shuffle, transposed.
+StageShape = tuple[Ints, Geometry, int, int, int, tuple[int, int], bool]
 
 
 class Prediction(NamedTuple):
@@ -72,18 +86,21 @@ class Coefficients:
         Seconds per unit, by the name of the feature.
     error, spread : float
         Median and 90th percentile of the relative error on workloads left out of the fit.
+    is_quick : bool
+        Whether they were fitted to few workloads, by a calibration of seconds.
     """
 
     seconds: Mapping[str, float]
     error: float
     spread: float
+    is_quick: bool = False
 
-    def predict(self, counts: Features) -> Prediction:
+    def predict(self, counts: Mapping[str, float]) -> Prediction:
         """Predict the seconds of counted features.
 
         Parameters
         ----------
-        counts : dict of str to float
+        counts : mapping of str to float
             Features from :mod:`lowrank.perfmodel.features`; those without a coefficient cost
             nothing.
 
@@ -113,8 +130,9 @@ class PerformanceModel:
     threads : int
         Number of threads of the parallel measurements.
     coefficients : mapping of str to Coefficients
-        Coefficients by runtime: ``"lowrank"``, ``"fft"``, and with PyTorch ``"torch"`` and
-        ``"torch channels-last"``.
+        Coefficients by runtime, of ``"lowrank"``, ``"fft"``, ``"onnxruntime"``, ``"torch"``,
+        ``"torch-channels-last"`` and ``"cuda"``.  Those that this machine lacks are taken from the
+        model that was shipped with the package, without an error.
     fork_join : mapping of str to float
         Fork/join latency of a parallel region on all threads, in seconds, by the wait policy of
         OpenMP: ``"passive"`` or ``"active"``.
@@ -137,6 +155,7 @@ class PerformanceModel:
         batch: int = 1,
         threads: int | None = None,
         runtime: str = "lowrank",
+        in_network: bool = False,
     ) -> Prediction:
         """Predict the run time of a chain.
 
@@ -151,8 +170,11 @@ class PerformanceModel:
         threads : int, optional
             Number of threads; default: all that OpenMP offers.
         runtime : str
-            Runtime: ``"lowrank"``, ``"torch"`` (PyTorch's convolutions in its default layout) or
-            ``"torch channels-last"``.
+            Runtime: ``"lowrank"``, ``"onnxruntime"``, ``"torch"`` (PyTorch's convolutions in its
+            default layout), ``"torch-channels-last"`` or ``"cuda"``.
+        in_network : bool
+            Whether the chain is part of a network of the runtime: its neighbours have the
+            runtime's own layout, so that the chain does not change it at its ends.
 
         Returns
         -------
@@ -162,7 +184,7 @@ class PerformanceModel:
         Raises
         ------
         ValueError
-            If there are no coefficients for `runtime`, or the shape does not fit.
+            If the runtime is unknown or has no coefficients, or the shape does not fit.
 
         Examples
         --------
@@ -173,12 +195,10 @@ class PerformanceModel:
         >>> here.predict(conv, (56, 56)).seconds > here.predict(conv, (28, 28)).seconds
         True
         """
-        if runtime not in self.coefficients or runtime not in RUNTIMES:
-            known = ", ".join(name for name in RUNTIMES if name in self.coefficients)
-            raise ValueError(f"runtime must be one of {known}, got {runtime!r}" + _hint(runtime))
         if not isinstance(f, Factorization):
             raise TypeError(f"f must be a Factorization, got {type(f).__qualname__}")
-        return self.predict_stages(f.stages, f.input_shape(input_shape), batch, threads, runtime)
+        shape = f.input_shape(input_shape)
+        return self.predict_stages(f.stages, shape, batch, threads, runtime, in_network=in_network)
 
     def predict_stages(
         self,
@@ -189,6 +209,7 @@ class PerformanceModel:
         runtime: str = "lowrank",
         itemsize: int = 4,
         interleaved: int = 1,
+        in_network: bool = False,
     ) -> Prediction:
         """Predict the run time of stages; their weights may be abstract.
 
@@ -208,6 +229,8 @@ class PerformanceModel:
             Bytes per value: 4 or 8.
         interleaved : int
             Values per sample, such as the colours of a pixel.
+        in_network : bool
+            Whether the chain is part of a network, as for :meth:`predict`.
 
         Returns
         -------
@@ -222,11 +245,14 @@ class PerformanceModel:
         >>> here.predict_stages(f.stages, (8, 64, 64)).seconds == here.predict(f, (64, 64)).seconds
         True
         """
-        (batch,) = as_integers("batch", batch, 1)
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        work = Work(stages, shape, batch, _available_threads(threads), itemsize, interleaved)
-        return self._predict(runtime, RUNTIMES[runtime](work, self.threads))
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+        counts = _count(
+            runtime, tuple(map(_stage_shape, stages)), tuple(shape), check_batch(batch),
+            available_threads(threads), itemsize, interleaved, in_network, self.threads,
+            least_saving(), _core.default_isa(),
+        )  # fmt: skip
+        return self._predict(runtime, counts)
 
     def predict_fft(
         self,
@@ -258,16 +284,24 @@ class PerformanceModel:
         >>> here.predict_fft((31, 31), (1024, 1024), (288, 288)).seconds > 0
         True
         """
-        threads = _available_threads(threads)
+        threads = available_threads(threads)
         return self._predict(
             "fft", features.fft(taps, spatial, block, threads, self.threads, itemsize)
         )
 
-    def _predict(self, runtime: str, counts: Features) -> Prediction:
-        coefficients = self.coefficients[runtime]
-        seconds = {**coefficients.seconds, FORK_JOIN: self.fork_join[wait_policy()]}
-        prediction = replace(coefficients, seconds=seconds).predict(counts)
-        return prediction if self.calibrated else prediction._replace(error=math.nan)
+    def _predict(self, runtime: str, counts: Mapping[str, float]) -> Prediction:
+        model = self if runtime in self.coefficients else shipped()
+        if runtime not in model.coefficients:
+            raise ValueError(
+                f"runtime {runtime!r} has no cost coefficients: 'lowrank calibrate --device cuda' "
+                "measures them"
+            )
+        prediction = model.coefficients[runtime].predict(counts)
+        if regions := counts.get(FORK_JOIN, 0.0):
+            latency = regions * model.fork_join[wait_policy()]
+            parts = MappingProxyType({**prediction.parts, FORK_JOIN: latency})
+            prediction = prediction._replace(seconds=prediction.seconds + latency, parts=parts)
+        return prediction if model.calibrated else prediction._replace(error=math.nan)
 
     def to_json(self) -> str:
         """Return the model as JSON.
@@ -279,7 +313,12 @@ class PerformanceModel:
         """
         machine = {"version": VERSION, "cpu": self.cpu, "isa": self.isa, "threads": self.threads}
         coefficients = {
-            name: {"error": c.error, "spread": c.spread, "seconds": dict(c.seconds)}
+            name: {
+                "error": c.error,
+                "spread": c.spread,
+                "is_quick": c.is_quick,
+                "seconds": dict(c.seconds),
+            }
             for name, c in self.coefficients.items()
         }
         latencies = {"fork_join": dict(self.fork_join)}
@@ -310,9 +349,10 @@ class PerformanceModel:
             coefficients = {
                 name: _read_coefficients(entry) for name, entry in data["coefficients"].items()
             }
-            if not {"lowrank", "fft"} <= set(coefficients):
-                raise ValueError("coefficients of 'lowrank' or 'fft' are missing")
-            if not {"product", "plane product"} & set(coefficients["lowrank"].seconds):
+            if not coefficients or not set(coefficients) <= {"fft", *RUNTIMES}:
+                raise ValueError(f"runtimes must be some of fft, {', '.join(RUNTIMES)}")
+            products = {"product", "fast product", "plane product"}
+            if "lowrank" in coefficients and not products & set(coefficients["lowrank"].seconds):
                 raise ValueError("the coefficients of MACs are missing")
             if int(data["threads"]) < 1:
                 raise ValueError(f"threads must be at least 1, got {data['threads']}")
@@ -323,21 +363,36 @@ class PerformanceModel:
             raise ValueError(f"not a calibration: {error!r}") from None
 
 
-def _hint(runtime: str) -> str:
-    if "torch" in runtime:
-        return ": 'lowrank calibrate' with PyTorch installed adds it"
-    return ": 'lowrank calibrate --device cuda' adds it" if runtime == "cuda" else ""
+@functools.cache
+def shipped() -> PerformanceModel:
+    """Return the model of the machine on which the package was made."""
+    return replace(PerformanceModel.from_json(shipped_calibration()), calibrated=False)
 
 
-def _available_threads(threads: int | None) -> int:
-    """Return the number of threads of a run: at most what OpenMP offers."""
-    available = _core.max_threads()
-    if threads is None:
-        return available
-    (threads,) = as_integers("threads", threads, 1)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    return min(threads, available)
+def _stage_shape(s: Stage) -> StageShape:
+    return s.weight.shape, s.geometry, s.groups, s.outer, s.inner, s.shuffle, s.transposed
+
+
+@functools.lru_cache(CACHED)
+def _count(
+    runtime: str,
+    stages: tuple[StageShape, ...],
+    shape: Ints,
+    batch: int,
+    threads: int,
+    itemsize: int,
+    interleaved: int,
+    in_network: bool,
+    max_threads: int,
+    *state: object,
+) -> Mapping[str, float]:
+    """Count the features of a chain; `state` is what the engine's choices also depend on."""
+    abstract = [
+        Stage(abstract_weight(size), geometry, groups, outer, inner, shuffle, transposed)
+        for size, geometry, groups, outer, inner, shuffle, transposed in stages
+    ]
+    work = Work(abstract, shape, batch, threads, itemsize, interleaved, in_network)
+    return MappingProxyType(RUNTIMES[runtime](work, max_threads))
 
 
 def _read_coefficients(entry: Mapping[str, Any]) -> Coefficients:
@@ -345,4 +400,5 @@ def _read_coefficients(entry: Mapping[str, Any]) -> Coefficients:
     values = [*seconds.values(), entry["error"], entry["spread"]]
     if not all(0 <= v < np.inf for v in values) or not seconds:
         raise ValueError("a coefficient is negative or not a number")
-    return Coefficients(MappingProxyType(seconds), float(entry["error"]), float(entry["spread"]))
+    error, spread = float(entry["error"]), float(entry["spread"])
+    return Coefficients(MappingProxyType(seconds), error, spread, bool(entry["is_quick"]))

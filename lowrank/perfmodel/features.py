@@ -11,6 +11,7 @@ differs fiftyfold between processes whose idle threads sleep and spin.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ from lowrank.engine.cuda import steps
 from lowrank.engine.lowering import lower
 from lowrank.engine.machine import least_saving
 from lowrank.engine.planes import segment_counts
-from lowrank.engine.program import ProgramBuilder
+from lowrank.engine.program import ProgramBuilder, Unsupported
 from lowrank.engine.schedule import Node, Schedule
+from lowrank.perfmodel import onnx
 
 Features = dict[str, float]
 
@@ -50,6 +52,8 @@ class Work(NamedTuple):
         (channels, \\*spatial) of the input.
     batch, threads, itemsize, interleaved : int
         Number of examples and threads, bytes per value, values per sample.
+    in_network : bool
+        Whether the neighbours of the chain have the runtime's own layout.
     """
 
     stages: Sequence[Stage]
@@ -58,17 +62,22 @@ class Work(NamedTuple):
     threads: int = 1
     itemsize: int = 4
     interleaved: int = 1
+    in_network: bool = False
 
 
 def lowrank(work: Work, max_threads: int) -> Features:
     """Count the features of this library's engine, on the path that it would take.
 
-    Coefficients are known for 1 and for `max_threads` threads.
+    Coefficients are known for 1 and for `max_threads` threads.  A network is one program, so that
+    chains in it have no path on planes, unless no program runs them.
     """
     links = [(stage, Epilogue()) for stage in work.stages]
     dtype = np.dtype(f"f{work.itemsize}")
     program = None
-    if work.interleaved == 1:
+    if work.in_network:
+        with contextlib.suppress(Unsupported):
+            program = channels_last.program_builder(links, work.shape, dtype)
+    elif work.interleaved == 1:
         program = channels_last.faster_program(links, work.shape, dtype, "auto")
     if program is not None:
         return _program(program, work, max_threads)
@@ -96,19 +105,20 @@ def lowrank(work: Work, max_threads: int) -> Features:
 def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
     """Count a program, whose images threads share out; one by one if there are fewer.
 
-    The rules are those of program.c.
+    The rules are those of program.c.  In a network, arrays are packed and threads are forked once.
     """
-    batch, threads = work.batch, work.threads
-    saved = builder.seconds * batch * (threads - 1) / threads
-    if saved < least_saving():
+    batch, threads, nodes = work.batch, work.threads, builder.nodes
+    if work.in_network:
+        nodes = [node for node in nodes if len(node.values) > 1]
+    elif builder.seconds * batch * (threads - 1) / threads < least_saving():
         threads = 1
-    schedule = Schedule(builder.nodes, work.itemsize)
+    schedule = Schedule(nodes, work.itemsize)
     per_thread = batch // threads  # images that a thread takes alone
     group = max(1, min(schedule.group, per_thread))
     alone = _most_images(per_thread * threads, group, threads)
     together = batch - per_thread * threads  # images that threads share
     arrays = batch * sum(map(math.prod, builder.arrays)) * work.itemsize
-    weights = sum(node.weights for node in builder.nodes)
+    weights = sum(node.weights for node in nodes)
     strands = len(schedule.strands)
     total: Features = defaultdict(float)
     traffic: list[tuple[float, float]] = []
@@ -116,7 +126,7 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
         images = min(group, schedule.images_together(segment))
         passes = math.ceil(alone / images)  # over the weights
         parts = strands or segment.bands
-        for node in builder.nodes[segment.first : segment.end]:
+        for node in nodes[segment.first : segment.end]:
             share = strands / math.ceil(strands / threads) if strands else _share(node, threads)
             for name, count in node.make_counts().items():
                 runs = passes if name == "weight" else alone
@@ -137,8 +147,9 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
         lines = _memory_traffic(moved, working_set, threads, max_threads)
         for name, count in lines.items():
             total[name] += count
-    total["call"] += 1
-    total["fork/join"] += threads > 1
+    if not work.in_network:
+        total["call"] += 1
+        total["fork/join"] += threads > 1
     return total
 
 
@@ -213,6 +224,27 @@ def cuda(work: Work, max_threads: int) -> Features:
                 transposed_terms if s.transposed else terms[0]
             )
         total["byte"] += moved * work.itemsize
+    return total
+
+
+def onnxruntime(work: Work, max_threads: int) -> Features:
+    """Count the features of onnxruntime's operations, one parallel region each.
+
+    In a network, the layout of the neighbours decides which operations change it.
+    """
+    lanes = _widest_vector(work.itemsize)
+    block = onnx.block_size(lanes, work.itemsize)
+    total: Features = defaultdict(float)
+    for node in onnx.nodes(work.stages, work.shape, work.batch, lanes, block, work.in_network):
+        share = node.tasks / math.ceil(node.tasks / work.threads)
+        for name, count in node.counts.items():
+            total[name] += count / share
+        moved = node.moved * work.itemsize
+        for name, count in _memory_traffic(moved, moved, work.threads, max_threads).items():
+            total[name] += count
+        total["op"] += 1
+        total["parallel region"] += work.threads > 1
+    total["call"] += not work.in_network
     return total
 
 

@@ -14,7 +14,8 @@ from lowrank._kernels import _core
 from lowrank.engine import machine
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import calibration
-from lowrank.perfmodel.coefficients import PerformanceModel, Prediction
+from lowrank.perfmodel.coefficients import PerformanceModel, Prediction, shipped
+from lowrank.perfmodel.runtimes import check_installed
 
 
 def path() -> Path:
@@ -37,6 +38,7 @@ def path() -> Path:
 def calibrate(
     progress: Callable[[str, float], object] | None = None,
     runtimes: Sequence[str] | None = None,
+    quick: bool = False,
 ) -> PerformanceModel:
     """Measure this machine and save its cost coefficients; takes less than a minute.
 
@@ -46,6 +48,9 @@ def calibrate(
         Function called with the runtime that is measured and the completed share of it.
     runtimes : sequence of str, optional
         Runtimes to measure; default: all that are installed.  Coefficients of others are kept.
+    quick : bool
+        Whether to measure few workloads, in about five seconds per runtime: errors are larger,
+        and the coefficients are marked.
 
     Returns
     -------
@@ -56,6 +61,8 @@ def calibrate(
     ------
     ValueError
         If a runtime is unknown.
+    ImportError
+        If a runtime is not installed.
     OSError
         If the cache folder cannot be written to.
 
@@ -70,15 +77,18 @@ def calibrate(
     if unknown:
         known = ", ".join(calibration.BUDGETS)
         raise ValueError(f"runtimes must be some of {known}, got {', '.join(sorted(unknown))}")
+    for name in runtimes or ():
+        check_installed(name)
     file = path()
     earlier: PerformanceModel | None = None
     if runtimes is not None:
         with contextlib.suppress(ValueError, OSError):
             earlier = _read(file)
-    # Coefficients of two machines do not mix: without a calibration to extend, measure everything.
-    if runtimes is not None and earlier is None:
-        runtimes = tuple(dict.fromkeys((*calibration.CPU_RUNTIMES, *runtimes)))
-    model = calibration.measure(progress, runtimes)
+        # Filters choose between these two: coefficients of two machines would not compare.
+        there = {*runtimes, *(earlier.coefficients if earlier else ())}
+        if there & {"fft", "lowrank"}:
+            runtimes = [*runtimes, *sorted({"fft", "lowrank"} - there)]
+    model = calibration.measure(progress, runtimes, quick)
     if earlier is not None:
         model = replace(model, coefficients={**earlier.coefficients, **model.coefficients})
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +124,7 @@ def current() -> PerformanceModel:
     try:
         modified = file.stat().st_mtime_ns
     except OSError:
-        return _shipped()
+        return shipped()
     try:
         return _read_cached(file, modified)
     except (ValueError, OSError) as error:
@@ -136,6 +146,7 @@ def predict(
     batch: int = 1,
     threads: int | None = None,
     runtime: str = "lowrank",
+    in_network: bool = False,
 ) -> Prediction:
     """Predict the run time of a chain on this machine; see :meth:`PerformanceModel.predict`.
 
@@ -150,7 +161,10 @@ def predict(
     threads : int, optional
         Number of threads; default: all that OpenMP offers.
     runtime : str
-        Runtime: ``"lowrank"``, ``"torch"`` or ``"torch channels-last"``.
+        Runtime: ``"lowrank"``, ``"onnxruntime"``, ``"torch"``, ``"torch-channels-last"`` or
+        ``"cuda"``.
+    in_network : bool
+        Whether the chain is part of a network, whose layout it need not change at its ends.
 
     Returns
     -------
@@ -159,7 +173,7 @@ def predict(
     Raises
     ------
     ValueError
-        If there are no coefficients for `runtime`, or the shape does not fit.
+        If the runtime is unknown or has no coefficients, or the shape does not fit.
 
     Examples
     --------
@@ -171,7 +185,9 @@ def predict(
     >>> predict(f, (56, 56)).seconds < predict(conv, (56, 56)).seconds
     True
     """
-    return current().predict(f, input_shape, batch=batch, threads=threads, runtime=runtime)
+    return current().predict(
+        f, input_shape, batch=batch, threads=threads, runtime=runtime, in_network=in_network
+    )
 
 
 @functools.lru_cache(4)
@@ -186,9 +202,3 @@ def _read(file: Path) -> PerformanceModel:
     if (model.cpu, model.isa) != here:
         raise ValueError(f"made on {model.cpu}, {model.isa}, not on {', '.join(here)}")
     return model
-
-
-@functools.cache
-def _shipped() -> PerformanceModel:
-    text = machine.shipped_calibration()
-    return replace(PerformanceModel.from_json(text), calibrated=False)
