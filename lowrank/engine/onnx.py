@@ -253,14 +253,7 @@ def bind_call(
     """
     import onnxruntime
 
-    shapes = chain_shapes(stages, x.shape[1:])
-    if in_network:
-        first, last = (_end(shape) for shape in (shapes[0], shapes[-1]))
-        stages, epilogues = [first, *stages, last], [Epilogue(), *epilogues, Epilogue()]
-    try:
-        model = _model(stages, epilogues, x)
-    except ValueError as why:
-        raise NotImplementedError(str(why)) from None
+    model = chain_model(stages, epilogues, x, in_network)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Threads that spin after a call would take cores from the next call, of another session.
@@ -268,7 +261,7 @@ def bind_call(
     options.log_severity_level = 4  # errors are raised, not logged
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(model, options, providers=providers)
-    result = np.empty((len(x), *shapes[-1]), x.dtype)
+    result = np.empty((len(x), *chain_shapes(stages, x.shape[1:])[-1]), x.dtype)
     binding = session.io_binding()  # results are not copied
     binding.bind_cpu_input("x", np.ascontiguousarray(x))
     address = result.ctypes.data
@@ -281,23 +274,34 @@ def bind_call(
     return run
 
 
+def chain_model(
+    stages: Sequence[Stage], epilogues: Sequence[Epilogue], x: Array, in_network: bool = False
+) -> bytes:
+    """Return the ONNX model of :func:`bind_call`, from an input "x" like `x` to an output "y"."""
+    helper = library().helper
+    shapes = chain_shapes(stages, x.shape[1:])
+    if in_network:
+        first, last = (_end(shape) for shape in (shapes[0], shapes[-1]))
+        stages, epilogues = [first, *stages, last], [Epilogue(), *epilogues, Epilogue()]
+    writer = Writer("chain", x.ndim - 2, x.dtype, OPSET, {"x", "y"})
+    try:
+        last_name = write_stages(writer, stages, epilogues, "x", x.shape[2:])
+    except ValueError as why:
+        raise NotImplementedError(str(why)) from None
+    writer.nodes.append(helper.make_node("Identity", [last_name], ["y"]))
+    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    given, result = (
+        helper.make_tensor_value_info(name, kind, (len(x), *shape))
+        for name, shape in (("x", shapes[0]), ("y", shapes[-1]))
+    )
+    graph = helper.make_graph(writer.nodes, "chain", [given], [result], writer.tensors)
+    opset = helper.make_opsetid("", OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+    return bytes(model.SerializeToString())
+
+
 def _end(shape: Ints) -> Stage:
     """Return a depthwise convolution of one tap, as a neighbour of a chain."""
     channels, *size = shape
     weight = np.full((channels, 1, *(1,) * len(size)), 0.5, np.float32)
     return Stage(weight, Geometry.of(len(size)), groups=channels)
-
-
-def _model(stages: Sequence[Stage], epilogues: Sequence[Epilogue], x: Array) -> bytes:
-    """Return an ONNX model of stages, from the input "x" to the output "y"."""
-    helper = library().helper
-    writer = Writer("chain", x.ndim - 2, x.dtype, OPSET, {"x", "y"})
-    last = write_stages(writer, stages, epilogues, "x", x.shape[2:])
-    writer.nodes.append(helper.make_node("Identity", [last], ["y"]))
-    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
-    shapes = {"x": x.shape, "y": (len(x), *chain_shapes(stages, x.shape[1:])[-1])}
-    given, made = (helper.make_tensor_value_info(n, kind, s) for n, s in shapes.items())
-    graph = helper.make_graph(writer.nodes, "chain", [given], [made], writer.tensors)
-    opset = helper.make_opsetid("", OPSET)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
-    return bytes(model.SerializeToString())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,32 +53,89 @@ def bind_call(
 
 
 def run_stage(t: Any, s: Stage, weight: Any, bias: Any = None) -> Any:
-    """Run one stage with symmetric zero padding, neither transposed nor shuffled.
+    """Run one stage.
 
     Replications run along the batch or an additional axis, so that no weight is copied.
+
+    Raises
+    ------
+    NotImplementedError
+        If PyTorch has no operator for the padding of the stage.
     """
     g = s.geometry
-    if s.transposed or any(a != b for a, b in g.padding) or s.shuffle != (1, 1):
-        raise NotImplementedError(f"PyTorch has no single convolution for {s!r}")
-    if g.padding_mode != "zeros" and any(map(any, g.padding)):
-        raise NotImplementedError(f"padding mode must be zeros here, got {g.padding_mode}")
-    functional = sys.modules["torch"].nn.functional
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)
-    stride, pads, dilation = list(g.stride), [a for a, _ in g.padding], list(g.dilation)
+    pads: list[Any] = [a for a, _ in g.padding]
+    ends = list(g.output_padding)
+    if s.transposed:
+        ends = [end + a - b for end, (a, b) in zip(ends, g.padding)]
+        if any(n < 0 or n >= max(m) for n, *m in zip(ends, g.stride, g.dilation)):
+            raise NotImplementedError(f"PyTorch does not crop a convolution by {g.padding}")
+    elif any(a != b for a, b in g.padding) or g.padding_mode != "zeros":
+        t, pads = _pad(t, s), [0] * g.ndim
+    if s.shuffle != (1, 1) and not s.transposed:
+        t = _shuffle(t, *s.shuffle)
+    settings = _Settings(s.transposed, list(g.stride), pads, list(g.dilation), ends, s.groups)
+    t = _run_copies(t, s, weight, bias, settings)
+    if s.shuffle != (1, 1) and s.transposed:
+        t = _shuffle(t, *reversed(s.shuffle))
+    return t
+
+
+class _Settings(NamedTuple):
+    """Arguments of a convolution beside its arrays."""
+
+    transposed: bool
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    output_padding: list[int]
+    groups: int
+
+    def run(self, t: Any, weight: Any, bias: Any) -> Any:
+        convolve = sys.modules["torch"].convolution
+        transposed, stride, padding, dilation, output_padding, groups = self
+        return convolve(
+            t, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
+
+    def with_axis(self) -> _Settings:
+        """Return the arguments with one more leading axis of one tap."""
+        return self._replace(
+            stride=[1, *self.stride], padding=[0, *self.padding],
+            dilation=[1, *self.dilation], output_padding=[0, *self.output_padding],
+        )  # fmt: skip
+
+
+def _run_copies(t: Any, s: Stage, weight: Any, bias: Any, settings: _Settings) -> Any:
+    """Run a stage that needs no more padding and no shuffle."""
     if s.outer > 1:
         n = len(t)
         t = t.reshape(n * s.outer, -1, *t.shape[2:])
-        t = convolve[g.ndim - 1](t, weight, bias, stride, pads, dilation, s.groups)
+        t = _run_copies(t, replace(s, outer=1, shuffle=(1, 1)), weight, bias, settings)
         return t.reshape(n, -1, *t.shape[2:])
-    if s.inner > 1:
-        t = t.reshape(len(t), -1, s.inner, *t.shape[2:])
-        if g.ndim == 3:  # no fourth axis: replications run along the batch
-            n = len(t)
-            t = t.movedim(2, 1).reshape(n * s.inner, -1, *t.shape[3:])
-            t = convolve[2](t, weight, bias, stride, pads, dilation, s.groups)
-            t = t.reshape(n, s.inner, -1, *t.shape[2:]).movedim(1, 2)
-            return t.reshape(n, -1, *t.shape[3:])
-        stride, pads, dilation = [1, *stride], [0, *pads], [1, *dilation]
-        t = convolve[g.ndim](t, weight.unsqueeze(2), bias, stride, pads, dilation, s.groups)
-        return t.reshape(len(t), -1, *t.shape[3:])
-    return convolve[g.ndim - 1](t, weight, bias, stride, pads, dilation, s.groups)
+    if s.inner == 1:
+        return settings.run(t, weight, bias)
+    t = t.reshape(len(t), -1, s.inner, *t.shape[2:])
+    if s.geometry.ndim == 3:  # no fourth axis: replications run along the batch
+        n = len(t)
+        t = t.movedim(2, 1).reshape(n * s.inner, -1, *t.shape[3:])
+        t = settings.run(t, weight, bias)
+        t = t.reshape(n, s.inner, -1, *t.shape[2:]).movedim(1, 2)
+        return t.reshape(n, -1, *t.shape[3:])
+    t = settings.with_axis().run(t, weight.unsqueeze(2), bias)
+    return t.reshape(len(t), -1, *t.shape[3:])
+
+
+def _pad(t: Any, s: Stage) -> Any:
+    g = s.geometry
+    if not any(map(any, g.padding)):
+        return t
+    mode = {"zeros": "constant", "constant": "constant"}.get(g.padding_mode, g.padding_mode)
+    if mode == "symmetric" or (g.padding_mode == "constant" and g.value):
+        raise NotImplementedError(f"PyTorch does not pad in mode {g.padding_mode!r}, for {s!r}")
+    widths = [n for pair in reversed(g.padding) for n in pair]
+    return sys.modules["torch"].nn.functional.pad(t, widths, mode)
+
+
+def _shuffle(t: Any, a: int, b: int) -> Any:
+    """Permute channels from (a, b, rest) to (b, a, rest)."""
+    return t.reshape(len(t), a, b, -1, *t.shape[2:]).transpose(1, 2).reshape(t.shape)

@@ -250,7 +250,7 @@ class PerformanceModel:
         counts = _count(
             runtime, tuple(map(_stage_shape, stages)), tuple(shape), check_batch(batch),
             available_threads(threads), itemsize, interleaved, in_network, self.threads,
-            least_saving(), _core.default_isa(),
+            least_saving() if threads != 1 else 0.0, _core.default_isa(),
         )  # fmt: skip
         return self._predict(runtime, counts)
 

@@ -128,7 +128,8 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
         parts = strands or segment.bands
         for node in nodes[segment.first : segment.end]:
             share = strands / math.ceil(strands / threads) if strands else _share(node, threads)
-            for name, count in node.make_counts().items():
+            counts = node.make_counts()
+            for name, count in counts.items():
                 runs = passes if name == "weight" else alone
                 total[name] += count * (runs + together / share)
             total["step"] += parts * (passes + together)
@@ -138,7 +139,7 @@ def _program(builder: ProgramBuilder, work: Work, max_threads: int) -> Features:
             if len(node.values) == 1:  # packs or unpacks an array
                 traffic.append((batch * math.prod(node.values[0].shape) * work.itemsize, arrays))
             # The first read of the weights finds what other operations left in the cache.
-            read = node.make_counts().get("weight", 0) * builder.limits.lanes * work.itemsize
+            read = counts.get("weight", 0) * builder.limits.lanes * work.itemsize
             passes_of_all = passes * min(threads, batch) + together
             traffic.append((node.weights * passes_of_all, weights + images * touched))
             again = max(0.0, read - node.weights) * passes_of_all
@@ -260,7 +261,8 @@ def torch(work: Work, max_threads: int) -> Features:
     for stage, before, after in zip(work.stages, shapes, shapes[1:]):
         inputs, outputs = (work.batch * math.prod(s) / lanes for s in (before, after))
         method, terms = _torch_method(stage, lanes)
-        macs = stage.outer * stage.inner * terms * work.batch * math.prod(after[1:])
+        samples = math.prod((before if stage.transposed else after)[1:])
+        macs = stage.outer * stage.inner * terms * work.batch * samples
         features = {
             f"{method}: multiply": macs / lanes,
             f"{method}: in": inputs,

@@ -146,6 +146,27 @@ class Measurements:
         first, *others = (self._known[k] for k in keys)
         return first, others
 
+    def keep(self, subject: str, measure: Callable[[], float]) -> float:
+        """Return a number that is measured once per machine, such as the time of a network.
+
+        Parameters
+        ----------
+        subject : str
+            What is measured, beside the runtime, its version, batch and threads.
+        measure : callable
+            Function that returns the number, called if it is not known.
+
+        Returns
+        -------
+        float
+        """
+        run = f"{self.runtime} {version(self.runtime)} batch {self.batch} {self.threads} threads"
+        key = f"{run}: {subject}"
+        if key not in self._known:
+            self._known[key] = measure()
+            _add(self.file, {key: self._known[key]})
+        return self._known[key]
+
     def _key(self, stages: Sequence[Stage], shape: Ints) -> str:
         place = "in a network" if self.in_network else "alone"
         size = "x".join(map(str, shape))
@@ -257,9 +278,9 @@ def _read(file: Path) -> dict[str, float]:
         found = json.loads(file.read_text())
         if not all(isinstance(v, float) and 0 < v < math.inf for v in found.values()):
             raise ValueError("times must be positive numbers")
-    except FileNotFoundError:
+    except OSError:  # not there, or not to be read: then it cannot be written, either
         return {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         _warn_once("file", f"{file} is not a file of measured times ({error}): measuring anew")
         return {}
     return dict(found)

@@ -1,8 +1,9 @@
 """Features of chains in onnxruntime, whose CPU kernels are those of its library MLAS.
 
-Convolutions over two axes run in a layout of blocks of channels (NCHWc) if their channels are few
-enough to be read as they are (thin), or whole groups fill blocks; others unroll their input for a
-matrix product.  Reorder operations stand wherever the layout changes.
+Convolutions over two axes write a layout of blocks of channels (NCHWc).  They read it too, if
+their channels are a multiple of four and at least one block; fewer channels are read as they are.
+Others, and grouped ones whose groups do not fill blocks, unroll their input for a matrix product.
+Reorder operations stand wherever the layout changes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lowrank._typing import Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Stage
 
+CHANNEL_MULTIPLE = 4  # of inputs that can be reordered to blocks
 LEAST_BLOCK = 8  # channels of a block, also on CPUs with vectors of 4
 MOST_FILTERS = 4  # blocks of output channels that a kernel computes together
 LATENCY = 4  # FMAs in flight that hide the latency of one
@@ -51,8 +53,8 @@ def nodes(
     In a network, the neighbours of a chain over two axes have the blocked layout.
     """
     shapes = chain_shapes(stages, shape)
-    has_blocks = block > 0 and len(shape) == 3
-    is_blocked = has_blocks and in_network
+    has_blocks = in_network and block > 0 and len(shape) == 3
+    is_blocked = has_blocks and shape[0] % CHANNEL_MULTIPLE == 0
     for stage, before, after in zip(stages, shapes, shapes[1:]):
         parts = list(_operations(stage, before, after, batch, lanes, block))
         for reads_blocks, writes_blocks, node, size in parts:
@@ -60,7 +62,7 @@ def nodes(
                 yield _reorder(size, batch, lanes, block)
             yield node
             is_blocked = writes_blocks
-    if is_blocked != (has_blocks and in_network):
+    if is_blocked != (has_blocks and shapes[-1][0] % CHANNEL_MULTIPLE == 0):
         yield _reorder(shapes[-1], batch, lanes, block)
 
 
@@ -141,11 +143,14 @@ class Convolution(NamedTuple):
         """Return the method: "direct", "pointwise", "depthwise" and "thin" write blocks."""
         if len(self.size) != 2:
             return "plain"
+        is_thin = self.groups == 1 and self.ins < block
+        if not is_thin and self.groups * self.ins % CHANNEL_MULTIPLE:
+            return "plain"
         if self.groups > 1 and self.ins == self.outs == 1:
             return "depthwise"
         if self.groups > 1 and (self.ins % block or self.outs % block):
             return "plain"
-        if self.ins < block:
+        if is_thin:
             return "thin"
         is_pointwise = self.kernel == (1, 1) and not any(self.before)
         return "pointwise" if is_pointwise and self.out == self._strided() else "direct"

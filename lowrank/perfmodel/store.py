@@ -85,9 +85,9 @@ def calibrate(
         with contextlib.suppress(ValueError, OSError):
             earlier = _read(file)
         # Filters choose between these two: coefficients of two machines would not compare.
-        there = {*runtimes, *(earlier.coefficients if earlier else ())}
-        if there & {"fft", "lowrank"}:
-            runtimes = [*runtimes, *sorted({"fft", "lowrank"} - there)]
+        stored = {*runtimes, *(earlier.coefficients if earlier else ())}
+        if stored & {"fft", "lowrank"}:
+            runtimes = [*runtimes, *sorted({"fft", "lowrank"} - stored)]
     model = calibration.measure(progress, runtimes, quick)
     if earlier is not None:
         model = replace(model, coefficients={**earlier.coefficients, **model.coefficients})

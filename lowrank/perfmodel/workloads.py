@@ -69,6 +69,7 @@ def workloads() -> Iterator[Workload]:
     yield from _layers()
     yield from _chains()
     yield from _filters()
+    yield from _ranks()
 
 
 def _layers() -> Iterator[Workload]:
@@ -186,3 +187,15 @@ def _filters() -> Iterator[Workload]:
         yield _chain(1, size, (1, k, False, 1), ndim=3)
     for k, size in [(9, 10_000), (101, 100_000), (31, 1_000_000)]:
         yield _chain(1, size, (1, k, False, 1), ndim=1)
+
+
+def _ranks() -> Iterator[Workload]:
+    """Yield chains whose ranks are no multiples of a vector, which fitted ranks rarely are."""
+    for c, rank, size, stride in [(48, 10, 26, 1), (48, 18, 26, 1), (96, 14, 18, 1),
+                                  (96, 22, 18, 2), (192, 6, 10, 1), (192, 50, 10, 1),
+                                  (40, 26, 36, 1), (20, 9, 34, 1)]:  # fmt: skip
+        narrow: StageShape = (rank, 1, False, 1)
+        yield _chain(c, size, (rank, (3, 1), False, 1), (c, (1, 3), False, stride))
+        yield _chain(c, size, (rank, 3, False, stride), (c, 1, False, 1))
+        yield _chain(c, size, narrow, (c, 3, False, stride))
+        yield _chain(c, size, narrow, (rank, 3, True, stride), (c, 1, False, 1))
