@@ -21,13 +21,13 @@ from lowrank.engine.network import describe_operation
 from lowrank.engine.program import Algorithm
 from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
 from lowrank.interop.onnx.files import check, check_external, library, load
-from lowrank.interop.onnx.graph import Constants, prune, reads, supported_opset
+from lowrank.interop.onnx.graph import Constants, reads, supported_opset
 from lowrank.interop.onnx.partition import Piece, partition
 from lowrank.interop.onnx.runtime import (
-    fold_constants,
     infer_tensors,
     open_session,
     run_session,
+    simplify,
 )
 
 _PLANS = 8  # kept at once, of different shapes without the batch
@@ -126,27 +126,15 @@ class EngineNetwork:
     """
 
     def __init__(self, model: Any, threads: int, algorithm: Algorithm, folder: Path | None) -> None:
-        onnx = library()
         self.threads, self.algorithm, self._folder = threads, algorithm, folder
-        self._model = onnx.ModelProto()
-        self._model.CopyFrom(model)
-        check_external(self._model, folder)
-        check(self._model)
-        supported_opset(self._model)
-        if self._model.functions:
-            from onnx import inliner  # not loaded with onnx
-
-            self._model = inliner.inline_local_functions(self._model)
-        self._inputs = inputs_of(self._model)
-        graph = self._model.graph
-        names = {i.name for i in self._inputs}
-        for i in reversed(range(len(graph.input))):  # initializers are constants
-            if graph.input[i].name not in names:
-                del graph.input[i]
-        self._model.ir_version = max(self._model.ir_version, 4)
-        fold_constants(self._model, folder)
-        self._outputs = [o.name for o in graph.output]
-        self._model = prune(self._model, self._outputs)
+        given = library().ModelProto()
+        given.CopyFrom(model)
+        check_external(given, folder)  # reads small tensors into it
+        check(given)
+        supported_opset(given)
+        self._inputs = inputs_of(given)
+        self._model = simplify(given, folder)
+        self._outputs = [o.name for o in self._model.graph.output]
         self._constant = Constants(self._model, folder)
         self._lock = threading.Lock()  # of the plans
         self._types: dict[str, int] = {}  # element types of tensors, as in TensorProto

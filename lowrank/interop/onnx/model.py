@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lowrank.interop.onnx.files import (
     load,
     read_external,
 )
+from lowrank.interop.onnx.gradients import Differentiable, differentiable, shapes_of
 from lowrank.interop.onnx.graph import infer_shapes, prune, substitute, supported_opset
 from lowrank.interop.onnx.layers import Site, find
 from lowrank.interop.onnx.runtime import open_session, session_call
@@ -147,27 +148,53 @@ class OnnxModel:
             batch = self._batch_size(feed)
             yield {s.layer.name: (_samples(s, values[s.input], batch),) for s in sites}
 
-    def gradients(self, names: Sequence[str], seed: int) -> None:
-        """Return None: onnxruntime does not differentiate.
+    def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
+        r"""Yield the gradients of random combinations of the outputs, one batch at a time.
+
+        PyTorch computes them, since onnxruntime does not differentiate.
 
         Parameters
         ----------
         names : sequence of str
             Names of the layers.
         seed : int
-            Seed of the labels.
+            Seed of the combinations.
 
         Returns
         -------
-        None
+        iterator of dict of str to tuple of ndarray, or None
+            One float32 array per layer, (batch, channels, \*spatial); None if PyTorch is not
+            installed or does not run every node as :mod:`lowrank.interop.onnx.primitives` reads it.
 
         Examples
         --------
+        >>> import pytest
+        >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+        >>> _ = pytest.importorskip("torch")
+        >>> import numpy as np
         >>> from lowrank.interop.onnx import OnnxModel
-        >>> OnnxModel.gradients(None, [], 0) is None
-        True
+        >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+        ...     net (float[N, 1, 4] x) => (float[N, 1, 2] y)
+        ...     <float[1, 1, 3] w = {1, 2, 1}> {c = Conv(x, w) y = Relu(c)}''')
+        >>> net = OnnxModel(model, [np.array([[[1, 1, -9, 1]]], np.float32)])
+        >>> (found,) = next(net.gradients(["c"], seed=0))["c"]
+        >>> found.tolist()  # the outputs are 0, whatever a small change
+        [[[0.0, 0.0]]]
         """
-        return
+        sites = [self._site(name) for name in names]
+        networks = differentiable(self._model, self._folder, self._feeds)
+        return self._gradients(sites, networks, seed) if networks else None
+
+    def _gradients(
+        self, sites: Sequence[Site], networks: Mapping[Any, Differentiable], seed: int
+    ) -> Iterator[Samples]:
+        import torch
+
+        random = torch.Generator().manual_seed(seed)
+        for feed in self._feeds:
+            network, batch = networks[shapes_of(feed)], self._batch_size(feed)
+            found = network.gradients([s.output for s in sites], feed, random)
+            yield {s.layer.name: (_samples(s, found[s.output], batch),) for s in sites}
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
         """Yield the outputs of the network, one batch at a time.

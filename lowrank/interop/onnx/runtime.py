@@ -97,6 +97,26 @@ def infer_tensors(model: Any, folder: Path | None, shapes: Mapping[str, Ints]) -
     }
 
 
+def simplify(model: Any, folder: Path | None) -> Any:
+    """Return a copy of a model without functions, constant inputs, and nodes that are not needed.
+
+    Nodes that depend on constants only become initializers.
+    """
+    new = library().ModelProto()
+    new.CopyFrom(model)
+    if new.functions:
+        from onnx import inliner  # not loaded with onnx
+
+        new = inliner.inline_local_functions(new)
+    constants = {t.name for t in new.graph.initializer}
+    for i in reversed(range(len(new.graph.input))):
+        if new.graph.input[i].name in constants:
+            del new.graph.input[i]
+    new.ir_version = max(new.ir_version, 4)
+    fold_constants(new, folder)
+    return prune(new, [o.name for o in new.graph.output])
+
+
 def fold_constants(model: Any, folder: Path | None) -> None:
     """Replace nodes that depend on constants only by initializers, in place."""
     onnx, graph = library(), model.graph
