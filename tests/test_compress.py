@@ -109,6 +109,9 @@ class Straight:
     def gradients(self, names, seed):
         return None
 
+    def call(self, chains, runtime, batch, threads):
+        return None
+
     def outputs(self, chains):
         for x in self.data:
             yield (dict(self.run(x, chains))["out"],)
@@ -283,12 +286,6 @@ def test_nothing_to_win_is_said():
     net = Straight([conv], [np.ones((2, 4, 6, 6), np.float32)])
     with pytest.raises(compress.NothingToCompressError, match="nothing to compress"):
         compress.make_plan(net, macs=0.9)
-
-
-def test_seconds_are_a_budget(net):
-    plan = compress.make_plan(net, seconds=0.97)  # calls take most of the time of layers so small
-    now, before = plan.total("seconds")
-    assert 0 < now <= 0.97 * before
 
 
 def test_options_beat_one_another_and_the_layer():

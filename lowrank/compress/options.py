@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
+from lowrank.compress.latency import Timing
 from lowrank.compress.model import Layer
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
@@ -16,35 +16,20 @@ from lowrank.families import FAMILIES, SweepPoint
 from lowrank.families.weighted import MetricFit, Prepared
 from lowrank.metric import Metric
 from lowrank.selection.candidates import Candidate, Pricing, candidates
+from lowrank.selection.front import drop_dominated
 from lowrank.selection.pareto import pareto_front
 
 #: Families that are tried by default: those whose sweeps are fast.
 FAST_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.has_fast_sweep)
 #: Axes of a budget for a network.
 AXES = ("macs", "params", "seconds", "bytes")
+TIMED = 64  # candidates per variant whose time is predicted
+LANES = 8  # of the vectors that ranks fill: those of AVX2; half of those of AVX-512
 SWEPT = 16  # candidates per variant, spread over the cost, that are considered further
 FITTED = 16  # candidates per layer that are fitted in the full metric
 SLACK = 1.25  # factor by which the error of a closed-form start may be off
 SWEEPS = 3  # alternating sweeps of a fit for comparison
 HEAVY = 1e8  # MACs per conjugate-gradient step from which half as many are fitted, for one sweep
-
-
-class Timing(NamedTuple):
-    """Call that predicted seconds are for.
-
-    Attributes
-    ----------
-    batch : int
-        Number of examples per call.
-    threads : int or None
-        Number of threads; all that OpenMP offers if None.
-    runtime : str
-        Library that runs the network; see :func:`lowrank.perfmodel.predict`.
-    """
-
-    batch: int = 1
-    threads: int | None = None
-    runtime: str = "lowrank"
 
 
 def layer_options(
@@ -75,13 +60,14 @@ def layer_options(
     axes : sequence of str
         Costs that count, of :data:`AXES`.
     timing : Timing
-        Call that seconds are predicted for, if they count.
+        Call that seconds are predicted for.
 
     Returns
     -------
     list of Candidate
         The dense layer first, then by the first of the costs.  Costs are per example of the
-        network; errors are relative in the metric; :meth:`Candidate.build` returns the fit.
+        network, seconds per call; errors are relative in the metric; :meth:`Candidate.build`
+        returns the fit.
 
     Notes
     -----
@@ -105,17 +91,22 @@ def layer_options(
     # Chains fitted to data get a bias, which makes up for means.
     pricing = Pricing(
         conv, layer.input_size, *timing, times=layer.times,
-        has_bias=conv.bias is not None or biased, per_example=True,
+        has_bias=conv.bias is not None or biased, in_network=True,
     )  # fmt: skip
-    dense = replace(pricing.dense, loss=0.0)
-    first = next((a for a in axes if a != "seconds"), "macs")
+    dense = pricing.time(replace(pricing.dense, loss=0.0))
+    by_time = "seconds" in axes
+    first = "macs" if by_time else axes[0]
     swept: list[Candidate] = []
     for group in candidates(pricing, families, metric):
         cheaper = [c for c in group if c.amount(first) < dense.amount(first)]
-        swept += _thin(_front(cheaper, [first]), first, SWEPT)
-    if "seconds" in axes:
-        dense, swept = pricing.time(dense), [pricing.time(c) for c in swept]
-    swept = [c for c in swept if any(c.amount(a) < dense.amount(a) for a in axes)]
+        if by_time:  # ranks that fill vectors are on the front of seconds only
+            timed = [pricing.time(c) for c in _worth_timing(cheaper)]
+            faster = _front([c for c in timed if not c.is_slower(dense)], axes)
+            swept += _thin(faster, "seconds", SWEPT)
+        else:
+            swept += _thin(_front(cheaper, [first]), first, SWEPT)
+    if not by_time:
+        swept = [pricing.time(c) for c in swept]
     heavy = _is_heavy(conv, metric)
     swept = _thin(_front(swept, axes, SLACK), axes[0], FITTED // 2 if heavy else FITTED)
     fit = MetricFit(conv, metric)
@@ -185,6 +176,21 @@ def _is_heavy(conv: Factorization, metric: Metric) -> bool:
     """Return whether a step of a fit takes so long that fewer options are fitted."""
     n = metric.channel_factor.shape[1] * math.prod(len(t) for t in metric.tap_factors)
     return bool(conv.stages[0].weight.size * n > HEAVY)
+
+
+def _worth_timing(group: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates of a variant whose time is worth predicting.
+
+    Of many, those spread over the MACs: the most accurate ones, and the most accurate ones whose
+    ranks fill vectors, which cost the same time as the ranks below them.
+    """
+    kept = drop_dominated(group)
+    if len(kept) <= TIMED:
+        return kept
+    kept.sort(key=lambda c: c.cost.macs)
+    full = [c for c in kept if all(r % LANES == 0 for r in c.rank)]
+    spread = [*_thin(kept, "macs", TIMED // 2), *_thin(full, "macs", TIMED // 2)]
+    return list({c.rank: c for c in spread}.values())
 
 
 def _front(found: Sequence[Candidate], axes: Sequence[str], slack: float = 1.0) -> list[Candidate]:

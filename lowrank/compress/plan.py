@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank import io
+from lowrank.compress.latency import Latency
 from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost
 from lowrank.selection.candidates import Candidate
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +28,8 @@ class CompressionPlan:
     ----------
     layers : dict of str to Candidate
         Chosen candidates, in the order in which the layers run; dense for a layer that stays.
-        Costs are per example of the network.  Candidates of a plan that was just made carry their
-        fits; those of a plan read from a file do not.
+        Costs are per example of the network, seconds per call.  Candidates of a plan that was
+        just made carry their fits; those of a plan read from a file do not.
     dense : dict of str to Candidate
         The original layers.
     limits : dict of str to float
@@ -40,6 +41,8 @@ class CompressionPlan:
         ``"factored"`` has, per layer, the distance of the Kronecker-factored second moment.
     alternatives : dict of str to tuple of Candidate
         Pareto front of every layer, the dense layer first; for information, may be deleted.
+    latency : Latency or None
+        Seconds of a call before and after, measured or predicted; None if unknown.
 
     Examples
     --------
@@ -59,6 +62,7 @@ class CompressionPlan:
     gap: float
     about: dict[str, Any]
     alternatives: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
+    latency: Latency | None = None
 
     def total(self, axis: str) -> tuple[float, float]:
         """Return the total cost on one axis, of the plan and of the original network.
@@ -84,9 +88,20 @@ class CompressionPlan:
         return [name for name, c in self.layers.items() if not c.is_dense]
 
     @property
-    def is_timed(self) -> bool:
-        """Whether seconds were predicted."""
-        return not math.isnan(self.total("seconds")[1])
+    def slower(self) -> list[str]:
+        """Names of the layers whose chain takes longer than the dense layer."""
+        return [name for name, c in self.layers.items() if c.is_slower(self.dense[name])]
+
+    def headline(self) -> str:
+        """Return the latency before and after, and what is left of the MACs, in one line.
+
+        Returns
+        -------
+        str
+        """
+        after, before = self.total("macs")
+        macs = f"{after / before:.1%} of the MACs" if before else "no MACs"
+        return macs if self.latency is None else f"latency {self.latency}; {macs}"
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table: a head, one row per layer, the total.
@@ -95,16 +110,19 @@ class CompressionPlan:
         -------
         list of tuple of str
         """
-        axes = ["macs", "params", *(["seconds"] if self.is_timed else [])]
+        axes = ("seconds", "macs", "params")
         head = ["layer", "becomes", "rank", "error"]
         for axis in axes:
-            head += ["predicted" if axis == "seconds" else axis, "of"]
+            head += ["time" if axis == "seconds" else axis, "of"]
         rows = [tuple(head)]
         for name, c in self.layers.items():
+            dense = self.dense[name]
             cells = [name, c.name, ",".join(map(str, c.rank)) or "-"]
             cells.append("-" if c.is_dense else f"{c.error:.4f}")
             for axis in axes:
-                cells += _cost_and_share(axis, c.amount(axis), self.dense[name].amount(axis))
+                cells += _cost_and_share(axis, c.amount(axis), dense.amount(axis))
+            cells[4] += "" if c.is_measured or math.isnan(c.seconds) else "~"
+            cells[5] += "!" if c.is_slower(dense) else ""
             rows.append(tuple(cells))
         cells = ["all", "", "", ""]
         for axis in axes:
@@ -126,10 +144,11 @@ class CompressionPlan:
         )
 
     def __repr__(self) -> str:
-        return "\n".join([self.title(), *tables.align_columns(self.rows()), *self.notes()])
+        lines = [self.headline(), self.title(), *tables.align_columns(self.rows())]
+        return "\n".join([*lines, *self.notes()])
 
     def _repr_html_(self) -> str:
-        return tables.html_table(self.rows(), [self.title(), *self.notes()])
+        return tables.html_table(self.rows(), [self.headline(), self.title(), *self.notes()])
 
     def notes(self) -> list[str]:
         """Return the lines below the table.
@@ -139,8 +158,14 @@ class CompressionPlan:
         list of str
         """
         notes = []
+        if any(not (c.is_measured or math.isnan(c.seconds)) for c in self.layers.values()):
+            notes.append("~ predicted, not measured")
+        if self.slower:
+            notes.append(
+                "! slower than the dense layer: a budget of seconds leaves such chains out"
+            )
         for axis, limit in self.limits.items():
-            if self.total(axis)[0] > limit * (1 + 1e-9):
+            if axis != "seconds" and self.total(axis)[0] > limit * (1 + 1e-9):
                 notes.append(
                     f"over its limit of {_format(axis, limit)} {axis}: the plan was edited"
                 )
@@ -182,6 +207,7 @@ class CompressionPlan:
             "loss": _text(self.loss),
             "gap": _text(self.gap),
             "about": _text(self.about),
+            "latency": _text(_latency_as_dict(self.latency)),
             "layers": f"{{{_lines(entries, 2)}}}",
             "alternatives": f"{{{_lines(fronts, 2)}}}",
         }
@@ -217,7 +243,8 @@ class CompressionPlan:
                 for name, front in dict(read.get("alternatives", {})).items()
             }
             loss, gap, about = float(read["loss"]), float(read["gap"]), dict(read["about"])
-            return cls(layers, dense, limits, loss, gap, about, alternatives)
+            latency = _read_latency(read.get("latency"))
+            return cls(layers, dense, limits, loss, gap, about, alternatives, latency)
         except json.JSONDecodeError as why:
             raise ValueError(f"not a plan: not JSON, {why}") from None
         except KeyError as why:
@@ -237,11 +264,31 @@ class CompressionPlan:
             part.write_text(self.to_json() + "\n", "utf-8")
 
 
+def _latency_as_dict(latency: Latency | None) -> dict[str, Any] | None:
+    """Return a latency as plain values; the spread is None if it was predicted."""
+    if latency is None:
+        return None
+    spread = latency.spread if latency.is_measured else None
+    return latency._asdict() | {"spread": spread}
+
+
+def _read_latency(read: Mapping[str, Any] | None) -> Latency | None:
+    if read is None:
+        return None
+    return Latency(
+        _finite(read["before"]), _finite(read["after"]), str(read["runtime"]),
+        _integer("batch", read["batch"]), _integer("threads", read["threads"]),
+        math.nan if read["spread"] is None else _finite(read["spread"]),
+        bool(read["is_network"]),
+    )  # fmt: skip
+
+
 def _as_dict(c: Candidate) -> dict[str, Any]:
     """Return a candidate as plain values, without what is not known."""
     values = {
         "family": c.family, "variant": c.variant, "rank": list(c.rank), "error": c.error,
-        "bound": c.bound, "loss": c.loss, "seconds": c.seconds, "itemsize": c.itemsize,
+        "bound": c.bound, "loss": c.loss, "seconds": c.seconds, "is_measured": c.is_measured,
+        "itemsize": c.itemsize,
         **{axis: getattr(c.cost, axis) for axis in AXES},
     }  # fmt: skip
     return {k: v for k, v in values.items() if v == v and v != math.inf}
@@ -257,6 +304,7 @@ def _candidate(e: Mapping[str, Any]) -> Candidate:
         Cost(**{axis: _integer(axis, e[axis]) for axis in AXES}),
         itemsize=_integer("itemsize", e["itemsize"]),
         seconds=_finite(e["seconds"]) if "seconds" in e else math.nan,
+        is_measured=bool(e.get("is_measured", False)),
         loss=_finite(e["loss"]) if "loss" in e else math.inf,
     )
 

@@ -11,9 +11,11 @@ from fnmatch import fnmatchcase
 from threadpoolctl import threadpool_limits
 
 from lowrank._kernels import _core
+from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
+from lowrank.compress.latency import Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.optimise import allocate
-from lowrank.compress.options import FAST_FAMILIES, Timing, layer_options
+from lowrank.compress.options import FAST_FAMILIES, layer_options
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.selection.budget import infeasible, parse_budget
@@ -39,6 +41,7 @@ def make_plan(
     batch: int = 1,
     threads: int | None = None,
     runtime: str = "lowrank",
+    measure: bool = True,
     seed: int = 0,
     statistics: LayerStatistics | None = None,
     progress: Progress | None = None,
@@ -50,9 +53,10 @@ def make_plan(
     model : CompressibleModel
         Trained model; without calibration data, kernels are approximated as for white noise.
     macs, params, seconds, bytes : float or str, optional
-        Budgets per example over all layers; at least one; all must hold.  A number in
-        (0, 1] or ``"50%"`` is a share of the dense cost; counts above 1 and ``"20M"`` are amounts;
-        amounts of time have a unit: ``"3ms"``.  See :func:`lowrank.selection.parse_budget`.
+        Budgets; at least one; all must hold.  Seconds are those of a call of the network with
+        `batch` examples; the others are per example, over all layers.  A number in (0, 1] or
+        ``"50%"`` is a share of the dense cost; counts above 1 and ``"20M"`` are amounts; amounts
+        of time have a unit: ``"3ms"``.  See :func:`lowrank.selection.parse_budget`.
     families : iterable of str
         Names from :data:`lowrank.FAMILIES` that may be chosen.
     pinned : sequence of str
@@ -65,8 +69,13 @@ def make_plan(
         Whether errors are weighted by the gradient of the loss, where the model can be
         differentiated; otherwise the relative error of every layer has equal weight.
     batch, threads, runtime : int, int, str
-        Examples per call, number of threads and library of the predicted seconds; see
-        :func:`lowrank.perfmodel.predict`.
+        Examples per call, number of threads and library that seconds are for: ``"lowrank"``,
+        ``"onnxruntime"``, ``"torch"`` or ``"torch-channels-last"``.
+    measure : bool
+        Whether a budget of seconds is met by the clock: the options that decide are measured on
+        the runtime, and so is the network, beside the original; see
+        :func:`lowrank.compress.by_time.allocate_by_time`.  Otherwise seconds are predicted, over
+        the layers alone.
     seed : int
         Seed of every random choice.
     statistics : LayerStatistics, optional
@@ -88,6 +97,8 @@ def make_plan(
         If an argument is not possible.
     InfeasibleBudgetError
         If a budget is below the cheapest choice; the message states the minimum.
+    ImportError
+        If seconds are measured and the runtime is not installed.
     NothingToCompressError
         If no layer has a cheaper candidate.
 
@@ -105,7 +116,7 @@ def make_plan(
     if not budgets:
         raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
     axes = [b.axis for b in budgets]
-    names = check_families(families)
+    names, timing = check_families(families), Timing(batch, threads, runtime)
     layers, free = _select_layers(model, pinned, left_out, capped or {})
     if statistics is None:
         statistics = LayerStatistics(model, gradients=gradients, seed=seed)
@@ -118,7 +129,7 @@ def make_plan(
         options = layer_options(
             layer, metrics[layer.name] if is_free else white_metric(layer),
             names if is_free else (), absolute=absolute, biased=bool(model.batches), axes=axes,
-            timing=Timing(batch, threads, runtime),
+            timing=timing,
         )  # fmt: skip
         return _cap(layer.name, options, capped or {}) if is_free else options
 
@@ -133,15 +144,30 @@ def make_plan(
         raise NothingToCompressError(
             f"nothing to compress: no family writes any layer with fewer {' and '.join(axes)}"
         )
-    limits = {}
+    dense = {name: found[0] for name, found in options.items()}
+    limits, by_seconds = {}, None
     for budget in budgets:
         axis = budget.axis
-        dense = math.fsum(found[0].amount(axis) for found in options.values())
-        limits[axis] = budget.amount(dense)
+        if axis == "seconds":
+            by_seconds = budget
+            continue
+        limits[axis] = budget.amount(math.fsum(c.amount(axis) for c in dense.values()))
         least = math.fsum(min(c.amount(axis) for c in found) for found in options.values())
         if least > limits[axis]:
-            raise infeasible(axis, limits[axis], least, dense)
-    allocation = allocate(options, limits)
+            total = math.fsum(c.amount(axis) for c in dense.values())
+            raise infeasible(axis, limits[axis], least, total)
+    if by_seconds is None:
+        allocation = allocate(options, limits)
+        latency = layer_latency(allocation.candidates, dense, timing)
+    else:
+        if measure:
+            chosen = allocate_by_time(
+                model, {x.name: x for x in layers}, options, limits, by_seconds, timing, progress
+            )
+        else:
+            chosen = allocate_by_prediction(options, limits, by_seconds, timing)
+        allocation, options, latency, limits["seconds"] = chosen
+        dense = {name: found[0] for name, found in options.items()}
     about = {
         "families": names, "seed": statistics.seed, "gradients": absolute, "batch": batch,
         "threads": threads, "runtime": runtime, "calibrated": bool(model.batches),
@@ -150,12 +176,13 @@ def make_plan(
     }  # fmt: skip
     return CompressionPlan(
         allocation.candidates,
-        {name: found[0].summary() for name, found in options.items()},
+        {name: c.summary() for name, c in dense.items()},
         limits,
         allocation.loss,
         allocation.gap,
         about,
         {name: tuple(c.summary() for c in found) for name, found in options.items()},
+        latency,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -159,18 +160,7 @@ class Geometry:
         >>> Geometry.of(2, stride=2, padding=1).only([0]).stride
         (2, 1)
         """
-        keep = set(axes)
-
-        def select(values: Ints, neutral: int) -> Ints:
-            return tuple(v if a in keep else neutral for a, v in enumerate(values))
-
-        return replace(
-            self,
-            stride=select(self.stride, 1),
-            padding=tuple(p if a in keep else (0, 0) for a, p in enumerate(self.padding)),
-            dilation=select(self.dilation, 1),
-            output_padding=select(self.output_padding, 0),
-        )
+        return _only(self, frozenset(axes))
 
     def extent(self, kernel: Ints) -> Ints:
         """Return the number of input samples that a kernel spans.
@@ -274,6 +264,20 @@ class Geometry:
         return out
 
 
+@functools.lru_cache(1024)  # a sweep asks for a few geometries thousands of times
+def _only(g: Geometry, axes: frozenset[int]) -> Geometry:
+    def select(values: Ints, neutral: int) -> Ints:
+        return tuple(v if a in axes else neutral for a, v in enumerate(values))
+
+    return replace(
+        g,
+        stride=select(g.stride, 1),
+        padding=tuple(p if a in axes else (0, 0) for a, p in enumerate(g.padding)),
+        dilation=select(g.dilation, 1),
+        output_padding=select(g.output_padding, 0),
+    )
+
+
 def _entries(name: str, value: Any, n: int) -> list[Any]:
     """Return `value` as a list of `n` entries; a single integer is repeated."""
     if hasattr(value, "__index__") and not getattr(value, "shape", ()):
@@ -288,6 +292,10 @@ def _entries(name: str, value: Any, n: int) -> list[Any]:
 
 def as_integers(name: str, value: Any, n: int) -> Ints:
     """Return `value` as `n` integers; a single integer is repeated."""
+    if type(value) is int and n == 1:  # the common cases, which sweeps check a million times
+        return (value,)
+    if type(value) is tuple and len(value) == n and all(type(v) is int for v in value):
+        return value
     try:
         return tuple(operator.index(v) for v in _entries(name, value, n))
     except TypeError:
