@@ -225,6 +225,16 @@ def test_a_layer_that_a_mac_budget_makes_slower_is_marked():
     assert "! slower than the dense layer: a budget of seconds leaves such chains out" in repr(plan)
 
 
+def test_the_finished_network_of_another_budget_is_timed_if_asked(clock):
+    net = Net()
+    plan = compress.make_plan(net, macs=0.5, families=FAMILIES, threads=1)
+    assert not plan.latency.is_measured
+    done = compress.compress_model(net, plan, timed=True)
+    assert done.plan.latency.is_measured
+    assert done.plan.latency.after == pytest.approx(truth(net, plan))
+    assert compress.compress_model(net, plan).plan.latency == plan.latency
+
+
 def test_a_busy_machine_is_said():
     text = str(Latency(2e-3, 1e-3, "torch", 8, 1, 0.4, True))
     assert text == (

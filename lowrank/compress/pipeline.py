@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from lowrank import io
 from lowrank.compress import reconstruct
+from lowrank.compress.latency import NetworkClock, Timing
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.options import fit_option
 from lowrank.compress.plan import CompressionPlan
@@ -21,7 +22,6 @@ from lowrank.factorization import Factorization
 from lowrank.metric import Metric
 from lowrank.selection.candidates import Candidate, Pricing
 
-MEMORY = 1 << 29  # bytes of the original's inputs that are kept, in place of further passes
 SWEEPS = 30  # alternating sweeps of a final fit
 
 
@@ -68,6 +68,7 @@ def compress_model(
     sweeps: int = SWEEPS,
     refit: bool = False,
     folder: str | os.PathLike[str] | None = None,
+    timed: bool = False,
     progress: Progress | None = None,
     **budget: Any,
 ) -> CompressedLayers:
@@ -87,6 +88,9 @@ def compress_model(
         Whether layers that stay dense get new weights, too, which make up for earlier errors.
     folder : path, optional
         Folder for finished layers, from which an interrupted run continues.
+    timed : bool
+        Whether the finished network is timed beside the original on the plan's runtime, if the
+        plan did not measure it: see :attr:`CompressionPlan.latency`.
     progress : callable, optional
         Called with the name of the step and the share of it that is done.
     **budget
@@ -127,10 +131,6 @@ def compress_model(
     order = [x for x in model.layers if x.name in plan.layers]
     changed = [x for x in order if not plan.layers[x.name].is_dense]
     metrics, _ = statistics.metrics(changed, progress)
-    originals = None
-    if model.batches:
-        names = [x.name for x in (order if refit else changed)]
-        originals = reconstruct.Originals(model, names, MEMORY)
     store = None
     if folder is not None:
         store = _Store(Path(folder), plan, order, metrics, (sweeps, refit, passes))
@@ -156,9 +156,7 @@ def compress_model(
         others = {k: v for k, v in chains.items() if k != name}
         if model.batches and (others or metric is None):
             gradient_moment = None if metric is None else metric.gradient_moment
-            paired = reconstruct.moments(
-                model, [name], others, originals=originals, seed=statistics.seed
-            )
+            paired = reconstruct.moments(model, [name], others, seed=statistics.seed)
             metric = paired[name].metric().with_gradient_moment(gradient_moment)
         metric = metric or white_metric(layer)
         f = reconstruct.fit(layer, candidate, start, metric, sweeps=sweeps)
@@ -169,7 +167,17 @@ def compress_model(
             store.write(name, p, f, error)
     if progress is not None:
         progress("layers", 1.0)
-    return CompressedLayers(_recount(plan, layers, chains), chains, tuple(rows))
+    plan = _recount(plan, layers, chains)
+    if timed and chains and not (plan.latency is not None and plan.latency.is_measured):
+        latency = NetworkClock(model, _timing(plan)).measure(chains)
+        plan = replace(plan, latency=latency or plan.latency)
+    return CompressedLayers(plan, chains, tuple(rows))
+
+
+def _timing(plan: CompressionPlan) -> Timing:
+    """Return the call that the seconds of a plan are for."""
+    about = plan.about
+    return Timing(int(about["batch"]), about["threads"], str(about["runtime"]))
 
 
 def _start(layer: Layer, candidate: Candidate, metric: Metric | None) -> Sequence[Stage]:

@@ -34,7 +34,7 @@ class CompressionResult(NamedTuple):
 
 def compress(
     model: nn.Module,
-    calibration_batches: Iterable[Any],
+    calibration_batches: Iterable[Any] | Callable[[], Iterable[Any]],
     *,
     plan: CompressionPlan | None = None,
     loss: str | Loss = "projections",
@@ -44,6 +44,7 @@ def compress(
     refit: bool = False,
     reestimate_norms: bool = False,
     folder: str | os.PathLike[str] | None = None,
+    timed: bool = False,
     progress: Callable[[str, float], object] | None = None,
     **budget: Any,
 ) -> CompressionResult:
@@ -54,7 +55,7 @@ def compress(
     model : nn.Module
         Model with convolutions, transposed convolutions or linear layers anywhere in its module
         tree.  It is not changed.
-    calibration_batches : iterable
+    calibration_batches : iterable or callable
         A few hundred examples; see :class:`TorchModel`.
     plan : lowrank.compress.CompressionPlan, optional
         Plan to execute; made from `budget` if not given.
@@ -71,6 +72,9 @@ def compress(
         Whether layers that stay dense are refitted to compensate for errors of earlier layers.
     folder : path, optional
         Folder for finished layers, from which an interrupted run continues.
+    timed : bool
+        Whether the finished model is timed beside the original; see
+        :func:`lowrank.compress.compress_model`.
     progress : callable, optional
         Function that is called with the name of the current task and the finished share of it.
     reestimate_norms : bool
@@ -105,7 +109,14 @@ def compress(
     """
     net = TorchModel(model, calibration_batches, loss, run)
     done = compress_model(
-        net, plan, passes=passes, refit=refit, folder=folder, progress=progress, **budget
+        net,
+        plan,
+        passes=passes,
+        refit=refit,
+        folder=folder,
+        timed=timed,
+        progress=progress,
+        **budget,
     )
     compressed = net.replaced(done.chains, tied)
     if reestimate_norms:
