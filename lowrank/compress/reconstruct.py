@@ -19,59 +19,11 @@ from lowrank.metric import Metric, Moments, unroll
 from lowrank.selection.candidates import Candidate
 
 
-class Originals:
-    """Inputs of layers in the original model, kept as far as the memory limit allows.
-
-    Parameters
-    ----------
-    model : CompressibleModel
-        Trained model with calibration data.
-    names : sequence of str
-        Names of layers.
-    memory : int
-        Largest number of bytes kept; the layers with the largest inputs are run again.
-    """
-
-    def __init__(
-        self, model: CompressibleModel, names: Sequence[str], memory: int = 1 << 29
-    ) -> None:
-        self.model = model
-        self._kept: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
-        for batch in model.inputs(names, {}) if names else ():
-            for name, kept in self._kept.items():
-                kept.append(batch[name])
-            while (held := {k: _bytes(v) for k, v in self._kept.items()}) and (
-                sum(held.values()) > memory
-            ):
-                del self._kept[max(held, key=held.__getitem__)]
-
-    def of(self, name: str) -> Iterator[Samples]:
-        """Yield the inputs of a layer, one batch at a time.
-
-        Parameters
-        ----------
-        name : str
-            Name of the layer.
-
-        Yields
-        ------
-        dict of str to tuple of ndarray
-        """
-        if name in self._kept:
-            return ({name: arrays} for arrays in self._kept[name])
-        return self.model.inputs([name], {})
-
-
-def _bytes(kept: list[tuple[Array, ...]]) -> int:
-    return sum(a.nbytes for arrays in kept for a in arrays)
-
-
 def moments(
     model: CompressibleModel,
     names: list[str],
     chains: Mapping[str, Factorization] | None = None,
     *,
-    originals: Originals | None = None,
     seed: int = 0,
     progress: Callable[[float], object] | None = None,
 ) -> dict[str, Moments]:
@@ -85,8 +37,6 @@ def moments(
         Names of layers.
     chains : mapping of str to Factorization, optional
         Chains that already replace layers; moments are then paired with the original inputs.
-    originals : Originals, optional
-        Original inputs of a single layer; from a run of the model if not given.
     seed : int
         Seed of the choice of output positions in large batches.
     progress : callable, optional
@@ -110,8 +60,7 @@ def moments(
     if chains is None:
         pairs = ((batch, None) for batch in model.inputs(names, {}))
     else:
-        original = model.inputs(names, {}) if originals is None else originals.of(*names)
-        pairs = zip(model.inputs(names, chains), original, strict=True)
+        pairs = zip(model.inputs(names, chains), model.inputs(names, {}), strict=True)
     for i, (batch, before) in enumerate(pairs):
         for name in names:
             first = batch[name] if before is None else before[name]

@@ -2,13 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 Run = Callable[[nn.Module, Any], Any]
+
+_CHANGED = (
+    "batches must be the same in every pass, got others than in the first: give a list, or a "
+    "loader whose random numbers are PyTorch's"
+)
+
+
+class Batches:
+    """Calibration batches that are read anew in every pass, one at a time.
+
+    PyTorch's random numbers are the same in every pass, so that loaders that shuffle or augment
+    with them yield the same batches; that they do is checked.
+
+    Parameters
+    ----------
+    source : iterable or callable
+        Batches, such as a list or a loader, or a function that returns an iterator over them.  An
+        iterator, which can be read only once, is kept as a list.
+    prepare : callable
+        Function that checks a batch and returns what the model takes.
+
+    Raises
+    ------
+    TypeError
+        If `source` is neither iterable nor a function.
+    ValueError
+        If there is no batch.
+    """
+
+    def __init__(self, source: Any, prepare: Callable[[Any], Any]) -> None:
+        if isinstance(source, Iterator):
+            source = list(source)
+        if not (callable(source) or isinstance(source, Iterable)):
+            raise TypeError(
+                "batches must be an iterable or a function that returns an iterator, got "
+                f"{type(source).__qualname__}"
+            )
+        self._source, self._prepare = source, prepare
+        self._is_stored = isinstance(source, list | tuple)
+        own = getattr(source, "generator", None)  # of a DataLoader
+        self._generators = [torch.default_generator]
+        self._generators += [own] if isinstance(own, torch.Generator) else []
+        self._states = [g.get_state() for g in self._generators]
+        self._marks: list[int] = []
+        for batch in self._read():
+            if not self._marks:
+                self.first = batch
+            self._marks.append(self._mark(batch))
+        if not self._marks:
+            raise ValueError("batches must hold at least one calibration batch, got none")
+
+    def __len__(self) -> int:
+        return len(self._marks)
+
+    def __iter__(self) -> Iterator[Any]:
+        marks = iter(self._marks)
+        for batch in self._read():
+            if self._mark(batch) != next(marks, None):
+                raise ValueError(_CHANGED)
+            yield batch
+        if next(marks, None) is not None:
+            raise ValueError(_CHANGED)
+
+    def _read(self) -> Iterator[Any]:
+        batches: Iterator[Any] | None = None
+        states = self._states
+        while True:
+            before = [g.get_state() for g in self._generators]
+            _set_states(self._generators, states)
+            try:
+                if batches is None:
+                    batches = iter(self._source() if callable(self._source) else self._source)
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                states = [g.get_state() for g in self._generators]
+                _set_states(self._generators, before)
+            yield self._prepare(batch)
+
+    def _mark(self, batch: Any) -> int:
+        """Return a checksum of the tensors in a batch; 0 if batches cannot change."""
+        checksum = 0
+        for t in () if self._is_stored else tensors_in(batch):
+            values = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            checksum = zlib.crc32(values.numpy(), checksum)
+        return checksum
+
+
+def _set_states(generators: Iterable[torch.Generator], states: Iterable[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states):
+        generator.set_state(state)
 
 
 def model_input(batch: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from lowrank._typing import Array
 from lowrank.compress.model import Chains, Layer, Samples
 from lowrank.interop.torch.batches import (
+    Batches,
     Run,
     check_batch,
     first_examples,
@@ -48,10 +49,12 @@ class TorchModel:
     ----------
     model : nn.Module
         Model; copied, never changed, and run in evaluation mode.
-    batches : iterable
-        Calibration batches: a tensor; a tuple or list whose first entry is the input, such as a
-        loader of images and labels yields; a mapping of arguments by name; or any nesting of
-        tensors that `run` takes.  All are kept in memory.
+    batches : iterable or callable
+        Calibration batches, or a function that returns an iterator over them.  A batch is a tensor;
+        a tuple or list whose first entry is the input, such as a loader of images and labels
+        yields; a mapping of arguments by name; or any nesting of tensors that `run` takes.  They
+        are read anew in every pass and must be the same then; only those of an iterator, which can
+        be read once, are kept in memory.
     loss : str or callable
         Loss whose output gradients weight the errors.
 
@@ -91,7 +94,7 @@ class TorchModel:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Callable[[], Iterable[Any]],
         loss: str | Loss = "projections",
         run: Run | None = None,
     ) -> None:
@@ -99,9 +102,7 @@ class TorchModel:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
         if loss not in ("projections", "labels") and not callable(loss):
             raise ValueError(f"loss must be 'projections', 'labels' or a function, got {loss!r}")
-        self.data = [check_batch(b if run else model_input(b)) for b in batches]
-        if not self.data:
-            raise ValueError("batches must hold at least one calibration batch, got none")
+        self.data = Batches(batches, lambda b: check_batch(b if run else model_input(b)))
         self.loss = loss
         self.run: Run = run or run_model
         self.original = model
@@ -146,9 +147,9 @@ class TorchModel:
         ]
         with _remove_after(hooks), torch.inference_mode():
             try:
-                self.run(self._model, first_examples(self.data[0], 1))
+                self.run(self._model, first_examples(self.data.first, 1))
             except Exception as cause:
-                raise run_error(self.data[0], cause) from cause
+                raise run_error(self.data.first, cause) from cause
         calls = {name: len(tensors) for name, tensors in inputs.items()}
         by_name = {name: module for module, name in modules.items()}
         layers = []
@@ -156,7 +157,8 @@ class TorchModel:
             module = by_name[name]
             size = tuple(_with_batch(module, tensors[0]).shape[2:])
             layers.append(Layer(name, from_layer(module), size, scales.get(name), calls[name]))
-        return tuple(layers), self._count_calls(modules, first_examples(self.data[0], 2)) != calls
+        example = first_examples(self.data.first, 2)
+        return tuple(layers), self._count_calls(modules, example) != calls
 
     def _count_calls(self, modules: Mapping[nn.Module, str], x: Any) -> dict[str, int]:
         calls: dict[str, int] = {}
@@ -280,7 +282,8 @@ class TorchModel:
             return t.repeat(-(-batch // len(t)), *[1] * (t.ndim - 1))[:batch] if t.ndim else t
 
         module = self.replaced(chains).eval().requires_grad_(False)
-        return network_call(module, map_tensors(repeat, self.data[0]), runtime, threads, self.run)
+        given = map_tensors(repeat, self.data.first)
+        return network_call(module, given, runtime, threads, self.run)
 
     def replaced(self, chains: Chains, tied: bool = True) -> nn.Module:
         """Return a copy of the model with layers replaced by chains.
