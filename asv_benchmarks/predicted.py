@@ -1,6 +1,7 @@
 """Errors of the performance model by kind of workload.
 
-    python -m asv_benchmarks.predicted [--runtime NAME] [--threads N] [--quick] [--worst N] [--json]
+    python -m asv_benchmarks.predicted [--runtime NAME] [--threads N] [--in-network] [--quick]
+                                       [--worst N] [--json]
 
 The coefficients are those of `lowrank calibrate`, whose workloads have other shapes.  Workloads
 are the cases of the comparison with other libraries and a few ranks of every family.  Each row
@@ -28,9 +29,9 @@ import lowrank as lr
 from asv_benchmarks.benchmarks import cases
 from asv_benchmarks.benchmarks.timing import measure_seconds
 from lowrank._kernels import _core
-from lowrank.core.stage import Epilogue
-from lowrank.engine import pytorch
 from lowrank.families import FAMILIES, NotApplicable
+from lowrank.perfmodel.measurement import Measurements
+from lowrank.perfmodel.runtimes import bind_call, threads_of
 
 Item = tuple[str, lr.Factorization, tuple[int, ...], int]  # kind, chain, input size, batch
 GROUP = 24  # chains that are measured interleaved
@@ -67,7 +68,7 @@ def items(quick: bool, runtime: str = "lowrank") -> Iterator[Item]:
     for c, length in [(64, 4096), (256, 1024), (16, 100_000)]:
         yield "series", chain(c, [(c, 1, 9)]), (length,), 1
     yield from families(quick)
-    if "torch" in runtime:
+    if runtime != "lowrank":
         return
     for k, size in itertools.product((3, 5, 9, 15, 31), (512, 1024, 2048, 4096)):
         yield "image", chain(1, [(1, 1, k, 1), (1, 1, 1, k)]), (size, size), 1
@@ -107,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runtime", default="lowrank")
     parser.add_argument("--threads", type=int, default=min(2, _core.max_threads()))
+    parser.add_argument("--in-network", action="store_true", help="chains as parts of a network")
     parser.add_argument("--quick", action="store_true", help="fewer batches and families")
     parser.add_argument("--worst", type=int, default=0, help="number of worst rows to print")
     parser.add_argument("--json", action="store_true")
@@ -114,16 +116,12 @@ def main() -> None:
     here = lr.perfmodel.current()
     if not here.calibrated:
         sys.exit("this machine is not calibrated: run 'lowrank calibrate' first")
-    if "torch" in given.runtime:
-        import torch
-
-        torch.set_num_threads(given.threads)
     found = []
     remaining = items(given.quick, given.runtime)
     while some := list(itertools.islice(remaining, GROUP)):
-        calls = [call(f, size, n, given.runtime, given.threads) for _, f, size, n in some]
-        for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
-            p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime)
+        for (kind, f, size, n), took in zip(some, measure(some, given)):
+            p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime,
+                             in_network=given.in_network)  # fmt: skip
             found.append({"kind": kind, "chain": repr(f), "size": size, "batch": n,
                           "seconds": took, "predicted": p.seconds})  # fmt: skip
     if given.json:
@@ -132,18 +130,26 @@ def main() -> None:
     report(found, here, given)
 
 
-def call(f: lr.Factorization, size: Any, n: int, runtime: str, threads: int) -> Any:
-    x = cases.random(n, f.in_channels, *size)
-    if "torch" in runtime:
-        return pytorch.bind_call(f.stages, [Epilogue()] * len(f.stages), x, "last" in runtime)
-    run = f.compile(size, np.float32, threads=threads)
-    out = run(x)
-    return lambda: run(x, out)
+def measure(some: list[Item], given: Any) -> list[float]:
+    """Return the seconds of some items, alone in alternation, or one by one as in a network."""
+    if given.in_network:
+        measured = (Measurements(given.runtime, n, given.threads) for *_, n in some)
+        return [
+            one.measure([f.stages], f.input_shape(size))[0]
+            for one, (_, f, size, _) in zip(measured, some)
+        ]
+    with threads_of(given.runtime, given.threads):
+        calls = [
+            bind_call(given.runtime, f.stages, cases.random(n, *f.input_shape(size)), given.threads)
+            for _, f, size, n in some
+        ]
+        return measure_seconds(calls, 0.05 * len(calls))
 
 
 def report(found: list[dict[str, Any]], here: lr.perfmodel.PerformanceModel, given: Any) -> None:
     rates = here.coefficients[given.runtime]
-    print(f"{here.cpu}, {given.threads} threads, run by {given.runtime}")
+    place = ", in a network" if given.in_network else ""
+    print(f"{here.cpu}, {given.threads} threads, run by {given.runtime}{place}")
     print(f"as calibrated: median error {rates.error:.1%}, 90th percentile {rates.spread:.1%}")
     print(f"{'kind':20} {'rows':>4} {'median':>7} {'90 %':>7} {'predicted/measured':>18}")
     kinds = defaultdict(list)

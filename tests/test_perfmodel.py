@@ -20,6 +20,7 @@ from lowrank.core.stage import Epilogue, abstract_weight
 from lowrank.engine import costs, cpu, fourier, machine
 from lowrank.families import FAMILIES, applicable
 from lowrank.perfmodel import calibration, features, store
+from lowrank.perfmodel.coefficients import RUNTIMES, _count
 from lowrank.perfmodel.features import Work
 from lowrank.perfmodel.runtimes import is_installed
 from lowrank.perfmodel.workloads import FFTWorkload, workloads
@@ -274,6 +275,60 @@ def test_calibration_is_saved_and_used(cache, conv):
     assert cache == [None, ["lowrank"], ["lowrank", "fft"]]
     with pytest.raises(ValueError, match=r"runtimes must be some of fft, lowrank.* got warp"):
         perfmodel.calibrate(runtimes=["warp"])
+
+
+def test_quick_coefficients_are_marked(cache):
+    quick = perfmodel.calibrate(runtimes=["lowrank"], quick=True)
+    assert all(c.is_quick for c in quick.coefficients.values())
+    again = perfmodel.PerformanceModel.from_json(perfmodel.path().read_text())
+    assert {n: c.is_quick for n, c in again.coefficients.items()} == {"lowrank": True, "fft": True}
+    assert not any(c.is_quick for c in perfmodel.calibrate().coefficients.values())
+
+
+@pytest.mark.parametrize("runtime", ["lowrank", "onnxruntime", "torch"])
+def test_quick_workloads_have_all_features(runtime):
+    def features_of(loads):
+        count = RUNTIMES[runtime]
+        runs = [Work(w.stages, w.shape, w.batch, n) for w in loads for n in (1, 2)]
+        return {name for run in runs for name, n in count(run, 2).items() if n}
+
+    loads = list(workloads())
+    assert features_of(loads[:: calibration.QUICK_WORKLOADS]) == features_of(loads)
+
+
+def test_runtimes_that_were_not_measured_have_shipped_coefficients(cache, conv):
+    shipped = perfmodel.predict(conv, (48, 48), runtime="onnxruntime")
+    perfmodel.calibrate()
+    assert "onnxruntime" not in perfmodel.current().coefficients
+    found = perfmodel.predict(conv, (48, 48), runtime="onnxruntime")
+    assert found.seconds == shipped.seconds
+    assert math.isnan(found.error)
+    assert perfmodel.predict(conv, (48, 48)).error == 0.1
+    with pytest.raises(ValueError, match=r"runtime 'cuda' has no cost coefficients"):
+        perfmodel.predict(conv, (48, 48), runtime="cuda")
+
+
+def test_predictions_are_counted_once(conv, monkeypatch):
+    counted = []
+
+    def count(work, max_threads):
+        counted.append(work)
+        return {"call": float(len(counted))}
+
+    monkeypatch.setitem(RUNTIMES, "lowrank", count)
+    here = perfmodel.current()
+    f = lr.spatial_svd(conv, 3)
+
+    def predict(stages=f.stages, shape=(16, 41, 43), **options):
+        return here.predict_stages(stages, shape, **{"threads": 1, **options}).seconds
+
+    abstract = [replace(s, weight=abstract_weight(s.weight.shape)) for s in f.stages]
+    assert predict() == predict() == predict(abstract)
+    assert len(counted) == 1
+    others = [{"shape": (16, 41, 44)}, {"batch": 2}, {"in_network": True}, {"itemsize": 8},
+              {"stages": f.stages[:1]}, {"stages": lr.spatial_svd(conv, 4).stages}]  # fmt: skip
+    assert len({predict(**other) for other in others}) == len(others)
+    _count.cache_clear()
 
 
 @pytest.mark.parametrize(

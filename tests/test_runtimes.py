@@ -63,7 +63,7 @@ CHAINS = {
     "symmetric": [stage((6, 4, 3, 3), padding=1, padding_mode="symmetric")],
     "constant": [stage((6, 4, 3, 3), padding=1, padding_mode="constant", value=2.0)],
 }  # fmt: skip
-#: What the operators of a runtime do not do.
+#: Chains for which a runtime has no operators.
 MISSING = {
     "onnxruntime": {"symmetric"},
     "torch": {"symmetric", "constant"},

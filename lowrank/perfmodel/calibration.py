@@ -37,16 +37,16 @@ from lowrank.perfmodel.workloads import fft_workloads, workloads
 
 #: Seconds of measurement per runtime, beside planning and first calls.
 BUDGETS = {
-    "fft": 5.0,
-    "lowrank": 10.0,
-    "onnxruntime": 7.0,
-    "torch": 6.0,
-    "torch-channels-last": 6.0,
+    "fft": 4.0,
+    "lowrank": 9.0,
+    "onnxruntime": 6.0,
+    "torch": 5.0,
+    "torch-channels-last": 5.0,
     "cuda": 10.0,
 }
 CPU_RUNTIMES = tuple(name for name in BUDGETS if name != "cuda")  # measured by default
 OTHERS = ("onnxruntime", "torch", "torch-channels-last")
-QUICK_WORKLOADS = 4  # of so many, a quick calibration measures one
+QUICK_WORKLOADS = 5  # of so many, a quick calibration measures one; these have all features
 QUICK_BUDGET = 0.15  # of the seconds of measurement
 GPU_BATCH_FACTOR = 32  # GPU batch over CPU batch, as far as memory allows
 LATENCY_PROCESSES = 3

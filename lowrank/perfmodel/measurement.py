@@ -138,7 +138,7 @@ class Measurements:
         missing = {k: s for k, s in zip(keys, (dense, *chains)) if k not in self._known}
         if missing:
             missing = {keys[0]: dense, **missing}
-            times = self._measure(list(missing.values()), shape, progress)
+            times = self.measure(list(missing.values()), shape, progress)
             scale = self._known.get(keys[0], times[0]) / times[0]
             found = {k: scale * t for k, t in zip(missing, times)}
             self._known |= found
@@ -167,19 +167,33 @@ class Measurements:
             _add(self.file, {key: self._known[key]})
         return self._known[key]
 
-    def _key(self, stages: Sequence[Stage], shape: Ints) -> str:
-        place = "in a network" if self.in_network else "alone"
-        size = "x".join(map(str, shape))
-        run = f"{self.runtime} {version(self.runtime)} {self.batch}x{size} {self.threads} threads"
-        return f"{run} {place}: {' > '.join(map(describe_stage, stages))}"
-
-    def _measure(
+    def measure(
         self,
         chains: Sequence[Sequence[Stage]],
         shape: Ints,
-        progress: Callable[[float], object] | None,
+        progress: Callable[[float], object] | None = None,
     ) -> list[float]:
-        """Return the seconds of chains, measured in one alternation."""
+        """Measure chains in one alternation; nothing is kept.
+
+        Parameters
+        ----------
+        chains : sequence of sequence of Stage
+            Chains; weights may be abstract, as random ones run.
+        shape : tuple of int
+            (channels, \\*spatial) of the input.
+        progress : callable, optional
+            Function called with the completed share.
+
+        Returns
+        -------
+        list of float
+            Seconds of each chain, for the whole batch.
+
+        Raises
+        ------
+        NotImplementedError
+            If the runtime has no operator for a stage.
+        """
         rng = np.random.default_rng(0)
         x = _random(rng, (self.batch, *shape))
         calls: list[Callable[[], Any]] = []
@@ -208,6 +222,12 @@ class Measurements:
                 seconds -= fmean(times[ends[size]].seconds for size in around)
             found.append(max(seconds, LEAST))
         return found
+
+    def _key(self, stages: Sequence[Stage], shape: Ints) -> str:
+        place = "in a network" if self.in_network else "alone"
+        size = "x".join(map(str, shape))
+        run = f"{self.runtime} {version(self.runtime)} {self.batch}x{size} {self.threads} threads"
+        return f"{run} {place}: {' > '.join(map(describe_stage, stages))}"
 
     def _bind(self, stages: Sequence[Stage], x: Array) -> Callable[[], Any]:
         if self.in_network and self.runtime == "lowrank":
