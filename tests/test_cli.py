@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_clock import FakeMeasurements
 
 import lowrank as lr
 from lowrank import cli, demo, filters, perfmodel
 from lowrank.engine import machine
 from lowrank.interop.weights import layers
 from lowrank.perfmodel import calibration, store
+from lowrank.selection import front as fronts
 
 pytest.importorskip("typer")
 Name = list(pytest.importorskip("lowrank.cli.images").Name)
@@ -34,6 +36,16 @@ def lowrank(monkeypatch, capsys, tmp_path):
         return exit_info.value.code, out, err
 
     return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Measure by a formula, on a machine that is calibrated."""
+    clock = FakeMeasurements({1: 1, 2: 1.5, 3: 1.5, 4: 1.5})
+    here = replace(perfmodel.current(), calibrated=True)
+    monkeypatch.setattr(perfmodel, "current", lambda: here)
+    monkeypatch.setattr(fronts, "Measurements", clock)
+    return clock
 
 
 @pytest.fixture
@@ -101,17 +113,58 @@ def test_approximate_without_a_criterion_picks_nothing(lowrank):
         ("--rank", "8"),
         ("--rank", "8,8", "--families", "tucker"),
         ("--max-error", "0.5", "--axis", "params"),
-        ("--seconds", "50%", "--batch", "8", "--threads", "1"),
+        ("--time", "50%", "--batch", "8", "--threads", "1", "--no-measure"),
         ("--seconds", "90%"),
     ],
 )
-def test_approximate_picks_by_every_criterion(lowrank, criterion):
+def test_approximate_picks_by_every_criterion(lowrank, clock, criterion):
     code, out, _ = lowrank("approximate", DIGITS, "--layer", "conv3", *criterion, "--json")
     assert code == 0
     result = json.loads(out)
     assert result["pick"]["macs"] < result["dense"]["macs"]
     if criterion[0] == "--rank":
         assert result["pick"]["rank"] == [int(r) for r in criterion[1].split(",")]
+
+
+def test_a_time_budget_is_measured_on_the_runtime(lowrank, clock):
+    words = ("approximate", DIGITS, "--layer", "conv3", "--families", "spatial_svd,tucker")
+    words = (*words, "--runtime", "torch", "--batch", "2", "--threads", "1")
+    picks = [json.loads(lowrank(*words, "--time", "0.5", "--json")[1]) for _ in range(3)]
+    assert picks[0] == picks[1] == picks[2]
+    assert set(clock.calls) == {("torch", 2, 1, False)}
+    assert picks[0]["pick"]["is_measured"]
+    assert picks[0]["pick"]["seconds"] <= 0.5 * picks[0]["dense"]["seconds"]
+    assert picks[0]["dense"]["efficiency"] == 1
+    _, out, _ = lowrank(*words, "--time", "0.5")
+    assert ", measured " in out
+    clock.calls.clear()
+    _, out, _ = lowrank(*words, "--time", "0.5", "--no-measure", "--json")
+    assert not json.loads(out)["pick"]["is_measured"]
+    assert clock.calls == []
+
+
+def test_a_machine_without_calibration_is_calibrated_quickly(lowrank, clock, monkeypatch):
+    words = ("approximate", DIGITS, "--layer", "conv3", "--families", "spatial_svd")
+    asked = []
+    monkeypatch.setattr(perfmodel, "calibrate", lambda **options: asked.append(options))
+    shipped = replace(perfmodel.current(), calibrated=False)
+    monkeypatch.setattr(perfmodel, "current", lambda: shipped)
+    code, _, err = lowrank(*words, "--time", "0.5", "--runtime", "torch")
+    assert code == 0
+    assert "no calibration of torch on this machine: measuring for 5 s" in err
+    assert err.count("\n") == 1
+    assert asked == [{"quick": True, "runtimes": ["torch"]}]
+    assert lowrank(*words, "--macs", "0.5")[2] == ""
+    assert len(asked) == 1
+
+
+def test_slower_chains_are_marked(lowrank):
+    words = ("approximate", DIGITS, "--layer", "conv3", "--families", "channel_svd")
+    _, out, _ = lowrank(*words, "--axis", "macs", "--threads", "1", "--macs", "0.99")
+    marked = [line for line in out.splitlines() if "x !" in line]
+    assert marked
+    assert "! slower than the dense kernel" in out
+    assert "as fast: slower than the dense kernel" in out  # the pick
 
 
 def test_options_override_the_geometry(lowrank, tmp_path):
@@ -189,31 +242,34 @@ def test_calibrate_measures_and_shows_the_model(lowrank, monkeypatch, tmp_path):
     here = replace(shipped, cpu=machine.cpu(), isa=store._core.default_isa(), calibrated=True)
     runtimes = []
 
-    def measure(progress, engines):
+    def measure(progress, engines, quick):
         progress("lowrank", 0.5)
-        runtimes.append(engines)
+        runtimes.append((engines, quick))
         return here
 
     monkeypatch.setattr(calibration, "measure", measure)
     code, out, _ = lowrank("calibrate", "--show")
     assert code == 0
-    assert "shipped with lowrank" in out
+    assert "coefficients of another machine" in out
+    assert "%" not in out  # the errors of another machine say nothing about this one
     code, out, err = lowrank("calibrate")
     assert (code, err) == (0, "")
-    assert runtimes == [None]
+    assert runtimes == [(None, False)]
     assert f"{here.coefficients['lowrank'].error:.1%}" in out
     assert str(perfmodel.path()) in out.replace("\n", "")
     code, out, _ = lowrank("calibrate", "--show", "--json")
     assert set(json.loads(out)["coefficients"]) == set(here.coefficients)
-    lowrank("calibrate", "--runtime", "fft")
-    assert runtimes == [None, ["fft"]]
+    lowrank("calibrate", "--runtime", "fft", "--quick")
+    assert runtimes == [(None, False), (["fft"], True)]
 
 
 A = ("approximate", DIGITS, "--layer", "conv3")
 MISTAKES = [
     (("bogus",), "bogus"),
     (("calibrate", "--runtime", "warp"), "runtime must be one of fft, lowrank"),
-    ((*A, "--seconds", "soon"), "seconds must be.*unit"),
+    ((*A, "--seconds", "soon"), "--time must be.*unit.*got 'soon'"),
+    ((*A, "--time", "2"), "--time must be.*unit.*got '2'"),
+    ((*A, "--runtime", "warp"), "--runtime must be one of lowrank, onnxruntime.*got 'warp'"),
     ((*A, "--axis", "time"), "axis must be one of seconds"),
     ((*A, "--batch", "0"), "batch"),
     (("filter", "photo.png", "--kernel", "disk", "--method", "magic"), "method must be one of"),
@@ -226,10 +282,13 @@ MISTAKES = [
     (("inspect", DIGITS, "--oops"), "--oops"),
     (("approximate", DIGITS), "conv1, conv2, conv3"),
     (("approximate", DIGITS, "--layer", "conv9"), "'conv9'"),
-    ((*A, "--max-error", "-1"), "max_error.*-1"),
+    ((*A, "--max-error", "-1"), "--max-error must be.*below 1, got -1"),
+    ((*A, "--max-error", "2"), "--max-error must be.*at least 0 and below 1, got 2"),
     ((*A, "--max-error", "low"), "max-error"),
     ((*A, "--max-error", "0.1", "--macs", "0.5"), "only one of"),
-    ((*A, "--macs", "0"), "macs must be a share"),
+    ((*A, "--macs", "0"), "--macs must be a share"),
+    ((*A, "--macs", "3ms"), "--macs must be a share.*got '3ms'"),
+    ((*A, "--params", "150%"), "--params must be a share.*got '150%'"),
     ((*A, "--macs", "1e-9"), "infeasible"),
     ((*A, "--macs", "many"), "'many'"),
     ((*A, "--macs", "20X"), "'20X'"),
@@ -322,6 +381,7 @@ def test_a_narrow_terminal_drops_optional_columns(lowrank, monkeypatch):
     table = [line for line in out.splitlines() if "spatial_svd" in line and "conv3" not in line]
     assert max(map(len, table)) <= 80
     assert "Columns that do not fit in 80 characters: fused" in out
+    assert "~" in table[0]
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = lowrank("approximate", DIGITS, "--layer", "conv3", "--families", "spatial_svd")
     assert "Columns" not in out
