@@ -252,13 +252,21 @@ def test_calibrate_measures_and_shows_the_model(lowrank, monkeypatch, tmp_path):
     assert code == 0
     assert "coefficients of another machine" in out
     assert "%" not in out  # the errors of another machine say nothing about this one
+    code, out, _ = lowrank("calibrate", "--show", "--json")
+    foreign = json.loads(out)
+    assert not foreign["calibrated"]
+    assert {c["error"] for c in foreign["coefficients"].values()} == {None}
     code, out, err = lowrank("calibrate")
     assert (code, err) == (0, "")
     assert runtimes == [(None, False)]
     assert f"{here.coefficients['lowrank'].error:.1%}" in out
     assert str(perfmodel.path()) in out.replace("\n", "")
     code, out, _ = lowrank("calibrate", "--show", "--json")
-    assert set(json.loads(out)["coefficients"]) == set(here.coefficients)
+    own = json.loads(out)
+    assert own["calibrated"]
+    assert {n: c["error"] for n, c in own["coefficients"].items()} == {
+        n: c.error for n, c in here.coefficients.items()
+    }
     lowrank("calibrate", "--runtime", "fft", "--quick")
     assert runtimes == [(None, False), (["fft"], True)]
 

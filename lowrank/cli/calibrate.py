@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 from lowrank import perfmodel
@@ -47,7 +48,11 @@ def calibrate(
         with share_bars() as step:
             here = perfmodel.calibrate(step, runtime, quick)
     if as_json:
-        print(here.to_json())
+        model = {"calibrated": here.calibrated, **json.loads(here.to_json())}
+        if not here.calibrated:  # errors of another machine say nothing about this one
+            for entry in model["coefficients"].values():
+                entry["error"] = entry["spread"] = None
+        print(json.dumps(model, indent=1))
         return
     print(f"{here.cpu}, {here.isa}, 1 and {here.threads} threads")
     if here.calibrated:
