@@ -400,7 +400,8 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{line} {r['error']}"
             continue
         line += f" {r['macs']:5.0%} {1e3 * r['seconds']:8.3f} {r['spread']:6.1%}"
-        line += f"  {_text(r['time'], '.2f'):17} {r.get('score', float('nan')):6.2f}"
+        line += f"  {_text(r['time'], '.2f'):17} "
+        line += f"{r['score']:6.2f}" if "score" in r else f"{'-':>6}"
         changes = [key for key in r if key.startswith("change")]
         line += "; ".join(f" {k.removeprefix('change, ')} {_text(r[k], '+.1f')}" for k in changes)
         yield line

@@ -223,8 +223,9 @@ def second_moment_tucker(setting: Setting, share: float) -> Chains:
     """Return Tucker-2 chains at one share of each layer's MACs, in the full second moment.
 
     Alternating least squares from the whitened closed form, in the second moment of the original
-    inputs.  The paper's code takes the ranks as given; here both channel ranks of all layers are
-    one share of the full ranks that takes the share of the MACs.
+    inputs; in its Kronecker factors where a patch has more than 4,608 values.  The paper's code
+    takes the ranks as given; here both channel ranks of all layers are one share of the full ranks
+    that takes the share of the MACs.
     """
     chains = {}
     for layer, rank in _uniform_ranks(setting.net.layers, "tucker", share):
