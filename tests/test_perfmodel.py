@@ -285,6 +285,16 @@ def test_quick_coefficients_are_marked(cache):
     assert not any(c.is_quick for c in perfmodel.calibrate().coefficients.values())
 
 
+def test_large_errors_are_reported(cache, monkeypatch):
+    good = calibration.measure(None, None, False)
+    bad = replace(good.coefficients["fft"], error=0.5)
+    disturbed = replace(good, coefficients={**good.coefficients, "fft": bad})
+    monkeypatch.setattr(calibration, "measure", lambda *_: disturbed)
+    with pytest.warns(UserWarning, match="error of predictions is 50% for runtime 'fft'") as given:
+        perfmodel.calibrate()
+    assert len(given) == 1
+
+
 @pytest.mark.parametrize("runtime", ["lowrank", "onnxruntime", "torch"])
 def test_quick_workloads_have_all_features(runtime):
     def features_of(loads):

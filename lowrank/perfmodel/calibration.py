@@ -182,7 +182,11 @@ def _time_tasks(
     budget: float,
     progress: Callable[[str, float], object] | None,
 ) -> list[float | None]:
-    """Return the median seconds of every task; None for slow ones."""
+    """Return the least seconds of every task over all passes; None for slow ones.
+
+    Disturbances only add to times: with twelve processes on two cores, the median error of a quick
+    calibration was 49 % with medians, and 23 % with the least.
+    """
     first_times: list[float | None] = []
     for task in tasks:
         seconds = _time(task, 1, runtime)
@@ -202,7 +206,7 @@ def _time_tasks(
         passes, done = passes + 1, (time.perf_counter() - begin) / budget
         if progress is not None:
             progress(runtime, min(done, 1.0))
-    return [statistics.median(t) if t else None for t in times]
+    return [min(t, default=None) for t in times]
 
 
 def _bind_call(

@@ -17,6 +17,8 @@ from lowrank.perfmodel import calibration
 from lowrank.perfmodel.coefficients import PerformanceModel, Prediction, shipped
 from lowrank.perfmodel.runtimes import check_installed
 
+BUSY_ERROR = 0.25  # median, of calibrations on an idle machine 0.05 to 0.15
+
 
 def path() -> Path:
     """Return the calibration file of this machine, named by processor, instruction set and version.
@@ -66,6 +68,11 @@ def calibrate(
     OSError
         If the cache folder cannot be written to.
 
+    Warns
+    -----
+    UserWarning
+        If predictions of the workloads are off by a quarter or more, as on a busy machine.
+
     Notes
     -----
     Runs calibration workloads of many kinds and sizes on one thread and on all, and fits
@@ -89,6 +96,13 @@ def calibrate(
         if stored & {"fft", "lowrank"}:
             runtimes = [*runtimes, *sorted({"fft", "lowrank"} - stored)]
     model = calibration.measure(progress, runtimes, quick)
+    for name, found in model.coefficients.items():
+        if found.error >= BUSY_ERROR:
+            warnings.warn(
+                f"the median error of predictions is {found.error:.0%} for runtime {name!r}: "
+                "calibrate again while the machine is idle",
+                stacklevel=2,
+            )
     if earlier is not None:
         model = replace(model, coefficients={**earlier.coefficients, **model.coefficients})
     file.parent.mkdir(parents=True, exist_ok=True)
