@@ -1,16 +1,19 @@
 """HTML report: correct numbers, self-contained, accessible, safe with hostile names."""
 
 import itertools
+import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from fake_clock import FakeMeasurements
 
 import lowrank as lr
 from lowrank import compress, demo, report
-from lowrank.compress import Layer
+from lowrank.compress import Latency, Layer
 from lowrank.compress.pipeline import LayerError
 from lowrank.interop.weights import WeightsModel
 from lowrank.report import charts
@@ -64,7 +67,11 @@ def result(net):
 
 @pytest.fixture(scope="module")
 def comparison(net, result):
-    return report.compare(net, result, "digits", scores=(0.9, 0.8125), notes=["<all>"], threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparisons, "Measurements", FakeMeasurements({1: 1, 2: 1.1}))
+        return report.compare(
+            net, result, "digits", scores=(0.9, 0.8125), notes=["<all>"], threads=1
+        )
 
 
 def test_costs_and_errors_are_those_of_the_chains(net, result, comparison):
@@ -75,7 +82,7 @@ def test_costs_and_errors_are_those_of_the_chains(net, result, comparison):
         assert x.after["macs"] == f.cost(layer.input_size).macs
         assert x.after["params"] == f.params
         assert x.after["bytes"] == sum(s.weight.nbytes for s in f.stages) + f.bias.nbytes
-        at = lr.perfmodel.predict(f, layer.input_size, threads=1).seconds
+        at = lr.perfmodel.predict(f, layer.input_size, threads=1, in_network=True).seconds
         assert x.after["seconds"] == pytest.approx(at, rel=1e-6)
         if x.changed:
             assert x.kernel_error == f.error(layer.conv.to_dense())
@@ -84,7 +91,7 @@ def test_costs_and_errors_are_those_of_the_chains(net, result, comparison):
             assert x.planned == pytest.approx(x.kernel_error, rel=1e-3)
     assert comparison.total("macs")[1] == sum(x.after["macs"] for x in comparison.layers)
     before, after, macs, left = comparison.measured()
-    assert comparison.realised == pytest.approx(before / after / (macs / left))
+    assert comparison.efficiency == pytest.approx(math.log(before / after) / math.log(macs / left))
     assert (comparison.examples, comparison.batches) == (0, 0)
 
 
@@ -138,14 +145,14 @@ def test_the_page_is_accessible_by_keyboard_and_screen_reader(comparison):
 
 def test_the_page_names_its_data_and_omissions(comparison):
     text = "".join(Page(report.render(comparison)).text)
-    for words in ("white-noise", "<all>", "0.8125", "was 0.9", "MAC ratio:", "spatial_svd"):
+    for words in ("white-noise", "<all>", "0.8125", "was 0.9", "efficiency:", "spatial_svd"):
         assert words in text
     bare = replace(
         comparison, scores=None, layers=tuple(replace(x, measured=None) for x in comparison.layers)
     )
     text = "".join(Page(report.render(bare)).text)
     assert "No changed layer was measured" in text
-    assert "MAC ratio:" not in text
+    assert "efficiency:" not in text
     seen = "".join(Page(report.render(replace(comparison, examples=48, batches=3))).text)
     assert "48 examples in 3 batches" in seen
     part = (replace(comparison.layers[0], measured=None), *comparison.layers[1:])
@@ -177,6 +184,7 @@ def test_an_unchanged_network_is_reported(net):
 
 
 def test_large_layers_are_not_timed(net, result, monkeypatch):
+    monkeypatch.setattr(comparisons, "Measurements", FakeMeasurements({1: 1, 2: 1.1}))
     monkeypatch.setattr(comparisons, "MAX_PREDICTED_SECONDS", 1e-9)
     assert report.compare(net, result).measured() is None
     monkeypatch.setattr(comparisons, "MAX_PREDICTED_SECONDS", 20.0)
@@ -189,21 +197,55 @@ def test_large_layers_are_not_timed(net, result, monkeypatch):
     assert timed.measured()[:2] == timed.layers[2].measured
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "direct"])
-def test_layers_are_timed_by_the_given_algorithm(net, result, monkeypatch, algorithm):
-    used = set()
+def test_layers_are_timed_on_the_runtime_of_the_plan(net, result, monkeypatch):
+    clock = FakeMeasurements({1: 1, 2: 3})
+    monkeypatch.setattr(comparisons, "Measurements", clock)
+    plan = replace(result.plan, about={**result.plan.about, "runtime": "torch", "batch": 4})
+    timed = report.compare(net, replace(result, plan=plan), threads=2)
+    assert clock.calls == [("torch", 4, 2, True)]
+    assert (timed.runtime, timed.batch, timed.threads) == ("torch", 4, 2)
+    for layer, x in zip(net.layers, timed.layers, strict=True):
+        macs = x.before["macs"] * 1e-9, x.after["macs"] * (3e-9 if x.changed else 1e-9)
+        assert x.measured == pytest.approx(macs)
+        at = lr.perfmodel.predict(
+            layer.conv, layer.input_size, batch=4, threads=2, runtime="torch", in_network=True
+        )
+        assert x.before["seconds"] == pytest.approx(at.seconds)
+    clock.unable = (2,)
+    timed = report.compare(net, replace(result, plan=plan), threads=2)
+    assert [x.measured is None for x in timed.layers] == [x.changed for x in timed.layers]
 
-    def compile_chain(f, *args, algorithm, **options):
-        used.add(algorithm)
-        return compiled(f, *args, algorithm=algorithm, **options)
 
-    compiled = lr.Factorization.compile
-    monkeypatch.setattr(lr.Factorization, "compile", compile_chain)
-    monkeypatch.setattr(comparisons, "MAX_RUNS", 1)
-    report.compare(net, result, algorithm=algorithm)
-    assert used == {algorithm}
-    with pytest.raises(ValueError, match="algorithm must be one of auto, direct, got 'fast'"):
-        report.compare(net, result, algorithm="fast")
+def test_slower_layers_are_marked(comparison):
+    slow = replace(comparison.layers[1], measured=(1e-3, 2e-3))
+    assert slow.is_slower
+    assert slow.efficiency < 0
+    fast = replace(comparison.layers[2], measured=(2e-3, 1e-3))
+    assert not fast.is_slower
+    text = "".join(Page(report.render(replace(comparison, layers=(slow, fast)))).text)
+    assert "0.50× slower" in text
+    assert "Slower than the dense layer: 1 layer." in text
+    assert "<strong" not in report.render(replace(comparison, layers=(fast,)))
+    # A layer that was not measured is marked where its predicted time is.
+    after = slow.after | {"seconds": 1.2 * slow.before["seconds"]}
+    text = report.render(replace(comparison, layers=(replace(slow, measured=None, after=after),)))
+    assert "120%</span> <strong" in text
+
+
+def test_latency_comes_first_with_its_runtime_and_spread(comparison):
+    latency = Latency(2e-3, 1e-3, "onnxruntime", 8, 2, 0.04, True)
+    measured = replace(comparison, plan=replace(comparison.plan, latency=latency))
+    text = "".join(Page(report.render(measured)).text)
+    order = [text.index(w) for w in ("2 ms → 1 ms", "Your evaluation", "MACs", "Parameters")]
+    assert order[0] < order[1] < order[3]
+    assert "8 examples in onnxruntime on 2 threads; measured, spread 4%, the whole network" in text
+    assert measured.as_dict()["latency"]["runtime"] == "onnxruntime"
+    # Without a latency of the plan, its layers have a predicted one.
+    unknown = replace(comparison, plan=replace(comparison.plan, latency=None))
+    assert not unknown.latency.is_measured
+    assert unknown.latency[:2] == unknown.total("seconds")
+    assert "predicted, the layers alone" in "".join(Page(report.render(unknown)).text)
+    json.dumps(unknown.as_dict(), allow_nan=False)
 
 
 def test_a_refitted_dense_layer_is_labelled(net, result):

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from fake_clock import FakeMeasurements
 from hypothesis import given as given_examples
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -368,27 +369,6 @@ def test_chains_slower_than_the_dense_kernel_are_not_offered_by_time_and_else_ma
     assert "!" not in str(by_time)
 
 
-class Clock:
-    """Measurements that take a given multiple of a chain's MACs, and count the chains measured."""
-
-    def __init__(self, factors, unable=()):
-        self.factors, self.unable, self.known, self.options = factors, unable, {}, []
-
-    def __call__(self, runtime, batch, threads, in_network):
-        self.options.append((runtime, batch, threads, in_network))
-        return self
-
-    def seconds(self, dense, chains, shape):
-        found = []
-        for stages in (dense, *chains):
-            if len(stages) in self.unable:
-                raise NotImplementedError("no operator")
-            shapes = tuple(s.weight.shape for s in stages)
-            work = lr.chain(stages).cost(shape).macs * self.factors[len(stages)] * 1e-9
-            found.append(self.known.setdefault(shapes, work))
-        return found[0], found[1:]
-
-
 def chain_seconds(clock, f):
     return clock.seconds(f.stages, [], (16, *SIZE))[0]
 
@@ -396,7 +376,7 @@ def chain_seconds(clock, f):
 @pytest.mark.parametrize("factors", [{1: 1, 2: 0.7, 3: 3}, {1: 1, 2: 3, 3: 0.5}])
 def test_the_pick_within_a_time_budget_is_measured(conv, monkeypatch, factors):
     families = ["spatial_svd", "channel_svd", "tucker"]
-    clock = Clock(factors)
+    clock = FakeMeasurements(factors)
     monkeypatch.setattr(fronts, "Measurements", clock)
     call = {"families": families, "batch": 2, "threads": 1}
     front, pick = choose(conv, SIZE, seconds=0.5, **call)
@@ -405,7 +385,7 @@ def test_the_pick_within_a_time_budget_is_measured(conv, monkeypatch, factors):
     assert dense.seconds == chain_seconds(clock, conv)
     assert pick.is_measured
     assert pick.seconds == chain_seconds(clock, pick.build()) <= 0.5 * dense.seconds
-    assert set(clock.options) == {("lowrank", 2, 1, False)}
+    assert set(clock.calls) == {("lowrank", 2, 1, False)}
     assert len(clock.known) < 40
     # No measured candidate within the budget is more accurate.
     fitting = [c for c in front if c.is_measured and c.seconds <= 0.5 * dense.seconds]
@@ -421,7 +401,7 @@ def test_the_pick_within_a_time_budget_is_measured(conv, monkeypatch, factors):
 
 
 def test_a_time_budget_that_the_clock_refuses_is_infeasible(conv, monkeypatch):
-    clock = Clock({1: 1, 2: 50, 3: 50})
+    clock = FakeMeasurements({1: 1, 2: 50, 3: 50})
     monkeypatch.setattr(fronts, "Measurements", clock)
     families = ["spatial_svd", "tucker"]
     with pytest.raises(ValueError, match=r"seconds budget .* infeasible: the minimum is"):
@@ -433,7 +413,7 @@ def test_a_time_budget_that_the_clock_refuses_is_infeasible(conv, monkeypatch):
 
 
 def test_chains_that_the_runtime_cannot_run_are_dropped(conv, monkeypatch):
-    clock = Clock({1: 1, 2: 0.7, 3: 0.1}, unable=(3,))
+    clock = FakeMeasurements({1: 1, 2: 0.7, 3: 0.1}, unable=(3,))
     monkeypatch.setattr(fronts, "Measurements", clock)
     front, pick = choose(conv, SIZE, seconds=0.5, families=["spatial_svd", "tucker"])
     assert pick.family == "spatial_svd"

@@ -13,20 +13,24 @@ from typing import Annotated, Any, NoReturn
 
 from lowrank import report
 from lowrank.cli.console import (
-    Algorithm,
     AsJson,
     Batch,
     Bytes,
     Families,
     Macs,
+    NoMeasure,
     Params,
+    Runtime,
     Seconds,
     Threads,
     app,
+    calibrate_quickly,
+    check_budgets,
     check_output,
     expand_options,
-    parse_algorithm,
+    fail,
     parse_families,
+    parse_runtime,
     print_json,
     print_table,
     share_bars,
@@ -44,6 +48,7 @@ from lowrank.compress import (
 from lowrank.compress.options import AXES
 from lowrank.core import tables
 from lowrank.interop import files
+from lowrank.selection import parse_budget
 
 Model = Annotated[Path, typer.Argument(help=f"Network: {', '.join(files.ENDINGS)}.")]
 
@@ -83,14 +88,17 @@ class PlanOptions:
         bool, typer.Option("--no-gradients", help="Weight the errors of all layers equally.")
     ] = False
     seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None
-    batch: Batch = 1
+    batch: Batch = None
     threads: Threads = None
+    runtime: Runtime = None
+    no_measure: NoMeasure = False
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of :func:`lowrank.compress.make_plan`."""
         budgets = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) is not None}
         if not budgets:
-            raise ValueError("give a budget: --macs, --params, --seconds or --bytes")
+            raise ValueError("give a budget: --time, --macs, --params or --bytes")
+        check_budgets(**budgets)
         families = parse_families(self.families)
         return {
             **budgets,
@@ -100,16 +108,21 @@ class PlanOptions:
             "capped": dict(map(_parse_cap, self.cap or ())),
             "gradients": not self.no_gradients,
             "seed": self.seed or 0,
-            "batch": self.batch,
+            "batch": self.batch or 1,
             "threads": self.threads,
+            "runtime": parse_runtime(self.runtime),
+            "measure": not self.no_measure,
         }
 
     def conflicts_with_plan(self) -> list[str]:
         """Return the given options that a plan file decides."""
-        decided = set(vars(self)) - {"calibrate", "batch", "threads"}
-        given = {name: value for name, value in vars(self).items() if name in decided}
-        given["no_gradients"] = self.no_gradients or None
-        return [f"--{n.replace('_', '-')}" for n, value in given.items() if value is not None]
+        names = {"seconds": "time"}
+        given = [name for name, value in vars(self).items() if value not in (None, False)]
+        return [
+            f"--{names.get(name, name).replace('_', '-')}"
+            for name in given
+            if name not in ("calibrate", "no_measure")
+        ]
 
 
 @app.command()
@@ -126,14 +139,13 @@ def plan(
     """Choose a family and rank per layer within a budget, without changing the network.
 
     A number in (0, 1] or 50% is a share of the network; counts above 1 and 20M are amounts; times
-    need a unit (3ms).
+    need a unit (3ms).  A time budget is met by the clock: chains are measured on the runtime.
     """
     check_output("--out", out, model, options.calibrate)
     arguments = options.arguments()
     net, notes = _open(model, options.calibrate)
     try:
-        with share_bars() as step:
-            result = make_plan(net, progress=step, **arguments)
+        result = _make_plan(net, arguments)
     except NothingToCompressError as error:
         _exit_unchanged(str(error), as_json)
     if out is not None:
@@ -141,7 +153,7 @@ def plan(
     if as_json:
         print(result.to_json())
         return
-    _print_plan(result, notes)
+    _print_plan(result, notes, None)
     if out is not None:
         print(f"wrote {out}")
 
@@ -180,15 +192,15 @@ def compress(
     report_to: Annotated[
         Path | None, typer.Option("--report", help="Write a report (.html); layers are timed.")
     ] = None,
-    algorithm: Algorithm = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compress a network within a budget, each layer fitted to calibration data.
 
     A number in (0, 1] or 50% is a share of the network; counts above 1 and 20M are amounts; times
-    need a unit (3ms).  If nothing can be saved, no file is written and the exit code is 1.
+    need a unit (3ms).  A time budget is met by the clock: chains are measured on the runtime.
+
+    If nothing can be saved, no file is written and the exit code is 1.
     """
-    timed = parse_algorithm(algorithm)
     calibrate = options.calibrate
     files.check_target(out, model)
     check_output("--out", out, calibrate, plan)
@@ -214,30 +226,31 @@ def compress(
             chosen = _resume_plan(net, arguments, folder)
     except NothingToCompressError as error:
         _exit_unchanged(str(error), as_json)
-    if not as_json:
-        _print_plan(chosen, notes)
     if not chosen.changed:
         _exit_unchanged("the network is within the budget already", as_json)
     try:
         with share_bars() as step:
             result = compress_model(
-                net, chosen, passes=passes, refit=refit, folder=folder, progress=step
-            )
+                net, chosen, passes=passes, refit=refit, folder=folder,
+                timed=not options.no_measure, progress=step,
+            )  # fmt: skip
             files.save(net.replaced(result.chains), out)
     except KeyboardInterrupt:
         if resume is not None:
             print("interrupted: run the same command to resume", file=sys.stderr)
         raise
-    scores = None if score is None or before is None else (before, score(out))
+    scores, failure = None, None
+    if score is not None and before is not None:
+        try:
+            scores = before, score(out)
+        except ValueError as error:  # of the user's function: hours of fits must not be lost
+            failure = f"{error}; the network was written to {out}"
     if report_to is not None or as_json:
         with share_bars() as step:
             comparison = report.compare(
                 net,
                 result,
                 model.name,
-                batch=options.batch,
-                threads=options.threads,
-                algorithm=timed,
                 scores=scores,
                 notes=notes,
                 measure=report_to is not None,
@@ -247,29 +260,41 @@ def compress(
         report.save(comparison, report_to)
     if as_json:
         print_json(comparison.as_dict() | {"out": str(out)})
-        return
-    if scores is not None:
-        print(f"evaluation: {scores[0]:.6g} before, {scores[1]:.6g} after")
-    if report_to is not None and (measured := comparison.measured()):
-        print(
-            f"measured{comparison.measured_layers}: {tables.format_seconds(measured[0])} before, "
-            f"{tables.format_seconds(measured[1])} after, {measured[0] / measured[1]:.2f}x faster"
-        )
-    for path in (out, report_to):
-        if path is not None:
-            print(f"wrote {path}")
+    else:
+        _print_plan(result.plan, notes, scores)
+        if report_to is not None and (measured := comparison.measured()):
+            print(
+                f"layers alone, measured{comparison.measured_layers}: "
+                f"{tables.format_seconds(measured[0])} before, "
+                f"{tables.format_seconds(measured[1])} after, {measured[0] / measured[1]:.2f}x"
+            )
+        for path in (out, report_to):
+            if path is not None:
+                print(f"wrote {path}")
+    if failure is not None:
+        fail(failure)
 
 
 def _parse_cap(text: str) -> tuple[str, float]:
     """Parse ``--cap NAME=SHARE``."""
     name, _, number = text.rpartition("=")
     try:
-        share = float(number)
+        cap = parse_budget("macs", number)
     except ValueError:
-        share = math.nan
-    if not name or not 0 < share <= 1:
-        raise ValueError(f"--cap must be NAME=SHARE with a share in (0, 1], got {text!r}")
-    return name, share
+        cap = None
+    if not name or cap is None or not cap.is_share:
+        raise ValueError(
+            f"--cap must be NAME=SHARE with a share in (0, 1], such as 0.5 or 50%, got {text!r}"
+        )
+    return name, cap.value
+
+
+def _make_plan(net: CompressibleModel, arguments: dict[str, Any]) -> CompressionPlan:
+    """Make a plan, with a calibration before if times have to be predicted."""
+    if arguments.get("seconds") is not None:
+        calibrate_quickly(arguments["runtime"])
+    with share_bars() as step:
+        return make_plan(net, progress=step, **arguments)
 
 
 def _resume_plan(
@@ -279,8 +304,7 @@ def _resume_plan(
     path = None if folder is None else folder / "plan.json"
     if path is not None and path.exists():
         return _read_plan(path)
-    with share_bars() as step:
-        plan = make_plan(net, progress=step, **arguments)
+    plan = _make_plan(net, arguments)
     if path is not None:
         plan.save(path)
     return plan
@@ -306,16 +330,28 @@ def _open(model: Path, calibrate: Path | None) -> tuple[CompressibleModel, list[
     return net, [f"Layers left unchanged and not counted: {some}{more}."]
 
 
-def _print_plan(plan: CompressionPlan, notes: Sequence[str]) -> None:
+def _print_plan(
+    plan: CompressionPlan, notes: Sequence[str], scores: tuple[float, float] | None
+) -> None:
+    """Print a plan: what matters most first."""
+    evaluation = "" if scores is None else f"{scores[0]:.6g} before, {scores[1]:.6g} after"
+    is_calibrated = bool(plan.about.get("calibrated"))
+    if not is_calibrated:
+        found = f" (evaluation: {evaluation})" if evaluation else ""
+        print(
+            f"warning: no calibration data: accuracy will fall{found}, since kernels are "
+            "approximated for white-noise inputs"
+        )
+    print(plan.headline())
+    if is_calibrated and evaluation:
+        print(f"evaluation: {evaluation}")
     head, *rows = plan.rows()
     print(plan.title())
-    print_table(head, rows, left=2)
+    print_table(head, rows, left=2, optional=("params", "error", "rank"))
     totals = [(axis, *plan.total(axis)) for axis in AXES]
     shares = (f"{axis} {after / before:.1%}" for axis, after, before in totals if before > 0)
     print(f"share of the original: {', '.join(shares)}")
-    if not plan.about.get("calibrated"):
-        print("note: no calibration data: kernels are approximated for white-noise inputs")
-    for note in notes:
+    for note in (*plan.notes(), *notes):
         print(f"note: {note}")
 
 

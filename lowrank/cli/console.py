@@ -27,10 +27,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lowrank import engine
+from lowrank import engine, perfmodel
 from lowrank._typing import Ints
 from lowrank.families import FAMILIES
 from lowrank.interop import files
+from lowrank.selection import parse_budget
 
 app = typer.Typer(
     help="Separable and low-rank approximation of convolutions.",
@@ -51,16 +52,25 @@ _BUDGET = "share such as 0.5 or 50%, or amount such as"
 Macs = Annotated[str | None, typer.Option(help=f"MAC budget: {_BUDGET} 20M.")]
 Params = Annotated[str | None, typer.Option(help=f"Parameter budget: {_BUDGET} 100k.")]
 Seconds = Annotated[
-    str | None, typer.Option(help=f"Budget of predicted time per example: {_BUDGET} 3ms.")
+    str | None,
+    typer.Option("--time", "--seconds", help=f"Time budget per call: {_BUDGET} 3ms."),
 ]
 Bytes = Annotated[str | None, typer.Option(help=f"Budget of weight bytes: {_BUDGET} 1M.")]
 Families = Annotated[
     str | None,
     typer.Option(help=f"Families to try, separated by commas: {', '.join(FAMILIES)}."),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Batch size of predicted times.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of predicted times; all if not given.")
+Batch = Annotated[int | None, typer.Option(min=1, help="Examples per call. [1]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all if not given.")]
+#: Runtimes of convolutions on the CPU.
+RUNTIMES = ("lowrank", "onnxruntime", "torch", "torch-channels-last")
+Runtime = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(RUNTIMES), help="Runtime that times are for. [lowrank]"),
+]
+NoMeasure = Annotated[
+    bool,
+    typer.Option("--no-measure", help="Only predict times; measure nothing."),
 ]
 Algorithm = Annotated[
     str,
@@ -135,6 +145,34 @@ def parse_families(text: str | None) -> list[str] | None:
     return names
 
 
+def check_budgets(seconds: str | None = None, **counts: str | None) -> None:
+    """Raise ValueError, with the name of the option, unless all budgets can be parsed."""
+    for axis, text in {"seconds": seconds, **counts}.items():
+        if text is not None:
+            parse_budget(axis, text, "--time" if axis == "seconds" else f"--{axis}")
+
+
+def parse_runtime(text: str | None) -> str:
+    """Parse ``--runtime``."""
+    if text is None:
+        return "lowrank"
+    if text not in RUNTIMES:
+        raise ValueError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {text!r}")
+    return text
+
+
+def calibrate_quickly(runtime: str) -> None:
+    """Calibrate a runtime for five seconds unless this machine has coefficients of it."""
+    here = perfmodel.current()
+    if not here.calibrated or runtime not in here.coefficients:
+        print(
+            f"lowrank: no calibration of {runtime} on this machine: measuring for 5 s "
+            "('lowrank calibrate' is more accurate)",
+            file=sys.stderr,
+        )
+        perfmodel.calibrate(quick=True, runtimes=[runtime])
+
+
 def parse_algorithm(text: str) -> engine.Algorithm:
     """Parse ``--algorithm``."""
     if text not in engine.ALGORITHMS:
@@ -200,7 +238,7 @@ def print_table(
     """Print a table without cutting cells.
 
     Optional columns are dropped, in the given order, while the table is wider than the terminal;
-    a table that is still wider wraps its lines.
+    a column "of" goes with the one before it.  A table that is still wider wraps its lines.
     """
     width = shutil.get_terminal_size((1000, 24)).columns
     wide = Console(width=1000)
@@ -208,7 +246,8 @@ def print_table(
     for name in (None, *optional):
         if name is not None:
             dropped.append(name)
-        shown = [i for i, title in enumerate(head) if title not in dropped]
+        owners = [head[i - 1] if title == "of" else title for i, title in enumerate(head)]
+        shown = [i for i, owner in enumerate(owners) if owner not in dropped]
         table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
         for i in shown:
             table.add_column(head[i], justify="left" if i < left else "right", no_wrap=True)

@@ -13,17 +13,22 @@ from lowrank.cli.console import (
     Batch,
     Families,
     Macs,
+    NoMeasure,
     Params,
+    Runtime,
     Seconds,
     Size,
     Threads,
     app,
+    calibrate_quickly,
+    check_budgets,
     check_output,
     expand_options,
     parse_families,
     parse_numbers,
     parse_padding,
     parse_rank,
+    parse_runtime,
     parse_size,
     print_json,
     print_table,
@@ -38,6 +43,7 @@ from lowrank.families import FAMILIES, applicable
 from lowrank.interop.weights import StoredLayer, layers
 from lowrank.report import figures
 from lowrank.selection import tables as selection_tables
+from lowrank.selection.front import check_error
 
 WeightsFile = Annotated[Path, typer.Argument(help=".safetensors, .npz, .npy, .pt or .pth")]
 
@@ -211,7 +217,8 @@ class CriterionOptions:
     """Options of which at most one picks a candidate."""
 
     max_error: Annotated[
-        float | None, typer.Option(help="Pick the cheapest chain within this relative error.")
+        float | None,
+        typer.Option(help="Pick the cheapest chain within this relative error, below 1."),
     ] = None
     rank: Annotated[
         str | None, typer.Option(help="Pick the best chain of this rank, such as 8 or 8,12.")
@@ -224,14 +231,21 @@ class CriterionOptions:
         """Return the argument of :func:`lowrank.selection.choose`, or nothing."""
         given = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) > 1:
-            options = ", ".join("--" + k.replace("_", "-") for k in given)
+            options = ", ".join(_OPTIONS[k] for k in given)
             raise ValueError(f"give only one of {_CRITERIA}, got {options}")
+        check_budgets(seconds=self.seconds, macs=self.macs, params=self.params)
+        if self.max_error is not None:
+            check_error(self.max_error, "--max-error")
         if self.rank is not None:
             given["rank"] = parse_rank(self.rank)
         return given
 
 
-_CRITERIA = "--max-error, --rank, --seconds, --macs and --params"
+_OPTIONS = {
+    "max_error": "--max-error", "rank": "--rank", "seconds": "--time", "macs": "--macs",
+    "params": "--params",
+}  # fmt: skip
+_CRITERIA = "--max-error, --rank, --time, --macs and --params"
 
 
 @app.command()
@@ -252,12 +266,10 @@ def approximate(
             "macs with --rank; else seconds."
         ),
     ] = None,
-    batch: Batch = 1,
+    batch: Batch = None,
     threads: Threads = None,
-    runtime: Annotated[
-        str,
-        typer.Option(help="Runtime of predicted times: lowrank, torch or 'torch channels-last'."),
-    ] = "lowrank",
+    runtime: Runtime = None,
+    no_measure: NoMeasure = False,
     rows: Annotated[int, typer.Option(help="Maximum number of table rows; 0 for all.")] = 24,
     plot: Annotated[
         Path | None, typer.Option(help="Draw error against cost: .svg, .png or .pdf.")
@@ -267,8 +279,8 @@ def approximate(
 ) -> None:
     """List the Pareto-optimal factorizations of a layer, and pick one.
 
-    One of --max-error, --rank, --seconds, --macs and --params picks a factorization and builds
-    it.  Times are predicted; 'lowrank calibrate' measures this machine for that.
+    One of --max-error, --rank, --time, --macs and --params picks a factorization and builds it.
+    With --time the pick is measured on the runtime; other times are predicted.
     """
     stored = _find_layer(file, layer)
     size = parse_size(input) or stored.input_size
@@ -282,13 +294,18 @@ def approximate(
     if save is not None and not criterion:
         raise ValueError(f"--save needs a pick: give one of {_CRITERIA}")
     names = parse_families(families)
-    timing: dict[str, Any] = {"batch": batch, "threads": threads, "runtime": runtime}
+    timing: dict[str, Any] = {
+        "batch": batch or 1, "threads": threads, "runtime": parse_runtime(runtime)
+    }  # fmt: skip
+    if "seconds" in criterion:
+        calibrate_quickly(timing["runtime"])
     pick: selection.Candidate | None = None
     with progress_bar(len(names or FAMILIES)) as step:
         if criterion:
             front, pick = selection.choose(
-                conv, size, families=names, axis=axis, progress=step, **criterion, **timing
-            )
+                conv, size, families=names, axis=axis, measure=not no_measure, progress=step,
+                **criterion, **timing,
+            )  # fmt: skip
             step("building the pick")
             chain = pick.build()
             pick = pick.with_stages(chain.stages, chain.rank)
@@ -306,9 +323,9 @@ def approximate(
                 "layer": stored.name,
                 "input": list(front.input_shape),
                 "axis": front.axis,
-                "dense": front.dense.as_dict(),
-                "front": [c.as_dict() for c in front],
-                "pick": None if pick is None else pick.as_dict(),
+                "dense": front.dense.as_dict(front.dense),
+                "front": [c.as_dict(front.dense) for c in front],
+                "pick": None if pick is None else pick.as_dict(front.dense),
                 "left_out": front.left_out,
             }
         )
@@ -332,9 +349,8 @@ def _print_front(front: selection.Frontier, rows: int) -> None:
     shown = list(front) if rows < 1 else tables.thinned(list(front), max(rows, 2))
     print(selection_tables.title(front, len(shown)))
     cells = [selection_tables.row(c, front.dense) for c in shown]
-    print_table(selection_tables.HEAD, cells, optional=("fused", "traffic", "realised"))
-    if any(not c.exact for c in shown):
-        print(selection_tables.NOTE)
+    print_table(selection_tables.HEAD, cells, optional=selection_tables.OPTIONAL)
+    print("\n".join(selection_tables.notes(front)))
 
 
 def _print_stages(chain: Factorization, size: Ints) -> None:
@@ -351,11 +367,14 @@ def _describe(pick: selection.Candidate, dense: selection.Candidate) -> str:
     if pick.family == "dense":
         return "the dense kernel; no cheaper chain meets the request"
     rank = ",".join(map(str, pick.rank))
+    speed_up = f"{dense.seconds / pick.seconds:.2f}x"
+    faster = "as fast: slower than the dense kernel" if pick.is_slower(dense) else "faster"
     return (
         f"{pick.name} of rank {rank}, error {pick.error:.4f} (lower bound {pick.bound:.4f})\n"
         f"  {dense.cost.macs / pick.cost.macs:.2f}x fewer MACs, "
-        f"{dense.cost.params / pick.cost.params:.2f}x fewer parameters, predicted "
-        f"{tables.format_seconds(pick.seconds)} ({dense.seconds / pick.seconds:.2f}x faster)"
+        f"{dense.cost.params / pick.cost.params:.2f}x fewer parameters, "
+        f"{'measured' if pick.is_measured else 'predicted'} "
+        f"{tables.format_seconds(pick.seconds)} ({speed_up} {faster})"
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 from lowrank.cli.console import USAGE_ERROR, app, fail, typer
 from lowrank.engine import NoGPU
@@ -21,7 +22,9 @@ from lowrank.cli import calibrate as calibrate  # isort: skip
 def run() -> None:
     """Run the command in ``sys.argv``; report an error in one line and exit."""
     try:
-        status = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            status = app(standalone_mode=False)
         raise SystemExit(status if isinstance(status, int) else 0)
     except USAGE_ERROR as error:
         fail(error.format_message())
@@ -30,12 +33,16 @@ def run() -> None:
         raise SystemExit(1) from None
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.strerror else str(error))
-    except (ValueError, TypeError, ImportError, NoGPU) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, NoGPU) as error:
         fail(str(error))
     except MemoryError as error:
         fail(f"not enough memory: {error}")
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"lowrank: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _print_version(is_wanted: bool) -> None:

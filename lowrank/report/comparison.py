@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +12,13 @@ import numpy as np
 from lowrank import perfmodel
 from lowrank._typing import Array
 from lowrank.certify import certificate
-from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Layer
+from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Latency, Layer
 from lowrank.core import chain_algebra
-from lowrank.engine import ALGORITHMS, Algorithm
+from lowrank.core.cost import speed_up_efficiency
 from lowrank.factorization import Factorization
+from lowrank.perfmodel.measurement import Measurements
 from lowrank.selection.candidates import Candidate, Pricing
 
-MAX_RUNS = 15  # timed runs per layer
-RUN_SECONDS = 0.3  # time budget per layer and chain, beyond the first run
 MAX_PREDICTED_SECONDS = 20.0  # layers predicted to be slower are not timed
 MAX_BYTES = 1 << 31  # layers with more bytes of inputs and outputs are not timed
 
@@ -50,10 +47,10 @@ class LayerComparison:
     kernel_error, kernel_bound : float or None
         Relative error of the kernel, and its lower bound for that family, variant and rank.
     before, after : dict of str to float
-        Costs per example: ``"macs"``, ``"params"``, ``"bytes"`` of weights and predicted
-        ``"seconds"``.
+        Predicted ``"seconds"`` per call in the network, and costs per example: ``"macs"``,
+        ``"params"`` and ``"bytes"`` of weights.
     measured : tuple of float or None
-        Measured seconds per example before and after, on lowrank's engine.
+        Measured seconds per call in the network, before and after.
     front : tuple of Candidate
         Options that the plan chose from.
     spectra : dict of str to ndarray
@@ -79,6 +76,19 @@ class LayerComparison:
     def changed(self) -> bool:
         """Whether the layer has a chain or new weights."""
         return self.fitted is not None
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the layer takes longer than before, measured if possible, else predicted."""
+        before, after = self.measured or (self.before["seconds"], self.after["seconds"])
+        return self.changed and after > before
+
+    @property
+    def efficiency(self) -> float:
+        """Measured speed-up efficiency; NaN if unknown or if no MACs are saved."""
+        if self.measured is None:
+            return math.nan
+        return _efficiency(*self.measured, self.before["macs"], self.after["macs"])
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values.
@@ -108,8 +118,8 @@ class Comparison:
         Layers of the plan, in the order in which they run.
     examples, batches : int
         Number of calibration examples and batches; 0 without data.
-    batch, threads : int, int or None
-        Batch size and number of threads of all times.
+    batch, threads, runtime : int, int or None, str
+        Examples per call, number of threads and runtime of all times.
     model_error : float
         Median relative error of predicted seconds; NaN if the machine is not calibrated.
     scores : tuple of float or None
@@ -125,6 +135,7 @@ class Comparison:
     batches: int
     batch: int
     threads: int | None
+    runtime: str
     model_error: float
     scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = field(default=())
@@ -171,13 +182,19 @@ class Comparison:
         return "" if n == len(self.layers) else f" of {n} of {len(self.layers)} layers"
 
     @property
-    def realised(self) -> float | None:
-        """Measured speed-up divided by the MAC ratio, over the measured layers."""
+    def latency(self) -> Latency:
+        """Latency of the network, or what is predicted for its layers if it is unknown."""
+        if self.plan.latency is not None:
+            return self.plan.latency
+        before, after = self.total("seconds")
+        threads = self.threads or perfmodel.current().threads
+        return Latency(before, after, self.runtime, self.batch, threads, math.nan, False)
+
+    @property
+    def efficiency(self) -> float:
+        """Measured speed-up efficiency over the measured layers; NaN if unknown."""
         measured = self.measured()
-        if measured is None or not all(measured):
-            return None
-        seconds_before, seconds_after, macs_before, macs_after = measured
-        return (seconds_before / seconds_after) / (macs_before / macs_after)
+        return math.nan if measured is None else _efficiency(*measured)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values.
@@ -195,9 +212,14 @@ class Comparison:
             "examples": self.examples,
             "batch": self.batch,
             "threads": self.threads,
+            "runtime": self.runtime,
+            "latency": {
+                **self.latency._asdict(),
+                "spread": self.latency.spread if self.latency.is_measured else None,
+            },
             **{axis: list(self.total(axis)) for axis in ("macs", "params", "bytes", "seconds")},
             "measured": None if measured is None else list(measured[:2]),
-            "realised": self.realised,
+            "efficiency": None if math.isnan(self.efficiency) else self.efficiency,
             "scores": None if self.scores is None else list(self.scores),
             "notes": list(self.notes),
             "layers": [x.as_dict() for x in self.layers],
@@ -209,9 +231,8 @@ def compare(
     result: CompressedLayers,
     name: str = "network",
     *,
-    batch: int = 1,
+    batch: int | None = None,
     threads: int | None = None,
-    algorithm: Algorithm = "auto",
     measure: bool = True,
     scores: tuple[float, float] | None = None,
     notes: Sequence[str] = (),
@@ -227,13 +248,11 @@ def compare(
         Result of :func:`lowrank.compress.compress_model`.
     name : str
         Name of the network.
-    batch, threads : int, int or None
-        Batch size and number of threads of all times; times are per example.
-    algorithm : str
-        ``"auto"`` or ``"direct"`` for layers that are timed; see
-        :meth:`lowrank.Factorization.compile`.
+    batch, threads : int, optional
+        Examples per call and number of threads of all times; those of the plan if not given.
     measure : bool
-        Whether layers are timed.
+        Whether layers are timed on the runtime of the plan; see
+        :class:`lowrank.perfmodel.measurement.Measurements`.
     scores : tuple of float, optional
         Results of the caller's evaluation before and after.
     notes : sequence of str
@@ -247,8 +266,8 @@ def compare(
 
     Raises
     ------
-    ValueError
-        If `algorithm` is unknown.
+    ImportError
+        If layers are timed and the runtime is not installed.
 
     Examples
     --------
@@ -261,17 +280,21 @@ def compare(
     >>> after <= before / 2
     True
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    about = result.plan.about
+    batch = about.get("batch", 1) if batch is None else batch
+    threads = about.get("threads") if threads is None else threads
+    runtime = about.get("runtime", "lowrank")
+    measurements = Measurements(runtime, batch, threads, in_network=True) if measure else None
     layers = [x for x in net.layers if x.name in result.plan.layers]
     rows = []
     for i, layer in enumerate(layers):
         if progress is not None:
-            progress("measuring", i / len(layers))
-        rows.append(_compare_layer(layer, result, batch, threads, algorithm if measure else None))
+            progress("measuring layers", i / len(layers))
+        rows.append(_compare_layer(layer, result, (batch, threads, runtime), measurements))
     if progress is not None:
-        progress("measuring", 1.0)
+        progress("measuring layers", 1.0)
     machine = perfmodel.current()
+    is_calibrated = machine.calibrated and runtime in machine.coefficients
     return Comparison(
         name=name,
         plan=result.plan,
@@ -280,7 +303,8 @@ def compare(
         batches=net.batches,
         batch=batch,
         threads=threads,
-        model_error=machine.coefficients["lowrank"].error if machine.calibrated else math.nan,
+        runtime=runtime,
+        model_error=machine.coefficients[runtime].error if is_calibrated else math.nan,
         scores=scores,
         notes=tuple(notes),
     )
@@ -289,14 +313,13 @@ def compare(
 def _compare_layer(
     layer: Layer,
     result: CompressedLayers,
-    batch: int,
-    threads: int | None,
-    algorithm: Algorithm | None,
+    call: tuple[int, int | None, str],
+    measurements: Measurements | None,
 ) -> LayerComparison:
-    """Compare a layer with its chain; `algorithm` is None if it is not timed."""
+    """Compare a layer with its chain; it is timed if `measurements` are given."""
     conv, chosen = layer.conv, result.plan.layers[layer.name]
     chain = result.chains.get(layer.name)
-    before, after = (_costs(layer, f, batch, threads) for f in (conv, chain or conv))
+    before, after = (_costs(layer, f, call) for f in (conv, chain or conv))
     kernel_error = bound = None
     becomes = chosen.name
     if chain is not None and chain.family == "dense":
@@ -307,11 +330,11 @@ def _compare_layer(
         kernel_error, bound = c.error, c.bound
     n_values = math.prod(conv.input_shape(layer.input_size))
     n_values += math.prod(conv.output_shape(layer.input_size))
-    is_small = batch * conv.dtype.itemsize * n_values <= MAX_BYTES
+    is_small = call[0] * conv.dtype.itemsize * n_values <= MAX_BYTES
     is_fast = before["seconds"] <= MAX_PREDICTED_SECONDS * layer.times
     measured = None
-    if algorithm is not None and is_fast and is_small:
-        measured = _measure(layer, chain, batch, threads, algorithm)
+    if measurements is not None and is_fast and is_small:
+        measured = _measure(layer, chain, measurements)
     errors = {row.name: row.error for row in result.rows}
     return LayerComparison(
         name=layer.name,
@@ -331,43 +354,32 @@ def _compare_layer(
     )
 
 
-def _costs(layer: Layer, f: Factorization, batch: int, threads: int | None) -> dict[str, float]:
-    """Return the costs of a layer per example of the network."""
-    pricing = Pricing(f, layer.input_size, batch, threads, times=layer.times, per_example=True)
+def _costs(layer: Layer, f: Factorization, call: tuple[int, int | None, str]) -> dict[str, float]:
+    """Return the predicted seconds of a layer per call, and its costs per example."""
+    pricing = Pricing(f, layer.input_size, *call, times=layer.times, in_network=True)
     c = pricing.time(pricing.dense)
     return {axis: c.amount(axis) for axis in ("macs", "params", "bytes", "seconds")}
 
 
 def _measure(
-    layer: Layer,
-    chain: Factorization | None,
-    batch: int,
-    threads: int | None,
-    algorithm: Algorithm,
-) -> tuple[float, float]:
-    """Return median seconds per example before and after; both are equal without a chain.
-
-    Runs alternate, so that both see the same load and clock frequency.
-    """
+    layer: Layer, chain: Factorization | None, measurements: Measurements
+) -> tuple[float, float] | None:
+    """Return seconds per call before and after; None if the runtime lacks an operator."""
     shape = layer.conv.input_shape(layer.input_size)
-    x = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
-    runs = [
-        f.compile(shape, np.float32, threads, algorithm=algorithm)
-        for f in (layer.conv, chain)
-        if f is not None
-    ]
-    outs = [run(x) for run in runs]  # warm-up; its outputs are reused, so pages are mapped
-    times: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
-    while not times[0] or (
-        len(times[0]) < MAX_RUNS and time.perf_counter() - begin < RUN_SECONDS * len(runs)
-    ):
-        for run, out, durations in zip(runs, outs, times):
-            start = time.perf_counter()
-            run(x, out=out)
-            durations.append(time.perf_counter() - start)
-    medians = [statistics.median(durations) / batch * layer.times for durations in times]
-    return medians[0], medians[-1]
+    chains = [] if chain is None else [chain.stages]
+    try:
+        before, after = measurements.seconds(layer.conv.stages, chains, shape)
+    except NotImplementedError:
+        return None
+    return before * layer.times, (after or [before])[0] * layer.times
+
+
+def _efficiency(
+    seconds_before: float, seconds_after: float, macs_before: float, macs_after: float
+) -> float:
+    if not (seconds_after and macs_after):
+        return math.nan
+    return speed_up_efficiency(seconds_before / seconds_after, macs_before / macs_after)
 
 
 def _count_examples(net: CompressibleModel) -> int:

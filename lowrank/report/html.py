@@ -74,9 +74,9 @@ def render(comparison: Comparison) -> str:
     lead = f"{changed} of {len(comparison.layers)} layers changed; budget: {budget or 'none'}."
     sections = (
         _summary(comparison),
-        _costs(comparison),
-        _errors(comparison),
         _times(comparison),
+        _errors(comparison),
+        _costs(comparison),
         _cards(comparison),
         _notes(comparison),
     )
@@ -94,32 +94,58 @@ def render(comparison: Comparison) -> str:
 
 
 _AXES = {
-    "macs": "MACs", "params": "parameters", "bytes": "weight bytes",
-    "seconds": "predicted time",
+    "seconds": "predicted time", "macs": "MACs", "params": "parameters",
+    "bytes": "weight bytes",
 }  # fmt: skip
+_SLOWER = '<strong class="slower">slower</strong>'
 
 
 def _summary(comparison: Comparison) -> str:
-    tiles = []
+    """Return the main numbers: latency, then accuracy, then costs."""
+    latency = comparison.latency
+    tiles = [_tile("Latency", latency.before, latency.after, "seconds", "faster")]
     if comparison.scores is not None:
         before, after = comparison.scores
         tiles.append(_plain_tile("Your evaluation", f"{after:.6g}", f"was {before:.6g}"))
     tiles += [
         _tile(label[0].upper() + label[1:], *comparison.total(axis), axis)
-        for axis, label in _AXES.items()
+        for axis, label in _axes(comparison).items()
+        if axis != "seconds"
     ]
     measured = comparison.measured()
     if measured is not None:
-        tiles.append(_tile(f"Measured time{comparison.measured_layers}", *measured[:2], "seconds"))
-    if comparison.realised is not None:
-        tiles.append(_plain_tile("Speed-up ÷ MAC ratio", f"{comparison.realised:.0%}", "measured"))
-    return _section("Summary", "summary", f'<div class="tiles">{"".join(tiles)}</div>')
+        label = f"Measured time{comparison.measured_layers or ' of layers'}"
+        tiles.append(_tile(label, *measured[:2], "seconds", "faster"))
+    if not math.isnan(comparison.efficiency):
+        tiles.append(_plain_tile("Speed-up efficiency", f"{comparison.efficiency:.0%}", "measured"))
+    spread = f", spread {latency.spread:.0%}" if latency.is_measured else ""
+    how = "measured" if latency.is_measured else "predicted"
+    what = "the whole network" if latency.is_network else "the layers alone"
+    call = _call(latency.batch, latency.runtime, latency.threads)
+    lead = f"Latency: per call of {call}; {how}{spread}, {what}."
+    body = f'<p class="lead">{escape(lead)}</p>\n<div class="tiles">{"".join(tiles)}</div>'
+    return _section("Summary", "summary", body)
 
 
-def _tile(label: str, before: float, after: float, axis: str) -> str:
+def _axes(comparison: Comparison) -> dict[str, str]:
+    """Return the costs that are shown; weight bytes only if they were limited."""
+    return {a: s for a, s in _AXES.items() if a != "bytes" or a in comparison.plan.limits}
+
+
+def _call(batch: int, runtime: str, threads: int | None) -> str:
+    """Describe the call that times are for."""
+    number = _plural(threads, "thread") if threads else "all threads"
+    return f"{_plural(batch, 'example')} in {runtime} on {number}"
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _tile(label: str, before: float, after: float, axis: str, less: str = "less") -> str:
     share = after / before if before else 1.0
     bar = f'<span class="bar"><span style="width:{100 * min(share, 1):.1f}%"></span></span>'
-    ratio = f"{before / after:.2f}× less" if after < before else "not reduced"
+    ratio = f"{before / after:.2f}× {less}" if after < before else "not reduced"
     change = f"{_amount(axis, before)} → {_amount(axis, after)}"
     return (
         f'<div class="tile"><h3>{escape(label)}</h3><p class="big">{share:.0%}</p>{bar}'
@@ -136,15 +162,21 @@ def _plain_tile(label: str, value: str, detail: str) -> str:
 
 def _costs(comparison: Comparison) -> str:
     """Return the table of costs per layer."""
-    head = ("layer", "becomes", "rank", *_AXES.values())
+    axes = _axes(comparison)
+    head = ("layer", "becomes", "rank", *axes.values())
     rows = []
     for x in comparison.layers:
         becomes = _text(x.becomes) + (_small(x.chain) if x.changed else "")
         rank = ", ".join(map(str, x.rank)) or "–"
-        pairs = [_change(a, x.before[a], x.after[a]) for a in _AXES]
+        pairs = [_change(a, x.before[a], x.after[a]) for a in axes]
+        if x.measured is None and x.is_slower:
+            pairs[0] += f" {_SLOWER}"
         rows.append((_text(x.name) + _small(x.dense), becomes, rank, *pairs))
-    last = ("all", "", "", *(_change(a, *comparison.total(a)) for a in _AXES))
-    caption = "Per example, before → after, and after as a share of before; predicted time."
+    last = ("all", "", "", *(_change(a, *comparison.total(a)) for a in axes))
+    caption = (
+        f"Before → after, and after as a share of before. Predicted time: per call of "
+        f"{_call(comparison.batch, comparison.runtime, comparison.threads)}; costs: per example."
+    )
     body = _table("costs", caption, head, rows, last, words=3)
     return _section("Costs per layer", "costs", body)
 
@@ -171,31 +203,33 @@ def _times(comparison: Comparison) -> str:
     timed = [x for x in comparison.layers if x.measured is not None]
     if measured is None:
         message = "<p>No changed layer was measured; the table of costs has predicted times.</p>"
-        return _section("Time, predicted and measured", "times", message)
+        return _section("Time, measured and predicted", "times", message)
     longest = max(max(x.measured or (0.0,)) for x in timed)
     head = (
         "layer",
         "measured, before and after",
         "measured",
-        "predicted",
         "speed-up",
-        "speed-up ÷ MAC ratio",
+        "efficiency",
+        "predicted",
     )
     rows = [_timed_row(x, longest) for x in timed]
     predicted = [math.fsum(getattr(x, w)["seconds"] for x in timed) for w in ("before", "after")]
     last = (
-        "all", "", f"{_time(measured[0])} → {_time(measured[1])}",
-        f"{_time(predicted[0])} → {_time(predicted[1])}", _ratio(measured[0], measured[1]),
-        "–" if comparison.realised is None else f"{comparison.realised:.0%}",
+        "all", "", f"{_time(measured[0])} → {_time(measured[1])}", _ratio(*measured[:2]),
+        _efficiency(comparison.efficiency),
+        f"{_time(predicted[0])} → {_time(predicted[1])}",
     )  # fmt: skip
     left = len(comparison.layers) - len(timed)
+    slower = sum(x.is_slower for x in timed)
+    call = _call(comparison.batch, comparison.runtime, comparison.threads)
     caption = (
-        f"Per example, batch size {comparison.batch}, {comparison.threads or 'all'} threads, on "
-        "lowrank's engine, layer by layer. Bars: grey before, coloured after."
-        + (f" {left} layers were too large to measure." if left else "")
+        f"Per call of {call}, layer by layer. Bars: grey before, coloured after."
+        + (f" Slower than the dense layer: {_plural(slower, 'layer')}." if slower else "")
+        + (f" Too large to measure: {_plural(left, 'layer')}." if left else "")
     )
     body = _table("times", caption, head, rows, last, words=2)
-    return _section("Time, predicted and measured", "times", body)
+    return _section("Time, measured and predicted", "times", body)
 
 
 def _timed_row(x: LayerComparison, longest: float) -> tuple[str, ...]:
@@ -204,14 +238,12 @@ def _timed_row(x: LayerComparison, longest: float) -> tuple[str, ...]:
         f'<span class="bar {class_}"><span style="width:{100 * t / longest:.2f}%"></span></span>'
         for class_, t in (("before", before), ("after", after))
     )
-    speed_up, efficiency = _ratio(before, after), "–"
-    if x.changed and after and x.after["macs"] and x.before["macs"]:
-        efficiency = f"{(before / after) / (x.before['macs'] / x.after['macs']):.0%}"
-    if not x.changed:
-        speed_up = "–"
+    speed_up = _ratio(before, after) if x.changed else "–"
     return (
         _text(x.name), bars, f"{_time(before)} → {_time(after)}",
-        f"{_time(x.before['seconds'])} → {_time(x.after['seconds'])}", speed_up, efficiency,
+        speed_up + (f" {_SLOWER}" if x.is_slower else ""),
+        _efficiency(x.efficiency) if x.changed else "–",
+        f"{_time(x.before['seconds'])} → {_time(x.after['seconds'])}",
     )  # fmt: skip
 
 
@@ -273,15 +305,18 @@ def _notes(comparison: Comparison) -> str:
         "to outputs does not minimise the kernel error.",
         f"The choice is {proof} over the options in the charts, a selection of all candidates; its "
         f"estimated loss is {comparison.plan.loss:.4g}.",
-        f"Predicted times come from the performance model ({model}). Measured times are medians, "
-        "each layer alone with its input in memory; times of the network in another runtime "
-        "differ.",
+        f"Predicted times come from the performance model ({model}). Measured times of layers are "
+        "medians, as in a network of the runtime, without what runs between layers; the latency "
+        "includes it if the whole network was measured. Spread: interquartile range over median.",
         "Other layers, such as pooling or normalisation, and layers left out are not counted.",
         "Spectra are those of the kernels, groups combined. A curve that falls early belongs to a "
         "kernel of low rank in that unfolding.",
     ]
-    if comparison.realised is not None:
-        notes.append("Speed-up ÷ MAC ratio: 100% means that time falls as much as MACs.")
+    if not math.isnan(comparison.efficiency):
+        notes.append(
+            "Speed-up efficiency: log(speed-up) / log(MAC ratio), measured. 100%: time falls as "
+            "much as MACs; 0%: it does not fall; negative: slower than before."
+        )
     if comparison.scores is not None:
         notes.append("Your evaluation: the number that your function returned for each file.")
     return _section("Notes", "notes", f"<ul>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul>")
@@ -353,6 +388,10 @@ def _change(axis: str, before: float, after: float) -> str:
         return f'{_amount(axis, after)} <span class="share">100%</span>'
     share = f'<span class="share">{after / before:.0%}</span>' if before else ""
     return f"{_amount(axis, before)} → {_amount(axis, after)} {share}"
+
+
+def _efficiency(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.0%}"
 
 
 def _ratio(before: float, after: float) -> str:

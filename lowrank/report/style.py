@@ -27,6 +27,7 @@ h3 { font-size: 0.95rem; margin: 0; overflow-wrap: anywhere; }
 h4 { font-size: 0.8rem; font-weight: 500; color: var(--soft); margin: 12px 0 4px; }
 .lead, footer { color: var(--soft); margin: 0; }
 footer { margin-top: 40px; font-size: 0.85rem; }
+.lead + .tiles { margin-top: 8px; }
 .tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .tile, .card, .scroll {
   background: var(--surface); border: 1px solid var(--line); border-radius: 8px;
@@ -63,6 +64,7 @@ tbody th {
 @media (min-width: 900px) { tbody th { min-width: 13em; } }
 tfoot td, tfoot th { font-weight: 600; border-top: 2px solid var(--line); }
 .n { text-align: right; font-variant-numeric: tabular-nums; }
+.slower { color: var(--two); font-weight: 600; }
 .share { display: inline-block; min-width: 3em; color: var(--soft); }
 .cards {
   display: grid; gap: 12px;
