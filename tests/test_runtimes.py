@@ -190,7 +190,6 @@ LAYOUTS = {
 
 
 @pytest.mark.skipif(not is_installed("onnxruntime"), reason="not installed")
-@pytest.mark.skipif("avx" not in _core.ISAS[0], reason="no blocked layout")
 @pytest.mark.parametrize("in_network", [False, True], ids=["alone", "in a network"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_those_of_the_optimised_graph(name, in_network, tmp_path):
@@ -210,9 +209,26 @@ def test_layouts_are_those_of_the_optimised_graph(name, in_network, tmp_path):
         blocked = [n % 4 == 0 for n in (chain[0].in_channels, chain[-1].out_channels)]
         found -= sum(blocked) if x.ndim == 4 else 0
     lanes = _core.plane_limits("float32", _core.ISAS[0]).lanes
-    block = features_of_onnxruntime.block_size(lanes, 4)
+    block = features_of_onnxruntime.block_size(_core.ISAS[0], 4)
     nodes = features_of_onnxruntime.nodes(chain, x.shape[1:], len(x), lanes, block, in_network)
     assert sum("reordered" in node.counts for node in nodes) == found
+
+
+@pytest.mark.parametrize("in_network", [False, True], ids=["alone", "in a network"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_features_of_onnxruntime_grow_with_the_batch(name, in_network):
+    chain = LAYOUTS[name]
+    shape = input_of(chain).shape[1:]
+    count = perfmodel.coefficients.RUNTIMES["onnxruntime"]
+    one, two = (
+        count(perfmodel.coefficients.Work(chain, shape, n, 1, in_network=in_network), 2)
+        for n in (1, 2)
+    )
+    fixed = {"op", "call", "parallel region"}
+    traffic = {"L2", "L3", "L3, all threads", "memory", "memory, all threads"}
+    for feature in one.keys() - fixed - traffic:
+        assert two[feature] == 2 * one[feature]
+    assert all(two[feature] == one[feature] for feature in fixed)
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ def onnxruntime(work: Work, max_threads: int) -> Features:
     In a network, the layout of the neighbours decides which operations change it.
     """
     lanes = _widest_vector(work.itemsize)
-    block = onnx.block_size(lanes, work.itemsize)
+    block = onnx.block_size(_core.ISAS[0], work.itemsize)
     total: Features = defaultdict(float)
     for node in onnx.nodes(work.stages, work.shape, work.batch, lanes, block, work.in_network):
         share = node.tasks / math.ceil(node.tasks / work.threads)

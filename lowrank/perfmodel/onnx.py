@@ -18,7 +18,7 @@ from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Stage
 
 CHANNEL_MULTIPLE = 4  # of inputs that can be reordered to blocks
-LEAST_BLOCK = 8  # channels of a block, also on CPUs with vectors of 4
+BLOCKS = {"avx2": 8, "avx512": 16}  # channels; MLAS has no blocks on other CPUs
 MOST_FILTERS = 4  # blocks of output channels that a kernel computes together
 LATENCY = 4  # FMAs in flight that hide the latency of one
 POINTWISE_CHANNELS = 128  # input channels of a pass of the pointwise kernel
@@ -28,7 +28,7 @@ class Node(NamedTuple):
     """An operation of the graph: its counts for one thread, and the tasks that threads share."""
 
     counts: dict[str, float]
-    tasks: float
+    tasks: int
     moved: float = 0.0  # elements read and written, weights included
 
 
@@ -40,9 +40,9 @@ class Run(NamedTuple):
     stores: float = 0.0  # vectors of sums
 
 
-def block_size(lanes: int, itemsize: int) -> int:
-    """Return the channels of a block; 0 if there is no blocked layout for the type."""
-    return max(LEAST_BLOCK, lanes) if itemsize == 4 else 0
+def block_size(isa: str, itemsize: int) -> int:
+    """Return the channels of a block; 0 if there is no blocked layout for the CPU or the type."""
+    return BLOCKS.get(isa, 0) if itemsize == 4 else 0
 
 
 def nodes(
@@ -76,14 +76,14 @@ def _reorder(shape: Ints, batch: int, lanes: int, block: int) -> Node:
 
 def _move(shape: Ints, batch: int, lanes: int) -> Node:
     samples = batch * math.prod(shape)
-    return Node({"moved": samples / lanes}, 1.0, 2 * samples)
+    return Node({"moved": samples / lanes}, 1, 2 * samples)
 
 
 def _operations(
     s: Stage, before: Ints, after: Ints, batch: int, lanes: int, block: int
 ) -> Iterator[tuple[bool, bool, Node, Ints]]:
     """Yield whether an operation reads and writes blocks, its node, and the shape of its input."""
-    g = s.geometry
+    g, examples = s.geometry, batch
     shape = before
     if g.padding_mode != "zeros" and any(map(any, g.padding)):
         shape = (before[0], *(n + a + b for n, (a, b) in zip(before[1:], g.padding)))
@@ -122,7 +122,7 @@ def _operations(
         return
     yield method != "thin", not must_be_plain, conv.blocked(method, block, lanes), shape
     if must_be_plain:
-        yield False, False, _reorder(after, 1, lanes, block), after
+        yield False, False, _reorder(after, examples, lanes, block), after
 
 
 class Convolution(NamedTuple):
@@ -214,7 +214,7 @@ class Convolution(NamedTuple):
             f"unrolled {len(self.size)}-D": (not is_direct) * unrolled,
             "group": float(times),
         }
-        return Node(counts, max(times, samples / lanes), self.moved)
+        return Node(counts, max(times, math.ceil(samples / lanes)), self.moved)
 
     def transposed(self, lanes: int) -> Node:
         """Count a transposed convolution: a matrix product, whose columns are added up."""
