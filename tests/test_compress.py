@@ -336,6 +336,48 @@ def test_a_dead_branch_costs_nothing(net):
     assert plan.layers["conv2"].amount("macs") < 0.1 * plan.dense["conv2"].amount("macs")
 
 
+def test_positions_count_by_their_gradients(net):
+    """Errors are small where the loss depends on outputs, at the cost of the others."""
+
+    class Left(Straight):
+        """A loss that sees the left half of every output, but for a little."""
+
+        def gradients(self, names, seed):
+            rng = np.random.default_rng(seed)
+            for batch in self.inputs(names, {}):
+                found = {}
+                for name in names:
+                    y = self.convs[name](batch[name][0])
+                    g = rng.standard_normal(y.shape)
+                    g[..., y.shape[-1] // 2 :] *= 0.01
+                    found[name] = (g,)
+                yield found
+
+    def error(chains, half):
+        """Mean square of the error of conv0 on one half of its outputs."""
+        missed = 0.0
+        for x in data:
+            difference = chains["conv0"](x) - net.convs["conv0"](x)
+            missed += float(np.square(difference[..., half]).sum())
+        return missed
+
+    rng = np.random.default_rng(5)
+    mixed = rng.standard_normal((3, 3)).astype(np.float32)
+    data = [x.copy() for x in net.data]
+    for x in data:  # the right half has other patches than the left
+        x[..., 6:] = np.einsum("ncxy,cd->ndxy", x[..., 6:], mixed)
+    left = Left(list(net.convs.values()), data)
+    pinned = ["conv1", "conv2", "conv3"]
+    plan = compress.make_plan(left, macs=0.93, pinned=pinned, families=["channel_svd"])
+    assert plan.changed == ["conv0"]
+    weighted = compress.compress_model(left, plan).chains
+    even = compress.compress_model(
+        left, replace(plan, about=plan.about | {"gradients": False})
+    ).chains
+    assert error(weighted, slice(0, 5)) < 0.95 * error(even, slice(0, 5))
+    assert error(weighted, slice(7, 12)) > error(even, slice(7, 12))
+
+
 def test_another_network_or_other_data_are_not_resumed(net, tmp_path):
     plan = compress.make_plan(net, macs=0.4)
     compress.compress_model(net, plan, folder=tmp_path)
@@ -374,7 +416,8 @@ def test_the_bias_that_chains_get_is_paid_for(net):
     assert params == small.plan.total("params")[0] <= small.plan.limits["params"]
 
 
-def test_a_plan_from_a_file_gives_the_same_bits(net):
+def test_a_plan_from_a_file_gives_the_same_bits(net, monkeypatch):
+    monkeypatch.setattr("lowrank.metric.moments.MACS", 1)
     wide = Straight(list(net.convs.values()), [np.tile(x, (1, 1, 3, 3)) for x in net.data])
     assert wide.data[0][0, 0].size * 16 > 1 << 14  # a choice of outputs is made
     direct = compress.compress_model(wide, macs=0.5)

@@ -110,6 +110,33 @@ def test_energy_is_the_mean_square_of_the_outputs(name):
     assert metric.energy(unroll(conv)) == pytest.approx(want, rel=1e-10)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_weights_repeat_patches(name):
+    """A weight counts as so many copies of an example."""
+    conv = made(name)
+    x = inputs(conv, batch=6)
+    times = np.array([0, 1, 2, 3, 1, 2])
+    spatial = conv(x).shape[2:]
+    found = []
+    for paired in (True, False):
+        weighted = Moments(conv, centred=True, paired=paired)
+        repeated = Moments(conv, centred=True, paired=paired)
+        shares = np.broadcast_to(times.reshape(-1, *[1] * conv.ndim), (6, *spatial))
+        copies = np.repeat(x, times, axis=0)
+        given = [(x, shares), (copies, None)]
+        for moments, (samples, w) in zip((weighted, repeated), given):
+            moments.add(samples, 1.1 * samples if paired else None, w)
+        found.append([m.metric(damping=0.0) for m in (weighted, repeated)])
+    for a, b in found:
+        for one, other in ((a.input_moment, b.input_moment), (a.mean, b.mean)):
+            # The same sums in another order, of thousands of terms in float64.
+            assert np.abs(one - other).max() <= 1e-10 * np.abs(other).max()
+    (a, b), _ = found
+    assert np.abs(a.output_power - b.output_power).max() <= 1e-10 * np.abs(b.output_power).max()
+    with pytest.raises(ValueError, match="weights must have the shape"):
+        Moments(conv).add(x, weights=shares[..., :-1])
+
+
 def test_batches_add_up():
     conv, one, two = made("plain"), Moments(made("plain")), Moments(made("plain"))
     x = inputs(conv)

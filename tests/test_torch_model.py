@@ -147,6 +147,37 @@ def test_gradients_are_repeatable_for_every_loss(loss):
         assert not np.array_equal(found[1]["0"][0], other[1]["0"][0])
 
 
+class Repeated(nn.Module):
+    """One convolution three times, at sizes 8, 4 and 2; the last call is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu_(self.conv(x)), 2)
+        y = self.conv(x)
+        self.conv(y[..., :2, :2])
+        return y
+
+
+def test_gradients_of_repeated_calls_are_in_the_order_of_inputs():
+    data = make_batches(shape=(2, 8, 8))
+    net = TorchModel(Repeated(), data)
+    inputs, gradients = (
+        next(f)["conv"] for f in (net.inputs(["conv"], {}), net.gradients(["conv"], 0))
+    )
+    assert (
+        [x.shape[2:] for x in inputs]
+        == [g.shape[2:] for g in gradients]
+        == [(8, 8), (4, 4), (2, 2)]
+    )
+    assert gradients[0].any()
+    assert not gradients[2].any()
+    assert (gradients[0] != 0).mean() <= 0.25  # of one in four that is the largest
+    assert compress(net.original, data, macs=0.8).plan.about["gradients"]
+
+
 class SeveralOutputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -79,8 +79,8 @@ class CompressibleModel(Protocol):
     def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
         """Yield the gradients of each example's loss at the outputs of layers, batch by batch.
 
-        The labels are drawn from the model's own outputs.  None where the model cannot be
-        differentiated.
+        One array per time that a layer runs, in the order of :meth:`inputs`; none for a layer that
+        the loss does not depend on.  None where the model cannot be differentiated.
         """
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:

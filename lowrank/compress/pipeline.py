@@ -130,7 +130,7 @@ def compress_model(
             raise ValueError(f"plan must be of this model, which has no layer {name!r}")
     order = [x for x in model.layers if x.name in plan.layers]
     changed = [x for x in order if not plan.layers[x.name].is_dense]
-    metrics, _ = statistics.metrics(changed, progress)
+    metrics, _ = statistics.metrics(order if refit else changed, progress)
     store = None
     if folder is not None:
         store = _Store(Path(folder), plan, order, metrics, (sweeps, refit, passes))
@@ -156,8 +156,12 @@ def compress_model(
         others = {k: v for k, v in chains.items() if k != name}
         if model.batches and (others or metric is None):
             gradient_moment = None if metric is None else metric.gradient_moment
-            paired = reconstruct.moments(model, [name], others, seed=statistics.seed)
-            metric = paired[name].metric().with_gradient_moment(gradient_moment)
+            paired = reconstruct.new_moments(layer, paired=True, seed=statistics.seed)
+            weights = statistics.weights(name)
+            reconstruct.add_inputs(
+                {name: paired}, model, others, weights=None if weights is None else {name: weights}
+            )
+            metric = paired.metric().with_gradient_moment(gradient_moment)
         metric = metric or white_metric(layer)
         f = reconstruct.fit(layer, candidate, start, metric, sweeps=sweeps)
         error = reconstruct.output_error(layer, f, metric)

@@ -19,57 +19,65 @@ from lowrank.metric import Metric, Moments, unroll
 from lowrank.selection.candidates import Candidate
 
 
-def moments(
-    model: CompressibleModel,
-    names: list[str],
-    chains: Mapping[str, Factorization] | None = None,
-    *,
-    seed: int = 0,
-    progress: Callable[[float], object] | None = None,
-) -> dict[str, Moments]:
-    """Return the second moments of the inputs of layers, of all in one pass.
+def new_moments(layer: Layer, *, paired: bool = False, seed: int = 0) -> Moments:
+    """Return empty second moments of the inputs of a layer.
 
     Parameters
     ----------
-    model : CompressibleModel
-        Trained model with calibration data.
-    names : list of str
-        Names of layers.
-    chains : mapping of str to Factorization, optional
-        Chains that already replace layers; moments are then paired with the original inputs.
+    layer : Layer
+        Layer of a network.
+    paired : bool
+        Whether inputs come with those of the original layer.
     seed : int
         Seed of the choice of output positions in large batches.
-    progress : callable, optional
-        Called with the share that is done.
 
     Returns
     -------
-    dict of str to Moments
+    Moments
     """
-    layers = {layer.name: layer for layer in model.layers}
-    found = {
-        name: Moments(
-            layers[name].conv,
-            paired=chains is not None,
-            centred=True,  # a bias compensates means
-            seed=zlib.crc32(name.encode()) ^ seed,
-        )
-        for name in names
-    }
+    seed ^= zlib.crc32(layer.name.encode())
+    return Moments(layer.conv, paired=paired, centred=True, seed=seed)  # a bias compensates means
+
+
+def add_inputs(
+    moments: Mapping[str, Moments],
+    model: CompressibleModel,
+    chains: Mapping[str, Factorization] | None = None,
+    *,
+    weights: Mapping[str, Sequence[tuple[Array, ...]]] | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> None:
+    """Add the inputs of layers to their second moments, of all in one pass.
+
+    Parameters
+    ----------
+    moments : mapping of str to Moments
+        Second moments by the name of the layer; paired if there are chains.
+    model : CompressibleModel
+        Trained model with calibration data.
+    chains : mapping of str to Factorization, optional
+        Chains that already replace layers.
+    weights : mapping of str to sequence of tuple of ndarray, optional
+        Weights of output positions by layer, see :meth:`LayerStatistics.weights`.
+    progress : callable, optional
+        Called with the share that is done.
+    """
+    names, weights = list(moments), weights or {}
     pairs: Iterator[tuple[Samples, Samples | None]]
     if chains is None:
         pairs = ((batch, None) for batch in model.inputs(names, {}))
     else:
         pairs = zip(model.inputs(names, chains), model.inputs(names, {}), strict=True)
     for i, (batch, before) in enumerate(pairs):
-        for name in names:
-            first = batch[name] if before is None else before[name]
-            for x, x0 in zip(batch[name], first, strict=True):
+        for name, found in moments.items():
+            calls = batch[name]
+            originals = [None] * len(calls) if before is None else before[name]
+            shares = weights[name][i] if name in weights else [None] * len(calls)
+            for x, x0, w in zip(calls, originals, shares, strict=True):
                 with naming(name):
-                    found[name].add(x, None if before is None else x0)
+                    found.add(x, x0, w)
         if progress is not None:
             progress((i + 1) / max(model.batches, 1))
-    return found
 
 
 @contextmanager

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from lowrank._typing import Array
 from lowrank.compress import reconstruct
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.metric import Metric, Moments, white
 
 MEMORY = 1 << 30  # bytes of second moments per pass over the data
+FLOOR = 0.1  # weight of a patch without a gradient, in units of the mean weight
+
+#: Weights of a layer's output positions: one array per call, batch by batch.
+Weights = Sequence[tuple[Array, ...]]
 
 Progress = Callable[[str, float], object]
 
@@ -45,6 +52,22 @@ class LayerStatistics:
     def __init__(self, model: CompressibleModel, *, gradients: bool = True, seed: int = 0) -> None:
         self.model, self.gradients, self.seed = model, gradients, seed
         self._metrics: dict[str, Metric] = {}
+        self._weights: dict[str, Weights] = {}
+
+    def weights(self, name: str) -> Weights | None:
+        """Return the weights of the output positions of a layer whose metric was computed.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        sequence of tuple of ndarray, or None
+            Squared norms of the gradients per position, with a floor; None without gradients.
+        """
+        return self._weights.get(name)
 
     def metrics(
         self, layers: Sequence[Layer], progress: Progress | None = None
@@ -76,20 +99,15 @@ class LayerStatistics:
         missing = [x for x in layers if x.name not in self._metrics]
         done = 0
         for part in _split_by_memory(missing):
-            names = [x.name for x in part]
 
             def report(share: float, done: int = done, many: int = len(part)) -> None:
                 if progress is not None:
                     progress("moments", (done + share * many) / len(missing))
 
-            moments = reconstruct.moments(self.model, names, seed=self.seed, progress=report)
-            if self.gradients:
-                for sample in self.model.gradients(names, self.seed) or ():
-                    for name in names:
-                        for g in sample.get(name, ()):
-                            with reconstruct.naming(name):
-                                moments[name].add_gradients(g)
-            self._metrics |= {name: moments[name].metric() for name in names}
+            moments = {x.name: reconstruct.new_moments(x, seed=self.seed) for x in part}
+            self._add_gradients(moments)
+            reconstruct.add_inputs(moments, self.model, weights=self._weights, progress=report)
+            self._metrics |= {name: m.metric() for name, m in moments.items()}
             done += len(part)
         metrics = {x.name: self._metrics[x.name] for x in layers}
         # Ignore gradients unless every layer has them: the losses would not be comparable.
@@ -100,6 +118,22 @@ class LayerStatistics:
                 for x in layers
             }
         return metrics, absolute
+
+    def _add_gradients(self, moments: Mapping[str, Moments]) -> None:
+        """Add the gradients of layers to their moments, and keep the weights of positions."""
+        found: dict[str, list[tuple[Array, ...]]] = {name: [] for name in moments}
+        batches = self.model.gradients(list(moments), self.seed) if self.gradients else None
+        for sample in batches or ():
+            for name, m in moments.items():
+                for g in sample.get(name, ()):
+                    with reconstruct.naming(name):
+                        m.add_gradients(g)
+                found[name].append(tuple(np.square(g).sum(axis=1) for g in sample.get(name, ())))
+        for name, kept in found.items():
+            if kept and all(kept):
+                total, count = (sum(f(w) for ws in kept for w in ws) for f in (np.sum, np.size))
+                floor = FLOOR * total / count or 1.0
+                self._weights[name] = [tuple(w + floor for w in ws) for ws in kept]
 
 
 def white_metric(layer: Layer) -> Metric:

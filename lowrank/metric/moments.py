@@ -18,7 +18,8 @@ from lowrank.metric.metric import Metric, damped, nearest_kronecker, unroll
 from lowrank.metric.patches import Patches
 
 WIDEST = 4608  # in * taps above which only factors are kept: C of 512 channels x 3 x 3 is 170 MB
-POSITIONS = 1 << 14  # output positions per batch
+POSITIONS = 1 << 14  # output positions per batch, or more:
+MACS = 1 << 32  # as many as C takes fewer MACs per batch, 0.1 s on one thread
 CHUNK = 1 << 21  # values unrolled at a time: fits the caches
 DAMPING = 1e-3  # of the mean eigenvalue: directions that no sample showed still cost something
 FEW_SAMPLES_DAMPING = 0.05  # added, times min(1, unknowns / samples)
@@ -37,8 +38,9 @@ class Moments:
         Whether means are subtracted, because a bias makes up for them.
     seed : int
         Seed of the choice of output positions where a batch has too many.
-    positions : int
-        Largest number of output positions per batch; more are sampled at random.
+    positions : int, optional
+        Largest number of output positions per batch; more are sampled at random.  Default: 2^14,
+        or more where patches are small.
 
     Examples
     --------
@@ -58,10 +60,10 @@ class Moments:
         paired: bool = False,
         centred: bool = False,
         seed: int = 0,
-        positions: int = POSITIONS,
+        positions: int | None = None,
     ) -> None:
         self.conv, self.paired, self.centred = conv, paired, centred
-        self.positions, self._random = positions, np.random.default_rng(seed)
+        self._random = np.random.default_rng(seed)
         weight = conv.stages[0].weight
         g = conv.groups
         rows, cols = len(weight) // g, weight.shape[1]
@@ -69,7 +71,9 @@ class Moments:
         self.outs: int = cols if conv.transposed else rows
         self.kernel = tuple(weight.shape[2:])
         n = self.ins * math.prod(self.kernel)
+        self.positions = positions or max(POSITIONS, MACS // (g * n * n))
         self.samples, self.n_examples = 0, 0
+        self._weight, self._squared_weight = 0.0, 0.0
         self.full = n <= WIDEST
         self._mean, self._mean0 = np.zeros((g, n)), np.zeros((g, n))
         # Subtracted before products are formed in single precision, against cancellation.
@@ -91,7 +95,7 @@ class Moments:
         if paired and self.full:
             self._rows = unroll(conv).reshape(g, self.outs, n).swapaxes(1, 2)
 
-    def add(self, x: Array, original: Array | None = None) -> None:
+    def add(self, x: Array, original: Array | None = None, weights: Array | None = None) -> None:
         """Add a batch of inputs.
 
         Parameters
@@ -100,6 +104,8 @@ class Moments:
             Inputs of the layer; a CuPy array is processed on its GPU.
         original : ndarray of the same shape, optional
             Inputs of the original kernel, if moments are paired.
+        weights : ndarray, shape (batch, \\*outputs), optional
+            Weight of the patch of each output position; 1 if not given.
 
         Raises
         ------
@@ -109,9 +115,9 @@ class Moments:
             If `x` is not a floating-point array.
         """
         with engine.device_context(x):
-            self._add(x, original)
+            self._add(x, original, weights)
 
-    def _add(self, x: Array, original: Array | None) -> None:
+    def _add(self, x: Array, original: Array | None, weights: Array | None) -> None:
         if (original is not None) != self.paired:
             needed = "needed for" if self.paired else "only taken by"
             raise ValueError(f"original is {needed} paired moments, got {type(original).__name__}")
@@ -122,6 +128,10 @@ class Moments:
         self._move_to_device_of(x)
         patches = Patches(self.conv, x.shape[2:])
         total = len(x) * math.prod(patches.outs)
+        if weights is not None and weights.shape != (len(x), *patches.outs):
+            raise ValueError(
+                f"weights must have the shape {(len(x), *patches.outs)}, got {weights.shape}"
+            )
         chosen = np.arange(total)
         if total > self.positions:
             chosen = np.sort(self._random.choice(total, self.positions, replace=False))
@@ -131,7 +141,8 @@ class Moments:
         for first in range(0, len(chosen), each):
             at = chosen[first : first + each]
             p = patches.gather(now, at)
-            self._accumulate(p, p if original is None else patches.gather(before, at))
+            w = np.ones(len(at)) if weights is None else weights.reshape(-1)[at]
+            self._accumulate(p, p if original is None else patches.gather(before, at), w)
 
     def _move_to_device_of(self, x: Array) -> None:
         """Move the sums to the device of `x`: they stay on a GPU until the last batch."""
@@ -151,19 +162,26 @@ class Moments:
             self._channels = move(self._channels)
             self._taps = [move(t) for t in self._taps]
 
-    def _accumulate(self, p: Array, q: Array) -> None:
+    def _accumulate(self, p: Array, q: Array, w: Array) -> None:
         """Add patches (groups, samples, in * taps) of the inputs and of the original inputs."""
         self.samples += p.shape[1]
+        self._weight += float(w.sum(dtype=np.float64))
+        self._squared_weight += float(np.square(w, dtype=np.float64).sum())
         if self.centred:
             if self._base is None or self._base0 is None:
                 self._base, self._base0 = p.mean(axis=1), q.mean(axis=1)
             p, q = p - self._base[:, None], q - self._base0[:, None]
+        # Sums of rows by weight, without weighted copies.
+        row = engine.as_array_like(w.astype(p.dtype, copy=False), p)[None]
+        self._mean += (row @ p)[:, 0]
+        self._mean0 += (row @ q)[:, 0]
+        root = row[0, :, None] ** 0.5
         if self._rows is not None:
             y = q @ self._rows.astype(q.dtype, copy=False)
+            self._output_mean += (row @ y)[:, 0]
+            y = y * root
             self._output_power += y.swapaxes(1, 2) @ y
-            self._output_mean += y.sum(axis=1, dtype=np.float64)
-        self._mean += p.sum(axis=1, dtype=np.float64)
-        self._mean0 += q.sum(axis=1, dtype=np.float64)
+        p, q = p * root, q * root
         if self.full:
             for g, one in enumerate(p):
                 self._c[g] += one.T @ one
@@ -218,32 +236,33 @@ class Moments:
         Returns
         -------
         Metric
-            C per patch; G per example, summed over its output positions.
+            C per weight; G per example, summed over its output positions.
 
         Raises
         ------
         ValueError
-            If no input was added.
+            If no input was added, or all weights are 0.
         """
-        if not self.samples:
+        if not self._weight > 0:
             raise ValueError("no inputs were added: call add() before metric()")
         self._move_to_device_of(np.empty(0))
         # Means relative to the base, which is added below.
-        mean, mean0 = self._mean / self.samples, self._mean0 / self.samples
+        mean, mean0 = self._mean / self._weight, self._mean0 / self._weight
         n = mean.shape[1]
         shift = mean if self.centred else np.zeros_like(mean)
         shift0 = mean0 if self.centred else np.zeros_like(mean)
         if self._base is not None and self._base0 is not None:
             mean, mean0 = mean + self._base, mean0 + self._base0
         if damping:
-            damping += FEW_SAMPLES_DAMPING * min(1.0, n / self.samples)
+            effective = self._weight**2 / self._squared_weight
+            damping += FEW_SAMPLES_DAMPING * min(1.0, n / effective)
         gradient_moment, unit = None, 1.0
         if self.n_examples:
             # All gradients 0: the layer has no influence on the loss.
             unit = float(self._gradients.any())
             gradient_moment = damped(self._gradients / self.n_examples, DAMPING)
         if not self.full:
-            channels = self._channels / self.samples / math.prod(self.kernel)
+            channels = self._channels / self._weight / math.prod(self.kernel)
             taps = [t / max(np.trace(t), 1e-300) * len(t) for t in self._taps]
             taps = [damped(t[None], damping)[0] for t in taps]
             return Metric(
@@ -251,16 +270,16 @@ class Moments:
                 mean if self.centred else None, mean0 if self.centred else None, self.samples,
                 unit,
             )  # fmt: skip
-        c = self._c / self.samples - shift[:, :, None] * shift[:, None]
+        c = self._c / self._weight - shift[:, :, None] * shift[:, None]
         c = damped((c + c.swapaxes(1, 2)) / 2, damping)
         target = output_power = None
         if self._cross is not None:
-            cross = self._cross / self.samples - shift0[:, :, None] * shift[:, None]
+            cross = self._cross / self._weight - shift0[:, :, None] * shift[:, None]
             # Damping pulls towards the original kernel, not towards zero.
-            own = c - self._c / self.samples + shift[:, :, None] * shift[:, None]
+            own = c - self._c / self._weight + shift[:, :, None] * shift[:, None]
             target = self._target(c, cross + own)
-            offset = self._output_mean / self.samples if self.centred else 0 * self._output_mean
-            output_power = self._output_power / self.samples - offset[:, :, None] * offset[:, None]
+            offset = self._output_mean / self._weight if self.centred else 0 * self._output_mean
+            output_power = self._output_power / self._weight - offset[:, :, None] * offset[:, None]
         channels, factors, distance = nearest_kronecker(c, (self.ins, *self.kernel))
         return Metric(
             c, channels, factors, distance, gradient_moment, target,

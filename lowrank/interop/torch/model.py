@@ -223,18 +223,15 @@ class TorchModel:
     def _gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples]:
         random = torch.Generator().manual_seed(seed)
         for x in self.data:
-            found: dict[str, list[Array]] = {name: [] for name in names}
+            outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
 
             def watch(
-                name: str, out: torch.Tensor, found: dict[str, list[Array]] = found
+                name: str, out: torch.Tensor, outputs: dict[str, list[torch.Tensor]] = outputs
             ) -> torch.Tensor:
-                original = self._model.get_submodule(name)
                 if not out.requires_grad:  # for example, behind an embedding
-                    out = out.detach().requires_grad_().clone()
-                out.register_hook(
-                    lambda g: found[name].append(copy_to_array(_with_batch(original, g)))
-                )
-                return out
+                    out = out.detach().requires_grad_()
+                outputs[name].append(out)
+                return out.clone()  # a later operation may overwrite it
 
             hooks = [
                 self._model.get_submodule(n).register_forward_hook(
@@ -243,10 +240,32 @@ class TorchModel:
                 for n in names
             ]
             with _remove_after(hooks), torch.enable_grad():
-                loss = self._loss(self.run(self._model, map_tensors(_differentiable, x)), random)
-                if loss.requires_grad:
-                    loss.backward()
-            yield {name: tuple(arrays) for name, arrays in found.items()}
+                try:
+                    result = self.run(self._model, map_tensors(_differentiable, x))
+                except Exception as cause:
+                    raise run_error(x, cause) from cause
+                loss = self._loss(result, random)
+                every = [out for outs in outputs.values() for out in outs]
+                grads = iter(
+                    torch.autograd.grad(loss, every, allow_unused=True)
+                    if loss.requires_grad
+                    else [None] * len(every)
+                )
+            found = {}
+            for name, outs in outputs.items():
+                own = [next(grads) for _ in outs]
+                module = self._model.get_submodule(name)
+                found[name] = (
+                    ()
+                    if all(g is None for g in own)
+                    else tuple(
+                        copy_to_array(
+                            _with_batch(module, torch.zeros_like(out) if g is None else g)
+                        )
+                        for out, g in zip(outs, own)
+                    )
+                )
+            yield found
 
     def _loss(self, output: Any, random: torch.Generator) -> torch.Tensor:
         """Return the loss, summed over examples."""
