@@ -50,6 +50,9 @@ QUICK_WORKLOADS = 5  # of so many, a quick calibration measures one; these have 
 QUICK_BUDGET = 0.15  # of the seconds of measurement
 GPU_BATCH_FACTOR = 32  # GPU batch over CPU batch, as far as memory allows
 LATENCY_PROCESSES = 3
+# Seconds of a fork and join at most: sleeping cores take 90 us.  Where other processes want the
+# cores, threads wait for time slices of milliseconds, and plans would never use several threads.
+MAX_FORK_JOIN = 2e-4
 MIN_PASSES = 2  # over all workloads in turn: a disturbance of one pass does not affect all
 MAX_SAMPLES = 1 << 18  # larger inputs are filters, which only this engine is measured on
 MAX_CALL = 0.02  # seconds: slower workloads are left out
@@ -102,7 +105,7 @@ def _fork_join_seconds(policy: machine.WaitPolicy, processes: int) -> float:
         subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         for _ in range(processes)
     ]
-    return statistics.median(float(run.stdout) for run in runs)
+    return min(MAX_FORK_JOIN, statistics.median(float(run.stdout) for run in runs))
 
 
 class Task(NamedTuple):
