@@ -97,4 +97,5 @@ def format_speed_up(c: Candidate, dense: Candidate) -> str:
 
 def format_efficiency(efficiency: float) -> str:
     """Return a speed-up efficiency as a percentage, or a dash if no MACs were saved."""
-    return f"{efficiency:.0%}" if math.isfinite(efficiency) else "-"
+    # Adding 0 turns a rounded -0 into 0.
+    return f"{round(efficiency, 2) + 0.0:.0%}" if math.isfinite(efficiency) else "-"
