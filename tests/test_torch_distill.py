@@ -249,6 +249,27 @@ def test_activations_are_matched_in_place_operations_included():
     assert error(with_activations) < error(without)
 
 
+def test_blocks_around_compressed_layers_are_matched_by_default():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3)
+            self.block = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+
+        def forward(self, x):
+            return self.block(self.stem(x)).mean((2, 3))
+
+    model = Net().eval()
+    small = compress(model, data(), macs=0.5).model
+    assert type(small.block[0]) is nn.Sequential
+    default, named, without = (
+        distill(small, model, data(), steps=2, **given).model
+        for given in ({}, {"activations": ["block"]}, {"activations": []})
+    )
+    assert states_are_equal(default, named)
+    assert not states_are_equal(default, without)
+
+
 def test_training_ends_when_the_loss_no_longer_falls():
     model, _ = compressed_net()
     result = distill(model, model, data(), steps=40)
