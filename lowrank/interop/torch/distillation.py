@@ -328,14 +328,14 @@ class _Training:
         with torch.no_grad():
             for x in self.held_out:
                 found = self.teacher(self._in_layout(x))
-                tensors = [t.double() for part in found for t in part]
+                tensors = [t.float() for part in found for t in part]
                 moments.append([(float(t.mean()), float(t.square().mean())) for t in tensors])
         variances = []
         for values in zip(*moments):
             mean, square = (sum(v) / len(v) for v in zip(*values))
-            # Constant outputs have no variance: take their square, or 1 if they are 0.
+            # Constant outputs have no variance beyond rounding: take their square, or 1 for zeros.
             spread = square - mean**2
-            variances.append(spread if spread > 1e-12 * square else square or 1.0)
+            variances.append(spread if spread > 1e-6 * square else square or 1.0)
         return variances
 
     def _in_layout(self, x: Any) -> Any:
