@@ -120,9 +120,27 @@ def test_compress_follows_an_edited_plan(lowrank, calibrated, tmp_path):
     assert found[name]["rank"] == [3]
 
 
+def test_limits_of_a_plan_file_are_budgets(lowrank, calibrated, tmp_path):
+    words = ("plan", DIGITS, "--macs", "0.5", "--time", "0.97", "--no-measure", *QUICK)
+    code, _, err = lowrank(*words, "--threads", "1", "-o", "plan.json")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "plan.json").read_text()
+    plan, written = CompressionPlan.from_json(text), json.loads(text)
+    assert plan.limits["macs"] == 0.5 * plan.total("macs")[1]
+    assert written["limits"]["seconds"] == f"{plan.limits['seconds']!r}s"
+    written["limits"] = {"macs": "60%", "params": "20k", "seconds": "3ms"}
+    edited = CompressionPlan.from_json(json.dumps(written))
+    macs = plan.total("macs")[1]
+    assert edited.limits == {"macs": 0.6 * macs, "params": 20_000.0, "seconds": 0.003}
+    for limit in (3, "2", None, "0.5M"):
+        written["limits"] = {"seconds": limit}
+        with pytest.raises(ValueError, match=r"not a plan: seconds must be a"):
+            CompressionPlan.from_json(json.dumps(written))
+
+
 def test_cap_and_leave_out_restrict_the_plan(lowrank):
     words = ("plan", DIGITS, "--macs", "0.6", *QUICK, "--json")
-    entry = json.loads(lowrank(*words, "--cap", "conv2=0.2")[1])["layers"]["conv2"]
+    entry = json.loads(lowrank(*words, "--cap", "conv2=20%")[1])["layers"]["conv2"]
     assert entry["macs"] <= 0.2 * entry["dense"]["macs"]
     found = json.loads(lowrank(*words, "--leave-out", "conv2")[1])["layers"]
     assert sorted(found) == ["conv1", "conv3"]

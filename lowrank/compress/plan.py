@@ -13,7 +13,9 @@ from lowrank import io
 from lowrank.compress.latency import Latency
 from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost
+from lowrank.selection.budget import format_budget, parse_budget
 from lowrank.selection.candidates import Candidate
+from lowrank.selection.tables import PREDICTED, SLOWER
 
 VERSION = 3
 
@@ -121,8 +123,10 @@ class CompressionPlan:
             cells.append("-" if c.is_dense else f"{c.error:.4f}")
             for axis in axes:
                 cells += _cost_and_share(axis, c.amount(axis), dense.amount(axis))
-            cells[4] += "" if c.is_measured or math.isnan(c.seconds) else "~"
-            cells[5] += "!" if c.is_slower(dense) else ""
+            if not (c.is_measured or math.isnan(c.seconds)):
+                cells[4] = PREDICTED + cells[4]
+            if c.is_slower(dense):
+                cells[5] += f" {SLOWER}"
             rows.append(tuple(cells))
         cells = ["all", "", "", ""]
         for axis in axes:
@@ -159,10 +163,10 @@ class CompressionPlan:
         """
         notes = []
         if any(not (c.is_measured or math.isnan(c.seconds)) for c in self.layers.values()):
-            notes.append("~ predicted, not measured")
+            notes.append(f"{PREDICTED} predicted, not measured")
         if self.slower:
             notes.append(
-                "! slower than the dense layer: a budget of seconds leaves such chains out"
+                f"{SLOWER} slower than the dense layer: a budget of seconds leaves such chains out"
             )
         for axis, limit in self.limits.items():
             if axis != "seconds" and self.total(axis)[0] > limit * (1 + 1e-9):
@@ -203,7 +207,7 @@ class CompressionPlan:
         ]
         whole = {
             "version": _text(VERSION),
-            "limits": _text(self.limits),
+            "limits": _text({a: format_budget(a, v) for a, v in self.limits.items()}),
             "loss": _text(self.loss),
             "gap": _text(self.gap),
             "about": _text(self.about),
@@ -237,13 +241,16 @@ class CompressionPlan:
                 raise ValueError(f"version must be {VERSION}, got {read['version']}")
             layers = {str(name): _candidate(e) for name, e in read["layers"].items()}
             dense = {str(name): _candidate(e["dense"]) for name, e in read["layers"].items()}
-            limits = {str(a): _finite(v) for a, v in read["limits"].items()}
+            latency = _read_latency(read.get("latency"))
+            limits = {
+                str(a): parse_budget(a, v).amount(_dense_amount(a, dense, latency))
+                for a, v in read["limits"].items()
+            }
             alternatives = {
                 str(name): tuple(map(_candidate, front))
                 for name, front in dict(read.get("alternatives", {})).items()
             }
             loss, gap, about = float(read["loss"]), float(read["gap"]), dict(read["about"])
-            latency = _read_latency(read.get("latency"))
             return cls(layers, dense, limits, loss, gap, about, alternatives, latency)
         except json.JSONDecodeError as why:
             raise ValueError(f"not a plan: not JSON, {why}") from None
@@ -262,6 +269,13 @@ class CompressionPlan:
         """
         with io.atomic_write(path) as part:
             part.write_text(self.to_json() + "\n", "utf-8")
+
+
+def _dense_amount(axis: str, dense: Mapping[str, Candidate], latency: Latency | None) -> float:
+    """Return the cost that a share in a plan file refers to."""
+    if axis == "seconds" and latency is not None:
+        return latency.before
+    return math.fsum(c.amount(axis) for c in dense.values())
 
 
 def _latency_as_dict(latency: Latency | None) -> dict[str, Any] | None:
@@ -323,7 +337,7 @@ def _lines(parts: Iterable[str], indent: int) -> str:
 def _finite(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"costs, errors and limits must be finite, got {value!r}")
+        raise ValueError(f"costs and errors must be finite, got {value!r}")
     return number
 
 
