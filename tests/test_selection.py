@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -410,6 +411,23 @@ def test_a_time_budget_that_the_clock_refuses_is_infeasible(conv, monkeypatch):
     front = lr.frontier(conv, SIZE, families, measure=True)
     assert all(c.is_measured and c.seconds <= front.dense.seconds for c in front)
     assert "~" not in str(front)
+
+
+def test_a_budget_is_infeasible_by_the_clock_not_by_predictions(conv, monkeypatch):
+    monkeypatch.setattr(fronts, "Measurements", FakeMeasurements({1: 1, 2: 1}))
+    predict = fronts.Pricing.time
+
+    def pessimistic(pricing, c):
+        timed = predict(pricing, c)
+        return timed if c.is_dense else replace(timed, seconds=99 * timed.seconds)
+
+    monkeypatch.setattr(fronts.Pricing, "time", pessimistic)
+    call = {"seconds": 0.5, "families": ["spatial_svd"]}
+    with pytest.raises(ValueError, match="infeasible"):
+        choose(conv, SIZE, measure=False, **call)
+    front, pick = choose(conv, SIZE, **call)
+    assert pick.is_measured
+    assert 0.3 * front.dense.seconds < pick.seconds <= 0.5 * front.dense.seconds
 
 
 def test_chains_that_the_runtime_cannot_run_are_dropped(conv, monkeypatch):

@@ -177,7 +177,9 @@ def _spend(pool: CandidatePool, budget: Budget, measure: bool) -> tuple[Frontier
     """Return the front and its most accurate candidate within a budget.
 
     Measurements correct predictions, and thereby the choice: it is repeated until it is measured.
+    A budget is infeasible only if it is for the candidates that are predicted to be fastest, too.
     """
+    fastest = pool.fastest(AT_ONCE)
     while True:
         front = pool.front()
         infeasible: InfeasibleBudgetError | None = None
@@ -186,9 +188,13 @@ def _spend(pool: CandidatePool, budget: Budget, measure: bool) -> tuple[Frontier
         except InfeasibleBudgetError as error:
             pick, infeasible = front[0], error
         if not measure or pick.is_measured:
-            if infeasible is not None:
+            if infeasible is None:
+                return front, pick
+            if not measure or not fastest:
                 raise infeasible
-            return front, pick
+            pool.measure(fastest)
+            fastest = []
+            continue
         at = list(front).index(pick)
         near = sorted(range(len(front)), key=lambda i: abs(i - at))
         pool.measure([front[i] for i in near if not front[i].is_measured][:AT_ONCE])

@@ -344,13 +344,27 @@ class CandidatePool:
             f.axis, f.input_shape, f.left_out, f.batch, f.threads, f.runtime, f.error,
         )  # fmt: skip
 
+    def fastest(self, count: int) -> list[Candidate]:
+        """Return the candidates with the least seconds, on the front or not.
+
+        Parameters
+        ----------
+        count : int
+            Number of candidates.
+
+        Returns
+        -------
+        list of Candidate
+        """
+        return sorted(self._timed(self._found), key=lambda c: c.seconds)[:count]
+
     def measure(self, some: Sequence[Candidate]) -> None:
         """Measure candidates and the dense kernel on the runtime.
 
         Parameters
         ----------
         some : sequence of Candidate
-            Candidates of :meth:`front`; those that the runtime cannot run are dropped.
+            Candidates of this pool; those that the runtime cannot run are dropped.
 
         Raises
         ------
