@@ -163,6 +163,7 @@ def test_filter_image_rejects_other_than_pictures(rng):
     [
         ({"tolerance": -0.1}, "tolerance.*at least 0"),
         ({"tolerance": float("nan")}, "tolerance.*at least 0"),
+        ({"tolerance": 1}, "tolerance must be at least 0 and below 1, got 1"),
         ({"method": "magic"}, "method must be one of auto, direct, separable, fft, got 'magic'"),
         ({"shape": (8, 0)}, "shape must be at least 1"),
         ({"shape": (8,)}, "shape"),

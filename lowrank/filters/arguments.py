@@ -106,6 +106,8 @@ def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
     limit = as_real("tolerance", tolerance)
     if rank is not None:
         raise TypeError("give rank or tolerance, not both")
+    if limit >= 1:
+        raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance!r}")
     return limit
 
 
