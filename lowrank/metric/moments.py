@@ -25,7 +25,7 @@ DAMPING = 1e-3  # of the mean eigenvalue: directions that no sample showed still
 FEW_SAMPLES_DAMPING = 0.05  # added, times min(1, unknowns / samples)
 # The same for the target, which is not smoothed by a low rank: cifar10_full's last layer has 1024
 # unknowns, and fitted 256 examples 400 times as well as others.
-FEW_SAMPLES_TARGET_DAMPING = 0.5
+FEW_SAMPLES_TARGET_DAMPING = 2.0
 
 
 class Moments:
