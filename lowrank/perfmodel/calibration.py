@@ -38,7 +38,7 @@ from lowrank.perfmodel.workloads import fft_workloads, workloads
 #: Seconds of measurement per runtime, beside planning and first calls.
 BUDGETS = {
     "fft": 4.0,
-    "lowrank": 9.0,
+    "lowrank": 7.0,
     "onnxruntime": 6.0,
     "torch": 5.0,
     "torch-channels-last": 5.0,
