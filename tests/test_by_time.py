@@ -221,7 +221,7 @@ def test_a_layer_that_a_mac_budget_makes_slower_is_marked():
     assert not slow.is_dense
     plan.dense[name] = replace(plan.dense[name], seconds=slow.seconds / 2)
     assert name in plan.slower
-    assert "200%!" in repr(plan)
+    assert "200% !" in repr(plan)
     assert "! slower than the dense layer: a budget of seconds leaves such chains out" in repr(plan)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-from lowrank._typing import Ints
 from lowrank.compress.latency import Latency, NetworkClock, Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.optimise import Allocation, allocate
@@ -17,6 +15,7 @@ from lowrank.core.tables import format_seconds
 from lowrank.perfmodel.measurement import Measurements, describe_stage
 from lowrank.selection.budget import Budget, InfeasibleBudgetError, infeasible
 from lowrank.selection.candidates import Candidate
+from lowrank.selection.measured import Key, candidate_key, with_measurements
 from lowrank.selection.pareto import pareto_front
 
 TOLERANCE = 0.02  # by which a network may exceed its budget: what the clock resolves
@@ -25,7 +24,6 @@ NETWORKS = 5  # that are timed, each with its limit corrected by the error of th
 ROUNDS = 6  # of measuring what was chosen and choosing again, per network
 
 Options = dict[str, list[Candidate]]
-Key = tuple[str, str, Ints]
 
 
 class TimedChoice(NamedTuple):
@@ -160,9 +158,8 @@ class _TimedSearch:
         self.clock = NetworkClock(model, timing)
         self.layers, self.limits, self.timing, self.progress = layers, limits, timing, progress
         self.options = options
-        self.predicted = {
-            name: {_key(c): c.seconds for c in found} for name, found in options.items()
-        }
+        self.predicted = {name: list(found) for name, found in options.items()}
+        self.measured: dict[str, dict[Key, float]] = {name: {} for name in options}
         self._done = 0.0
         self._model_key = _fingerprint(layers)
         self.target = self._target(budget)
@@ -223,49 +220,29 @@ class _TimedSearch:
         }
         pending = [n for n, some in fresh.items() if some or not self.options[n][0].is_measured]
         for name in pending:
-            layer, found = self.layers[name], self.options[name]
+            layer, dense = self.layers[name], self.options[name][0]
             try:
-                measured = self._seconds_of(layer, found[0], fresh[name])
+                seconds = self._seconds_of(layer, dense, fresh[name])
             except NotImplementedError:  # the runtime has no operator for a stage
-                possible = [c for c in fresh[name] if self._is_possible(layer, found[0], c)]
-                self.options[name] = [c for c in found if c not in fresh[name] or c in possible]
-                measured = self._seconds_of(layer, found[0], possible)
-            self.options[name] = self._corrected(name, measured)
+                each = [self._seconds_of_one(layer, dense, c) for c in fresh[name]]
+                seconds = [*self._seconds_of(layer, dense, []), *each]
+            keys = map(candidate_key, (dense, *fresh[name]))
+            self.measured[name] |= zip(keys, seconds)
+            self.options[name] = with_measurements(self.predicted[name], self.measured[name])
             self._step(1 / (4 * len(self.options)))
         return any(fresh[name] for name in pending)
 
-    def _seconds_of(
-        self, layer: Layer, dense: Candidate, some: Sequence[Candidate]
-    ) -> dict[Key, float]:
+    def _seconds_of(self, layer: Layer, dense: Candidate, some: Sequence[Candidate]) -> list[float]:
+        """Return the measured seconds of a dense layer and of chains, per call of the network."""
         shape = layer.conv.input_shape(layer.input_size)
-        first, seconds = self.measurements.seconds(dense.stages, [c.stages for c in some], shape)
-        times = {_key(c): t * layer.times for c, t in zip(some, seconds)}
-        return {_key(dense): first * layer.times, **times}
+        first, others = self.measurements.seconds(dense.stages, [c.stages for c in some], shape)
+        return [layer.times * t for t in (first, *others)]
 
-    def _is_possible(self, layer: Layer, dense: Candidate, c: Candidate) -> bool:
+    def _seconds_of_one(self, layer: Layer, dense: Candidate, c: Candidate) -> float:
         try:
-            self._seconds_of(layer, dense, [c])
+            return self._seconds_of(layer, dense, [c])[1]
         except NotImplementedError:
-            return False
-        return True
-
-    def _corrected(self, name: str, measured: Mapping[Key, float]) -> list[Candidate]:
-        """Return a layer's options with measured seconds, and others corrected by these."""
-        predicted = self.predicted[name]
-        known = [
-            c if _key(c) not in measured
-            else replace(c, seconds=measured[_key(c)], is_measured=True)
-            for c in self.options[name]
-        ]  # fmt: skip
-        references = [c for c in known if c.is_measured and not c.is_dense] or known[:1]
-
-        def correct(c: Candidate) -> Candidate:
-            if c.is_measured:
-                return c
-            near = min(references, key=lambda r: _distance(c, r))
-            return replace(c, seconds=predicted[_key(c)] * near.seconds / predicted[_key(near)])
-
-        return [correct(c) for c in known]
+            return math.inf
 
     def _latency(self, allocation: Allocation) -> Latency:
         """Return the latency of a choice: of its network, or of its layers."""
@@ -324,16 +301,6 @@ def _seconds(c: Candidate) -> float:
     return c.seconds
 
 
-def _key(c: Candidate) -> Key:
-    return c.family, c.variant, c.rank
-
-
-def _distance(c: Candidate, other: Candidate) -> tuple[bool, bool, float]:
-    """Return how unlike two candidates are: in family, variant and MACs."""
-    ratio = math.log(max(c.cost.macs, 1) / max(other.cost.macs, 1))
-    return c.family != other.family, c.name != other.name, abs(ratio)
-
-
 def _near(c: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
     """Return a candidate and its neighbours on the front of seconds and loss."""
     front = [found[i] for i in pareto_front([[x.seconds] for x in found], [x.loss for x in found])]
@@ -342,7 +309,7 @@ def _near(c: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _picks(allocation: Allocation) -> str:
-    text = repr([(name, *_key(c)) for name, c in allocation.candidates.items()])
+    text = repr([(name, *candidate_key(c)) for name, c in allocation.candidates.items()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -133,6 +133,18 @@ class Measurements:
         The first measurement of a dense stage is kept.  Chains that are measured later are scaled
         by its kept time over its time in the same alternation, so that a machine that has become
         slower does not favour the chains that were measured before.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> from lowrank.perfmodel.measurement import Measurements
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
+        >>> f = lowrank.channel_svd(conv, 1)
+        >>> measured = Measurements("lowrank", threads=1)
+        >>> dense, chains = measured.seconds(conv.stages, [f.stages], (8, 20, 20))
+        >>> measured.seconds(conv.stages, [f.stages], (8, 20, 20)) == (dense, chains)
+        True
         """
         keys = [self._key(stages, shape) for stages in (dense, *chains)]
         missing = {k: s for k, s in zip(keys, (dense, *chains)) if k not in self._known}
@@ -159,6 +171,14 @@ class Measurements:
         Returns
         -------
         float
+
+        Examples
+        --------
+        >>> from lowrank.perfmodel.measurement import Measurements
+        >>> measured = Measurements("lowrank", threads=1)
+        >>> first = measured.keep("an example", lambda: 2.0)
+        >>> measured.keep("an example", lambda: 3.0)
+        2.0
         """
         run = f"{self.runtime} {version(self.runtime)} batch {self.batch} {self.threads} threads"
         key = f"{run}: {subject}"
@@ -193,6 +213,16 @@ class Measurements:
         ------
         NotImplementedError
             If the runtime has no operator for a stage.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> from lowrank.perfmodel.measurement import Measurements
+        >>> conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
+        >>> (seconds,) = Measurements("lowrank", threads=1).measure([conv.stages], (8, 20, 20))
+        >>> seconds > 0
+        True
         """
         rng = np.random.default_rng(0)
         x = _random(rng, (self.batch, *shape))

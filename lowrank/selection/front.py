@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import final, overload
 
 import numpy as np
@@ -19,6 +16,7 @@ from lowrank.perfmodel.measurement import Measurements
 from lowrank.selection import tables
 from lowrank.selection.budget import infeasible
 from lowrank.selection.candidates import COSTS, Candidate, Pricing, candidates, check_families
+from lowrank.selection.measured import Key, candidate_key, with_measurements
 from lowrank.selection.pareto import pareto_front
 
 # MACs over the fewest of a more accurate candidate of the same variant, at most: times follow MACs
@@ -301,9 +299,8 @@ def collect(
 class CandidatePool:
     """Candidates of one convolution with predicted seconds, of which some are measured.
 
-    Measurements correct the predictions of the others: those of one family and variant are
-    scaled by the median quotient of measured and predicted seconds, and those of variants without
-    measurements by the quotient of the dense kernel.
+    Measurements correct the predictions of the others; see
+    :func:`lowrank.selection.measured.with_measurements`.
 
     Parameters
     ----------
@@ -326,7 +323,7 @@ class CandidatePool:
     ) -> None:
         self._found, self._empty, self._conv = list(found), empty, conv
         self._progress = progress
-        self._measured: dict[tuple[str, Ints], float] = {}
+        self._measured: dict[Key, float] = {}
 
     def front(self) -> Frontier:
         """Return the Pareto front, by measured seconds where they are known.
@@ -336,7 +333,7 @@ class CandidatePool:
         Frontier
         """
         f = self._empty
-        found, [dense] = self._timed(self._found), self._timed([f.dense])
+        dense, *found = self._timed()
         longest = dense.seconds if f.axis == "seconds" else math.inf
         found = [c for c in found if c.seconds < longest]
         return Frontier(
@@ -356,7 +353,11 @@ class CandidatePool:
         -------
         list of Candidate
         """
-        return sorted(self._timed(self._found), key=lambda c: c.seconds)[:count]
+        return sorted(self._timed()[1:], key=lambda c: c.seconds)[:count]
+
+    def _timed(self) -> list[Candidate]:
+        """Return the dense kernel and all candidates with the best known seconds."""
+        return with_measurements([self._empty.dense, *self._found], self._measured)
 
     def measure(self, some: Sequence[Candidate]) -> None:
         """Measure candidates and the dense kernel on the runtime.
@@ -378,7 +379,7 @@ class CandidatePool:
             seconds = self._seconds(chains)
         except NotImplementedError:  # the runtime has no operator for some stage
             seconds = [*self._seconds([]), *map(self._seconds_of_one, chains)]
-        self._measured.update(zip(map(_key, (dense, *chains)), seconds))
+        self._measured.update(zip(map(candidate_key, (dense, *chains)), seconds))
 
     def _seconds(self, chains: Sequence[Candidate]) -> list[float]:
         """Return the measured seconds of the dense kernel and of chains."""
@@ -393,32 +394,6 @@ class CandidatePool:
             return self._seconds([c])[1]
         except NotImplementedError:
             return math.inf
-
-    def _timed(self, found: Sequence[Candidate]) -> list[Candidate]:
-        """Return candidates with measured seconds, or predicted ones that measurements correct."""
-        if not self._measured:
-            return list(found)
-        dense = self._empty.dense
-        quotients = defaultdict(list)
-        for c in (dense, *self._found):
-            seconds = self._measured.get(_key(c), math.inf)
-            if seconds < math.inf:
-                quotients[c.name].append(seconds / c.seconds)
-        scales = {name: statistics.median(q) for name, q in quotients.items()}
-        timed = []
-        for c in found:
-            measured = self._measured.get(_key(c))
-            estimate = c.seconds * scales.get(c.name, scales[dense.name])
-            timed.append(
-                replace(c, seconds=estimate)
-                if measured is None
-                else replace(c, seconds=measured, is_measured=True)
-            )
-        return timed
-
-
-def _key(c: Candidate) -> tuple[str, Ints]:
-    return c.name, c.rank
 
 
 def _pareto_optimal(found: Sequence[Candidate], axis: str, conv: Factorization) -> list[Candidate]:

@@ -169,6 +169,12 @@ class KerasModel(StaticModel):
         Returns
         -------
         None
+
+        Examples
+        --------
+        >>> from lowrank.interop.keras import KerasModel
+        >>> KerasModel.call(None, {}, "lowrank", 1, 1) is None
+        True
         """
         return
 

@@ -298,6 +298,17 @@ class OnnxModel:
         ------
         ValueError
             If the network fixes another batch size, or the runtime does not run it.
+
+        Examples
+        --------
+        >>> import pytest
+        >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+        >>> from lowrank.interop.onnx import OnnxModel
+        >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+        ...     net (float[N, 2] x) => (float[N, 2] y)
+        ...     <float[2, 2] w = {1, 2, 2, 4}> {y = MatMul(x, w)}''')
+        >>> OnnxModel(model).call({}, "onnxruntime", 3, 1)()[0].shape
+        (3, 2)
         """
         feed = self._feeds[0] if self._feeds else self._zeros()
         if feed is None or runtime not in ("lowrank", "onnxruntime"):

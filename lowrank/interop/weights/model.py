@@ -117,6 +117,13 @@ class WeightsModel(StaticModel):
         Returns
         -------
         None
+
+        Examples
+        --------
+        >>> from lowrank import demo
+        >>> from lowrank.interop.weights import WeightsModel
+        >>> WeightsModel(demo.WEIGHTS).call({}, "lowrank", 1, 1) is None
+        True
         """
         return
 
