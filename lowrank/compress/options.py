@@ -25,8 +25,7 @@ FAST_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.has_fa
 AXES = ("macs", "params", "seconds", "bytes")
 TIMED = 64  # candidates per variant whose time is predicted
 LANES = 8  # of the vectors that ranks fill: those of AVX2; half of those of AVX-512
-SWEPT = 16  # candidates per variant, spread over the cost, that are considered further
-FITTED = 16  # candidates per layer that are fitted in the full metric
+FITTED = 16  # candidates per layer that are fitted in the full metric, and swept per variant
 SLACK = 1.25  # factor by which the error of a closed-form start may be off
 SWEEPS = 3  # alternating sweeps of a fit for comparison
 HEAVY = 1e8  # MACs per conjugate-gradient step from which half as many are fitted, for one sweep
@@ -41,6 +40,7 @@ def layer_options(
     biased: bool = False,
     axes: Sequence[str] = ("macs",),
     timing: Timing = Timing(),  # noqa: B008 - immutable
+    fitted: int = FITTED,
 ) -> list[Candidate]:
     """Return the Pareto-optimal candidates for a layer of a network.
 
@@ -61,6 +61,8 @@ def layer_options(
         Costs that count, of :data:`AXES`.
     timing : Timing
         Call that seconds are predicted for.
+    fitted : int
+        Number of candidates that are fitted in the full metric, about.
 
     Returns
     -------
@@ -102,13 +104,13 @@ def layer_options(
         if by_time:  # ranks that fill vectors are on the front of seconds only
             timed = [pricing.time(c) for c in _worth_timing(cheaper)]
             faster = _front([c for c in timed if not c.is_slower(dense)], axes)
-            swept += _thin(faster, "seconds", SWEPT)
+            swept += _thin(faster, "seconds", fitted)
         else:
-            swept += _thin(_front(cheaper, [first]), first, SWEPT)
+            swept += _thin(_front(cheaper, [first]), first, fitted)
     if not by_time:
         swept = [pricing.time(c) for c in swept]
     heavy = _is_heavy(conv, metric)
-    swept = _thin(_front(swept, axes, SLACK), axes[0], FITTED // 2 if heavy else FITTED)
+    swept = _thin(_front(swept, axes, SLACK), axes[0], fitted // 2 if heavy else fitted)
     fit = MetricFit(conv, metric)
     scale = fit.energy / 2 * layer.times * metric.unit if absolute else 1.0
     options = [dense]

@@ -15,11 +15,13 @@ from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
 from lowrank.compress.latency import Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.optimise import allocate
-from lowrank.compress.options import FAST_FAMILIES, layer_options
+from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
+
+FITTED_IN_ALL = 128  # candidates of all layers: those of few layers decide in finer steps
 
 
 class NothingToCompressError(ValueError):
@@ -129,7 +131,7 @@ def make_plan(
         options = layer_options(
             layer, metrics[layer.name] if is_free else white_metric(layer),
             names if is_free else (), absolute=absolute, biased=bool(model.batches), axes=axes,
-            timing=timing,
+            timing=timing, fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
         )  # fmt: skip
         return _cap(layer.name, options, capped or {}) if is_free else options
 
