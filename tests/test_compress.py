@@ -109,6 +109,9 @@ class Straight:
     def gradients(self, names, seed):
         return None
 
+    def fingerprint(self):
+        return ""
+
     def call(self, chains, runtime, batch, threads):
         return None
 

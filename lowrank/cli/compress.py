@@ -348,7 +348,7 @@ def _print_plan(
     head, *rows = plan.rows()
     print(plan.title())
     print_table(head, rows, left=2, optional=("params", "error", "rank"))
-    totals = [(axis, *plan.total(axis)) for axis in AXES]
+    totals = [(axis, *plan.total(axis)) for axis in AXES if axis != "seconds"]
     shares = (f"{axis} {after / before:.1%}" for axis, after, before in totals if before > 0)
     print(f"share of the original: {', '.join(shares)}")
     for note in (*plan.notes(), *notes):

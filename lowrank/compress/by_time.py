@@ -12,8 +12,9 @@ from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.optimise import Allocation, allocate
 from lowrank.compress.statistics import Progress
 from lowrank.core.tables import format_seconds
-from lowrank.perfmodel.measurement import Measurements, describe_stage
-from lowrank.selection.budget import Budget, InfeasibleBudgetError, infeasible
+from lowrank.perfmodel.measurement import Measurements
+from lowrank.perfmodel.timing import CallTime
+from lowrank.selection.budget import Budget, InfeasibleBudgetError
 from lowrank.selection.candidates import Candidate
 from lowrank.selection.measured import Key, candidate_key, with_measurements
 from lowrank.selection.pareto import pareto_front
@@ -94,7 +95,7 @@ def allocate_by_time(
     options: Options,
     limits: Mapping[str, float],
     budget: Budget,
-    timing: Timing,
+    clock: NetworkClock,
     progress: Progress | None = None,
 ) -> TimedChoice:
     """Choose within a budget of time that the clock confirms.
@@ -112,8 +113,8 @@ def allocate_by_time(
     budget : Budget
         Budget of seconds per call: of the network, or of its layers if the runtime does not run it
         as a whole.
-    timing : Timing
-        Call that seconds are for.
+    clock : NetworkClock
+        Clock of the network on the runtime.
     progress : callable, optional
         Called with ``"measuring"`` and the share that is done, at most.
 
@@ -137,7 +138,7 @@ def allocate_by_time(
     them - corrects the limit for the next choice.  Of the networks within the budget the one with
     the least loss is returned.  All times are kept on disk: the same question gets the same answer.
     """
-    return _TimedSearch(model, layers, options, limits, budget, timing, progress).run()
+    return _TimedSearch(model, layers, options, limits, budget, clock, progress).run()
 
 
 class _TimedSearch:
@@ -150,18 +151,17 @@ class _TimedSearch:
         options: Options,
         limits: Mapping[str, float],
         budget: Budget,
-        timing: Timing,
+        clock: NetworkClock,
         progress: Progress | None,
     ) -> None:
-        runtime, batch, threads = timing.on
-        self.measurements = Measurements(runtime, batch, threads, in_network=True)
-        self.clock = NetworkClock(model, timing)
-        self.layers, self.limits, self.timing, self.progress = layers, limits, timing, progress
+        self.measurements = Measurements(*clock.timing.on, in_network=True)
+        self.clock, self.timing = clock, clock.timing
+        self.layers, self.limits, self.progress = layers, limits, progress
         self.options = options
         self.predicted = {name: list(found) for name, found in options.items()}
         self.measured: dict[str, dict[Key, float]] = {name: {} for name in options}
         self._done = 0.0
-        self._model_key = _fingerprint(layers)
+        self._model_key = model.fingerprint()
         self.target = self._target(budget)
 
     def run(self) -> TimedChoice:
@@ -194,7 +194,7 @@ class _TimedSearch:
             self._measure({name: found[:1] for name, found in self.options.items()})
             self.clock_before = self._sum_of(found[0] for found in self.options.values())
         else:
-            self.clock_before = self._keep("", lambda: self.clock.before)
+            self.clock_before = self._keep("", lambda: self.clock.before).seconds
         return budget.amount(self.clock_before)
 
     def _settle(self, limit: float) -> Allocation:
@@ -256,16 +256,13 @@ class _TimedSearch:
                 before=self.clock_before, after=latency.after + rest,
                 is_network=self.clock.is_possible,
             )  # fmt: skip
-        key = _picks(allocation)
 
-        def share() -> float:
+        def share() -> CallTime:
             timed = self.clock.measure({name: c.build() for name, c in changed.items()})
             assert timed is not None
-            self._keep(f"{key} spread", lambda: max(timed.spread, 1e-6))
-            return timed.after / timed.before
+            return CallTime(timed.after / timed.before, timed.spread)
 
-        ratio = self._keep(key, share)
-        spread = self._keep(f"{key} spread", lambda: math.nan)
+        ratio, spread = self._keep(_picks(allocation), share)
         self._step(1 / (2 * NETWORKS))
         runtime, batch, threads = self.timing.on
         before = self.clock_before
@@ -275,16 +272,20 @@ class _TimedSearch:
         """Return the fastest network; raise if it exceeds the budget."""
         if self.limits:
             raise InfeasibleBudgetError(
-                f"seconds budget of {format_seconds(self.target)} was not reached within the other "
-                "limits: raise one of them"
+                f"a time of {format_seconds(self.target)} was not reached within the other "
+                "budgets: raise one of them"
             )
         allocation = self._settle(0.0)
         latency = self._latency(allocation)
         if latency.after > (1 + TOLERANCE) * self.target:
-            raise infeasible("seconds", self.target, latency.after, latency.before)
+            raise InfeasibleBudgetError(
+                f"a time of {format_seconds(self.target)} is infeasible in {latency.runtime}: the "
+                f"fastest network that was found takes {format_seconds(latency.after)}, "
+                f"{latency.after / latency.before:.1%} of the original's time"
+            )
         return allocation.loss, allocation, latency
 
-    def _keep(self, subject: str, measure: Callable[[], float]) -> float:
+    def _keep(self, subject: str, measure: Callable[[], CallTime]) -> CallTime:
         return self.measurements.keep(f"network {self._model_key} {subject}", measure)
 
     def _step(self, share: float) -> None:
@@ -311,13 +312,3 @@ def _near(c: Candidate, found: Sequence[Candidate]) -> list[Candidate]:
 def _picks(allocation: Allocation) -> str:
     text = repr([(name, *candidate_key(c)) for name, c in allocation.candidates.items()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _fingerprint(layers: Mapping[str, Layer]) -> str:
-    """Return what distinguishes a network from others, as far as its layers do."""
-    key = hashlib.sha256()
-    for name, layer in layers.items():
-        [stage] = layer.conv.stages
-        key.update(f"{name} {layer.input_size} {layer.times} {describe_stage(stage)}".encode())
-        key.update(stage.weight.tobytes())
-    return key.hexdigest()[:16]

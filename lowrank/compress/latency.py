@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lowrank import engine
 from lowrank.compress.model import Call, Chains, CompressibleModel
 from lowrank.core.tables import format_seconds
-from lowrank.perfmodel.timing import BUSY, time_calls
+from lowrank.perfmodel.runtimes import available_threads
+from lowrank.perfmodel.timing import BUSY, CallTime, time_calls
 from lowrank.selection.candidates import Candidate
 
 MEASURED = 0.5  # seconds of a measurement of two networks, beside first calls
@@ -22,7 +22,7 @@ class Timing(NamedTuple):
     batch : int
         Number of examples per call.
     threads : int or None
-        Number of threads; all that OpenMP offers if None.
+        Number of threads: at most, and if None, as many as OpenMP offers.
     runtime : str
         Library that runs the network; see :func:`lowrank.perfmodel.predict`.
     """
@@ -34,7 +34,7 @@ class Timing(NamedTuple):
     @property
     def on(self) -> tuple[str, int, int]:
         """Runtime, batch and number of threads."""
-        return self.runtime, self.batch, self.threads or engine.max_threads()
+        return self.runtime, self.batch, available_threads(self.threads)
 
 
 class Latency(NamedTuple):
@@ -50,7 +50,7 @@ class Latency(NamedTuple):
         Number of examples per call, and of threads.
     spread : float
         Interquartile range of the measured times over their median, of the network that varies
-        more; NaN if predicted.
+        more; 0 for sums of measured layers, NaN if predicted.
     is_network : bool
         Whether the network was run as a whole; otherwise seconds are sums over its layers.
 
@@ -76,7 +76,9 @@ class Latency(NamedTuple):
 
     def __str__(self) -> str:
         share = self.after / self.before if self.before else 1.0
-        how = f"measured, spread {self.spread:.0%}" if self.is_measured else "predicted"
+        how = "measured" if self.is_measured else "predicted"
+        if self.spread > 0:
+            how += f", spread {self.spread:.0%}"
         what = "" if self.is_network else ", layers alone"
         busy = "; the machine is busy" if self.is_measured and self.spread >= BUSY else ""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
@@ -102,7 +104,7 @@ class NetworkClock:
         self.model, self.timing = model, timing
         runtime, batch, threads = timing.on
         self._dense: Call | None = model.call({}, runtime, batch, threads)
-        self._before = 0.0
+        self._before: CallTime | None = None
 
     @property
     def is_possible(self) -> bool:
@@ -110,12 +112,11 @@ class NetworkClock:
         return self._dense is not None
 
     @property
-    def before(self) -> float:
-        """Seconds of the original network, as first measured."""
-        if not self._before:
+    def before(self) -> CallTime:
+        """Time of the original network, as first measured."""
+        if self._before is None:
             assert self._dense is not None
-            (time,) = time_calls([self._dense], MEASURED / 2)
-            self._before = time.seconds
+            (self._before,) = time_calls([self._dense], MEASURED / 2)
         return self._before
 
     def measure(self, chains: Chains) -> Latency | None:
@@ -141,9 +142,8 @@ class NetworkClock:
         dense, after = time_calls([self._dense, small], MEASURED)
         spread = max(dense.spread, after.spread)
         share = after.seconds / dense.seconds
-        return Latency(
-            self.before, share * self.before, runtime, batch, threads, spread, is_network=True
-        )
+        before = self.before.seconds
+        return Latency(before, share * before, runtime, batch, threads, spread, is_network=True)
 
 
 def layer_latency(

@@ -89,6 +89,9 @@ class CompressibleModel(Protocol):
     def replaced(self, chains: Chains) -> Any:
         """Return a new model in the form of the original, which is not changed."""
 
+    def fingerprint(self) -> str:
+        """Return a hash of all that the time of the network depends on."""
+
     def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
         """Return a call of the network on a runtime, on `batch` examples.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,7 +175,11 @@ def compress_model(
         progress("layers", 1.0)
     plan = _recount(plan, layers, chains)
     if timed and chains and not (plan.latency is not None and plan.latency.is_measured):
-        latency = NetworkClock(model, _timing(plan)).measure(chains)
+        try:
+            latency = NetworkClock(model, _timing(plan)).measure(chains)
+        except ValueError as why:  # the fits are done: they are not lost to a time
+            warnings.warn(f"the network was not timed: {why}", stacklevel=2)
+            latency = None
         plan = replace(plan, latency=latency or plan.latency)
     return CompressedLayers(plan, chains, tuple(rows))
 
@@ -196,8 +202,11 @@ def _start(layer: Layer, candidate: Candidate, metric: Metric | None) -> Sequenc
 def _recount(
     plan: CompressionPlan, layers: Mapping[str, Layer], chains: Mapping[str, Factorization]
 ) -> CompressionPlan:
-    """Return the plan with the costs of the chains: a file may have been edited by hand."""
-    recounted = {}
+    """Return the plan with the costs of the chains: a file may have been edited by hand.
+
+    What an edited layer does not tell is unknown: its time, its error, and those of the network.
+    """
+    recounted, is_edited = {}, False
     for name, candidate in plan.layers.items():
         layer = layers[name]
         if candidate.is_dense:
@@ -206,9 +215,14 @@ def _recount(
         else:
             f = chains[name]
         pricing = Pricing(f, layer.input_size, times=layer.times)
-        recounted[name] = replace(
-            candidate.summary(), cost=pricing.dense.cost, itemsize=f.dtype.itemsize
-        )
+        cost = pricing.dense.cost
+        new = replace(candidate.summary(), cost=cost, itemsize=f.dtype.itemsize)
+        if cost.macs != candidate.cost.macs:
+            is_edited = True
+            new = replace(new, seconds=math.nan, is_measured=False, error=math.nan)
+        recounted[name] = new
+    if is_edited:
+        return replace(plan, layers=recounted, latency=None, loss=math.nan, gap=math.nan)
     return replace(plan, layers=recounted)
 
 

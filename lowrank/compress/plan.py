@@ -128,7 +128,7 @@ class CompressionPlan:
             if c.is_slower(dense):
                 cells[5] += f" {SLOWER}"
             rows.append(tuple(cells))
-        cells = ["all", "", "", ""]
+        cells = ["all layers", "", "", ""]
         for axis in axes:
             cells += _cost_and_share(axis, *self.total(axis))
         return [*rows, tuple(cells)]
@@ -141,10 +141,12 @@ class CompressionPlan:
         str
         """
         budget = ", ".join(f"{a} <= {_format(a, v)}" for a, v in self.limits.items())
-        proof = "proven optimal" if self.gap < 1e-9 else f"within {self.gap:.2%} of the optimum"
+        proof = ", proven optimal" if self.gap < 1e-9 else f", within {self.gap:.2%} of the optimum"
+        if "seconds" in self.limits:  # a limit on layers that the clock of the network corrected
+            proof = ""
         return (
             f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}; "
-            f"loss {self.loss:.4g}, {proof}"
+            f"loss {self.loss:.4g}{proof}"
         )
 
     def __repr__(self) -> str:
@@ -163,7 +165,10 @@ class CompressionPlan:
         """
         notes = []
         if any(not (c.is_measured or math.isnan(c.seconds)) for c in self.layers.values()):
-            notes.append(f"{PREDICTED} predicted, not measured")
+            theirs = "" if self.about.get("own_coefficients", True) else (
+                " with coefficients of another machine: 'lowrank calibrate' measures this one"
+            )  # fmt: skip
+            notes.append(f"{PREDICTED} predicted, not measured{theirs}")
         if self.slower:
             notes.append(
                 f"{SLOWER} slower than the dense layer: a budget of seconds leaves such chains out"

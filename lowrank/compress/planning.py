@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 
 from threadpoolctl import threadpool_limits
 
+from lowrank import perfmodel
 from lowrank._kernels import _core
 from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
-from lowrank.compress.latency import Timing, layer_latency
+from lowrank.compress.latency import NetworkClock, Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.optimise import allocate
 from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
@@ -120,6 +121,8 @@ def make_plan(
     axes = [b.axis for b in budgets]
     names, timing = check_families(families), Timing(batch, threads, runtime)
     layers, free = _select_layers(model, pinned, left_out, capped or {})
+    # Before the fits: what cannot be timed is refused at once.
+    clock = NetworkClock(model, timing) if measure and "seconds" in axes else None
     if statistics is None:
         statistics = LayerStatistics(model, gradients=gradients, seed=seed)
     elif statistics.model is not model:
@@ -162,9 +165,9 @@ def make_plan(
         allocation = allocate(options, limits)
         latency = layer_latency(allocation.candidates, dense, timing)
     else:
-        if measure:
+        if clock is not None:
             chosen = allocate_by_time(
-                model, {x.name: x for x in layers}, options, limits, by_seconds, timing, progress
+                model, {x.name: x for x in layers}, options, limits, by_seconds, clock, progress
             )
         else:
             chosen = allocate_by_prediction(options, limits, by_seconds, timing)
@@ -173,6 +176,7 @@ def make_plan(
     about = {
         "families": names, "seed": statistics.seed, "gradients": absolute, "batch": batch,
         "threads": threads, "runtime": runtime, "calibrated": bool(model.batches),
+        "own_coefficients": perfmodel.current().calibrated,
         "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
         "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
     }  # fmt: skip

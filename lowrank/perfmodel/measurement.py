@@ -150,42 +150,49 @@ class Measurements:
         missing = {k: s for k, s in zip(keys, (dense, *chains)) if k not in self._known}
         if missing:
             missing = {keys[0]: dense, **missing}
-            times = self.measure(list(missing.values()), shape, progress)
+            times, spread = self._measure(list(missing.values()), shape, progress)
             scale = self._known.get(keys[0], times[0]) / times[0]
             found = {k: scale * t for k, t in zip(missing, times)}
             self._known |= found
-            _add(self.file, found)
+            if spread < BUSY:  # a disturbed time would decide for ever
+                _add(self.file, found)
         first, *others = (self._known[k] for k in keys)
         return first, others
 
-    def keep(self, subject: str, measure: Callable[[], float]) -> float:
-        """Return a number that is measured once per machine, such as the time of a network.
+    def keep(self, subject: str, measure: Callable[[], CallTime]) -> CallTime:
+        """Return a time that is measured once per machine, such as that of a network.
 
         Parameters
         ----------
         subject : str
             What is measured, beside the runtime, its version, batch and threads.
         measure : callable
-            Function that returns the number, called if it is not known.
+            Function that measures it, called if it is not known.
 
         Returns
         -------
-        float
+        CallTime
+            Kept on disk unless its spread shows that the machine was busy.
 
         Examples
         --------
         >>> from lowrank.perfmodel.measurement import Measurements
+        >>> from lowrank.perfmodel.timing import CallTime
         >>> measured = Measurements("lowrank", threads=1)
-        >>> first = measured.keep("an example", lambda: 2.0)
-        >>> measured.keep("an example", lambda: 3.0)
+        >>> first = measured.keep("an example", lambda: CallTime(2.0, 0.01))
+        >>> measured.keep("an example", lambda: CallTime(3.0, 0.01)).seconds
         2.0
         """
-        run = f"{self.runtime} {version(self.runtime)} batch {self.batch} {self.threads} threads"
-        key = f"{run}: {subject}"
-        if key not in self._known:
-            self._known[key] = measure()
-            _add(self.file, {key: self._known[key]})
-        return self._known[key]
+        key = f"{self._run_text(str(self.batch))}: {subject}"
+        names = (key, f"{key} spread")
+        if not all(n in self._known for n in names):
+            time = measure()
+            _warn_if_busy([time])
+            found = dict(zip(names, (time.seconds, max(time.spread, LEAST))))
+            self._known |= found
+            if time.spread < BUSY:
+                _add(self.file, found)
+        return CallTime(*(self._known[n] for n in names))
 
     def measure(
         self,
@@ -224,6 +231,15 @@ class Measurements:
         >>> seconds > 0
         True
         """
+        return self._measure(chains, shape, progress)[0]
+
+    def _measure(
+        self,
+        chains: Sequence[Sequence[Stage]],
+        shape: Ints,
+        progress: Callable[[float], object] | None,
+    ) -> tuple[list[float], float]:
+        """Return the seconds of chains, and the largest spread."""
         rng = np.random.default_rng(0)
         x = _random(rng, (self.batch, *shape))
         calls: list[Callable[[], Any]] = []
@@ -251,13 +267,18 @@ class Measurements:
                 around = (shape, chain_shapes(stages, shape)[-1])
                 seconds -= fmean(times[ends[size]].seconds for size in around)
             found.append(max(seconds, LEAST))
-        return found
+        return found, max(t.spread for t in times)
 
     def _key(self, stages: Sequence[Stage], shape: Ints) -> str:
         place = "in a network" if self.in_network else "alone"
         size = "x".join(map(str, shape))
-        run = f"{self.runtime} {version(self.runtime)} {self.batch}x{size} {self.threads} threads"
+        run = self._run_text(f"{self.batch}x{size}")
         return f"{run} {place}: {' > '.join(map(describe_stage, stages))}"
+
+    def _run_text(self, size: str) -> str:
+        """Return what all times depend on, beside what is run."""
+        run = f"{self.runtime} {version(self.runtime)} {size} {self.threads} threads"
+        return run if self.threads == 1 else f"{run}, {machine.wait_policy()}"
 
     def _bind(self, stages: Sequence[Stage], x: Array) -> Callable[[], Any]:
         if self.in_network and self.runtime == "lowrank":

@@ -154,6 +154,21 @@ class KerasModel(StaticModel):
                 layers[name] = Layer(name, f, size, _scale(self._file.config, run.path, store))
         return layers
 
+    def fingerprint(self) -> str:
+        """Return nothing: the network as a whole is not timed.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> from lowrank.interop.keras import KerasModel
+        >>> KerasModel.fingerprint(None)
+        ''
+        """
+        return ""
+
     def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> None:
         """Return None: the network as a whole does not run on these runtimes.
 

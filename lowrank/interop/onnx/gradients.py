@@ -26,6 +26,7 @@ _FUNCTIONS = {
     "Pow": "pow", "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Neg": "neg", "Abs": "abs",
     "Reciprocal": "reciprocal",
 }  # fmt: skip
+_FLOATS = ("tensor(float)", "tensor(double)", "tensor(float16)")
 
 
 class _Step(NamedTuple):
@@ -96,8 +97,10 @@ class Differentiable:
         import torch
 
         self._torch = torch
-        self._outputs = [o.name for o in model.graph.output]
         constant, tensors = Constants(model, folder), infer_tensors(model, folder, shapes)
+        # Integer outputs, such as the index of a largest value, have no gradient.
+        names = [o.name for o in model.graph.output]
+        self._outputs = [n for n in names if tensors[n].kind in _FLOATS]
         nodes = list(model.graph.node)
         used = {name for node in nodes for name in reads(node)}.union(self._outputs)
         needed, found = set(self._outputs), list[_Step]()
@@ -127,7 +130,7 @@ class Differentiable:
         Returns
         -------
         dict of str to ndarray
-            Gradient of the sum over examples, by tensor.
+            Gradient of the sum over examples, by tensor; without those that no output reads.
         """
         torch = self._torch
         values = {name: torch.tensor(x) for name, x in feed.items()}
@@ -141,11 +144,12 @@ class Differentiable:
                 (values[n] * torch.randn(values[n].shape, generator=random)).sum()
                 for n in self._outputs
             )
-            targets = [values[name] for name in outputs]
+            reached = [name for name in outputs if name in values]  # not behind a dead end
+            targets = [values[name] for name in reached]
             found = torch.autograd.grad(loss, targets, allow_unused=True)
         return {
             name: np.zeros(y.shape, np.float32) if g is None else g.float().numpy()
-            for name, y, g in zip(outputs, targets, found)
+            for name, y, g in zip(reached, targets, found)
         }
 
     def _step(self, p: Primitive) -> _Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from lowrank.interop.onnx.files import (
     library,
     load,
     read_external,
+    without_large_weights,
 )
 from lowrank.interop.onnx.gradients import Differentiable, differentiable, shapes_of
 from lowrank.interop.onnx.graph import infer_shapes, prune, substitute, supported_opset
@@ -194,7 +196,14 @@ class OnnxModel:
         for feed in self._feeds:
             network, batch = networks[shapes_of(feed)], self._batch_size(feed)
             found = network.gradients([s.output for s in sites], feed, random)
-            yield {s.layer.name: (_samples(s, found[s.output], batch),) for s in sites}
+            yield {
+                s.layer.name: (
+                    _samples(s, found[s.output], batch)
+                    if s.output in found
+                    else _no_gradient(s.layer, batch),
+                )
+                for s in sites
+            }
 
     def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
         """Yield the outputs of the network, one batch at a time.
@@ -275,6 +284,30 @@ class OnnxModel:
                 read_external(tensor, self._folder)
         return new
 
+    def fingerprint(self) -> str:
+        """Return a hash of the graph and of the inputs' shapes: what its time depends on.
+
+        Returns
+        -------
+        str
+            SHA-256 in hexadecimal digits.
+
+        Examples
+        --------
+        >>> import pytest
+        >>> onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+        >>> from lowrank.interop.onnx import OnnxModel
+        >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["" : 17]>
+        ...     net (float[N, 2] x) => (float[N, 2] y)
+        ...     <float[2, 2] w = {1, 2, 2, 4}> {y = MatMul(x, w)}''')
+        >>> len(OnnxModel(model).fingerprint())
+        64
+        """
+        key = hashlib.sha256(without_large_weights(self._model).SerializeToString())
+        feed = self._feeds[0] if self._feeds else self._zeros() or {}
+        key.update(repr([(name, x.shape, str(x.dtype)) for name, x in feed.items()]).encode())
+        return key.hexdigest()
+
     def call(
         self, chains: Chains, runtime: str, batch: int, threads: int
     ) -> Callable[[], object] | None:
@@ -313,10 +346,18 @@ class OnnxModel:
         feed = self._feeds[0] if self._feeds else self._zeros()
         if feed is None or runtime not in ("lowrank", "onnxruntime"):
             return None
-        fixed = {i.shape[0] for i in self._inputs if i.shape} - {None, batch}
-        if fixed:
-            raise ValueError(f"batch must be {fixed.pop()}, which the network fixes, got {batch}")
-        given = {name: np.resize(x, (batch, *x.shape[1:])) for name, x in feed.items()}
+        now = self._batch_size(feed)
+        given = {}
+        for i in self._inputs:
+            x = feed[i.name]
+            if i.shape and len(x) == now != batch:  # other inputs have no batch axis
+                if i.shape[0] is not None:
+                    raise ValueError(
+                        f"batch must be {now}, which input {i.name!r} of the network fixes, got "
+                        f"{batch}"
+                    )
+                x = np.resize(x, (batch, *x.shape[1:]))
+            given[i.name] = x
         model = self.replaced(chains)
         if runtime == "onnxruntime":
             return session_call(model, given, threads)
@@ -456,6 +497,11 @@ def _samples(site: Site, x: Array, batch: int) -> Array:
     rows = x.size // x.shape[-1]
     examples = batch if rows % batch == 0 else rows
     return x.reshape(examples, -1, x.shape[-1]).swapaxes(1, 2)
+
+
+def _no_gradient(layer: Layer, batch: int) -> Array:
+    """Return the gradient of a layer that no output depends on."""
+    return np.zeros((batch, *layer.conv.output_shape(layer.input_size)), np.float32)
 
 
 def _is_probe(shape: Sequence[int | None]) -> bool:

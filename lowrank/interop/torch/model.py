@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -293,6 +295,17 @@ class TorchModel:
         for x in self.data:
             with torch.inference_mode():
                 yield (to_numpy(first_tensor(self.run(model, x))),)
+
+    def fingerprint(self) -> str:
+        """See :class:`lowrank.compress.CompressibleModel`."""
+        parts: list[Any] = [repr(self.original), getattr(self.run, "__qualname__", "")]
+        for kind in sorted({type(m) for m in self.original.modules()}, key=repr):
+            try:  # what `forward` does between the layers
+                parts.append(inspect.getsource(kind))
+            except (OSError, TypeError):
+                parts.append(repr(kind))
+        parts += [(tuple(t.shape), t.dtype) for t in tensors_in(self.data.first)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
         """See :class:`lowrank.compress.CompressibleModel`."""

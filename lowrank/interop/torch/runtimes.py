@@ -111,5 +111,10 @@ def network_call(module: nn.Module, x: Any, runtime: str, threads: int, run: Run
         module, x = in_channels_last(module, x) or (module, x)
         return inference_call(partial(run, module), x, threads)
     if runtime == "onnxruntime" and isinstance(x, torch.Tensor) and run is run_model:
-        return session_call(export_onnx(module, x), {"x": x.numpy()}, threads)
+        try:
+            exported = export_onnx(module, x)
+        except ValueError as why:
+            warnings.warn(f"{why}: its layers are timed alone", stacklevel=2)
+            return None
+        return session_call(exported, {"x": x.numpy()}, threads)
     return None

@@ -102,6 +102,21 @@ class WeightsModel(StaticModel):
                 replaceable.append(Layer(layer.name, layer.conv, size))
         self.layers = tuple(replaceable)
 
+    def fingerprint(self) -> str:
+        """Return nothing: the network as a whole is not timed.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> from lowrank.interop.weights import WeightsModel
+        >>> WeightsModel.fingerprint(None)
+        ''
+        """
+        return ""
+
     def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> None:
         """Return None: the network as a whole does not run on these runtimes.
 
