@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, int64_t
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 
 
 ctypedef int64_t Three[3]
@@ -61,8 +61,16 @@ cdef extern from "dispatch.h":
     ctypedef struct lr_plane_limits:
         int64_t lanes, rows, overread, remainder, packed, stages
 
+    ctypedef struct lr_pass:
+        int64_t outer, n, inner, taps, width, before
+        const int32_t *offset
+        const int32_t *border
+        const void *weight
+        double fill
+
     ctypedef struct lr_kernels:
         lr_plane_limits limits
+        void (*pass_ "pass")(const lr_pass *, const void *, void *, void *, const void **) noexcept nogil
         void (*paths)(const lr_plan *, const lr_arrays *, int64_t, lr_path *) noexcept nogil
         void (*pack)(const void *, void *, int64_t, int64_t, int64_t) noexcept nogil
         double (*peak)(int64_t, double) noexcept nogil
@@ -454,3 +462,4 @@ cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
 
 
 include "program.pxi"
+include "passes.pxi"

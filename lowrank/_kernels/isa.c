@@ -155,9 +155,9 @@
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
     {{LR_BYTES / 4, LR_ROWS, 8 * LR_BYTES / 4, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
-     pack_weights_f32, tile_f32, paths_f32, peak_f32,
+     pack_weights_f32, tile_f32, paths_f32, peak_f32, filter_pass_f32,
      LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
     {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
-     pack_weights_f64, tile_f64, paths_f64, peak_f64,
+     pack_weights_f64, tile_f64, paths_f64, peak_f64, filter_pass_f64,
      LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
 };

@@ -76,6 +76,16 @@ typedef struct {
     int64_t macs, bytes;
 } lr_step;
 
+/* A pass of a separable filter; see pass.inc. */
+typedef struct {
+    int64_t outer, n, inner; /* the array: the pass runs along n */
+    int64_t taps, width, before; /* taps other than zero; all taps; those ahead of the output */
+    const int32_t *offset;   /* of each tap other than zero */
+    const int32_t *border;   /* sample at each of n + width - 1 positions, -1: fill */
+    const void *weight;      /* one per tap other than zero */
+    double fill;
+} lr_pass;
+
 struct lr_op;
 struct lr_array;
 
@@ -117,6 +127,7 @@ typedef struct {
                  void *work, lr_step *steps);
     void (*paths)(const lr_plan *plan, const lr_arrays *arrays, int64_t tile, lr_path *paths);
     double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of MACs */
+    void (*pass)(const lr_pass *pass, const void *x, void *y, void *line, const void **row);
     /* Channels-last kernels: see program.h. */
     int64_t vectors;
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from lowrank.core.arrays import as_native_order
 from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, choose, conversion, dask, gpu
 from lowrank.filters.request import CompiledFilter, FilterRequest, check_request, compile_request
+
+LIGHT_SAMPLES = 1 << 16  # of images that a plan would take longer than the filter
 
 
 def correlate(
@@ -112,20 +115,63 @@ def correlate(
     if on_gpu:
         with engine.device_context(image):
             return cast(Array, gpu.correlate(image, along, request, work, out))
-    chosen, without_fft = compile_request(request)
+    passes = request.passes()
+    is_light = passes is not None and image.size <= LIGHT_SAMPLES
+    compiled = None if is_light else compile_request(request)
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
+    if compiled is not None and image.dtype.kind == "f" and not _can_run(compiled[0], image):
+        compiled = compiled[1], compiled[1]
+        if compiled[0].multiplies_zeros and not np.isfinite(image.sum()):
+            if passes is None:
+                return _correlate_directly(image, along, request, out)
+            compiled = None
+    if compiled is None:
+        image = np.ascontiguousarray(image, work)
+        result = out if out.dtype == work and _is_plain(out) else np.empty(out.shape, work)
+        assert passes is not None
+        before = [n // 2 + o for n, o in zip(request.taps, request.origins)]
+        passes(image, result, along, before, arguments.as_padding_mode(mode), request.cval)
+        if result is not out:
+            out[...] = conversion.as_image(result, out.dtype)
+        return out
     image = conversion.as_engine_input(image, work)
     result = as_native_order(out) if out.dtype == image.dtype else np.empty(out.shape, work)
-    compiled = chosen
-    if chosen.is_fft and image.dtype.kind == "f" and not np.isfinite(image.sum()):
-        compiled = without_fft
-    _run(compiled, image, result, along, request)
+    _run(compiled[0], image, result, along, request)
     if result.dtype != out.dtype:
         out[...] = conversion.as_image(result, out.dtype)
+    return out
+
+
+def _can_run(compiled: CompiledFilter, image: Array) -> bool:
+    """Return whether a method gives every output of an image to the rounding of direct sums."""
+    if not compiled.spread and not compiled.multiplies_zeros:
+        return True
+    least, most = float(image.min()), float(image.max())
+    if not math.isfinite(least + most):
+        return False
+    if not compiled.spread:
+        return True
+    smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
+    return compiled.spread * max(abs(least), abs(most)) <= smallest
+
+
+def _is_plain(out: Array) -> bool:
+    return bool(out.flags.c_contiguous and out.flags.aligned and out.flags.writeable)
+
+
+def _correlate_directly(image: Array, along: Ints, request: FilterRequest, out: Array) -> Array:
+    """Filter an image by direct sums that skip taps of zero: what SciPy is for.
+
+    Only for images that contain NaN or infinities, and kernels with zeros.
+    """
+    from scipy import ndimage  # slow to import, and rarely needed
+
+    kernel = np.frombuffer(request.kernel, request.dtype).reshape(request.taps)
+    ndimage.correlate(image, kernel, out, request.mode, request.cval, request.origins, axes=along)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,15 @@ from lowrank.engine import fourier
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable
 from lowrank.filters import arguments
+from lowrank.filters.factors import outer_factors
 
 MethodName = Literal["auto", "direct", "separable", "fft"]
 
 GREY_LEVELS = 255.0  # largest sample, for the bounds in grey levels
 MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of their own
 DEINTERLEAVE_SECONDS = 6e-9  # measured time to copy a sample to its plane and back
+KEPT_KERNELS = 64  # whose factors are kept
+AXIS_LETTERS = "dhw"
 MAX_BLOCK_ASPECT = 8.0  # longest over shortest side of a block of transforms
 
 
@@ -50,6 +54,10 @@ class FilterMethod:
     interleaved : bool
         Whether interleaved channels, such as colours, are filtered in one pass without
         deinterleaving.
+    spread : float
+        Bound on the rounding error of an output over that of direct sums, for samples that are
+        all of one size: it grows by the quotient of the largest to the smallest sample.  0 for
+        direct sums and outer products, whose error is small where the samples are.
 
     Examples
     --------
@@ -67,6 +75,7 @@ class FilterMethod:
     chain: Factorization
     block: Ints | None = None
     interleaved: bool = False
+    spread: float = 0.0
 
     @property
     def name(self) -> str:
@@ -242,6 +251,9 @@ def choose_method(
         raise ValueError(f"tolerance must be a number, at least 0, got {tolerance!r}")
     weight = conv.to_dense()
     spatial = tuple(spatial)
+    factors = None
+    if rank in (None, 1):
+        factors = kernel_factors(weight[0, 0], tolerance if rank is None else 0.0)
     images = _Images(spatial, channels, interleaved and channels > 1, itemsize, threads)
 
     def candidate(name: str, chain: Factorization) -> FilterMethod:
@@ -249,15 +261,23 @@ def choose_method(
         error = chain_algebra.relative_error(kernel, weight)
         grey = _grey_bound(kernel[0, 0].astype(np.float64) - weight[0, 0])
         seconds, in_one_pass = _predict(chain, images)
-        return FilterMethod(name, chain.rank, error, grey, seconds, chain, None, in_one_pass)
+        spread = 0.0 if name == "direct" or chain.rank == (1,) else _chain_spread(chain, weight)
+        return FilterMethod(
+            name, chain.rank, error, grey, seconds, chain, None, in_one_pass, spread
+        )
 
     if rank is None:
         methods = [candidate("direct", conv)]
-        methods += [candidate("separable", f) for f in separable_chains(conv, spatial, tolerance)]
-        if weight.size > 1:
+        if factors is not None:
+            methods.append(candidate("separable", factored_chain(conv, factors)))
+        elif method in ("auto", "separable"):
+            found = separable_chains(conv, spatial, tolerance)
+            methods += [candidate("separable", f) for f in found]
+        if weight.size > 1 and method in ("auto", "fft"):
             methods.append(_fastest_fft(conv, weight.shape[2:], images))
     else:
-        methods = [candidate("separable", fit_rank(conv, rank))]
+        chain = fit_rank(conv, rank) if factors is None else factored_chain(conv, factors)
+        methods = [candidate("separable", chain)]
     methods.sort(key=lambda m: m.seconds)
     of_name = [m for m in methods if method in ("auto", m.method)]
     allowed = [m for m in of_name if rank is not None or m.error <= tolerance]
@@ -300,6 +320,19 @@ def _predict(chain: Factorization, images: _Images) -> tuple[float, bool]:
     ).seconds
     planar += images.deinterleave_seconds
     return min(in_one_pass, planar), in_one_pass <= planar
+
+
+def _chain_spread(chain: Factorization, weight: Array) -> float:
+    """Return the rounding error of a sum of terms over that of direct sums.
+
+    Both for samples of 1: of n terms, at most n roundings of the sum of their magnitudes.
+    """
+    magnitudes = replace(
+        chain, stages=tuple(replace(s, weight=np.abs(s.weight)) for s in chain.stages)
+    )
+    roundings = sum(math.prod(s.weight.shape[1:]) for s in chain.stages)
+    total = float(magnitudes.to_dense().sum()) * roundings
+    return total / (float(np.abs(weight).sum()) * weight.size or 1.0)
 
 
 def has_channel_axis(spatial: Ints, channels: int) -> bool:
@@ -348,6 +381,67 @@ def separable_chains(conv: Factorization, spatial: Ints, tolerance: float) -> li
     return [c.build() for c in (*beyond, *within.values())]
 
 
+@functools.lru_cache(KEPT_KERNELS)
+def _kept_factors(
+    kernel: bytes, taps: Ints, dtype: str, tolerance: float
+) -> tuple[Array, ...] | None:
+    return outer_factors(np.frombuffer(kernel, dtype).reshape(taps), tolerance)
+
+
+def kernel_factors(kernel: Array, tolerance: float) -> tuple[Array, ...] | None:
+    """Return one vector per axis whose outer product is a kernel; see :func:`outer_factors`.
+
+    Parameters
+    ----------
+    kernel : ndarray
+        Kernel.
+    tolerance : float
+        Largest relative Frobenius error.
+
+    Returns
+    -------
+    tuple of ndarray or None
+        Kept for the latest kernels.
+    """
+    return _kept_factors(kernel.tobytes(), kernel.shape, kernel.dtype.str, tolerance)
+
+
+def factored_chain(conv: Factorization, factors: Sequence[Array]) -> Factorization:
+    """Return the chain of passes along single axes, in the place of a kernel.
+
+    Parameters
+    ----------
+    conv : Factorization
+        Dense one-channel kernel.
+    factors : sequence of ndarray
+        Vector of each axis.
+
+    Returns
+    -------
+    Factorization
+        One stage per axis with more than one tap.
+    """
+    stages = []
+    scale = 1.0
+    for axis, factor in enumerate(factors):
+        if len(factor) == 1:
+            scale *= float(factor[0])
+            continue
+        shape = [1] * (2 + conv.ndim)
+        shape[2 + axis] = len(factor)
+        weight = factor.astype(conv.dtype).reshape(shape)
+        stages.append(Stage(weight, conv.geometry.only([axis])))
+    if not stages:
+        return conv
+    if scale != 1.0:
+        last = stages[-1]
+        weight = (last.weight.astype(np.float64) * scale).astype(conv.dtype)
+        stages[-1] = replace(last, weight=weight)
+    letters = AXIS_LETTERS[-conv.ndim :]
+    variant = "-".join(a for a, f in zip(letters, factors) if len(f) > 1)
+    return replace(conv, stages=tuple(stages), family="separable_sum", variant=variant, rank=(1,))
+
+
 def filter_families() -> list[str]:
     """Return the families to try for a filter: sweeps of the others take too long."""
     return [name for name, f in FAMILIES.items() if f.has_fast_sweep or f.is_outer_product_sum]
@@ -379,7 +473,8 @@ def _fastest_fft(conv: Factorization, taps: Ints, images: _Images) -> FilterMeth
             candidates.append((cost.seconds * images.channels, block))
     seconds, block = min(candidates)
     seconds += images.deinterleave_seconds
-    return FilterMethod("fft", (), 0.0, 0.0, seconds, conv, block)
+    spread = math.log2(math.prod(block)) / math.prod(taps)
+    return FilterMethod("fft", (), 0.0, 0.0, seconds, conv, block, spread=spread)
 
 
 def compile_method(

@@ -58,7 +58,7 @@ def correlate(image: Any, along: Ints, request: FilterRequest) -> Any:
     chunked.check_array("image", image)
     if 0 in image.shape:
         return image
-    method = request.method_without_fft(request.plan())
+    method = request.exact_method(request.plan())
     if method.block is not None:
         raise ValueError(
             "method must be auto, direct or separable for a Dask array, got 'fft': the rounding of "

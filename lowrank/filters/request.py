@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowrank._kernels._core import Passes
 from lowrank._typing import Array, Ints
 from lowrank.core.geometry import as_integers
 from lowrank.filters import arguments, choose
 
-CACHED_FILTERS = 32
+CACHED_FILTERS = 256
 
 
 class FilterRequest(NamedTuple):
@@ -48,23 +49,43 @@ class FilterRequest(NamedTuple):
             threads=self.threads,
         )  # fmt: skip
 
-    def method_without_fft(self, plan: choose.FilterPlan) -> choose.FilterMethod:
-        """Return the choice, or under ``"auto"`` the fastest method that is not a transform.
+    def exact_method(self, plan: choose.FilterPlan) -> choose.FilterMethod:
+        """Return the choice, or under ``"auto"`` the fastest method that sums as the kernel does.
 
-        Transforms spread NaN and infinities, and their round-off depends on the blocks.
+        Transforms and sums of several terms spread NaN, infinities and the rounding of large
+        samples to outputs that do not depend on them.
         """
-        if plan.choice.block is None or self.method != "auto":
+        if self.method != "auto" or not plan.choice.spread:
             return plan.choice
-        return next(m for m in plan.methods if m.block is None and m.error <= plan.tolerance)
+        return next(m for m in plan.methods if not m.spread and m.error <= plan.tolerance)
+
+    def passes(self) -> Passes | None:
+        """Return the passes of an outer product that runs without a plan, or None."""
+        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
+            return None
+        return _passes(self.kernel, self.taps, self.dtype, self.tolerance)
+
+
+@functools.lru_cache(CACHED_FILTERS)
+def _passes(kernel: bytes, taps: Ints, dtype: str, tolerance: float | None) -> Passes | None:
+    k = np.frombuffer(kernel, dtype).reshape(taps)
+    tolerance = arguments.round_off(k) if tolerance is None else tolerance
+    factors = choose.kernel_factors(k, tolerance)
+    return None if factors is None else Passes(factors, k.dtype.name)
 
 
 class CompiledFilter(NamedTuple):
-    """A compiled method, with the spatial shape of the arrays that it takes."""
+    """A compiled method, with the spatial shape of the arrays that it takes.
+
+    `spread` is that of the method; `multiplies_zeros` tells that taps of zero are not skipped, so
+    that NaN and infinities under them spread.
+    """
 
     run: Any
     shape: Ints
     interleaved: bool
-    is_fft: bool
+    spread: float
+    multiplies_zeros: bool
 
 
 def check_request(
@@ -116,9 +137,9 @@ def check_request(
 
 @functools.lru_cache(CACHED_FILTERS)
 def compile_request(request: FilterRequest) -> tuple[CompiledFilter, CompiledFilter]:
-    """Compile the chosen method, and the one for images that contain NaN or infinities."""
+    """Compile the chosen method, and the one for images on which it would spread errors."""
     plan = request.plan()
-    methods = plan.choice, request.method_without_fft(plan)
+    methods = plan.choice, request.exact_method(plan)
     compiled = {m: _compile(m, request) for m in dict.fromkeys(methods)}
     return compiled[methods[0]], compiled[methods[1]]
 
@@ -131,4 +152,5 @@ def _compile(method: choose.FilterMethod, request: FilterRequest) -> CompiledFil
         shape = (*spatial[:-1], spatial[-1] * channels)
         if choose.has_channel_axis(spatial, channels):
             shape = (*spatial, channels)
-    return CompiledFilter(run, shape, method.interleaved, method.block is not None)
+    has_zeros = any(not s.weight.all() for s in method.chain.stages)
+    return CompiledFilter(run, shape, method.interleaved, method.spread, has_zeros)
