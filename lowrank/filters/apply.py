@@ -123,7 +123,7 @@ def correlate(
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
-    if compiled is not None and image.dtype.kind == "f" and not _can_run(compiled[0], image):
+    if compiled is not None and image.dtype.kind == "f" and not _can_run(compiled[0], image, request.is_strict):
         compiled = compiled[1], compiled[1]
         if compiled[0].multiplies_zeros and not np.isfinite(image.sum()):
             if passes is None:
@@ -146,14 +146,14 @@ def correlate(
     return out
 
 
-def _can_run(compiled: CompiledFilter, image: Array) -> bool:
+def _can_run(compiled: CompiledFilter, image: Array, is_strict: bool) -> bool:
     """Return whether a method gives every output of an image to the rounding of direct sums."""
     if not compiled.spread and not compiled.multiplies_zeros:
         return True
     least, most = float(image.min()), float(image.max())
     if not math.isfinite(least + most):
         return False
-    if not compiled.spread:
+    if not (compiled.spread and is_strict):
         return True
     smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
     return compiled.spread * max(abs(least), abs(most)) <= smallest

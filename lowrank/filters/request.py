@@ -50,14 +50,24 @@ class FilterRequest(NamedTuple):
         )  # fmt: skip
 
     def exact_method(self, plan: choose.FilterPlan) -> choose.FilterMethod:
-        """Return the choice, or under ``"auto"`` the fastest method that sums as the kernel does.
+        """Return the fastest method that sums as the kernel does, if it may be chosen.
 
         Transforms and sums of several terms spread NaN, infinities and the rounding of large
-        samples to outputs that do not depend on them.
+        samples to outputs that do not depend on them.  Whoever gives a tolerance admits sums of
+        terms; whoever gives a rank or a method gets it.
         """
-        if self.method != "auto" or not plan.choice.spread:
+        if self.method != "auto" or self.rank is not None or not plan.choice.spread:
             return plan.choice
-        return next(m for m in plan.methods if not m.spread and m.error <= plan.tolerance)
+        return next(
+            m for m in plan.methods
+            if m.error <= plan.tolerance
+            and (not m.spread if self.is_strict else m.block is None)
+        )  # fmt: skip
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether every output has to be as accurate as by direct sums."""
+        return (self.rank, self.tolerance, self.method) == (None, None, "auto")
 
     def passes(self) -> Passes | None:
         """Return the passes of an outer product that runs without a plan, or None."""
