@@ -184,8 +184,6 @@ def test_missing_separable_form_raises():
     with pytest.raises(ValueError, match=r"no separable form .* fewer MACs .* rank .* has error"):
         filters.plan_filter(noise, (30, 30), tolerance=1e-5, method="separable")
     assert filters.plan_filter(noise, (30, 30), rank=3).choice.error < 1e-6
-    with pytest.raises(ValueError, match="no separable form"):
-        filters.correlate(np.ones(9), np.hanning(5), method="separable")
 
 
 def test_rank_does_not_depend_on_scale():
@@ -201,3 +199,13 @@ def test_predicted_time_of_transforms_grows_with_the_image():
     here = perfmodel.current()
     small, large = (here.predict_fft((9, 9), (n, n), (64, 64), 1).seconds for n in (128, 1024))
     assert 0 < small < large
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 9), (9, 1), (2, 2), (1, 1), (1, 3, 1)])
+@pytest.mark.parametrize("size", [12, 300])
+def test_outer_products_of_any_shape_have_a_separable_form(shape, size):
+    kernel = np.ones(shape)
+    image = np.random.default_rng(0).random((size, *(20,) * (len(shape) - 1)))
+    expected = ndi.correlate(image, kernel)
+    found = filters.correlate(image, kernel, method="separable")
+    np.testing.assert_allclose(found, expected, rtol=1e-13)

@@ -105,7 +105,8 @@ def correlate(
         image = np.asarray(image)
     elif is_dask and out is not None:
         raise TypeError("out must be None for a Dask array: the result is computed later")
-    work = arguments.work_dtype(image)
+    kernel = arguments.as_kernel(kernel)
+    work = arguments.work_dtype(image, kernel)
     request, along = check_request(
         image, kernel, work, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
         origin=origin, axes=axes, convolve=convolve, out=out, threads=threads,
@@ -123,9 +124,13 @@ def correlate(
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
-    if compiled is not None and image.dtype.kind == "f" and not _can_run(compiled[0], image, request.is_strict):
+    if (
+        compiled is not None
+        and image.dtype.kind == "f"
+        and not _can_run(compiled[0], image, request.is_strict)
+    ):
         compiled = compiled[1], compiled[1]
-        if compiled[0].multiplies_zeros and not np.isfinite(image.sum()):
+        if compiled[0].multiplies_zeros and not _is_finite(image):
             if passes is None:
                 return _correlate_directly(image, along, request, out)
             compiled = None
@@ -150,13 +155,18 @@ def _can_run(compiled: CompiledFilter, image: Array, is_strict: bool) -> bool:
     """Return whether a method gives every output of an image to the rounding of direct sums."""
     if not compiled.spread and not compiled.multiplies_zeros:
         return True
-    least, most = float(image.min()), float(image.max())
-    if not math.isfinite(least + most):
+    if not _is_finite(image):
         return False
     if not (compiled.spread and is_strict):
         return True
+    least, most = float(image.min()), float(image.max())
     smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
     return compiled.spread * max(abs(least), abs(most)) <= smallest
+
+
+def _is_finite(image: Array) -> bool:
+    """Return whether no sample is NaN or infinite; sums of large samples would overflow."""
+    return math.isfinite(float(image.min())) and math.isfinite(float(image.max()))
 
 
 def _is_plain(out: Array) -> bool:

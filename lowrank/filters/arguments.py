@@ -29,6 +29,8 @@ MODES: dict[str, PaddingMode] = {
 
 def as_kernel(value: Any) -> Array:
     """Return a kernel over 1 to 3 axes, in float32 or float64 and native byte order."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("kernel must be a plain array, got a masked array: fill the mask first")
     k = np.asarray(value)
     if k.dtype.kind in "iub":
         k = k.astype(np.float64)
@@ -70,8 +72,16 @@ def as_origins(origin: int | Sequence[int], taps: Ints) -> Ints:
     return shifts
 
 
-def work_dtype(image: Array) -> np.dtype[Any]:
+def work_dtype(image: Array, kernel: Array | None = None) -> np.dtype[Any]:
     """Return the dtype of the computation: float32 if it holds all values, else float64."""
+    dtype = _image_dtype(image)
+    if kernel is None or dtype == np.float64:
+        return dtype
+    largest, limits = float(np.abs(kernel).max()), np.finfo(np.float32)
+    return dtype if not largest or limits.tiny < largest < limits.max else np.dtype(np.float64)
+
+
+def _image_dtype(image: Array) -> np.dtype[Any]:
     native = image.dtype.newbyteorder("=")
     if native in (np.float32, np.float64):
         return native
@@ -90,6 +100,8 @@ def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> In
         raise ValueError(
             f"kernel must have at most the image's {image_ndim} axes, got {kernel_ndim}"
         )
+    if axes is not None and kernel_ndim > 1 and np.ndim(axes) == 0:
+        raise ValueError(f"axes must be {kernel_ndim} axes, as the kernel has, got {axes!r}")
     along = range(kernel_ndim) if axes is None else as_integers("axes", axes, kernel_ndim)
     wrapped = tuple(a % image_ndim for a in along)
     if any(not -image_ndim <= a < image_ndim for a in along) or len({*wrapped}) < kernel_ndim:
@@ -106,7 +118,7 @@ def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
     limit = as_real("tolerance", tolerance)
     if rank is not None:
         raise TypeError("give rank or tolerance, not both")
-    if limit >= 1:
+    if not 0 <= limit < 1:
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance!r}")
     return limit
 

@@ -214,10 +214,11 @@ def plan_filter(
     spatial = as_integers("shape", shape, k.ndim)
     if min(spatial) < 1:
         raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
+    round_off = arguments.round_off(k)
     k = np.ascontiguousarray(k, dtype)
     conv = arguments.as_convolution(k, mode, arguments.as_real("cval", cval), (0,) * k.ndim)
     tolerance = arguments.as_tolerance(tolerance, rank)
-    tolerance = arguments.round_off(k) if tolerance is None else tolerance
+    tolerance = round_off if tolerance is None else tolerance
     (channels,) = as_integers("batch", batch, 1)
     if channels < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")

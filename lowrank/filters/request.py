@@ -27,6 +27,7 @@ class FilterRequest(NamedTuple):
     interleaved: bool  # the filtered axes come first: samples of several channels are adjacent
     rank: int | None
     tolerance: float | None
+    round_off: float  # relative error of the kernel as it was given: less than this is not rank
     method: choose.MethodName
     mode: str
     cval: float
@@ -42,7 +43,7 @@ class FilterRequest(NamedTuple):
         """Plan the filter for images of this size."""
         k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
         conv = arguments.as_convolution(k, self.mode, self.cval, self.origins)
-        tolerance = arguments.round_off(k) if self.tolerance is None else self.tolerance
+        tolerance = self.round_off if self.tolerance is None else self.tolerance
         return choose.choose_method(
             conv, self.nonempty_spatial, tolerance, rank=self.rank, method=self.method,
             channels=max(self.channels, 1), interleaved=self.interleaved, itemsize=k.itemsize,
@@ -73,15 +74,14 @@ class FilterRequest(NamedTuple):
         """Return the passes of an outer product that runs without a plan, or None."""
         if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
             return None
-        return _passes(self.kernel, self.taps, self.dtype, self.tolerance)
+        tolerance = self.round_off if self.tolerance is None else self.tolerance
+        return _passes(self.kernel, self.taps, self.dtype, tolerance)
 
 
 @functools.lru_cache(CACHED_FILTERS)
-def _passes(kernel: bytes, taps: Ints, dtype: str, tolerance: float | None) -> Passes | None:
-    k = np.frombuffer(kernel, dtype).reshape(taps)
-    tolerance = arguments.round_off(k) if tolerance is None else tolerance
-    factors = choose.kernel_factors(k, tolerance)
-    return None if factors is None else Passes(factors, k.dtype.name)
+def _passes(kernel: bytes, taps: Ints, dtype: str, tolerance: float) -> Passes | None:
+    factors = choose.kernel_factors(np.frombuffer(kernel, dtype).reshape(taps), tolerance)
+    return None if factors is None else Passes(factors, np.dtype(dtype).name)
 
 
 class CompiledFilter(NamedTuple):
@@ -116,14 +116,18 @@ def check_request(
 ) -> tuple[FilterRequest, Ints]:
     """Check the arguments of :func:`lowrank.filters.correlate`; return the filtered axes, too."""
     k = arguments.as_kernel(kernel)
+    round_off = arguments.round_off(k)
     origins = arguments.as_origins(origin, k.shape)
+    if not isinstance(convolve, bool | np.bool_):
+        raise TypeError(f"convolve must be True or False, got {convolve!r}")
     if convolve:
         k = np.flip(k)
         origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
     along = arguments.as_axes(axes, image.ndim, k.ndim)
     if out is not None and type(out) is not type(image):
         raise TypeError(f"out must be an array like the image, got {type(out).__qualname__}")
-    if out is not None and (out.shape != image.shape or out.dtype != image.dtype):
+    native = image.dtype.newbyteorder("=")
+    if out is not None and (out.shape != image.shape or out.dtype.newbyteorder("=") != native):
         raise ValueError(
             f"out must have shape {image.shape} and dtype {image.dtype}, "
             f"got {out.shape} and {out.dtype}"
@@ -139,8 +143,8 @@ def check_request(
     spatial = tuple(image.shape[a] for a in along)
     channels = image.size // max(math.prod(spatial), 1)
     request = FilterRequest(
-        k.tobytes(), k.shape, k.dtype.str, spatial, channels, interleaved, rank, tolerance, method,
-        mode, cval, origins, threads,
+        k.tobytes(), k.shape, k.dtype.str, spatial, channels, interleaved, rank, tolerance,
+        round_off, method, mode, cval, origins, threads,
     )  # fmt: skip
     return request, along
 
