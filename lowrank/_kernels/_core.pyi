@@ -78,3 +78,18 @@ class Program:
     ) -> None: ...
     def __call__(self, arrays: Sequence[Any], threads: int = 0) -> None: ...
     def profile(self, arrays: Sequence[Any], threads: int = 0) -> list[float]: ...
+
+BORDERS: tuple[str, ...]
+
+class Passes:
+    dtype: str
+    def __init__(self, factors: Sequence[Any], dtype: str, isa: str | None = None) -> None: ...
+    def __call__(
+        self,
+        x: Any,
+        out: Any,
+        axes: Sequence[int],
+        before: Sequence[int],
+        border: str | Sequence[str],
+        fill: float | Sequence[float] = 0.0,
+    ) -> None: ...

@@ -67,7 +67,7 @@ cdef class Passes:
             self.weight[k] = <const void *><size_t>weights.buffer_info()[0]
             self.offset[k] = <const int32_t *><size_t>offsets.buffer_info()[0]
 
-    def __call__(self, x, out, axes, before, border, double fill=0.0):
+    def __call__(self, x, out, axes, before, border, fill=0.0):
         """Filter x into out: C-contiguous arrays of one shape and of this type.
 
         Parameters
@@ -76,12 +76,15 @@ cdef class Passes:
             Arrays; they must not overlap.
         axes, before : sequence of int
             Axis of each pass, and taps ahead of its output.
-        border : str
-            One of `BORDERS`.
-        fill : float
-            Border value of "constant".
+        border : str or sequence of str
+            One of `BORDERS`, or one for each pass.
+        fill : float or sequence of float
+            Border value of "constant": of x, from which those of later passes follow as the
+            filter's response to it, or one for each pass.
         """
-        cdef int mode = BORDERS.index(border)
+        cdef int mode[MAX_PASSES]
+        cdef double value = 0.0
+        cdef bint follows = isinstance(fill, (int, float))
         cdef Py_buffer a, b
         cdef lr_pass p[MAX_PASSES]
         cdef int64_t i, k, size, longest = 0, most = 0, most_taps = 0
@@ -95,6 +98,13 @@ cdef class Passes:
         cdef void *target
         if len(axes) != self.count or len(before) != self.count:
             raise ValueError(f"axes and before must have {self.count} entries")
+        borders = [border] * self.count if isinstance(border, str) else border
+        if len(borders) != self.count or not (follows or len(fill) == self.count):
+            raise ValueError(f"border and fill must have {self.count} entries")
+        for k in range(self.count):
+            mode[k] = BORDERS.index(borders[k])
+        if follows:
+            value = fill
         PyObject_GetBuffer(x, &a, PyBUF_STRIDES | PyBUF_FORMAT)
         try:
             PyObject_GetBuffer(out, &b, PyBUF_STRIDES | PyBUF_FORMAT | PyBUF_WRITABLE)
@@ -122,8 +132,9 @@ cdef class Passes:
                     p[k].taps, p[k].width, p[k].before = self.taps[k], self.width[k], before[k]
                     if not 0 <= p[k].before < p[k].width:
                         raise ValueError(f"before must be below the number of taps, got {before}")
-                    p[k].offset, p[k].weight, p[k].fill = self.offset[k], self.weight[k], fill
-                    fill = fill * self.sums[k]
+                    p[k].offset, p[k].weight = self.offset[k], self.weight[k]
+                    p[k].fill = value if follows else fill[k]
+                    value = value * self.sums[k]
                     i = p[k].n + p[k].width - 1
                     longest = max(longest, i)
                     most = max(most, p[k].inner * (i if p[k].inner < 64 else 1))
@@ -141,7 +152,7 @@ cdef class Passes:
                 with nogil:
                     for k in range(self.count):
                         for i in range(p[k].n + p[k].width - 1):
-                            table[i] = _sample(i - p[k].before, p[k].n, mode)
+                            table[i] = _sample(i - p[k].before, p[k].n, mode[k])
                         p[k].border = table
                         target = b.buf if (self.count - k) % 2 else <void *>other
                         self.kernels.pass_(&p[k], source, target, line, row)

@@ -124,11 +124,13 @@ def filter_image(
     options: dict[str, Any] = {
         "rank": rank, "tolerance": tolerance, "method": method, "mode": mode, "cval": cval
     }  # fmt: skip
+    axes = range(taps.ndim)
     dtype = np.float64 if work.dtype == np.float64 else np.float32
     batch = work.size // max(math.prod(shape), 1)
     plan = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
     chain = plan.choice.chain
-    result = filters.correlate(work, taps, convolve=convolve, **options)
+    run = filters.convolve if convolve else filters.correlate
+    result = run(work, taps, axes=axes, **options)
     centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
     _write_image(out, result, picture, centred)
     if plot is not None:

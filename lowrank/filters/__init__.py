@@ -1,5 +1,9 @@
 """Filters for images, volumes, cubes and series, with the conventions of scipy.ndimage."""
 
+from difflib import get_close_matches
+from typing import NoReturn
+
+from lowrank.filters.apply import convolve as convolve
 from lowrank.filters.apply import correlate as correlate
 from lowrank.filters.apply import filter_image as filter_image
 from lowrank.filters.arguments import MODES as MODES
@@ -21,3 +25,10 @@ from lowrank.filters.kernels import sobel as sobel
 from lowrank.filters.kernels import unsharp as unsharp
 from lowrank.filters.separability import rank as rank
 from lowrank.filters.separability import separate as separate
+
+
+def __getattr__(name: str) -> NoReturn:
+    known = [n for n in globals() if not n.startswith("_")]
+    near = [n for n in known if n in name] or get_close_matches(name, known, 1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

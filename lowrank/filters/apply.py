@@ -15,6 +15,7 @@ from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, choose, conversion, dask, gpu
 from lowrank.filters.request import CompiledFilter, FilterRequest, check_request, compile_request
 
+MAX_COLOURS = 4  # of a picture
 LIGHT_SAMPLES = 1 << 16  # of images that a plan would take longer than the filter
 
 
@@ -29,7 +30,6 @@ def correlate(
     cval: float = 0.0,
     origin: int | Sequence[int] = 0,
     axes: Sequence[int] | None = None,
-    convolve: bool = False,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
@@ -58,10 +58,8 @@ def correlate(
     origin : int or sequence of int
         Shift of the filter as in scipy.ndimage, one for all axes or one per axis.
     axes : sequence of int, optional
-        Axes of `image` that the kernel runs along, if the image has more axes than the kernel,
-        such as channels; the first ones by default.
-    convolve : bool
-        Flip the kernel: a convolution in the mathematical sense.
+        Axes of `image` that the kernel runs along.  Needed for a kernel with one axis and an image
+        with several; else the first ones by default, so that the last may be channels.
     out : ndarray, optional
         Array for the result; same shape and dtype as `image`.
     threads : int, optional
@@ -98,6 +96,69 @@ def correlate(
     >>> filters.correlate(step, [[-1, 0, 1]])[0]
     array([0., 1., 1., 0.])
     """
+    return _filter(
+        image, kernel, False, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
+        origin=origin, axes=axes, out=out, threads=threads,
+    )  # fmt: skip
+
+
+def convolve(
+    image: Array,
+    kernel: Any,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: choose.MethodName = "auto",
+    mode: str = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: Sequence[int] | None = None,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Array:
+    """Filter by the flipped kernel: a convolution in the mathematical sense.
+
+    Parameters
+    ----------
+    image, kernel, rank, tolerance, method, mode, cval, axes, out, threads
+        As for :func:`correlate`.
+    origin : int or sequence of int
+        Shift of the filter as in ``scipy.ndimage.convolve``.
+
+    Returns
+    -------
+    ndarray or dask.array.Array
+        Result, with the shape and dtype of `image`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        See :func:`correlate`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> spike = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
+    >>> filters.convolve(spike, [1.0, 2.0, 3.0]), filters.correlate(spike, [1.0, 2.0, 3.0])
+    (array([0., 1., 2., 3., 0.]), array([0., 3., 2., 1., 0.]))
+    """
+    return _filter(
+        image, kernel, True, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
+        origin=origin, axes=axes, out=out, threads=threads,
+    )  # fmt: skip
+
+
+def _filter(
+    image: Array,
+    kernel: Any,
+    flip: bool,
+    *,
+    mode: str,
+    out: Array | None,
+    **options: Any,
+) -> Array:
+    """Filter by a kernel or the flipped kernel; see :func:`correlate`."""
     if isinstance(image, np.ma.MaskedArray):
         raise TypeError("image must be a plain array, got a masked array: fill the mask first")
     is_dask, on_gpu = chunked.is_dask_array(image), engine.is_on_gpu(image)
@@ -107,46 +168,39 @@ def correlate(
         raise TypeError("out must be None for a Dask array: the result is computed later")
     kernel = arguments.as_kernel(kernel)
     work = arguments.work_dtype(image, kernel)
-    request, along = check_request(
-        image, kernel, work, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
-        origin=origin, axes=axes, convolve=convolve, out=out, threads=threads,
-    )  # fmt: skip
+    request, along = check_request(image, kernel, work, flip=flip, mode=mode, out=out, **options)
     if is_dask:
         return dask.correlate(image, along, request)  # type: ignore[no-any-return]
     if on_gpu:
         with engine.device_context(image):
             return cast(Array, gpu.correlate(image, along, request, work, out))
-    passes = request.passes()
-    is_light = passes is not None and image.size <= LIGHT_SAMPLES
-    compiled = None if is_light else compile_request(request)
     out = np.empty(image.shape, image.dtype) if out is None else out
     if image.size == 0:
         return out
     if np.may_share_memory(image, out):
         image = image.copy()
-    if (
-        compiled is not None
-        and image.dtype.kind == "f"
-        and not _can_run(compiled[0], image, request.is_strict)
-    ):
-        compiled = compiled[1], compiled[1]
-        if compiled[0].multiplies_zeros and not _is_finite(image):
+    passes, compiled = request.passes(), None
+    if passes is None or image.size > LIGHT_SAMPLES:
+        chosen, exact = compile_request(request)
+        is_safe = image.dtype.kind != "f" or _can_run(chosen, image, request.is_strict)
+        compiled = chosen if is_safe else exact
+        if not is_safe and exact.multiplies_zeros and not _is_finite(image):
             if passes is None:
                 return _correlate_directly(image, along, request, out)
             compiled = None
     if compiled is None:
-        image = np.ascontiguousarray(image, work)
-        result = out if out.dtype == work and _is_plain(out) else np.empty(out.shape, work)
         assert passes is not None
-        before = [n // 2 + o for n, o in zip(request.taps, request.origins)]
-        passes(image, result, along, before, arguments.as_padding_mode(mode), request.cval)
-        if result is not out:
-            out[...] = conversion.as_image(result, out.dtype)
-        return out
-    image = conversion.as_engine_input(image, work)
-    result = as_native_order(out) if out.dtype == image.dtype else np.empty(out.shape, work)
-    _run(compiled[0], image, result, along, request)
-    if result.dtype != out.dtype:
+        x = np.ascontiguousarray(image, work)
+        result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
+        run, axes = passes
+        before = [request.taps[a] // 2 + request.origins[a] for a in axes]
+        border = arguments.as_padding_mode(mode)
+        run(x, result, [along[a] for a in axes], before, border, request.cval)
+    else:
+        x = conversion.as_engine_input(image, work)
+        result = as_native_order(out) if out.dtype == x.dtype else np.empty(out.shape, work)
+        _run(compiled, x, result, along, request)
+    if result is not out and not np.may_share_memory(result, out):
         out[...] = conversion.as_image(result, out.dtype)
     return out
 
@@ -167,10 +221,6 @@ def _can_run(compiled: CompiledFilter, image: Array, is_strict: bool) -> bool:
 def _is_finite(image: Array) -> bool:
     """Return whether no sample is NaN or infinite; sums of large samples would overflow."""
     return math.isfinite(float(image.min())) and math.isfinite(float(image.max()))
-
-
-def _is_plain(out: Array) -> bool:
-    return bool(out.flags.c_contiguous and out.flags.aligned and out.flags.writeable)
 
 
 def _correlate_directly(image: Array, along: Ints, request: FilterRequest, out: Array) -> Array:
@@ -209,6 +259,7 @@ def filter_image(
     method: choose.MethodName = "auto",
     mode: str = "reflect",
     cval: float = 0.0,
+    channel_axis: int | None = None,
     out: Array | None = None,
     threads: int | None = None,
 ) -> Array:
@@ -228,6 +279,8 @@ def filter_image(
         Border mode, by scipy.ndimage's names.
     cval : float
         Border value of mode ``"constant"``.
+    channel_axis : int, optional
+        Axis of the colours, if it is not the last one.
     out : ndarray, optional
         Array for the result; same shape and dtype as `image`.
     threads : int, optional
@@ -260,7 +313,18 @@ def filter_image(
         )
     if np.ndim(kernel) != 2:
         raise ValueError(f"kernel must have two axes, got shape {np.shape(kernel)}")
+    axes = None
+    if channel_axis is not None:
+        (colours,) = arguments.as_axes([channel_axis], np.ndim(image), 1)
+        axes = [a for a in range(np.ndim(image)) if a != colours]
+        if len(axes) != 2:
+            raise ValueError(f"channel_axis must be None for a picture of shape {np.shape(image)}")
+    elif np.ndim(image) == 3 and np.shape(image)[2] > MAX_COLOURS >= np.shape(image)[0]:
+        raise ValueError(
+            f"image must be (height, width, colours), got {np.shape(image)}: give channel_axis=0 "
+            "if the first axis is that of the colours, or channel_axis=2"
+        )
     return correlate(
-        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, out=out,
+        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, axes=axes, out=out,
         threads=threads,
     )  # fmt: skip

@@ -78,7 +78,8 @@ def work_dtype(image: Array, kernel: Array | None = None) -> np.dtype[Any]:
     if kernel is None or dtype == np.float64:
         return dtype
     largest, limits = float(np.abs(kernel).max()), np.finfo(np.float32)
-    return dtype if not largest or limits.tiny < largest < limits.max else np.dtype(np.float64)
+    is_within = not largest or float(limits.tiny) < largest < float(limits.max)
+    return dtype if is_within else np.dtype(np.float64)
 
 
 def _image_dtype(image: Array) -> np.dtype[Any]:
@@ -102,6 +103,11 @@ def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> In
         )
     if axes is not None and kernel_ndim > 1 and np.ndim(axes) == 0:
         raise ValueError(f"axes must be {kernel_ndim} axes, as the kernel has, got {axes!r}")
+    if axes is None and kernel_ndim == 1 < image_ndim:
+        raise ValueError(
+            f"axes must be given for a kernel with one axis and an image with {image_ndim}: "
+            "axes=-1 for the last one"
+        )
     along = range(kernel_ndim) if axes is None else as_integers("axes", axes, kernel_ndim)
     wrapped = tuple(a % image_ndim for a in along)
     if any(not -image_ndim <= a < image_ndim for a in along) or len({*wrapped}) < kernel_ndim:

@@ -216,6 +216,7 @@ def plan_filter(
         raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
     round_off = arguments.round_off(k)
     k = np.ascontiguousarray(k, dtype)
+    round_off = max(round_off, arguments.round_off(k))
     conv = arguments.as_convolution(k, mode, arguments.as_real("cval", cval), (0,) * k.ndim)
     tolerance = arguments.as_tolerance(tolerance, rank)
     tolerance = round_off if tolerance is None else tolerance
@@ -223,8 +224,8 @@ def plan_filter(
     if channels < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     return choose_method(
-        conv, spatial, tolerance, rank=rank, method=method, channels=channels, interleaved=True,
-        itemsize=k.itemsize, threads=threads,
+        conv, spatial, tolerance, round_off=round_off, rank=rank, method=method,
+        channels=channels, interleaved=True, itemsize=k.itemsize, threads=threads,
     )  # fmt: skip
 
 
@@ -233,6 +234,7 @@ def choose_method(
     spatial: Sequence[int],
     tolerance: float,
     *,
+    round_off: float = 0.0,
     rank: int | None = None,
     method: MethodName = "auto",
     channels: int = 1,
@@ -242,7 +244,8 @@ def choose_method(
 ) -> FilterPlan:
     """Price the methods for a dense one-channel stage on `channels` images, and choose one.
 
-    `interleaved` tells that the samples of the channels are adjacent in memory.
+    `round_off` is the relative error of the kernel as it was given; `interleaved` tells that the
+    samples of the channels are adjacent in memory.
     """
     if method not in get_args(MethodName):
         raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
@@ -253,8 +256,8 @@ def choose_method(
     weight = conv.to_dense()
     spatial = tuple(spatial)
     factors = None
-    if rank in (None, 1):
-        factors = kernel_factors(weight[0, 0], tolerance if rank is None else 0.0)
+    if rank in (None, 1):  # the best sum of one term, if it is the kernel
+        factors = kernel_factors(weight[0, 0], max(round_off, arguments.round_off(weight)))
     images = _Images(spatial, channels, interleaved and channels > 1, itemsize, threads)
 
     def candidate(name: str, chain: Factorization) -> FilterMethod:
@@ -333,7 +336,7 @@ def _chain_spread(chain: Factorization, weight: Array) -> float:
     )
     roundings = sum(math.prod(s.weight.shape[1:]) for s in chain.stages)
     total = float(magnitudes.to_dense().sum()) * roundings
-    return total / (float(np.abs(weight).sum()) * weight.size or 1.0)
+    return float(total / (float(np.abs(weight).sum()) * weight.size or 1.0))
 
 
 def has_channel_axis(spatial: Ints, channels: int) -> bool:
@@ -423,10 +426,8 @@ def factored_chain(conv: Factorization, factors: Sequence[Array]) -> Factorizati
         One stage per axis with more than one tap.
     """
     stages = []
-    scale = 1.0
     for axis, factor in enumerate(factors):
         if len(factor) == 1:
-            scale *= float(factor[0])
             continue
         shape = [1] * (2 + conv.ndim)
         shape[2 + axis] = len(factor)
@@ -434,10 +435,6 @@ def factored_chain(conv: Factorization, factors: Sequence[Array]) -> Factorizati
         stages.append(Stage(weight, conv.geometry.only([axis])))
     if not stages:
         return conv
-    if scale != 1.0:
-        last = stages[-1]
-        weight = (last.weight.astype(np.float64) * scale).astype(conv.dtype)
-        stages[-1] = replace(last, weight=weight)
     letters = AXIS_LETTERS[-conv.ndim :]
     variant = "-".join(a for a, f in zip(letters, factors) if len(f) > 1)
     return replace(conv, stages=tuple(stages), family="separable_sum", variant=variant, rank=(1,))

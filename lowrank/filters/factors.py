@@ -26,8 +26,9 @@ def outer_factors(kernel: Array, tolerance: float) -> tuple[Array, ...] | None:
     Returns
     -------
     tuple of ndarray or None
-        float64 vectors.  Those of a kernel of integers, times any number, are integers but for
-        the last, which has the factor: their sums are exact as those of the kernel are.
+        float64 vectors; that of an axis with one tap is 1.  Those of a kernel of integers, times
+        any number, are integers but for the last, which has the factor: their sums are exact as
+        those of the kernel are.
 
     Notes
     -----
@@ -45,15 +46,20 @@ def outer_factors(kernel: Array, tolerance: float) -> tuple[Array, ...] | None:
     True
     """
     k = np.asarray(kernel, np.float64)
-    at = np.unravel_index(int(np.abs(k).argmax()), k.shape)
-    pivot = float(k[at])
+    at = [int(i) for i in np.unravel_index(int(np.abs(k).argmax()), k.shape)]
+    pivot = float(k[tuple(at)])
     if not pivot:
         return tuple(np.zeros(n) for n in k.shape)
-    fibres = [k[(*at[:axis], slice(None), *at[axis + 1 :])] for axis in range(k.ndim)]
+    fibres: list[Array] = []
+    for axis in range(k.ndim):
+        index: list[int | slice] = [*at]
+        index[axis] = slice(None)
+        fibres.append(k[tuple(index)])
     exact = _integer_factors(fibres, at)
     if exact is not None and np.array_equal(outer_product(exact), k):
         return exact
-    factors = (fibres[0], *(f / pivot for f in fibres[1:]))
+    scaled = _last_long(k.shape)
+    factors = tuple(f if axis == scaled else f / pivot for axis, f in enumerate(fibres))
     # In units of the pivot: squares of small or large kernels neither underflow nor overflow.
     error = np.linalg.norm((outer_product(factors) - k) / pivot)
     return factors if error <= tolerance * np.linalg.norm(k / pivot) else None
@@ -81,5 +87,11 @@ def _integer_factors(fibres: Sequence[Array], at: Sequence[int]) -> tuple[Array,
             return None
         vectors.append(vector)
         coefficient /= vector[i]
-    vectors[-1] = vectors[-1] * coefficient
+    scaled = _last_long([len(f) for f in fibres])
+    vectors[scaled] = vectors[scaled] * coefficient
     return tuple(vectors)
+
+
+def _last_long(taps: Sequence[int]) -> int:
+    """Return the last axis with more than one tap, or the last one."""
+    return max((axis for axis, n in enumerate(taps) if n > 1), default=len(taps) - 1)

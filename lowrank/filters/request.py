@@ -45,9 +45,9 @@ class FilterRequest(NamedTuple):
         conv = arguments.as_convolution(k, self.mode, self.cval, self.origins)
         tolerance = self.round_off if self.tolerance is None else self.tolerance
         return choose.choose_method(
-            conv, self.nonempty_spatial, tolerance, rank=self.rank, method=self.method,
-            channels=max(self.channels, 1), interleaved=self.interleaved, itemsize=k.itemsize,
-            threads=self.threads,
+            conv, self.nonempty_spatial, tolerance, round_off=self.round_off, rank=self.rank,
+            method=self.method, channels=max(self.channels, 1), interleaved=self.interleaved,
+            itemsize=k.itemsize, threads=self.threads,
         )  # fmt: skip
 
     def exact_method(self, plan: choose.FilterPlan) -> choose.FilterMethod:
@@ -70,18 +70,22 @@ class FilterRequest(NamedTuple):
         """Whether every output has to be as accurate as by direct sums."""
         return (self.rank, self.tolerance, self.method) == (None, None, "auto")
 
-    def passes(self) -> Passes | None:
-        """Return the passes of an outer product that runs without a plan, or None."""
+    def passes(self) -> tuple[Passes, list[int]] | None:
+        """Return the passes of an outer product, which runs without a plan, and their axes."""
         if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
             return None
-        tolerance = self.round_off if self.tolerance is None else self.tolerance
-        return _passes(self.kernel, self.taps, self.dtype, tolerance)
+        return _passes(self.kernel, self.taps, self.dtype, self.round_off)
 
 
 @functools.lru_cache(CACHED_FILTERS)
-def _passes(kernel: bytes, taps: Ints, dtype: str, tolerance: float) -> Passes | None:
+def _passes(
+    kernel: bytes, taps: Ints, dtype: str, tolerance: float
+) -> tuple[Passes, list[int]] | None:
     factors = choose.kernel_factors(np.frombuffer(kernel, dtype).reshape(taps), tolerance)
-    return None if factors is None else Passes(factors, np.dtype(dtype).name)
+    if factors is None:
+        return None
+    axes = [a for a, n in enumerate(taps) if n > 1] or [len(taps) - 1]
+    return Passes([factors[a] for a in axes], np.dtype(dtype).name), axes
 
 
 class CompiledFilter(NamedTuple):
@@ -110,7 +114,7 @@ def check_request(
     cval: float,
     origin: Any,
     axes: Any,
-    convolve: bool,
+    flip: bool,
     out: Array | None,
     threads: int | None,
 ) -> tuple[FilterRequest, Ints]:
@@ -118,9 +122,7 @@ def check_request(
     k = arguments.as_kernel(kernel)
     round_off = arguments.round_off(k)
     origins = arguments.as_origins(origin, k.shape)
-    if not isinstance(convolve, bool | np.bool_):
-        raise TypeError(f"convolve must be True or False, got {convolve!r}")
-    if convolve:
+    if flip:
         k = np.flip(k)
         origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
     along = arguments.as_axes(axes, image.ndim, k.ndim)
@@ -134,6 +136,7 @@ def check_request(
         )
     interleaved = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
     k = np.ascontiguousarray(k, work)
+    round_off = max(round_off, arguments.round_off(k))
     arguments.as_padding_mode(mode)
     if rank is not None:
         (rank,) = as_integers("rank", rank, 1)
