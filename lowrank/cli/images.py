@@ -176,7 +176,7 @@ def filter_image(
 
 
 #: Function of each name, and the command-line options that it takes.
-_NAMED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
+_NAMED: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     Name.gauss: (filters.gauss, ("sigma", "angle", "ndim")),
     Name.box: (filters.box, ("size", "ndim")),
     Name.sobel: (filters.sobel, ("axis", "ndim")),
@@ -192,7 +192,7 @@ _NAMED: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
 }
 
 
-def _kernel(kernel: str, options: dict[str, Any]) -> Array:
+def _kernel(kernel: str, options: dict[str, Any]) -> Any:
     if kernel in _NAMED:
         make, names = _NAMED[kernel]
         if kernel == Name.disk and options["ndim"] == 3:

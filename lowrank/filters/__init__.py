@@ -23,6 +23,7 @@ from lowrank.filters.kernels import prewitt as prewitt
 from lowrank.filters.kernels import scharr as scharr
 from lowrank.filters.kernels import sobel as sobel
 from lowrank.filters.kernels import unsharp as unsharp
+from lowrank.filters.outer import OuterProduct as OuterProduct
 from lowrank.filters.separability import rank as rank
 from lowrank.filters.separability import separate as separate
 

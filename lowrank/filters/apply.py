@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -11,9 +11,17 @@ import numpy as np
 from lowrank import engine
 from lowrank._typing import Array, Ints
 from lowrank.core.arrays import as_native_order
+from lowrank.core.geometry import as_integers
 from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, choose, conversion, dask, gpu
-from lowrank.filters.request import CompiledFilter, FilterRequest, check_request, compile_request
+from lowrank.filters.outer import OuterProduct, compile_outer, outer_passes
+from lowrank.filters.request import (
+    CompiledFilter,
+    FilterRequest,
+    check_request,
+    compile_request,
+    plan_request,
+)
 
 MAX_COLOURS = 4  # of a picture
 LIGHT_SAMPLES = 1 << 16  # of images that a plan would take longer than the filter
@@ -166,11 +174,18 @@ def _filter(
         image = np.asarray(image)
     elif is_dask and out is not None:
         raise TypeError("out must be None for a Dask array: the result is computed later")
+    is_outer = isinstance(kernel, OuterProduct) and options["rank"] in (None, 1)
+    is_outer = is_outer and options["method"] in ("auto", "separable")
+    if is_outer and not is_dask and not on_gpu:
+        return _filter_outer(image, kernel, flip, mode, out, options)
+    factors = (kernel.flipped() if flip else kernel).factors if is_outer else None
     kernel = arguments.as_kernel(kernel)
     work = arguments.work_dtype(image, kernel)
     request, along = check_request(image, kernel, work, flip=flip, mode=mode, out=out, **options)
     if is_dask:
-        return dask.correlate(image, along, request)  # type: ignore[no-any-return]
+        if factors is None and image.size <= LIGHT_SAMPLES:  # as in memory
+            factors = request.factors()
+        return dask.correlate(image, along, request, factors)  # type: ignore[no-any-return]
     if on_gpu:
         with engine.device_context(image):
             return cast(Array, gpu.correlate(image, along, request, work, out))
@@ -181,13 +196,12 @@ def _filter(
         image = image.copy()
     passes, compiled = request.passes(), None
     if passes is None or image.size > LIGHT_SAMPLES:
-        chosen, exact = compile_request(request)
-        is_safe = image.dtype.kind != "f" or _can_run(chosen, image, request.is_strict)
-        compiled = chosen if is_safe else exact
-        if not is_safe and exact.multiplies_zeros and not _is_finite(image):
-            if passes is None:
-                return _correlate_directly(image, along, request, out)
-            compiled = None
+        chosen, exact = plan_request(request)
+        is_exact = image.dtype.kind == "f" and not _can_run(chosen, image, request.is_strict)
+        if not (is_exact and exact.multiplies_zeros and not _is_finite(image)):
+            compiled = compile_request(request, is_exact)
+        elif passes is None:
+            return _correlate_directly(image, along, request, out)
     if compiled is None:
         assert passes is not None
         x = np.ascontiguousarray(image, work)
@@ -199,23 +213,72 @@ def _filter(
     else:
         x = conversion.as_engine_input(image, work)
         result = as_native_order(out) if out.dtype == x.dtype else np.empty(out.shape, work)
-        _run(compiled, x, result, along, request)
+        _run(compiled, x, result, along, request.interleaved and request.channels == 1)
     if result is not out and not np.may_share_memory(result, out):
         out[...] = conversion.as_image(result, out.dtype)
     return out
 
 
-def _can_run(compiled: CompiledFilter, image: Array, is_strict: bool) -> bool:
+def _filter_outer(
+    image: Array,
+    kernel: OuterProduct,
+    flip: bool,
+    mode: str,
+    out: Array | None,
+    options: Mapping[str, Any],
+) -> Array:
+    """Filter by the vectors of an outer product."""
+    arguments.as_tolerance(options["tolerance"], options["rank"])
+    threads = options["threads"]
+    if threads is not None:
+        (threads,) = as_integers("threads", threads, 1)
+    cval, axes, origin = options["cval"], options["axes"], options["origin"]
+    axes, origin = (v if v is None or np.ndim(v) == 0 else tuple(v) for v in (axes, origin))
+    work = arguments.work_dtype(image, kernel)
+    passes = outer_passes(kernel.key, flip, image.ndim, axes, origin, mode, work.name)
+    cval = 0.0 if cval == 0 else arguments.as_real("cval", cval)
+    given, out = out, arguments.as_out(image, out)
+    if image.size == 0:
+        return out
+    if given is not None and np.may_share_memory(image, out):
+        image = image.copy()
+    is_light = image.size <= LIGHT_SAMPLES
+    if not is_light and passes.has_zeros and image.dtype.kind == "f":
+        is_light = not _is_finite(image)  # taps of zero are skipped
+    if is_light:
+        x = np.ascontiguousarray(image, work)
+        result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
+        passes.run(x, result, passes.axes, passes.before, passes.border, cval)
+        if result is not out:
+            out[...] = conversion.as_image(result, out.dtype)
+        return out
+    along = passes.along
+    spatial = tuple(image.shape[a] for a in along)
+    channels = image.size // math.prod(spatial)
+    interleaved = along == tuple(range(kernel.ndim)) and out.flags.c_contiguous
+    run, shape, in_one_pass = compile_outer(
+        passes.key, work.str, spatial, channels, interleaved, mode, cval, passes.origins, threads
+    )
+    x = conversion.as_engine_input(image, work)
+    result = as_native_order(out) if out.dtype == x.dtype else np.empty(out.shape, work)
+    compiled = CompiledFilter(run, shape, in_one_pass)
+    _run(compiled, x, result, along, interleaved and channels == 1)
+    if result is not out and not np.may_share_memory(result, out):
+        out[...] = conversion.as_image(result, out.dtype)
+    return out
+
+
+def _can_run(method: choose.FilterMethod, image: Array, is_strict: bool) -> bool:
     """Return whether a method gives every output of an image to the rounding of direct sums."""
-    if not compiled.spread and not compiled.multiplies_zeros:
+    if not method.spread and not method.multiplies_zeros:
         return True
     if not _is_finite(image):
         return False
-    if not (compiled.spread and is_strict):
+    if not (method.spread and is_strict):
         return True
     least, most = float(image.min()), float(image.max())
     smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
-    return compiled.spread * max(abs(least), abs(most)) <= smallest
+    return method.spread * max(abs(least), abs(most)) <= smallest
 
 
 def _is_finite(image: Array) -> bool:
@@ -236,11 +299,11 @@ def _correlate_directly(image: Array, along: Ints, request: FilterRequest, out: 
 
 
 def _run(
-    compiled: CompiledFilter, image: Array, result: Array, along: Ints, request: FilterRequest
+    compiled: CompiledFilter, image: Array, result: Array, along: Ints, is_plain: bool
 ) -> None:
     """Filter `image` into `result`, channel by channel unless they are interleaved."""
     shape = (-1, 1, *compiled.shape)
-    if compiled.interleaved or (request.interleaved and request.channels == 1):
+    if compiled.interleaved or is_plain:
         compiled.run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
         return
     last = range(-len(along), 0)

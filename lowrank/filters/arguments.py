@@ -12,6 +12,7 @@ from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import as_integers
 from lowrank.factorization import Factorization, dense
 
+SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _ROUND_OFF_FACTOR = 4  # allows for the rounding of kernels that were computed, not given
 
 #: scipy.ndimage's border modes, and the padding modes that they mean.
@@ -72,13 +73,14 @@ def as_origins(origin: int | Sequence[int], taps: Ints) -> Ints:
     return shifts
 
 
-def work_dtype(image: Array, kernel: Array | None = None) -> np.dtype[Any]:
+def work_dtype(image: Array, kernel: Any = None) -> np.dtype[Any]:
     """Return the dtype of the computation: float32 if it holds all values, else float64."""
     dtype = _image_dtype(image)
     if kernel is None or dtype == np.float64:
         return dtype
-    largest, limits = float(np.abs(kernel).max()), np.finfo(np.float32)
-    is_within = not largest or float(limits.tiny) < largest < float(limits.max)
+    largest = getattr(kernel, "largest", None)
+    largest = float(np.abs(kernel).max()) if largest is None else largest
+    is_within = not largest or SINGLE[0] < largest < SINGLE[1]
     return dtype if is_within else np.dtype(np.float64)
 
 
@@ -115,6 +117,26 @@ def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> In
             f"axes must be different and between {-image_ndim} and {image_ndim - 1}, got {axes!r}"
         )
     return wrapped
+
+
+def as_out(image: Array, out: Array | None) -> Array:
+    """Return an array for the result, of the shape and dtype of an image."""
+    if out is None:
+        return np.empty(image.shape, image.dtype)
+    if type(out) is not type(image):
+        raise TypeError(f"out must be an array like the image, got {type(out).__qualname__}")
+    native = image.dtype.newbyteorder("=")
+    if out.shape != image.shape or out.dtype.newbyteorder("=") != native:
+        raise ValueError(
+            f"out must have shape {image.shape} and dtype {image.dtype}, "
+            f"got {out.shape} and {out.dtype}"
+        )
+    return out
+
+
+def flipped_origins(origins: Ints, taps: Ints) -> Ints:
+    """Return the shifts of a flipped kernel."""
+    return tuple(-o - (n % 2 == 0) for o, n in zip(origins, taps))
 
 
 def as_tolerance(tolerance: Any, rank: int | None) -> float | None:

@@ -13,7 +13,7 @@ import numpy as np
 from lowrank import engine, perfmodel, selection
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra, tables
-from lowrank.core.geometry import as_integers
+from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import fourier
 from lowrank.factorization import Factorization
@@ -28,6 +28,7 @@ MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of thei
 DEINTERLEAVE_SECONDS = 6e-9  # measured time to copy a sample to its plane and back
 KEPT_KERNELS = 64  # whose factors are kept
 AXIS_LETTERS = "dhw"
+ROUGH_MAC, ROUGH_STAGE = 5e-11, 2e-6  # seconds, of the order of one thread's
 MAX_BLOCK_ASPECT = 8.0  # longest over shortest side of a block of transforms
 
 
@@ -76,6 +77,11 @@ class FilterMethod:
     block: Ints | None = None
     interleaved: bool = False
     spread: float = 0.0
+
+    @property
+    def multiplies_zeros(self) -> bool:
+        """Whether taps of zero are not skipped: NaN and infinities under them spread."""
+        return any(not s.weight.all() for s in self.chain.stages)
 
     @property
     def name(self) -> str:
@@ -241,11 +247,13 @@ def choose_method(
     interleaved: bool = False,
     itemsize: int = 4,
     threads: int | None = None,
+    is_rough: bool = False,
 ) -> FilterPlan:
     """Price the methods for a dense one-channel stage on `channels` images, and choose one.
 
     `round_off` is the relative error of the kernel as it was given; `interleaved` tells that the
-    samples of the channels are adjacent in memory.
+    samples of the channels are adjacent in memory.  `is_rough` is for small images: times are those
+    of the MACs alone, and transforms are left out.
     """
     if method not in get_args(MethodName):
         raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
@@ -258,26 +266,25 @@ def choose_method(
     factors = None
     if rank in (None, 1):  # the best sum of one term, if it is the kernel
         factors = kernel_factors(weight[0, 0], max(round_off, arguments.round_off(weight)))
-    images = _Images(spatial, channels, interleaved and channels > 1, itemsize, threads)
+    images = _Images(spatial, channels, interleaved and channels > 1, itemsize, threads, is_rough)
 
-    def candidate(name: str, chain: Factorization) -> FilterMethod:
-        kernel = chain.to_dense()
-        error = chain_algebra.relative_error(kernel, weight)
-        grey = _grey_bound(kernel[0, 0].astype(np.float64) - weight[0, 0])
+    def candidate(
+        name: str, chain: Factorization, accuracy: Accuracy | None = None
+    ) -> FilterMethod:
+        error, grey, spread = accuracy or _accuracy(chain, weight)
         seconds, in_one_pass = _predict(chain, images)
-        spread = 0.0 if name == "direct" or chain.rank == (1,) else _chain_spread(chain, weight)
         return FilterMethod(
             name, chain.rank, error, grey, seconds, chain, None, in_one_pass, spread
         )
 
     if rank is None:
-        methods = [candidate("direct", conv)]
+        methods = [candidate("direct", conv, Accuracy(0.0, 0.0, 0.0))]
         if factors is not None:
             methods.append(candidate("separable", factored_chain(conv, factors)))
         elif method in ("auto", "separable"):
-            found = separable_chains(conv, spatial, tolerance)
-            methods += [candidate("separable", f) for f in found]
-        if weight.size > 1 and method in ("auto", "fft"):
+            found = separable_chains(conv, tolerance)
+            methods += [candidate("separable", *each) for each in found]
+        if weight.size > 1 and (method == "fft" or (method == "auto" and not is_rough)):
             methods.append(_fastest_fft(conv, weight.shape[2:], images))
     else:
         chain = fit_rank(conv, rank) if factors is None else factored_chain(conv, factors)
@@ -303,6 +310,7 @@ class _Images(NamedTuple):
     interleaved: bool
     itemsize: int
     threads: int | None
+    is_rough: bool = False
 
     @property
     def deinterleave_seconds(self) -> float:
@@ -312,6 +320,10 @@ class _Images(NamedTuple):
 
 def _predict(chain: Factorization, images: _Images) -> tuple[float, bool]:
     """Predict the seconds of a chain, and whether it runs on interleaved channels."""
+    if images.is_rough:
+        taps = sum(math.prod(s.weight.shape) for s in chain.stages)
+        samples = images.channels * math.prod(images.spatial)
+        return ROUGH_MAC * taps * samples + ROUGH_STAGE * len(chain.stages), images.interleaved
     model, itemsize, threads = perfmodel.current(), images.itemsize, images.threads
     planar = model.predict_stages(
         chain.stages, (1, *images.spatial), images.channels, threads, itemsize=itemsize
@@ -337,6 +349,27 @@ def _chain_spread(chain: Factorization, weight: Array) -> float:
     roundings = sum(math.prod(s.weight.shape[1:]) for s in chain.stages)
     total = float(magnitudes.to_dense().sum()) * roundings
     return float(total / (float(np.abs(weight).sum()) * weight.size or 1.0))
+
+
+def predict(
+    chain: Factorization,
+    spatial: Ints,
+    channels: int,
+    interleaved: bool,
+    itemsize: int,
+    threads: int | None,
+) -> tuple[float, bool]:
+    """Predict the seconds of a chain, and whether it runs on interleaved channels."""
+    return _predict(chain, _Images(spatial, channels, interleaved, itemsize, threads))
+
+
+def runner_shape(method: FilterMethod, spatial: Ints, channels: int) -> Ints:
+    """Return the spatial shape of the arrays that a compiled method takes."""
+    if not method.interleaved:
+        return spatial
+    if has_channel_axis(spatial, channels):
+        return (*spatial, channels)
+    return (*spatial[:-1], spatial[-1] * channels)
 
 
 def has_channel_axis(spatial: Ints, channels: int) -> bool:
@@ -369,20 +402,59 @@ def _append_axis(stage: Stage) -> Stage:
     return replace(stage, weight=stage.weight[..., None], geometry=geometry)
 
 
-def separable_chains(conv: Factorization, spatial: Ints, tolerance: float) -> list[Factorization]:
-    """Return the cheapest chain of each variant within the tolerance.
+class Accuracy(NamedTuple):
+    """Errors of a chain in the place of a kernel, as in :class:`FilterMethod`."""
+
+    error: float
+    grey: float
+    spread: float
+
+
+def _accuracy(chain: Factorization, weight: Array) -> Accuracy:
+    kernel = chain.to_dense()
+    return Accuracy(
+        chain_algebra.relative_error(kernel, weight),
+        _grey_bound(kernel[0, 0].astype(np.float64) - weight[0, 0]),
+        0.0 if chain.rank == (1,) else _chain_spread(chain, weight),
+    )
+
+
+def separable_chains(conv: Factorization, tolerance: float) -> list[tuple[Factorization, Accuracy]]:
+    """Return the cheapest chain of each variant within the tolerance, and its accuracy.
 
     The list starts with two Pareto-optimal chains beyond the tolerance, to show what a larger one
-    would save.
+    would save.  Costs are compared on images of twice the kernel's size, so that the chains of the
+    latest kernels serve images of all sizes.
     """
-    front = selection.frontier(conv, spatial, filter_families(), axis="macs")
+    kernel = conv.to_dense()[0, 0]
+    kept = _kept_chains(kernel.tobytes(), kernel.shape, kernel.dtype.str, tolerance)
+    return [(_with_geometry(chain, conv), accuracy) for chain, accuracy in kept]
+
+
+@functools.lru_cache(KEPT_KERNELS)
+def _kept_chains(
+    kernel: bytes, taps: Ints, dtype: str, tolerance: float
+) -> tuple[tuple[Factorization, Accuracy], ...]:
+    k = np.frombuffer(kernel, dtype).reshape(taps)
+    conv = arguments.as_convolution(k, "constant", 0.0, (0,) * k.ndim)
+    front = selection.frontier(conv, [2 * n for n in taps], filter_families(), axis="macs")
     separable = [c for c in front if c.family != "dense"]
     within: dict[str, selection.Candidate] = {}
     for c in separable:
         if c.error <= tolerance:
             within.setdefault(c.name, c)
     beyond = [c for c in separable if c.error > tolerance][-2:]
-    return [c.build() for c in (*beyond, *within.values())]
+    chains = [c.build() for c in (*beyond, *within.values())]
+    return tuple((chain, _accuracy(chain, conv.to_dense())) for chain in chains)
+
+
+def _with_geometry(chain: Factorization, conv: Factorization) -> Factorization:
+    """Return a chain with the borders of a kernel: each stage pads the axes of its taps."""
+    stages = []
+    for stage in chain.stages:
+        axes = [a for a, n in enumerate(stage.kernel) if n > 1]
+        stages.append(replace(stage, geometry=conv.geometry.only(axes)))
+    return replace(chain, stages=tuple(stages), geometry=conv.geometry)
 
 
 @functools.lru_cache(KEPT_KERNELS)
@@ -411,33 +483,25 @@ def kernel_factors(kernel: Array, tolerance: float) -> tuple[Array, ...] | None:
 
 
 def factored_chain(conv: Factorization, factors: Sequence[Array]) -> Factorization:
-    """Return the chain of passes along single axes, in the place of a kernel.
-
-    Parameters
-    ----------
-    conv : Factorization
-        Dense one-channel kernel.
-    factors : sequence of ndarray
-        Vector of each axis.
-
-    Returns
-    -------
-    Factorization
-        One stage per axis with more than one tap.
-    """
-    stages = []
-    for axis, factor in enumerate(factors):
-        if len(factor) == 1:
-            continue
-        shape = [1] * (2 + conv.ndim)
-        shape[2 + axis] = len(factor)
-        weight = factor.astype(conv.dtype).reshape(shape)
-        stages.append(Stage(weight, conv.geometry.only([axis])))
-    if not stages:
-        return conv
+    """Return the chain of passes along single axes, in the place of a kernel."""
+    stages = factored_stages(conv.geometry, factors, conv.dtype)
     letters = AXIS_LETTERS[-conv.ndim :]
     variant = "-".join(a for a, f in zip(letters, factors) if len(f) > 1)
-    return replace(conv, stages=tuple(stages), family="separable_sum", variant=variant, rank=(1,))
+    return replace(conv, stages=stages, family="separable_sum", variant=variant, rank=(1,))
+
+
+def factored_stages(
+    geometry: Geometry, factors: Sequence[Array], dtype: np.dtype[Any]
+) -> tuple[Stage, ...]:
+    """Return one stage per axis with more than one tap; one at least."""
+    axes = [a for a, f in enumerate(factors) if len(f) > 1 or f[0] != 1]
+    stages = []
+    for axis in axes or [len(factors) - 1]:
+        shape = [1] * (2 + len(factors))
+        shape[2 + axis] = len(factors[axis])
+        weight = factors[axis].astype(dtype).reshape(shape)
+        stages.append(Stage(weight, geometry.only([axis])))
+    return tuple(stages)
 
 
 def filter_families() -> list[str]:

@@ -14,11 +14,13 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.engine import dask as chunked
-from lowrank.filters import conversion
+from lowrank.filters import choose, conversion
 from lowrank.filters.request import FilterRequest
 
 
-def correlate(image: Any, along: Ints, request: FilterRequest) -> Any:
+def correlate(
+    image: Any, along: Ints, request: FilterRequest, factors: Sequence[Array] | None
+) -> Any:
     """Filter a Dask array; :func:`lowrank.filters.correlate` calls this.
 
     Parameters
@@ -30,6 +32,8 @@ def correlate(image: Any, along: Ints, request: FilterRequest) -> Any:
     request : FilterRequest
         Other arguments of :func:`lowrank.filters.correlate`, checked.  ``threads`` is the number
         of threads per chunk, as in :func:`lowrank.engine.dask.run`.
+    factors : sequence of ndarray or None
+        Vectors whose outer product runs; None for the method of the request.
 
     Returns
     -------
@@ -58,13 +62,16 @@ def correlate(image: Any, along: Ints, request: FilterRequest) -> Any:
     chunked.check_array("image", image)
     if 0 in image.shape:
         return image
-    method = request.exact_method(request.plan())
-    if method.block is not None:
-        raise ValueError(
-            "method must be auto, direct or separable for a Dask array, got 'fft': the rounding of "
-            "a transform depends on where blocks are cut"
-        )
-    f = method.chain
+    if factors is None:
+        method = request.exact_method(request.plan())
+        if method.block is not None:
+            raise ValueError(
+                "method must be auto, direct or separable for a Dask array, got 'fft': the "
+                "rounding of a transform depends on where blocks are cut"
+            )
+        f = method.chain
+    else:
+        f = choose.factored_chain(request.convolution(), factors)
     axes = chunked.cut_axes(f.stages, (1, *request.spatial), [image.chunks[a] for a in along])
     work = functools.partial(
         _filter_chunk,

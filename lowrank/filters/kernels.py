@@ -9,6 +9,10 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.core.geometry import as_integers
+from lowrank.filters.factors import outer_product
+from lowrank.filters.outer import OuterProduct
+
+Kernel = Array | OuterProduct
 
 
 def gauss(
@@ -17,7 +21,7 @@ def gauss(
     ndim: int = 2,
     truncate: float = 4.0,
     angle: float = 0.0,
-) -> Array:
+) -> Kernel:
     r"""Return a Gaussian filter, optionally rotated; sums to 1.
 
     Parameters
@@ -73,7 +77,7 @@ def gauss(
         raise ValueError(f"angle must be finite, over two axes, got {angle!r} over {len(sigmas)}")
     if angle == 0 or sigmas[0] == sigmas[1]:  # rotation leaves an isotropic Gaussian as it is
         lines = [_gaussian(s, truncate) for s in sigmas]
-        return _outer([g / g.sum() for g in lines])
+        return OuterProduct([g / g.sum() for g in lines])
     s, c = math.sin(angle), math.cos(angle)
     extents = (math.hypot(sigmas[1] * s, sigmas[0] * c), math.hypot(sigmas[1] * c, sigmas[0] * s))
     y, x = _grid([int(truncate * r + 0.5) for r in extents])
@@ -82,7 +86,7 @@ def gauss(
     return np.asarray(kernel / kernel.sum())
 
 
-def box(size: int | Sequence[int], *, ndim: int = 2) -> Array:
+def box(size: int | Sequence[int], *, ndim: int = 2) -> Kernel:
     """Return a box filter (mean); rank 1, sums to 1.
 
     Parameters
@@ -113,10 +117,12 @@ def box(size: int | Sequence[int], *, ndim: int = 2) -> Array:
     )
     if not sizes or min(sizes) < 1:
         raise ValueError(f"size must be at least 1, got {size!r}")
-    return np.full(sizes, 1 / math.prod(sizes))
+    lines = [np.ones(n) for n in sizes]
+    lines[-1] /= math.prod(sizes)
+    return OuterProduct(lines)
 
 
-def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
+def sobel(axis: int = -1, *, ndim: int = 2) -> Kernel:
     """Return the Sobel derivative filter: a difference along one axis, smoothed along others.
 
     Parameters
@@ -156,7 +162,7 @@ def sobel(axis: int = -1, *, ndim: int = 2) -> Array:
     return _difference((1.0, 2.0, 1.0), axis, ndim)
 
 
-def prewitt(axis: int = -1, *, ndim: int = 2) -> Array:
+def prewitt(axis: int = -1, *, ndim: int = 2) -> Kernel:
     """Return the Prewitt derivative filter: a difference along one axis, a sum along others.
 
     Parameters
@@ -197,7 +203,7 @@ def prewitt(axis: int = -1, *, ndim: int = 2) -> Array:
     return _difference((1.0, 1.0, 1.0), axis, ndim)
 
 
-def scharr(axis: int = -1, *, ndim: int = 2) -> Array:
+def scharr(axis: int = -1, *, ndim: int = 2) -> Kernel:
     """Return the Scharr derivative filter, whose gradient direction is the most accurate at 3x3.
 
     Parameters
@@ -326,7 +332,7 @@ def log(sigma: float, *, ndim: int = 2, truncate: float = 4.0) -> Array:
     second -= second.mean() * g / g.mean()  # sums to 0, without a third term
     ndim = _checked_ndim(ndim)
     lines = [[second if a == axis else g for a in range(ndim)] for axis in range(ndim)]
-    kernel = sum(_outer(line) for line in lines) / g.sum() ** ndim
+    kernel = sum(outer_product(line) for line in lines) / g.sum() ** ndim
     return np.asarray(kernel)
 
 
@@ -433,7 +439,7 @@ def unsharp(
     """
     kernel = -_positive("amount", amount) * gauss(sigma, ndim=ndim, truncate=truncate)
     kernel[tuple(n // 2 for n in kernel.shape)] += 1 + amount
-    return kernel
+    return np.asarray(kernel)
 
 
 def gabor(
@@ -588,7 +594,7 @@ def motion(length: int, *, angle: float = 0.0) -> Array:
     return np.asarray(line / line.sum())
 
 
-def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Array:
+def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Kernel:
     """Return the product of (-1, 0, 1) along `axis` and `smooth` along the others."""
     ndim = _checked_ndim(ndim)
     (axis,) = as_integers("axis", axis, 1)
@@ -596,7 +602,7 @@ def _difference(smooth: Sequence[float], axis: int, ndim: int) -> Array:
         raise ValueError(f"axis must be from {-ndim} to {ndim - 1}, got {axis}")
     lines = [np.array(smooth)] * ndim
     lines[axis] = np.array([-1.0, 0.0, 1.0])
-    return _outer(lines)
+    return OuterProduct(lines)
 
 
 def _uniform_ball(radius: float, ndim: int) -> Array:
@@ -615,13 +621,6 @@ def _grid(radii: Sequence[int]) -> list[Array]:
 def _gaussian(sigma: float, truncate: float) -> Array:
     n = int(truncate * sigma + 0.5)
     return np.asarray(np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2))
-
-
-def _outer(lines: Sequence[Array]) -> Array:
-    kernel = np.ones(())
-    for line in lines:
-        kernel = np.multiply.outer(kernel, line)
-    return kernel
 
 
 def _positive(name: str, value: float) -> float:

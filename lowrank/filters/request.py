@@ -11,9 +11,11 @@ import numpy as np
 from lowrank._kernels._core import Passes
 from lowrank._typing import Array, Ints
 from lowrank.core.geometry import as_integers
+from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 
 CACHED_FILTERS = 256
+SMALL = 1 << 14  # samples
 
 
 class FilterRequest(NamedTuple):
@@ -39,15 +41,26 @@ class FilterRequest(NamedTuple):
         """Spatial size of the plan, which an empty image needs as well."""
         return tuple(max(n, 1) for n in self.spatial)
 
+    def convolution(self) -> Factorization:
+        """Return the kernel as a dense stage."""
+        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
+        return arguments.as_convolution(k, self.mode, self.cval, self.origins)
+
+    def factors(self) -> tuple[Array, ...] | None:
+        """Return the vectors of a kernel that is an outer product, if they may run."""
+        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
+            return None
+        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
+        return choose.kernel_factors(k, self.round_off)
+
     def plan(self) -> choose.FilterPlan:
         """Plan the filter for images of this size."""
-        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
-        conv = arguments.as_convolution(k, self.mode, self.cval, self.origins)
+        conv = self.convolution()
         tolerance = self.round_off if self.tolerance is None else self.tolerance
         return choose.choose_method(
             conv, self.nonempty_spatial, tolerance, round_off=self.round_off, rank=self.rank,
             method=self.method, channels=max(self.channels, 1), interleaved=self.interleaved,
-            itemsize=k.itemsize, threads=self.threads,
+            itemsize=conv.dtype.itemsize, threads=self.threads, is_rough=self.is_small,
         )  # fmt: skip
 
     def exact_method(self, plan: choose.FilterPlan) -> choose.FilterMethod:
@@ -64,6 +77,11 @@ class FilterRequest(NamedTuple):
             if m.error <= plan.tolerance
             and (not m.spread if self.is_strict else m.block is None)
         )  # fmt: skip
+
+    @property
+    def is_small(self) -> bool:
+        """Whether predictions of several methods would take longer than the filter."""
+        return max(self.channels, 1) * math.prod(self.nonempty_spatial) <= SMALL
 
     @property
     def is_strict(self) -> bool:
@@ -89,17 +107,11 @@ def _passes(
 
 
 class CompiledFilter(NamedTuple):
-    """A compiled method, with the spatial shape of the arrays that it takes.
-
-    `spread` is that of the method; `multiplies_zeros` tells that taps of zero are not skipped, so
-    that NaN and infinities under them spread.
-    """
+    """A compiled method, with the spatial shape of the arrays that it takes."""
 
     run: Any
     shape: Ints
     interleaved: bool
-    spread: float
-    multiplies_zeros: bool
 
 
 def check_request(
@@ -124,16 +136,10 @@ def check_request(
     origins = arguments.as_origins(origin, k.shape)
     if flip:
         k = np.flip(k)
-        origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, k.shape))
+        origins = arguments.flipped_origins(origins, k.shape)
     along = arguments.as_axes(axes, image.ndim, k.ndim)
-    if out is not None and type(out) is not type(image):
-        raise TypeError(f"out must be an array like the image, got {type(out).__qualname__}")
-    native = image.dtype.newbyteorder("=")
-    if out is not None and (out.shape != image.shape or out.dtype.newbyteorder("=") != native):
-        raise ValueError(
-            f"out must have shape {image.shape} and dtype {image.dtype}, "
-            f"got {out.shape} and {out.dtype}"
-        )
+    if out is not None:
+        arguments.as_out(image, out)
     interleaved = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
     k = np.ascontiguousarray(k, work)
     round_off = max(round_off, arguments.round_off(k))
@@ -153,21 +159,20 @@ def check_request(
 
 
 @functools.lru_cache(CACHED_FILTERS)
-def compile_request(request: FilterRequest) -> tuple[CompiledFilter, CompiledFilter]:
-    """Compile the chosen method, and the one for images on which it would spread errors."""
+def plan_request(request: FilterRequest) -> tuple[choose.FilterMethod, choose.FilterMethod]:
+    """Return the chosen method, and the one for images on which it would spread errors."""
     plan = request.plan()
-    methods = plan.choice, request.exact_method(plan)
-    compiled = {m: _compile(m, request) for m in dict.fromkeys(methods)}
-    return compiled[methods[0]], compiled[methods[1]]
+    return plan.choice, request.exact_method(plan)
+
+
+@functools.lru_cache(CACHED_FILTERS)
+def compile_request(request: FilterRequest, is_exact: bool = False) -> CompiledFilter:
+    """Compile one of the two methods of a request."""
+    return _compile(plan_request(request)[is_exact], request)
 
 
 def _compile(method: choose.FilterMethod, request: FilterRequest) -> CompiledFilter:
     spatial, channels = request.nonempty_spatial, max(request.channels, 1)
     run = choose.compile_method(method, spatial, np.dtype(request.dtype), request.threads, channels)
-    shape = spatial
-    if method.interleaved:
-        shape = (*spatial[:-1], spatial[-1] * channels)
-        if choose.has_channel_axis(spatial, channels):
-            shape = (*spatial, channels)
-    has_zeros = any(not s.weight.all() for s in method.chain.stages)
-    return CompiledFilter(run, shape, method.interleaved, method.spread, has_zeros)
+    shape = choose.runner_shape(method, spatial, channels)
+    return CompiledFilter(run, shape, method.interleaved)

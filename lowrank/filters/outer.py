@@ -1,0 +1,218 @@
+"""Kernels that are outer products of vectors, which are filtered without ever being multiplied."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from lowrank._kernels._core import Passes
+from lowrank._typing import Array, Ints
+from lowrank.core.geometry import Geometry
+from lowrank.factorization import Factorization
+from lowrank.filters import arguments, choose
+from lowrank.filters.factors import outer_product
+
+KEPT = 256  # latest filters that are kept compiled
+
+
+class OuterProduct(NDArrayOperatorsMixin):
+    """Kernel that is the outer product of one vector per axis; an array where one is needed.
+
+    Filters of this library read its factors.  For everything else it is the array of its values,
+    which is computed at the first use: NumPy's functions and operators take it and return arrays.
+
+    Parameters
+    ----------
+    factors : sequence of array_like
+        One vector per axis.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or a factor is no vector or empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> kernel = filters.gauss([16.0, 16.0, 16.0])
+    >>> kernel.shape, [len(f) for f in kernel.factors]
+    ((129, 129, 129), [129, 129, 129])
+    >>> filters.sobel() / 8
+    array([[-0.125,  0.   ,  0.125],
+           [-0.25 ,  0.   ,  0.25 ],
+           [-0.125,  0.   ,  0.125]])
+    """
+
+    def __init__(self, factors: Sequence[Any]) -> None:
+        self.factors = tuple(np.array(f, np.float64) for f in factors)
+        if not self.factors or any(f.ndim != 1 or not f.size for f in self.factors):
+            shapes = [f.shape for f in self.factors]
+            raise ValueError(f"factors must be vectors, one per axis, got shapes {shapes}")
+        for f in self.factors:
+            f.flags.writeable = False
+
+    @property
+    def shape(self) -> Ints:
+        """Number of taps along each axis."""
+        return tuple(len(f) for f in self.factors)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.factors)
+
+    @property
+    def size(self) -> int:
+        """Number of taps."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float64."""
+        return np.dtype(np.float64)
+
+    @functools.cached_property
+    def key(self) -> tuple[bytes, ...]:
+        """Bytes of the factors."""
+        return tuple(f.tobytes() for f in self.factors)
+
+    @functools.cached_property
+    def largest(self) -> float:
+        """Magnitude of the largest tap."""
+        return math.prod(float(np.abs(f).max()) for f in self.factors)
+
+    @functools.cached_property
+    def _values(self) -> Array:
+        values = outer_product(self.factors)
+        values.flags.writeable = False
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.array(self._values, dtype) if copy else np.asarray(self._values, dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [np.asarray(x) if isinstance(x, OuterProduct) else x for x in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._values, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._values[index]
+
+    def __len__(self) -> int:
+        return len(self.factors[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def flipped(self) -> OuterProduct:
+        """Return the kernel flipped along every axis.
+
+        Returns
+        -------
+        OuterProduct
+
+        Examples
+        --------
+        >>> from lowrank.filters import OuterProduct
+        >>> OuterProduct([[1, 2], [3, 4]]).flipped()
+        array([[8., 6.],
+               [4., 3.]])
+        """
+        return OuterProduct([f[::-1] for f in self.factors])
+
+
+class OuterPasses(NamedTuple):
+    """Checked passes of an outer product over images with some number of axes."""
+
+    run: Passes
+    axes: Ints  # of the image, one per pass
+    before: Ints  # taps ahead of the output, one per pass
+    border: str
+    along: Ints  # of the image, one per axis of the kernel
+    origins: Ints
+    key: tuple[bytes, ...]  # of the factors, flipped if asked for
+    has_zeros: bool
+
+
+@functools.lru_cache(KEPT)
+def outer_passes(
+    key: tuple[bytes, ...],
+    flip: bool,
+    ndim: int,
+    axes: Any,
+    origin: Any,
+    mode: str,
+    dtype: str,
+) -> OuterPasses:
+    """Check the arguments of a filter and make its passes; kept, since checks take longest."""
+    lines = [np.frombuffer(f) for f in key]
+    taps = tuple(map(len, lines))
+    along = arguments.as_axes(axes, ndim, len(taps))
+    origins = arguments.as_origins(origin, taps)
+    if flip:
+        lines, origins = [f[::-1] for f in lines], arguments.flipped_origins(origins, taps)
+        key = tuple(f.tobytes() for f in lines)
+    some = [a for a, f in enumerate(lines) if len(f) > 1 or f[0] != 1] or [len(taps) - 1]
+    return OuterPasses(
+        Passes([np.ascontiguousarray(lines[a]) for a in some], dtype),
+        tuple(along[a] for a in some),
+        tuple(taps[a] // 2 + origins[a] for a in some),
+        arguments.as_padding_mode(mode),
+        along,
+        origins,
+        key,
+        not all(f.all() for f in lines),
+    )
+
+
+@functools.lru_cache(KEPT)
+def compile_outer(
+    factors: tuple[bytes, ...],
+    dtype: str,
+    spatial: Ints,
+    channels: int,
+    interleaved: bool,
+    mode: str,
+    cval: float,
+    origins: Ints,
+    threads: int | None,
+) -> tuple[Any, Ints, bool]:
+    """Compile an outer product for images of one size.
+
+    Returns
+    -------
+    run : callable
+        Compiled filter.
+    shape : tuple of int
+        Spatial shape of the arrays that it takes.
+    interleaved : bool
+        Whether these hold interleaved channels.
+    """
+    lines = [np.frombuffer(f) for f in factors]
+    padding = [(n // 2 + o, n - 1 - n // 2 - o) for n, o in zip(map(len, lines), origins)]
+    border = arguments.as_padding_mode(mode)
+    geometry = Geometry.of(len(lines), padding=padding, padding_mode=border, value=cval)
+    stages = choose.factored_stages(geometry, lines, np.dtype(dtype))
+    chain = Factorization(stages, geometry, family="separable_sum", rank=(1,))
+    itemsize = np.dtype(dtype).itemsize
+    seconds, in_one_pass = choose.predict(
+        chain, spatial, channels, interleaved and channels > 1, itemsize, threads
+    )
+    method = choose.FilterMethod(
+        "separable", (1,), 0.0, 0.0, seconds, chain, interleaved=in_one_pass
+    )
+    run = choose.compile_method(method, spatial, np.dtype(dtype), threads, channels)
+    return run, choose.runner_shape(method, spatial, channels), in_one_pass
