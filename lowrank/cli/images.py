@@ -11,8 +11,22 @@ from typing import Annotated, Any
 import numpy as np
 
 from lowrank import filters
-from lowrank._typing import Array
-from lowrank.cli.console import AsJson, app, parse_numbers, print_json, typer
+from lowrank._typing import Ints
+from lowrank.cli.console import AsJson, app, check_output, parse_numbers, print_json, typer
+from lowrank.cli.pictures import (
+    SAMPLE_TYPES,
+    TIFF_ENDINGS,
+    Picture,
+    Scale,
+    as_samples,
+    check_format,
+    is_writable,
+    kept_dtype,
+    read_picture,
+    scaled_alpha,
+    work_dtype,
+    write_picture,
+)
 from lowrank.interop.weights import read_weights
 from lowrank.report import figures
 
@@ -36,7 +50,7 @@ class Name(StrEnum):
 
 @app.command("filter")
 def filter_image(
-    image: Annotated[Path, typer.Argument(help="Picture, or .npy file: image, volume or series.")],
+    image: Annotated[Path, typer.Argument(help="Picture, TIFF stack, or .npy file.")],
     kernel: Annotated[
         str, typer.Option(help=f"{', '.join(Name)}, or a .npy kernel over 1 to 3 axes.")
     ],
@@ -78,9 +92,30 @@ def filter_image(
         str, typer.Option(help=f"Border mode: {', '.join(filters.MODES)}.")
     ] = "reflect",
     cval: Annotated[float, typer.Option(help="Border value of mode constant.")] = 0.0,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="Axes that the kernel runs along, such as 1,2 "
+            "[those of the page, and of the pages if the kernel has 3; the first ones of .npy]"
+        ),
+    ] = None,
+    origin: Annotated[
+        str, typer.Option(help="Shift of the kernel in samples, one or one per axis (0,-1).")
+    ] = "0",
+    filter_alpha: Annotated[
+        bool, typer.Option("--filter-alpha", help="Filter alpha as well; else it is kept.")
+    ] = False,
     convolve: Annotated[bool, typer.Option("--convolve", help="Flip the kernel.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Output picture or .npy file [IMAGE.KERNEL.png]")
+        Path | None, typer.Option(help="Output file [IMAGE.KERNEL, in the format of IMAGE]")
+    ] = None,
+    output_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help=f"Sample type, which holds the values themselves: {', '.join(SAMPLE_TYPES)} "
+            "(.png: uint8, uint16) [that of IMAGE]",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -88,10 +123,11 @@ def filter_image(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Filter a picture by the fastest method within a tolerance, and list the methods.
+    """Filter a picture or a stack by the fastest method within a tolerance, and list the methods.
 
-    A filter that sums to zero, such as sobel, has negative results: the output picture is centred
-    at mid-grey.  A .npy file holds the values themselves.
+    The output keeps the sample type, the pages and alpha.  A filter that sums to zero, such as
+    sobel, has negative results: a .tif or .npy file of unsigned samples then becomes floating
+    point, and other pictures are centred at mid-grey.
     """
     parameters: dict[str, Any] = {
         "sigma": parse_numbers("--sigma", sigma, float),
@@ -107,39 +143,52 @@ def filter_image(
         "ndim": ndim,
     }
     taps = _kernel(kernel, parameters)
-    picture = _image(image)
-    if taps.ndim > picture.ndim:
-        raise ValueError(
-            f"--kernel must have at most the {picture.ndim} axes of {image}, got {taps.ndim}"
-        )
+    picture = read_picture(image)
+    values = picture.values
+    along = _axes(axes, picture, taps.ndim)
     if out is None:
-        name = f"{image.stem}.{Path(kernel).stem}"
-        out = Path(name + (".npy" if image.suffix == ".npy" else ".png"))
-    _check_out(out)
+        out = _default_out(image, Path(kernel).stem)
+    check_output("--out", out, plot)
+    check_format(out, picture)
     if plot is not None:
         figures.check_path(plot)
-    shape = picture.shape[: taps.ndim]
+    sums_to_zero = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
+    kept = kept_dtype(out, values, output_dtype, sums_to_zero)
+    work = values.astype(values.dtype if values.dtype == kept else work_dtype(values), copy=False)
+    alpha, samples = (None if filter_alpha else picture.alpha), picture.axes.find("S")
+    if alpha is not None:
+        work = np.delete(work, alpha, samples)
+    shape = tuple(values.shape[a] for a in along)
     correlated = np.flip(taps) if convolve else taps
-    work = picture.astype(np.float32) if picture.dtype.kind in "iub" else picture
     options: dict[str, Any] = {
         "rank": rank, "tolerance": tolerance, "method": method, "mode": mode, "cval": cval
     }  # fmt: skip
-    axes = range(taps.ndim)
-    dtype = np.float64 if work.dtype == np.float64 else np.float32
+    dtype = np.float64 if work_dtype(work) == np.float64 else np.float32
     batch = work.size // max(math.prod(shape), 1)
     plan = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
     chain = plan.choice.chain
     run = filters.convolve if convolve else filters.correlate
-    result = run(work, taps, axes=axes, **options)
-    centred = abs(float(taps.sum())) < 1e-6 * float(np.abs(taps).sum())
-    _write_image(out, result, picture, centred)
+    result = run(work, taps, axes=along, origin=parse_numbers("--origin", origin), **options)
+    notes = [*picture.notes]
+    if kept is None:
+        scale = Scale.of(out, values, result, sums_to_zero)
+        notes.append(str(scale))
+        result = scale.apply(result)
+    else:
+        result = as_samples(result, kept)
+    if alpha is not None:
+        notes.append("alpha kept")
+        opacity = np.take(values, alpha, samples)
+        opacity = (scaled_alpha if kept is None else as_samples)(opacity, result.dtype)
+        result = np.insert(result, alpha, opacity, samples)
+    write_picture(out, result, picture)
     if plot is not None:
         figures.filter_and_chain(correlated, chain, plot, title=kernel)
     macs, dense_macs = chain.cost(shape).macs, taps.size * math.prod(shape)
     spectrum = np.linalg.svd(taps, compute_uv=False) if taps.ndim == 2 else None
     record = {
         "image": str(image),
-        "shape": list(picture.shape),
+        "shape": list(values.shape),
         "kernel": kernel,
         "taps": list(taps.shape),
         "method": plan.choice.method,
@@ -161,18 +210,27 @@ def filter_image(
             }
             for m in plan.methods
         ],
+        "axes": list(along),
+        "dtype": str(values.dtype),
+        "output_dtype": str(result.dtype),
+        "notes": notes,
         "out": str(out),
     }
     if as_json:
         print_json(record)
         return
-    print(f"{kernel}: {'x'.join(map(str, taps.shape))} taps", end="")
-    print("" if spectrum is None else f", rank {record['kernel_rank']}")
+    size = "x".join(map(str, taps.shape))
+    where = f" along axes {','.join(map(str, along))}" if len(along) < values.ndim else ""
+    done = f"{kernel} {size}{where}, {plan.choice.name}"
+    print(f"{image}: {picture}, {values.dtype} -> {out}, {result.dtype}: {done}", *notes, sep="; ")
+    if spectrum is not None:
+        print(f"rank of the kernel: {record['kernel_rank']}")
     print(plan)
     if chain.family != "dense":
         passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
         print(f"passes: {passes}, {dense_macs / macs:.2f}x fewer MACs")
-    print(f"wrote {out}" + (f"\nwrote {plot}" if plot is not None else ""))
+    if plot is not None:
+        print(f"wrote {plot}")
 
 
 #: Function of each name, and the command-line options that it takes.
@@ -211,53 +269,29 @@ def _kernel(kernel: str, options: dict[str, Any]) -> Any:
     return taps
 
 
-def _image(path: Path) -> Array:
-    if path.suffix == ".npy":
-        (picture,) = read_weights(path).values()
-        return picture
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ImportError("pictures need Pillow: pip install 'lowrank[cli]'") from None
-    try:
-        with Image.open(path) as opened:
-            plain = opened.mode in ("L", "RGB", "I;16", "I", "F")
-            return np.asarray(opened if plain else opened.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a readable picture") from None
-
-
-def _check_out(path: Path) -> None:
-    """Raise if the output cannot be written, before any work is done."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out: {path}: folder {path.parent} does not exist")
-    if path.suffix != ".npy":
-        from PIL import Image
-
-        known = Image.registered_extensions()
-        if path.suffix.lower() not in known or known[path.suffix.lower()] not in Image.SAVE:
-            raise ValueError(f"--out: {path}: pictures cannot be written as {path.suffix!r}")
-
-
-def _write_image(path: Path, result: Array, picture: Array, centred: bool) -> None:
-    """Write values to a .npy file, or 8-bit grey or colour to a picture."""
-    if path.suffix == ".npy":
-        np.save(path, result)
-        return
-    from PIL import Image
-
-    flat = result.ndim == 2 or (result.ndim == 3 and result.shape[2] == 3)
-    if not flat:
+def _axes(axes: str | None, picture: Picture, ndim: int) -> Ints:
+    """Return the axes that a kernel runs along: those given, or those of the page first."""
+    count = picture.values.ndim
+    if ndim > count:
+        raise ValueError(f"--kernel must have at most the {count} axes of the image, got {ndim}")
+    if axes is None:
+        return picture.kernel_axes(ndim)
+    given = parse_numbers("--axes", axes)
+    given = given if isinstance(given, list) else [given]
+    wrapped = tuple(a % count for a in given)
+    if len(given) != ndim:
+        raise ValueError(f"--axes must be {ndim}, one per axis of the kernel, got {axes!r}")
+    if any(not -count <= a < count for a in given) or len({*wrapped}) < ndim:
         raise ValueError(
-            f"--out: a picture must be grey or RGB, got shape {result.shape}: write a .npy file"
+            f"--axes must be different and between {-count} and {count - 1}, got {axes!r}"
         )
-    low, high = 0.0, 1.0
-    if picture.dtype.kind in "iu":
-        high = np.iinfo(picture.dtype).max
-    elif picture.dtype.kind == "f" and picture.size:
-        low, high = min(0.0, float(picture.min())), max(0.0, float(picture.max()))
-    if centred:
-        high = max(float(np.abs(result).max(initial=0)), 1e-30)
-        low = -high
-    shown = (result.astype(np.float64) - low) * (255 / (high - low or 1))
-    Image.fromarray(np.clip(np.rint(shown), 0, 255).astype(np.uint8)).save(path)
+    return wrapped
+
+
+def _default_out(image: Path, kernel: str) -> Path:
+    """Return the default output: in the current folder, in the format of the image."""
+    ending = image.suffix if is_writable(image.suffix) else ".png"
+    stem = image.stem
+    if ending.lower() in TIFF_ENDINGS and stem.lower().endswith(".ome"):
+        stem, ending = stem[:-4], stem[-4:] + ending
+    return Path(f"{stem}.{kernel}{ending}")
