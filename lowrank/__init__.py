@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowrank import blocks as blocks
     from lowrank import filters as filters
+    from lowrank import ndimage as ndimage
     from lowrank import perfmodel as perfmodel
     from lowrank.certify import Certificate as Certificate
     from lowrank.certify import OutputBound as OutputBound
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "blocks": "lowrank.blocks",
     "filters": "lowrank.filters",
+    "ndimage": "lowrank.ndimage",
     "perfmodel": "lowrank.perfmodel",
     "ranks": "lowrank.selection.ranks",
     "weights": "lowrank.interop.weights",

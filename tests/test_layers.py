@@ -17,7 +17,7 @@ LAYERS = [
     ["families"],
     ["certify", "selection"],
     ["filters", "compress"],
-    ["interop"],
+    ["interop", "ndimage"],
     ["report"],
     ["cli"],
     ["__init__"],
