@@ -115,7 +115,7 @@ def test_8_bit_pngs_stay_8_bit_pngs(done, rng, mode):
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_alpha_is_kept_unless_asked(done, rng, mode):
     values = samples(rng, (40, 50, len(mode)))
-    Image.fromarray(values, mode).save("a.png")
+    Image.fromarray(values).save("a.png")
     line = done("a.png", "--kernel", "gauss")
     assert {"LA": "grey with alpha", "RGBA": "RGBA"}[mode] in line
     assert "alpha kept" in line
@@ -224,9 +224,24 @@ def test_profiles_orientation_and_resolution_are_kept(done, rng):
 
 
 def test_cmyk_is_converted(done, rng):
-    Image.fromarray(samples(rng, (40, 50, 4)), "CMYK").save("a.jpg")
+    Image.frombytes("CMYK", (50, 40), rng.bytes(40 * 50 * 4)).save("a.jpg")
     assert "CMYK converted to 8-bit RGB" in done("a.jpg", "--kernel", "gauss")
     assert opened("a.gauss.jpg").mode == "RGB"
+
+
+def test_grey_maps_keep_16_bits(done, rng, tmp_path):
+    values = samples(rng, (40, 50), np.uint16)
+    Image.fromarray(values).save("a.pgm")
+    assert "uint16 -> a.gauss.pgm, uint16" in done("a.pgm", "--kernel", "gauss")
+    found = np.asarray(opened("a.gauss.pgm"))
+    np.testing.assert_array_equal(found, filters.correlate(values, GAUSS))
+    (tmp_path / "b.ppm").write_bytes(b"P6 5 4 65535 " + rng.bytes(4 * 5 * 6))
+    assert "16 bits read as 8" in done("b.ppm", "--kernel", "gauss")
+
+
+def test_gifs_become_pngs_which_hold_more_colours(done, rng):
+    Image.fromarray(samples(rng, (40, 50, 3))).quantize(16).save("a.gif")
+    assert "uint8 -> a.gauss.png, uint8" in done("a.gif", "--kernel", "gauss")
 
 
 def test_animations_are_refused(run, rng):
@@ -502,6 +517,7 @@ def test_json_holds_what_was_done(run, rng):
         ("a.png --kernel gauss --out a.png --plot a.png", "--out: a.png is also another file"),
         ("a.png --kernel gauss --out .", r"--out"),
         ("v.npy --kernel gauss --out a.png", r"--out: a\.png.*\.tif or \.npy.*\(4, 5, 6\)"),
+        ("empty.npy --kernel gauss", r"empty\.npy: must have at least one sample.*\(0, 5\)"),
         ("line.npy --kernel gauss --ndim 1 --out a.tif", r"--out: a\.tif.*\.npy"),
         ("rgba.png --kernel gauss --out a.jpg", r"--out: a\.jpg: cannot be written.*RGBA"),
     ],
@@ -511,6 +527,7 @@ def test_mistakes_get_one_sentence(run, rng, words, message):
     Image.fromarray(samples(rng, (40, 50, 4))).save("rgba.png")
     np.save("v.npy", np.zeros((4, 5, 6)))
     np.save("line.npy", np.zeros(30))
+    np.save("empty.npy", np.zeros((0, 5)))
     code, out, err = run(*words.split())
     assert (code, out) == (2, "")
     assert err.count("\n") == 1

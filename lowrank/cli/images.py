@@ -14,18 +14,20 @@ from lowrank import filters
 from lowrank._typing import Ints
 from lowrank.cli.console import AsJson, app, check_output, parse_numbers, print_json, typer
 from lowrank.cli.pictures import (
-    SAMPLE_TYPES,
     TIFF_ENDINGS,
     Picture,
-    Scale,
-    as_samples,
     check_format,
     is_writable,
-    kept_dtype,
     read_picture,
+    write_picture,
+)
+from lowrank.cli.samples import (
+    SAMPLE_TYPES,
+    Scale,
+    as_samples,
+    kept_dtype,
     scaled_alpha,
     work_dtype,
-    write_picture,
 )
 from lowrank.interop.weights import read_weights
 from lowrank.report import figures
@@ -114,7 +116,7 @@ def filter_image(
         typer.Option(
             metavar="DTYPE",
             help=f"Sample type, which holds the values themselves: {', '.join(SAMPLE_TYPES)} "
-            "(.png: uint8, uint16) [that of IMAGE]",
+            "(.png and .pgm: uint8, uint16; .jpg and others: uint8) [that of IMAGE]",
         ),
     ] = None,
     plot: Annotated[
@@ -145,6 +147,8 @@ def filter_image(
     taps = _kernel(kernel, parameters)
     picture = read_picture(image)
     values = picture.values
+    if not values.size:
+        raise ValueError(f"{image}: must have at least one sample, got shape {values.shape}")
     along = _axes(axes, picture, taps.ndim)
     if out is None:
         out = _default_out(image, Path(kernel).stem)
@@ -220,7 +224,8 @@ def filter_image(
         print_json(record)
         return
     size = "x".join(map(str, taps.shape))
-    where = f" along axes {','.join(map(str, along))}" if len(along) < values.ndim else ""
+    is_page = len(along) == values.ndim - (samples >= 0) and samples not in along
+    where = "" if is_page else f" along axes {','.join(map(str, along))}"
     done = f"{kernel} {size}{where}, {plan.choice.name}"
     print(f"{image}: {picture}, {values.dtype} -> {out}, {result.dtype}: {done}", *notes, sep="; ")
     if spectrum is not None:
@@ -290,7 +295,8 @@ def _axes(axes: str | None, picture: Picture, ndim: int) -> Ints:
 
 def _default_out(image: Path, kernel: str) -> Path:
     """Return the default output: in the current folder, in the format of the image."""
-    ending = image.suffix if is_writable(image.suffix) else ".png"
+    is_kept = is_writable(image.suffix) and image.suffix.lower() != ".gif"  # of 256 colours
+    ending = image.suffix if is_kept else ".png"
     stem = image.stem
     if ending.lower() in TIFF_ENDINGS and stem.lower().endswith(".ome"):
         stem, ending = stem[:-4], stem[-4:] + ending
