@@ -34,7 +34,7 @@ CALLS = {
     "sobel": [{}, {"axis": 0, "mode": ["mirror", "constant"], "cval": 2}],
     "prewitt": [{}, {"axis": 0, "mode": ["mirror", "constant"], "cval": 2}],
     "uniform_filter1d": [{"size": 5}, {"size": 4, "axis": 0, "origin": -2}, {"size": 50}],
-    "uniform_filter": [{}, {"size": (30, 2), "origin": (-3, 0)}, {"size": 29, "axes": (0,)}],
+    "uniform_filter": [{}, {"size": (50, 2), "origin": (-3, 0)}, {"size": 29, "axes": (0,)}],
 }  # fmt: skip
 CASES = [(name, kwargs) for name, some in CALLS.items() for kwargs in some]
 
@@ -149,6 +149,7 @@ def test_large_arrays(dtype, mode, cval, shape):
         ("gaussian_filter", {"sigma": 2, "order": 1, "axes": (1, 0)}),
         ("uniform_filter", {"size": 7, "origin": 2}),
         ("uniform_filter1d", {"size": 41, "axis": 0}),
+        ("uniform_filter", {"size": 97, "axes": (1,)}),
         ("correlate1d", {"weights": RNG.random(9), "axis": 1}),
         ("convolve", {"weights": RNG.random((5, 4)), "axes": (1, 0)}),
     ]:
@@ -187,14 +188,15 @@ def test_windows_without_nan_have_a_mean():
 
 def test_means_of_whole_numbers_are_exact():
     x = np.full((40, 50), 3.0, np.float32)
-    for size in (3, 7, 29, 31):
+    for size in (3, 7, 41, 101):
         assert (ndimage.uniform_filter(x, size) == 3).all()
 
 
 def test_means_of_large_samples_do_not_overflow():
     x = np.full((40, 50), 3e38, np.float32)
     with np.errstate(all="raise"):
-        assert (ndimage.uniform_filter(x, 31) == x).all()
+        for size in (31, 41, 101):
+            assert (ndimage.uniform_filter(x, size) == x).all()
 
 
 def test_masks_are_dropped():

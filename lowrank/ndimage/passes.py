@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,16 @@ KEPT = 256  # latest filters that are kept
 EPS = float(np.finfo(np.float64).eps)
 SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 EXACT = 2.0**53  # below it, integers are float64 numbers
-#: Planned filters are faster on arrays and kernels from these sizes on (0.6 to 0.8 of the time for
-#: 17 taps on 512^2; for 3 taps they never are).
-PLANNED_SAMPLES, PLANNED_TAPS = 1 << 17, 5
-#: Windows from this size on are sums of sums: 100 taps take the time of 21.
-WIDE = 24
+#: Planned filters of two and three axes are faster on arrays and taps from these sizes on: 0.6 of
+#: the time for 17 taps on 512^2 and 128^3, 0.8 for 3 taps on 128^3.  One pass alone never is.
+PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME = 1 << 17, 5, 1 << 20
+#: They are slower on three axes with more taps than this (by 1.3 for 65 on 128^3 in float64).
+LONGEST_ON_VOLUMES = 48
+#: Windows from this size on are sums of sums, 101 taps in the time of 15, and from the second size
+#: on also where a planned filter would run.
+WIDE, WIDE_PLANNED = 40, 96
+CHUNK = 1 << 15  # samples whose sums stay in the cache
+MIN_WIDTH = 32  # contiguous samples of a chunk
 PADDING = {
     "symmetric": "symmetric", "reflect": "reflect", "replicate": "edge", "circular": "wrap",
 }  # fmt: skip
@@ -144,22 +149,25 @@ def _work_dtype(x: Array, output: Array, passes: Sequence[Pass]) -> np.dtype[Any
 
 def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> None:
     """Filter between contiguous arrays of the dtype of the computation."""
+    if _run_planned(x, out, passes, cval):
+        return
     if any(p.size >= WIDE for p in passes):
         for p in passes:
-            x = _run_wide(x, p, cval) if p.size >= WIDE else _run_one(x, p, cval)
-        out[...] = x
+            if p.size >= WIDE:
+                _run_wide(x, out, p, cval)
+            else:
+                _run_float(x.copy() if x is out else x, out, [p], cval)
+            x = out
         return
-    if not _run_planned(x, out, passes, cval):
-        run = _compile(tuple(p.weights.tobytes() for p in passes), x.dtype.name)
-        fills, scale = [], 1.0  # arrays between passes have not been divided yet
-        for p in passes:
-            fills.append(cval * scale)
-            scale *= p.divisor
-        axes, before = [p.axis for p in passes], [p.before for p in passes]
-        run(x, out, axes, before, [p.border for p in passes], fills)
-    divisor = math.prod(p.divisor for p in passes)
-    if divisor != 1:
-        out /= divisor
+    run = _compile(tuple(p.weights.tobytes() for p in passes), x.dtype.name)
+    fills, scale = [], 1.0  # arrays between passes have not been divided yet
+    for p in passes:
+        fills.append(cval * scale)
+        scale *= p.divisor
+    axes, before = [p.axis for p in passes], [p.before for p in passes]
+    run(x, out, axes, before, [p.border for p in passes], fills)
+    if scale != 1:
+        out /= scale
 
 
 @functools.lru_cache(KEPT)
@@ -171,9 +179,12 @@ def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> b
     """Filter by a planned filter if it is faster and the same function; return whether it is."""
     longest = max(np.count_nonzero(p.weights) for p in passes)
     borders, axes = {p.border for p in passes}, sorted({p.axis for p in passes})
-    if x.size < PLANNED_SAMPLES or longest < PLANNED_TAPS or len(borders) > 1:
+    is_long = longest >= PLANNED_TAPS or x.size >= PLANNED_VOLUME
+    if x.size < PLANNED_SAMPLES or not is_long or len(borders) > 1:
         return False
-    if not len(axes) == len(passes) <= 3:
+    if not 1 < len(axes) == len(passes) <= 3 or (len(axes) == 3 and longest > LONGEST_ON_VOLUMES):
+        return False
+    if any(p.size >= WIDE_PLANNED or len(p.weights) > x.shape[p.axis] for p in passes):
         return False
     if borders == {"constant"} and cval:  # a planned filter responds to the border of x
         sums = [(abs(float(p.weights.sum()) - 1), len(p.weights)) for p in passes[:-1]]
@@ -184,55 +195,86 @@ def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> b
     origin = [p.before - len(p.weights) // 2 for p in in_order]
     mode = passes[0].mode
     filters.correlate(x, kernel, mode=mode, cval=cval, origin=origin, axes=axes, out=out)
+    divisor = math.prod(p.divisor for p in passes)
+    if divisor != 1:
+        out /= divisor
     return True
 
 
-def _run_one(x: Array, p: Pass, cval: float) -> Array:
-    out = np.empty_like(x)
-    _run_float(x, out, [p], cval)
-    return out
-
-
-def _run_wide(x: Array, p: Pass, cval: float) -> Array:
-    """Return the means of a wide window: sums of sums of neighbours, and the remainder.
+def _run_wide(x: Array, out: Array, p: Pass, cval: float) -> None:
+    """Store the means of a wide window, sums of sums of neighbours, in `out`, which may be `x`.
 
     Sums are exact for integers, and samples that have left the window leave no rounding errors
     behind, as they do in running sums.
     """
-    n, tap = x.shape[p.axis], float(p.weights[0])
-    inner, outer, remainder = _split_window(p.size)
-    width = [(0, 0)] * x.ndim
-    width[p.axis] = (p.before, p.size - 1 - p.before)
-    if p.border == "constant":
-        padded = np.pad(x, width, constant_values=cval)
-    else:
-        padded = np.pad(x, width, PADDING[p.border])  # type: ignore[call-overload]
-    first = np.full(inner, _power_of_two(inner))
-    second = np.zeros((outer - 1) * inner + 1)
-    second[::inner] = tap / first[0]
-    sums = np.empty_like(padded)
-    # The border is the padding's: outputs whose windows cross the end are dropped.
-    run = _compile((first.tobytes(), second.tobytes()), x.dtype.name)
-    run(padded, sums, [p.axis, p.axis], [0, 0], "replicate")
-    total = sums[_slice(x.ndim, p.axis, 0, n)].copy()
-    if remainder:
-        run = _compile((np.full(remainder, tap).tobytes(),), x.dtype.name)
-        run(padded, sums, [p.axis], [0], "replicate")
-        total += sums[_slice(x.ndim, p.axis, inner * outer, n)]
-    total /= p.divisor
-    return total
+    n = x.shape[p.axis]
+    after = p.size - 1 - p.before
+    index = np.arange(n)
+    if p.border != "constant":
+        index = np.pad(index, (p.before, after), PADDING[p.border])  # type: ignore[call-overload]
+    sums = _WindowSums(p, x.dtype.name)
+    shape = math.prod(x.shape[: p.axis]), n, math.prod(x.shape[p.axis + 1 :])
+    for source, target in _chunks(x.reshape(shape), out.reshape(shape)):
+        padded = sums.input(len(source), n + p.size - 1, source.shape[2])
+        padded[:, p.before : p.before + n] = source
+        for at in (slice(p.before), slice(p.before + n, None)):
+            padded[:, at] = cval if p.border == "constant" else source[:, index[at]]
+        np.divide(sums.compute(n), p.divisor, out=target)
 
 
+class _WindowSums:
+    """Sums of a window along the middle of three axes, scaled by the taps of a pass."""
+
+    def __init__(self, p: Pass, dtype: str) -> None:
+        *factors, self.remainder = _split_window(p.size)
+        self.reach, scale, lines = 1, float(p.weights[0]), []
+        for k, factor in enumerate(factors):
+            line = np.zeros((factor - 1) * self.reach + 1)
+            line[:: self.reach] = _power_of_two(factor) if k + 1 < len(factors) else scale
+            scale /= line[0]
+            self.reach *= factor
+            lines.append(line)
+        self.axes, self.zeros = [1] * len(lines), [0] * len(lines)
+        self.run = Passes(lines, dtype)
+        self.run_rest = Passes([np.full(self.remainder or 1, float(p.weights[0]))], dtype)
+        self.buffers = np.empty((3, 0), dtype)
+
+    def input(self, *shape: int) -> Array:
+        """Return the array for the next samples, which is used again."""
+        size = math.prod(shape)
+        if self.buffers.shape[1] < size:
+            self.buffers = np.empty((3, size), self.buffers.dtype)
+        self.padded, self.sums, self.rest = (b[:size].reshape(shape) for b in self.buffers)
+        return self.padded
+
+    def compute(self, n: int) -> Array:
+        """Return the sums of n windows of the samples."""
+        # The border is of no effect: sums whose windows cross the end are dropped.
+        self.run(self.padded, self.sums, self.axes, self.zeros, "replicate")
+        total = self.sums[:, :n]
+        if self.remainder:
+            self.run_rest(self.padded, self.rest, [1], [0], "replicate")
+            total += self.rest[:, self.reach :][:, :n]
+        return total
+
+
+def _chunks(x: Array, out: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield corresponding parts of two arrays with three axes, whole along the middle one."""
+    outer, n, inner = x.shape
+    lines = max(1, CHUNK // n)  # along the middle axis
+    width, depth = min(inner, max(lines, MIN_WIDTH)), max(1, lines // inner)
+    for o in range(0, outer, depth):
+        for i in range(0, inner, width):
+            part = slice(o, o + depth), slice(None), slice(i, i + width)
+            yield x[part], out[part]
+
+
+@functools.lru_cache(KEPT)
 def _split_window(size: int) -> Ints:
-    """Return (inner, outer, remainder) of the fewest taps with inner * outer + remainder = size."""
-    splits = ((inner, size // inner, size % inner) for inner in range(2, size))
+    """Return three factors and a remainder, with the fewest taps: their product + it = size."""
+    each = range(2, max(3, math.isqrt(size)))
+    splits = ((a, b, size // (a * b), size % (a * b)) for a in each for b in each if a * b <= size)
     return min(splits, key=sum)
-
-
-def _slice(ndim: int, axis: int, start: int, n: int) -> tuple[slice, ...]:
-    index = [slice(None)] * ndim
-    index[axis] = slice(start, start + n)
-    return tuple(index)
 
 
 def _run_truncated(x: Array, p: Pass, cval: float, dtype: np.dtype[Any]) -> Array:
@@ -241,7 +283,8 @@ def _run_truncated(x: Array, p: Pass, cval: float, dtype: np.dtype[Any]) -> Arra
     A sum within rounding of an integer is truncated to that one or to the one before, by the order
     of the additions: SciPy filters the lines that have one.
     """
-    y = _run_one(np.require(x, np.float64, ["C", "A"]), p, cval)
+    y = np.empty(x.shape)
+    _run_float(np.require(x, np.float64, ["C", "A"]), y, [p], cval)
     total = 1.0 if p.size else float(np.abs(p.weights).sum())
     largest = max(bound_samples(x), abs(cval))
     is_whole = x.dtype.kind != "f" and cval.is_integer()

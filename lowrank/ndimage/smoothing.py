@@ -226,8 +226,8 @@ def uniform_filter1d(
 
     Notes
     -----
-    Windows of 24 samples and more are summed in two steps, of about 2 sqrt(size) additions: the
-    mean depends on no sample outside the window, as it does with running sums.
+    Wide windows are summed in three steps, of about 3 size^(1/3) additions: the mean depends on no
+    sample outside the window, as it does with running sums.
 
     Examples
     --------
