@@ -1,9 +1,10 @@
 """Recover compressed networks without labels, and print their scores.
 
-    LOWRANK_DATA=... python -m asv_benchmarks.recovery [--net WORD] [--budget WORD] [--minutes M] [--threads N]
+    LOWRANK_DATA=... python -m asv_benchmarks.recovery [--net WORD] [--budget WORD] [--minutes M]
+        [--threads N]
 
-Networks and data are in the folder LOWRANK_DATA.  A row is a network and its budget, of MACs or of time: the
-scores of the original, of the compressed and of the trained network, and the report of the
+Networks and data are in the folder LOWRANK_DATA.  A row is a network and its budget, of MACs or of
+time: the scores of the original, of the compressed and of the trained network, and the report of the
 training with default settings.  ResNet-20 and cifar10_full train on 2,000 images; a second line
 has their accuracy on 3,000 JPEG images, which is lower but less noisy.
 """
