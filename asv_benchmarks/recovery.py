@@ -4,8 +4,8 @@
         [--threads N]
 
 Networks and data are in the folder LOWRANK_DATA.  A row is a network and its budget, of MACs or of
-time: the scores of the original, of the compressed and of the trained network, and the report of the
-training with default settings.  ResNet-20 and cifar10_full train on 2,000 images; a second line
+time: the scores of the original, of the compressed and of the trained network, and the report of
+the training with default settings.  ResNet-20 and cifar10_full train on 2,000 images; a second line
 has their accuracy on 3,000 JPEG images, which is lower but less noisy.
 """
 
