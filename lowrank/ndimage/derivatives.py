@@ -144,8 +144,9 @@ def laplace(
         result[...] = x
         return result
     run_passes(x, result, passes[:1], cval)
+    term = np.empty(x.shape, result.dtype)
     for p in passes[1:]:
-        result += run_passes(x, np.empty(x.shape, result.dtype), [p], cval)
+        result += run_passes(x, term, [p], cval)
     return result
 
 
@@ -263,11 +264,11 @@ def _sum_derivatives(
     result = as_output(output, x)
     if not axes:
         result[...] = x
+    spare = np.empty(x.shape, result.dtype)
     for k, (axis, border) in enumerate(zip(axes, as_sequence(mode, len(axes)))):
         orders = [0] * x.ndim
         orders[axis] = order
-        target = result.dtype if k else result
-        term = gaussian_filter(x, sigma, orders, target, border, cval, **options)
+        term = gaussian_filter(x, sigma, orders, spare if k else result, border, cval, **options)
         if order == 1:
             np.multiply(term, term, out=term)
         if k:

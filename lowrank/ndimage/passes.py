@@ -24,9 +24,9 @@ EXACT = 2.0**53  # below it, integers are float64 numbers
 PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME = 1 << 17, 5, 1 << 20
 #: They are slower on three axes with more taps than this (by 1.3 for 65 on 128^3 in float64).
 LONGEST_ON_VOLUMES = 48
-#: Windows from this size on are sums of sums, 101 taps in the time of 15, and from the second size
-#: on also where a planned filter would run.
-WIDE, WIDE_PLANNED = 40, 96
+#: Windows of as many bytes are sums of sums, 101 taps in the time of 15.  Where a planned filter
+#: would run, windows of as many samples are.
+WIDE_BYTES, WIDE_PLANNED = 160, 64
 CHUNK = 1 << 15  # samples whose sums stay in the cache
 MIN_WIDTH = 32  # contiguous samples of a chunk
 PADDING = {
@@ -45,12 +45,12 @@ class Pass(NamedTuple):
     divisor: float = 1.0
     size: int = 0  # of a window of equal taps
 
-    def run_scipy(self, x: Array, dtype: Any, cval: float) -> Array:
-        """Filter along the last axis by SciPy."""
+    def run_scipy(self, x: Array, output: Any, cval: float) -> Array:
+        """Filter along the last axis by SciPy, into an array or one of a dtype."""
         name = "uniform_filter1d" if self.size else "correlate1d"
         origin = self.before - len(self.weights) // 2
         result: Array = SCIPY[name](
-            x, self.size or self.weights, -1, dtype, self.mode, cval, origin
+            x, self.size or self.weights, -1, output, self.mode, cval, origin
         )
         return result
 
@@ -113,10 +113,20 @@ def _check(x: Array, output: Array, passes: Sequence[Pass], cval: float) -> None
             raise UnsupportedError
     if not output.flags.writeable or len(passes) > MAX_PASSES:
         raise UnsupportedError
-    # SciPy multiplies NaN by taps of zero, which the kernels skip, and casts it to integers.
-    is_sensitive = output.dtype.kind != "f" or not all(p.weights.all() for p in passes)
+    if len(passes) == 1 and _is_running_sum(passes[0], x.ndim, _work_dtype(x, output, passes)):
+        raise UnsupportedError
+    # SciPy multiplies NaN by taps of zero, which the kernels skip, casts it to integers, and
+    # carries it to the end of a line in running sums.
+    is_sensitive = output.dtype.kind != "f" or not all(
+        p.weights.all() and not p.size for p in passes
+    )
     if is_sensitive and not (math.isfinite(cval) and is_finite(x)):
         raise UnsupportedError
+
+
+def _is_running_sum(p: Pass, ndim: int, work: np.dtype[Any]) -> bool:
+    """Return whether SciPy's running sums are the fastest: of wide windows along the last axis."""
+    return p.size * work.itemsize >= WIDE_BYTES and p.axis == ndim - 1
 
 
 def _run_real(x: Array, output: Array, passes: Sequence[Pass], cval: float) -> None:
@@ -151,9 +161,12 @@ def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> Non
     """Filter between contiguous arrays of the dtype of the computation."""
     if _run_planned(x, out, passes, cval):
         return
-    if any(p.size >= WIDE for p in passes):
+    wide = WIDE_BYTES // x.itemsize
+    if any(p.size >= wide for p in passes):
         for p in passes:
-            if p.size >= WIDE:
+            if _is_running_sum(p, x.ndim, x.dtype):
+                p.run_scipy(x, out, cval)
+            elif p.size >= wide:
                 _run_wide(x, out, p, cval)
             else:
                 _run_float(x.copy() if x is out else x, out, [p], cval)

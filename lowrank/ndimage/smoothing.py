@@ -226,8 +226,8 @@ def uniform_filter1d(
 
     Notes
     -----
-    Wide windows are summed in three steps, of about 3 size^(1/3) additions: the mean depends on no
-    sample outside the window, as it does with running sums.
+    Wide windows are summed in three steps, of about 3 size^(1/3) additions, or by SciPy's running
+    sums along the last axis.
 
     Examples
     --------
