@@ -150,7 +150,7 @@ def test_large_arrays(dtype, mode, cval, shape):
         ("uniform_filter", {"size": 7, "origin": 2}),
         ("uniform_filter1d", {"size": 41, "axis": 0}),
         ("uniform_filter", {"size": 97, "axes": (1,)}),
-        ("correlate1d", {"weights": RNG.random(9), "axis": 1}),
+        ("correlate1d", {"weights": RNG.random(9), "axis": 0}),
         ("convolve", {"weights": RNG.random((5, 4)), "axes": (1, 0)}),
     ]:
         assert_equal(*both(name, x, mode=mode, cval=cval, **kwargs), np.abs(x).max())

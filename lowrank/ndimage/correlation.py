@@ -21,7 +21,7 @@ from lowrank.ndimage.arguments import (
     as_sequence,
     drop_in,
 )
-from lowrank.ndimage.passes import EXACT, Pass, bound_samples, run_passes, truncate
+from lowrank.ndimage.passes import EXACT, Pass, as_pass, bound_samples, run_passes, truncate
 
 LEAST_WEIGHT = float(np.finfo(np.float64).eps)  # SciPy skips weights up to it
 MAX_AXES = 3  # of a kernel of the engine
@@ -30,7 +30,7 @@ MAX_AXES = 3  # of a kernel of the engine
 def weights_pass(axis: int, weights: Any, origin: Any, mode: Any) -> Pass:
     """Return a correlation along one axis."""
     taps = np.ascontiguousarray(weights, np.float64)
-    return Pass(axis, taps, as_before(origin, len(taps)), mode, as_border(mode))
+    return as_pass(axis, taps, as_before(origin, len(taps)), mode)
 
 
 def _as_weights(weights: Any) -> Array:

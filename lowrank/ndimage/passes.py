@@ -12,7 +12,7 @@ import numpy as np
 from lowrank import filters
 from lowrank._kernels._core import Passes
 from lowrank._typing import Array, Ints
-from lowrank.ndimage.arguments import SCIPY, UnsupportedError, as_number, is_finite
+from lowrank.ndimage.arguments import SCIPY, UnsupportedError, as_border, as_number, is_finite
 
 MAX_PASSES = 8  # of a call of the kernel
 KEPT = 256  # latest filters that are kept
@@ -20,8 +20,9 @@ EPS = float(np.finfo(np.float64).eps)
 SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 EXACT = 2.0**53  # below it, integers are float64 numbers
 #: Planned filters of two and three axes are faster on arrays and taps from these sizes on: 0.6 of
-#: the time for 17 taps on 512^2 and 128^3, 0.8 for 3 taps on 128^3.  One pass alone never is.
-PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME = 1 << 17, 5, 1 << 20
+#: the time for 17 taps on 512^2 and 128^3, 0.8 for 3 taps on 128^3.  One pass is from more taps on
+#: (0.5 to 0.8 for 17), and never along the last axis.
+PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME, PLANNED_LINES = 1 << 17, 5, 1 << 20, 9
 #: They are slower on three axes with more taps than this (by 1.3 for 65 on 128^3 in float64).
 LONGEST_ON_VOLUMES = 48
 #: Windows of as many bytes are sums of sums, 101 taps in the time of 15.  Where a planned filter
@@ -42,8 +43,11 @@ class Pass(NamedTuple):
     before: int  # taps ahead of the output
     mode: str  # by SciPy's names
     border: str
-    divisor: float = 1.0
-    size: int = 0  # of a window of equal taps
+    divisor: float
+    size: int  # of a window of equal taps
+    key: bytes  # of the weights
+    largest: float  # magnitude of a weight
+    has_zeros: bool
 
     def run_scipy(self, x: Array, output: Any, cval: float) -> Array:
         """Filter along the last axis by SciPy, into an array or one of a dtype."""
@@ -55,14 +59,31 @@ class Pass(NamedTuple):
         return result
 
 
-def box(axis: int, size: int, before: int, mode: str, border: str) -> Pass:
+def as_pass(
+    axis: int, weights: Array, before: int, mode: Any, divisor: float = 1.0, size: int = 0
+) -> Pass:
+    """Return a pass of float64 weights, which is kept with what is known of these."""
+    return _keep_pass(axis, weights.tobytes(), before, as_border(mode), mode, divisor, size)
+
+
+@functools.lru_cache(KEPT)
+def _keep_pass(
+    axis: int, key: bytes, before: int, border: str, mode: str, divisor: float, size: int
+) -> Pass:
+    weights = np.frombuffer(key)
+    largest = float(np.abs(weights).max())
+    has_zeros = not weights.all()
+    return Pass(axis, weights, before, mode, border, divisor, size, key, largest, has_zeros)
+
+
+def box(axis: int, size: int, before: int, mode: Any) -> Pass:
     """Return the mean of a window.
 
     Taps are a power of two, so that sums of integers are exact and do not overflow, and means are
     rounded once.
     """
     tap = _power_of_two(size)
-    return Pass(axis, np.full(size, tap), before, mode, border, size * tap, size)
+    return as_pass(axis, np.full(size, tap), before, mode, size * tap, size)
 
 
 def _power_of_two(n: int) -> float:
@@ -117,9 +138,7 @@ def _check(x: Array, output: Array, passes: Sequence[Pass], cval: float) -> None
         raise UnsupportedError
     # SciPy multiplies NaN by taps of zero, which the kernels skip, casts it to integers, and
     # carries it to the end of a line in running sums.
-    is_sensitive = output.dtype.kind != "f" or not all(
-        p.weights.all() and not p.size for p in passes
-    )
+    is_sensitive = output.dtype.kind != "f" or any(p.has_zeros or p.size for p in passes)
     if is_sensitive and not (math.isfinite(cval) and is_finite(x)):
         raise UnsupportedError
 
@@ -152,8 +171,7 @@ def _work_dtype(x: Array, output: Array, passes: Sequence[Pass]) -> np.dtype[Any
     """Return float32 if arrays and taps are float32, else float64."""
     if not x.dtype.newbyteorder("=") == output.dtype.newbyteorder("=") == np.float32:
         return np.dtype(np.float64)
-    largest = [float(np.abs(p.weights).max()) for p in passes]
-    is_single = all(not w or SINGLE[0] < w < SINGLE[1] for w in largest)
+    is_single = all(not p.largest or SINGLE[0] < p.largest < SINGLE[1] for p in passes)
     return np.dtype(np.float32 if is_single else np.float64)
 
 
@@ -172,7 +190,7 @@ def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> Non
                 _run_float(x.copy() if x is out else x, out, [p], cval)
             x = out
         return
-    run = _compile(tuple(p.weights.tobytes() for p in passes), x.dtype.name)
+    run = _compile(tuple(p.key for p in passes), x.dtype.name)
     fills, scale = [], 1.0  # arrays between passes have not been divided yet
     for p in passes:
         fills.append(cval * scale)
@@ -190,12 +208,17 @@ def _compile(weights: tuple[bytes, ...], dtype: str) -> Passes:
 
 def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> bool:
     """Filter by a planned filter if it is faster and the same function; return whether it is."""
+    if x.size < PLANNED_SAMPLES:
+        return False
     longest = max(np.count_nonzero(p.weights) for p in passes)
     borders, axes = {p.border for p in passes}, sorted({p.axis for p in passes})
-    is_long = longest >= PLANNED_TAPS or x.size >= PLANNED_VOLUME
-    if x.size < PLANNED_SAMPLES or not is_long or len(borders) > 1:
+    if len(axes) == 1:
+        is_faster = longest >= PLANNED_LINES and axes[0] < x.ndim - 1
+    else:
+        is_faster = longest >= PLANNED_TAPS or x.size >= PLANNED_VOLUME
+    if not is_faster or len(borders) > 1 or not len(axes) == len(passes) <= 3:
         return False
-    if not 1 < len(axes) == len(passes) <= 3 or (len(axes) == 3 and longest > LONGEST_ON_VOLUMES):
+    if len(axes) == 3 and longest > LONGEST_ON_VOLUMES:
         return False
     if any(p.size >= WIDE_PLANNED or len(p.weights) > x.shape[p.axis] for p in passes):
         return False

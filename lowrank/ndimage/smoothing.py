@@ -15,14 +15,13 @@ from lowrank.ndimage.arguments import (
     as_axes,
     as_axis,
     as_before,
-    as_border,
     as_integer,
     as_number,
     as_output,
     as_sequence,
     drop_in,
 )
-from lowrank.ndimage.passes import Pass, box, run_passes
+from lowrank.ndimage.passes import Pass, as_pass, box, run_passes
 
 LEAST_SIGMA = 1e-15  # axes with less are not filtered
 
@@ -63,7 +62,7 @@ def _gaussian_pass(
     if not isinstance(radius, numbers.Integral) or radius < 0 or not deviation * deviation:
         raise UnsupportedError
     weights = _gaussian_weights(deviation, order, int(radius))
-    return Pass(axis, weights, int(radius), mode, as_border(mode))
+    return as_pass(axis, weights, int(radius), mode)
 
 
 @drop_in
@@ -187,7 +186,7 @@ def _box_pass(axis: int, size: Any, origin: Any, mode: Any) -> Pass:
     size = as_integer(size)
     if size < 1:
         raise UnsupportedError
-    return box(axis, size, as_before(origin, size), mode, as_border(mode))
+    return box(axis, size, as_before(origin, size), mode)
 
 
 @drop_in
