@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage as scipy_ndimage
 
 import lowrank
-from lowrank import ndimage
+from lowrank import filters, ndimage
 from lowrank.ndimage import arguments
 
 RNG = np.random.default_rng(0)
@@ -283,6 +283,16 @@ def test_patched_replaces_and_restores():
     with pytest.raises(KeyError), lowrank.ndimage.patched():
         raise KeyError
     assert is_patched() == {False}
+
+
+def test_filters_may_call_the_patched_scipy():
+    x = image("f8", (300, 300))
+    x[7, 9] = np.nan
+    weights = [[0, 1, 2], [1, 3, 0], [2, 0, 1]]
+    theirs = SCIPY["correlate"](x, weights)
+    with ndimage.patched():
+        for ours in (filters.correlate(x, weights), scipy_ndimage.correlate(x, weights)):
+            np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
 
 
 def test_the_last_thread_restores():

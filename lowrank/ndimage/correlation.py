@@ -20,6 +20,7 @@ from lowrank.ndimage.arguments import (
     as_output,
     as_sequence,
     drop_in,
+    is_finite,
 )
 from lowrank.ndimage.passes import EXACT, Pass, as_pass, bound_samples, run_passes, truncate
 
@@ -291,6 +292,9 @@ def _check(x: Array, output: Array, kernel: Array, cval: float) -> None:
         if dtype.kind not in "iuf" or (dtype.kind == "f" and dtype.itemsize not in (4, 8)):
             raise UnsupportedError
     if not output.flags.writeable:
+        raise UnsupportedError
+    # filters.correlate calls scipy.ndimage, which may be patched, for these.
+    if not kernel.all() and not is_finite(x):
         raise UnsupportedError
     if output.dtype.kind != "f":
         is_whole = x.dtype.kind != "f" and cval.is_integer() and (kernel == np.rint(kernel)).all()
