@@ -215,7 +215,7 @@ def test_networks_of_the_same_layers_are_told_apart(clock):
     assert second.latency.before == pytest.approx(first.latency.before + 4 * REST)
 
 
-def test_a_layer_that_was_edited_has_no_known_time(clock):
+def test_the_time_of_an_edited_layer_is_predicted(clock):
     net = Net()
     plan = plan_of(net, 0.8)
     name = next(n for n, c in plan.layers.items() if not c.is_dense)
@@ -224,8 +224,11 @@ def test_a_layer_that_was_edited_has_no_known_time(clock):
     read.layers[name] = replace(read.layers[name], family=other.family, variant=other.variant,
                                 rank=other.rank)  # fmt: skip
     done = compress.compress_model(net, read).plan
-    assert done.latency is None
-    assert math.isnan(done.layers[name].seconds)
+    assert not done.latency.is_measured
+    assert not done.layers[name].is_measured
+    assert done.layers[name].seconds > 0
+    assert f"edited after the choice, so that its loss is unknown: {name}" in repr(done)
+    assert math.isnan(compress.CompressionPlan.from_json(done.to_json()).loss)
     timed = compress.compress_model(net, read, timed=True)
     expected = net.call(timed.chains, "lowrank", 1, 1).seconds
     assert timed.plan.latency.after == pytest.approx(expected)

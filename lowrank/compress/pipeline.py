@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lowrank import io
 from lowrank.compress import reconstruct
-from lowrank.compress.latency import NetworkClock, Timing
+from lowrank.compress.latency import NetworkClock, Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.compress.options import fit_option
 from lowrank.compress.plan import CompressionPlan
@@ -173,7 +173,7 @@ def compress_model(
             store.write(name, p, f, error)
     if progress is not None:
         progress("layers", 1.0)
-    plan = _recount(plan, layers, chains)
+    plan = _recount(plan, layers, chains, rows)
     if timed and chains and not (plan.latency is not None and plan.latency.is_measured):
         try:
             latency = NetworkClock(model, _timing(plan)).measure(chains)
@@ -200,13 +200,17 @@ def _start(layer: Layer, candidate: Candidate, metric: Metric | None) -> Sequenc
 
 
 def _recount(
-    plan: CompressionPlan, layers: Mapping[str, Layer], chains: Mapping[str, Factorization]
+    plan: CompressionPlan,
+    layers: Mapping[str, Layer],
+    chains: Mapping[str, Factorization],
+    rows: Sequence[LayerError],
 ) -> CompressionPlan:
     """Return the plan with the costs of the chains: a file may have been edited by hand.
 
-    What an edited layer does not tell is unknown: its time, its error, and those of the network.
+    The time of an edited layer is predicted, its error that of the fit, and the loss unknown.
     """
-    recounted, is_edited = {}, False
+    recounted, edited = {}, []
+    errors = {row.name: row.error for row in rows}
     for name, candidate in plan.layers.items():
         layer = layers[name]
         if candidate.is_dense:
@@ -214,16 +218,21 @@ def _recount(
             f = layer.conv
         else:
             f = chains[name]
-        pricing = Pricing(f, layer.input_size, times=layer.times)
-        cost = pricing.dense.cost
-        new = replace(candidate.summary(), cost=cost, itemsize=f.dtype.itemsize)
-        if cost.macs != candidate.cost.macs:
-            is_edited = True
-            new = replace(new, seconds=math.nan, is_measured=False, error=math.nan)
+        pricing = Pricing(f, layer.input_size, *_timing(plan), times=layer.times, in_network=True)
+        priced = pricing.dense
+        new = replace(candidate.summary(), cost=priced.cost, itemsize=f.dtype.itemsize)
+        if priced.cost.macs != candidate.cost.macs:
+            edited.append(name)
+            seconds = pricing.time(priced).seconds
+            error = errors.get(name, math.nan)
+            new = replace(new, seconds=seconds, is_measured=False, error=error, loss=math.nan)
         recounted[name] = new
-    if is_edited:
-        return replace(plan, layers=recounted, latency=None, loss=math.nan, gap=math.nan)
-    return replace(plan, layers=recounted)
+    if not edited:
+        return replace(plan, layers=recounted)
+    return replace(
+        plan, layers=recounted, latency=layer_latency(recounted, plan.dense, _timing(plan)),
+        loss=math.nan, gap=math.nan, about=plan.about | {"edited": edited},
+    )  # fmt: skip
 
 
 class _Store:

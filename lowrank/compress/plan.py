@@ -144,9 +144,9 @@ class CompressionPlan:
         proof = ", proven optimal" if self.gap < 1e-9 else f", within {self.gap:.2%} of the optimum"
         if "seconds" in self.limits:  # a limit on layers that the clock of the network corrected
             proof = ""
+        loss = f"; loss {self.loss:.4g}{proof}" if self.loss == self.loss else ""
         return (
-            f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}; "
-            f"loss {self.loss:.4g}{proof}"
+            f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}{loss}"
         )
 
     def __repr__(self) -> str:
@@ -165,13 +165,16 @@ class CompressionPlan:
         """
         notes = []
         if any(not (c.is_measured or math.isnan(c.seconds)) for c in self.layers.values()):
-            theirs = "" if self.about.get("own_coefficients", True) else (
-                " with coefficients of another machine: 'lowrank calibrate' measures this one"
-            )  # fmt: skip
+            is_own = self.about.get("own_coefficients", True)
+            theirs = "" if is_own else f"; {tables.model(math.nan)}"
             notes.append(f"{PREDICTED} predicted, not measured{theirs}")
         if self.slower:
             notes.append(
                 f"{SLOWER} slower than the dense layer: a budget of seconds leaves such chains out"
+            )
+        if edited := self.about.get("edited"):
+            notes.append(
+                f"edited after the choice, so that its loss is unknown: {', '.join(edited)}"
             )
         for axis, limit in self.limits.items():
             if axis != "seconds" and self.total(axis)[0] > limit * (1 + 1e-9):
@@ -213,8 +216,8 @@ class CompressionPlan:
         whole = {
             "version": _text(VERSION),
             "limits": _text({a: format_budget(a, v) for a, v in self.limits.items()}),
-            "loss": _text(self.loss),
-            "gap": _text(self.gap),
+            "loss": _text(known(self.loss)),
+            "gap": _text(known(self.gap)),
             "about": _text(self.about),
             "latency": _text(_latency_as_dict(self.latency)),
             "layers": f"{{{_lines(entries, 2)}}}",
@@ -255,7 +258,8 @@ class CompressionPlan:
                 str(name): tuple(map(_candidate, front))
                 for name, front in dict(read.get("alternatives", {})).items()
             }
-            loss, gap, about = float(read["loss"]), float(read["gap"]), dict(read["about"])
+            loss, gap = (math.nan if read[k] is None else float(read[k]) for k in ("loss", "gap"))
+            about = dict(read["about"])
             return cls(layers, dense, limits, loss, gap, about, alternatives, latency)
         except json.JSONDecodeError as why:
             raise ValueError(f"not a plan: not JSON, {why}") from None
@@ -326,6 +330,11 @@ def _candidate(e: Mapping[str, Any]) -> Candidate:
         is_measured=bool(e.get("is_measured", False)),
         loss=_finite(e["loss"]) if "loss" in e else math.inf,
     )
+
+
+def known(number: float) -> float | None:
+    """Return a number, or None for NaN, which JSON has no word for."""
+    return None if math.isnan(number) else number
 
 
 def _text(value: Any) -> str:

@@ -128,10 +128,28 @@ def convolve(
 
     Parameters
     ----------
-    image, kernel, rank, tolerance, method, mode, cval, axes, out, threads
+    image : ndarray, dask.array.Array or cupy.ndarray
         As for :func:`correlate`.
+    kernel : array_like
+        Filter, which is flipped.
+    rank : int, optional
+        As for :func:`correlate`, and so are the next five.
+    tolerance : float, optional
+        Largest relative error of the kernel.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    mode : str
+        Border mode.
+    cval : float
+        Border value of mode ``"constant"``.
     origin : int or sequence of int
         Shift of the filter as in ``scipy.ndimage.convolve``.
+    axes : sequence of int, optional
+        Axes of `image` that the kernel runs along.
+    out : ndarray, optional
+        Array for the result.
+    threads : int, optional
+        Number of threads.
 
     Returns
     -------

@@ -88,7 +88,7 @@ def _integer_factors(fibres: Sequence[Array], at: Sequence[int]) -> tuple[Array,
         vectors.append(vector)
         coefficient /= vector[i]
     scaled = _last_long([len(f) for f in fibres])
-    vectors[scaled] = vectors[scaled] * coefficient
+    vectors[scaled] = vectors[scaled] * coefficient + 0.0  # no negative zeros
     return tuple(vectors)
 
 

@@ -31,6 +31,15 @@ class OuterProduct(NDArrayOperatorsMixin):
     factors : sequence of array_like
         One vector per axis.
 
+    Attributes
+    ----------
+    factors : tuple of ndarray
+        Vectors in float64.
+    key : tuple of bytes
+        Their bytes.
+    largest : float
+        Magnitude of the largest tap.
+
     Raises
     ------
     ValueError
@@ -56,6 +65,8 @@ class OuterProduct(NDArrayOperatorsMixin):
             raise ValueError(f"factors must be vectors, one per axis, got shapes {shapes}")
         for f in self.factors:
             f.flags.writeable = False
+        self.key = tuple(f.tobytes() for f in self.factors)
+        self.largest = math.prod(float(np.abs(f).max()) for f in self.factors)
 
     @property
     def shape(self) -> Ints:
@@ -76,16 +87,6 @@ class OuterProduct(NDArrayOperatorsMixin):
     def dtype(self) -> np.dtype[Any]:
         """float64."""
         return np.dtype(np.float64)
-
-    @functools.cached_property
-    def key(self) -> tuple[bytes, ...]:
-        """Bytes of the factors."""
-        return tuple(f.tobytes() for f in self.factors)
-
-    @functools.cached_property
-    def largest(self) -> float:
-        """Magnitude of the largest tap."""
-        return math.prod(float(np.abs(f).max()) for f in self.factors)
 
     @functools.cached_property
     def _values(self) -> Array:

@@ -13,6 +13,7 @@ from lowrank import perfmodel
 from lowrank._typing import Array
 from lowrank.certify import certificate
 from lowrank.compress import CompressedLayers, CompressibleModel, CompressionPlan, Latency, Layer
+from lowrank.compress.plan import known
 from lowrank.core import chain_algebra
 from lowrank.core.cost import speed_up_efficiency
 from lowrank.factorization import Factorization
@@ -207,8 +208,8 @@ class Comparison:
         return {
             "model": self.name,
             "limits": self.plan.limits,
-            "loss": self.plan.loss,
-            "gap": self.plan.gap,
+            "loss": known(self.plan.loss),
+            "gap": known(self.plan.gap),
             "examples": self.examples,
             "batch": self.batch,
             "threads": self.threads,
