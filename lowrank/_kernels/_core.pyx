@@ -70,7 +70,8 @@ cdef extern from "dispatch.h":
 
     ctypedef struct lr_kernels:
         lr_plane_limits limits
-        void (*pass_ "pass")(const lr_pass *, const void *, void *, void *, const void **) noexcept nogil
+        void (*pass_ "pass")(const lr_pass *, const void *, void *, void *,
+                             const void **) noexcept nogil
         void (*paths)(const lr_plan *, const lr_arrays *, int64_t, lr_path *) noexcept nogil
         void (*pack)(const void *, void *, int64_t, int64_t, int64_t) noexcept nogil
         double (*peak)(int64_t, double) noexcept nogil
