@@ -28,7 +28,7 @@ def calibrate(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine in less than a minute, to predict its times.
+    """Measure this machine in about a minute, to predict its times.
 
     Run it while the machine is idle.  All installed runtimes are measured.  The result is stored
     in the cache folder.

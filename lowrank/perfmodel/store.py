@@ -42,7 +42,7 @@ def calibrate(
     runtimes: Sequence[str] | None = None,
     quick: bool = False,
 ) -> PerformanceModel:
-    """Measure this machine and save its cost coefficients; takes less than a minute.
+    """Measure this machine and save its cost coefficients; takes about a minute.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def current() -> PerformanceModel:
         aside = file.with_suffix(".bad")
         warnings.warn(
             f"{file} is not a calibration of this machine ({error}): renamed to {aside.name}; "
-            "calibrating again, which takes less than a minute",
+            "calibrating again, which takes about a minute",
             stacklevel=2,
         )
         with contextlib.suppress(FileNotFoundError):  # another process was faster
