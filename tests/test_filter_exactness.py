@@ -197,3 +197,13 @@ def test_colours_of_a_picture_may_be_the_first_axis():
     found = filters.filter_image(picture, filters.disk(2), channel_axis=0)
     expected = filters.filter_image(picture.transpose(1, 2, 0), filters.disk(2))
     np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("taps", [41, 81, 151])
+def test_factors_that_are_as_long_as_their_axis(taps):
+    volume = np.random.default_rng(0).random((60, 64, 70))
+    expected = volume
+    for axis in range(3):
+        expected = ndi.correlate1d(expected, np.full(taps, 1 / taps), axis)
+    found = filters.correlate(volume, filters.box(taps, ndim=3))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)

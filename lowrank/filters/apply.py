@@ -260,7 +260,9 @@ def _filter_outer(
         return out
     if given is not None and np.may_share_memory(image, out):
         image = image.copy()
-    is_light = image.size <= LIGHT_SAMPLES
+    # Tiles of a plan would consist of halo where a factor is as long as its axis.
+    is_long = any(2 * n > image.shape[a] for n, a in zip(kernel.shape, passes.along))
+    is_light = is_long or image.size <= LIGHT_SAMPLES
     if not is_light and passes.has_zeros and image.dtype.kind == "f":
         is_light = not _is_finite(image)  # taps of zero are skipped
     if is_light:
