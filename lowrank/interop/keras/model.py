@@ -154,45 +154,6 @@ class KerasModel(StaticModel):
                 layers[name] = Layer(name, f, size, _scale(self._file.config, run.path, store))
         return layers
 
-    def fingerprint(self) -> str:
-        """Return nothing: the network as a whole is not timed.
-
-        Returns
-        -------
-        str
-
-        Examples
-        --------
-        >>> from lowrank.interop.keras import KerasModel
-        >>> KerasModel.fingerprint(None)
-        ''
-        """
-        return ""
-
-    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> None:
-        """Return None: the network as a whole does not run on these runtimes.
-
-        Parameters
-        ----------
-        chains : mapping of str to Factorization
-            Chains by the name of the layer that they replace.
-        runtime : str
-            Name of a runtime.
-        batch, threads : int
-            Number of examples, and of threads.
-
-        Returns
-        -------
-        None
-
-        Examples
-        --------
-        >>> from lowrank.interop.keras import KerasModel
-        >>> KerasModel.call(None, {}, "lowrank", 1, 1) is None
-        True
-        """
-        return
-
     def replaced(self, chains: Chains) -> KerasFile:
         """Return the model with chains in place of layers.
 

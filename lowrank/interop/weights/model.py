@@ -102,46 +102,6 @@ class WeightsModel(StaticModel):
                 replaceable.append(Layer(layer.name, layer.conv, size))
         self.layers = tuple(replaceable)
 
-    def fingerprint(self) -> str:
-        """Return nothing: the network as a whole is not timed.
-
-        Returns
-        -------
-        str
-
-        Examples
-        --------
-        >>> from lowrank.interop.weights import WeightsModel
-        >>> WeightsModel.fingerprint(None)
-        ''
-        """
-        return ""
-
-    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> None:
-        """Return None: the network as a whole does not run on these runtimes.
-
-        Parameters
-        ----------
-        chains : mapping of str to Factorization
-            Chains by the name of the layer that they replace.
-        runtime : str
-            Name of a runtime.
-        batch, threads : int
-            Number of examples, and of threads.
-
-        Returns
-        -------
-        None
-
-        Examples
-        --------
-        >>> from lowrank import demo
-        >>> from lowrank.interop.weights import WeightsModel
-        >>> WeightsModel(demo.WEIGHTS).call({}, "lowrank", 1, 1) is None
-        True
-        """
-        return
-
     def replaced(self, chains: Chains) -> WeightsFile:
         """Return the contents of the file with chains in place of layers.
 

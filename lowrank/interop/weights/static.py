@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.compress.model import Chains, Layer, Samples
+from lowrank.compress.model import Call, Chains, Layer, Samples
 from lowrank.factorization import Factorization
 from lowrank.interop.weights.tensors import read_weights
 
@@ -174,3 +174,21 @@ class StaticModel:
             No batches.
         """
         return iter(())
+
+    def fingerprint(self) -> str:
+        """Return nothing: the network as a whole is not timed.
+
+        Returns
+        -------
+        str
+        """
+        return ""
+
+    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
+        """Return None: the model is not run, so that its layers are timed alone.
+
+        Returns
+        -------
+        None
+        """
+        return None
