@@ -163,14 +163,6 @@ def test_models_with_several_inputs():
         assert result.model(*pairs[0]).shape == model(*pairs[0]).shape
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_weight_norm_raises():
-    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    model(make_batches()[0])
-    with pytest.raises(ValueError, match="remove_weight_norm"):
-        compress(model, make_batches(), macs=0.5)
-
-
 def test_model_may_be_a_single_layer():
     conv = nn.Conv2d(8, 8, 3, padding=1)
     data = make_batches(shape=(8, 8, 8))

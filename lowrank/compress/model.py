@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import Cost
@@ -54,11 +54,27 @@ class Layer:
         return self.conv.cost(self.input_size)
 
 
+class OmittedLayer(NamedTuple):
+    """A layer, or another linear operation, that stays as it is and is in no budget.
+
+    Attributes
+    ----------
+    reason : str
+        Why it is left out, as a clause about it.
+    macs : int or None
+        MACs per example; None if unknown.
+    """
+
+    reason: str
+    macs: int | None = None
+
+
 class CompressibleModel(Protocol):
     """A trained model with calibration data, from PyTorch, ONNX, Keras or a weights file.
 
     Arrays are float32, (batch, channels, \\*spatial); those of a linear layer have one spatial
-    axis, over the vectors of an example.
+    axis, over the vectors of an example.  A model may have `left_out`, a dict of the reasons why
+    other layers are not among `layers`, and `left_out_macs`, a dict of their MACs.
     """
 
     @property
@@ -97,3 +113,20 @@ class CompressibleModel(Protocol):
 
         None if the network as a whole cannot run there.
         """
+
+
+def omitted_layers(model: CompressibleModel) -> dict[str, OmittedLayer]:
+    """Return the layers that were seen in a model and cannot be replaced.
+
+    Parameters
+    ----------
+    model : CompressibleModel
+        Any model.
+
+    Returns
+    -------
+    dict of str to OmittedLayer
+    """
+    macs = getattr(model, "left_out_macs", {})
+    reasons = getattr(model, "left_out", {})
+    return {name: OmittedLayer(reason, macs.get(name)) for name, reason in reasons.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 from lowrank import io
 from lowrank.compress.latency import Latency
+from lowrank.compress.model import OmittedLayer
 from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost
 from lowrank.selection.budget import format_budget, parse_budget
@@ -45,6 +46,8 @@ class CompressionPlan:
         Pareto front of every layer, the dense layer first; for information, may be deleted.
     latency : Latency or None
         Seconds of a call before and after, measured or predicted; None if unknown.
+    left_out : dict of str to OmittedLayer
+        Layers that were seen and stay as they are, outside of every budget, with the reasons.
 
     Examples
     --------
@@ -65,6 +68,7 @@ class CompressionPlan:
     about: dict[str, Any]
     alternatives: dict[str, tuple[Candidate, ...]] = field(default_factory=dict)
     latency: Latency | None = None
+    left_out: dict[str, OmittedLayer] = field(default_factory=dict)
 
     def total(self, axis: str) -> tuple[float, float]:
         """Return the total cost on one axis, of the plan and of the original network.
@@ -140,7 +144,7 @@ class CompressionPlan:
         -------
         str
         """
-        budget = ", ".join(f"{a} <= {_format(a, v)}" for a, v in self.limits.items())
+        budget = ", ".join(f"{a} <= {self._limit(a, v)}" for a, v in self.limits.items())
         proof = ", proven optimal" if self.gap < 1e-9 else f", within {self.gap:.2%} of the optimum"
         if "seconds" in self.limits:  # a limit on layers that the clock of the network corrected
             proof = ""
@@ -148,6 +152,28 @@ class CompressionPlan:
         return (
             f"{len(self.changed)} of {len(self.layers)} layers change; {budget or 'no limit'}{loss}"
         )
+
+    def _limit(self, axis: str, amount: float) -> str:
+        """Return a budget as an amount and as a share of what it is a share of."""
+        dense = _dense_amount(axis, self.dense, self.latency)
+        if not (self.left_out and dense > 0):
+            return _format(axis, amount)
+        whole = "the network" if axis == "seconds" else "the layers in the table"
+        return f"{_format(axis, amount)} ({amount / dense:.0%} of {whole})"
+
+    def _omissions(self) -> list[str]:
+        """Return the lines about layers that were left out, those of most MACs first."""
+        if not self.left_out:
+            return []
+        own = self.total("macs")[1]
+        whole = own + sum(x.macs or 0 for x in self.left_out.values())
+        counted = [x.macs for x in self.left_out.values() if x.macs is not None]
+        share = f" with {1 - own / whole:.0%} of the MACs" if counted and whole else ""
+        lines = [f"left out, unchanged and in no budget: {len(self.left_out)} layers{share}"]
+        for name, x in sorted(self.left_out.items(), key=lambda item: -(item[1].macs or 0)):
+            of = f" ({x.macs / whole:.1%} of the MACs)" if x.macs and whole else ""
+            lines.append(f"{name or 'the model itself'}{of}: {x.reason}")
+        return lines
 
     def __repr__(self) -> str:
         lines = [self.headline(), self.title(), *tables.align_columns(self.rows())]
@@ -196,7 +222,9 @@ class CompressionPlan:
                 f"too wide for full second moments, only factors kept: "
                 f"{', '.join(self.about['wide'])}"
             )
-        return notes
+        if without := self.about.get("without_gradient"):
+            notes.append(f"no gradient reaches {', '.join(without)}")
+        return [*notes, *self._omissions()]
 
     def to_json(self) -> str:
         """Return the plan as JSON text, one line per layer and per alternative.
@@ -213,6 +241,7 @@ class CompressionPlan:
             f"{_text(name)}: [{_lines((_text(_as_dict(c)) for c in front), 3)}]"
             for name, front in self.alternatives.items()
         ]
+        omitted = [f"{_text(n)}: {_text(x._asdict())}" for n, x in self.left_out.items()]
         whole = {
             "version": _text(VERSION),
             "limits": _text({a: format_budget(a, v) for a, v in self.limits.items()}),
@@ -220,6 +249,7 @@ class CompressionPlan:
             "gap": _text(known(self.gap)),
             "about": _text(self.about),
             "latency": _text(_latency_as_dict(self.latency)),
+            "left_out": f"{{{_lines(omitted, 2)}}}",
             "layers": f"{{{_lines(entries, 2)}}}",
             "alternatives": f"{{{_lines(fronts, 2)}}}",
         }
@@ -260,7 +290,13 @@ class CompressionPlan:
             }
             loss, gap = (math.nan if read[k] is None else float(read[k]) for k in ("loss", "gap"))
             about = dict(read["about"])
-            return cls(layers, dense, limits, loss, gap, about, alternatives, latency)
+            left_out = {
+                str(name): OmittedLayer(
+                    str(x["reason"]), None if x["macs"] is None else _integer("macs", x["macs"])
+                )
+                for name, x in dict(read.get("left_out", {})).items()
+            }
+            return cls(layers, dense, limits, loss, gap, about, alternatives, latency, left_out)
         except json.JSONDecodeError as why:
             raise ValueError(f"not a plan: not JSON, {why}") from None
         except KeyError as why:

@@ -14,7 +14,7 @@ from lowrank import perfmodel
 from lowrank._kernels import _core
 from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
 from lowrank.compress.latency import NetworkClock, Timing, layer_latency
-from lowrank.compress.model import CompressibleModel, Layer
+from lowrank.compress.model import CompressibleModel, Layer, OmittedLayer, omitted_layers
 from lowrank.compress.optimise import allocate
 from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
@@ -173,12 +173,18 @@ def make_plan(
             chosen = allocate_by_prediction(options, limits, by_seconds, timing)
         allocation, options, latency, limits["seconds"] = chosen
         dense = {name: found[0] for name, found in options.items()}
+    omitted = {
+        x.name: OmittedLayer("left_out names it", x.cost.macs * x.times)
+        for x in model.layers
+        if x not in layers
+    } | omitted_layers(model)
     about = {
         "families": names, "seed": statistics.seed, "gradients": absolute, "batch": batch,
         "threads": threads, "runtime": runtime, "calibrated": bool(model.batches),
         "own_coefficients": perfmodel.current().calibrated,
         "factored": {k: round(m.distance, 4) for k, m in metrics.items() if m.distance > 0},
         "wide": [k for k, m in metrics.items() if math.isnan(m.distance)],
+        "without_gradient": statistics.without_gradient,
     }  # fmt: skip
     return CompressionPlan(
         allocation.candidates,
@@ -189,6 +195,7 @@ def make_plan(
         about,
         {name: tuple(c.summary() for c in found) for name, found in options.items()},
         latency,
+        omitted,
     )
 
 

@@ -56,6 +56,12 @@ class LayerStatistics:
         self._metrics: dict[str, Metric] = {}
         self._weights: dict[str, Weights] = {}
 
+    @property
+    def without_gradient(self) -> list[str]:
+        """Names of the layers that no gradient reaches, if it reaches others."""
+        missing = [k for k, m in self._metrics.items() if m.gradient_moment is None]
+        return missing if len(missing) < len(self._metrics) else []
+
     def weights(self, name: str) -> Weights | None:
         """Return the weights of the output positions of a layer whose metric was computed.
 

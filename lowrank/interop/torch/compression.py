@@ -23,13 +23,17 @@ class CompressionResult(NamedTuple):
         Compressed copy of the model.
     plan : lowrank.compress.CompressionPlan
         Family, variant, rank and cost of every layer; printable.
-    rows : tuple of lowrank.compress.pipeline.Reconstructed
+    rows : tuple of lowrank.compress.pipeline.LayerError
         Reconstruction error of each layer.
+    output_error : float
+        Relative RMS error of the outputs on the first calibration batch; NaN if they cannot be
+        compared, such as integers.
     """
 
     model: nn.Module
     plan: CompressionPlan
     rows: tuple[Any, ...]
+    output_error: float
 
 
 def compress(
@@ -49,6 +53,10 @@ def compress(
     **budget: Any,
 ) -> CompressionResult:
     """Compress a trained model within a budget, without training.
+
+    Layers stay as they are where something else than their call depends on them: see
+    :attr:`CompressionPlan.left_out`.  The compressed model is run on the first batch before it is
+    returned.
 
     Parameters
     ----------
@@ -91,8 +99,8 @@ def compress(
     Raises
     ------
     ValueError
-        If there is nothing to compress, a batch does not fit the model, or the budget is
-        infeasible; the message gives the minimum.
+        If there is nothing to compress, a batch does not fit the model, the budget is infeasible
+        (the message gives the minimum), or the compressed model does not compute what was planned.
 
     Examples
     --------
@@ -119,9 +127,11 @@ def compress(
         **budget,
     )
     compressed = net.replaced(done.chains, tied)
+    error = net.verify(compressed, done.chains)
     if reestimate_norms:
         reestimate_batch_norm(compressed, net.data, net.run)
-    return CompressionResult(compressed, done.plan, done.rows)
+        error = net.verify(compressed, None)
+    return CompressionResult(compressed, done.plan, done.rows, error)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], run: Run | None = None) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from lowrank._typing import Array
 from lowrank.compress.model import Chains, Layer, Samples
+from lowrank.factorization import Factorization
 from lowrank.interop.torch.batches import (
     Batches,
     Run,
@@ -28,14 +29,17 @@ from lowrank.interop.torch.batches import (
     tensors_in,
 )
 from lowrank.interop.torch.chains import to_module
-from lowrank.interop.torch.modules import (
-    copy_to_array,
-    from_layer,
-    is_layer,
+from lowrank.interop.torch.copies import (
+    check_model,
+    copy_model,
     replace_module,
-    to_numpy,
+    run_eagerly,
+    with_sizes,
 )
+from lowrank.interop.torch.modules import copy_to_array, from_layer, to_numpy
 from lowrank.interop.torch.runtimes import Call, network_call
+from lowrank.interop.torch.survey import survey
+from lowrank.interop.torch.verification import verify
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -50,7 +54,8 @@ class TorchModel:
     Parameters
     ----------
     model : nn.Module
-        Model; copied, never changed, and run in evaluation mode.
+        Model; copied, never changed, and run in evaluation mode.  Of a module that torch.compile
+        returned, the module that it was given.
     batches : iterable or callable
         Calibration batches, or a function that returns an iterator over them.  A batch is a tensor;
         a tuple or list whose first entry is the input, such as a loader of images and labels
@@ -74,14 +79,22 @@ class TorchModel:
     Attributes
     ----------
     layers : tuple of Layer
-        Replaceable layers in the order in which the first example runs them.
+        Replaceable layers in the order in which the first example runs them.  Layers that share
+        their weights are one, named after the first.
+    left_out : dict of str to str
+        Layers that cannot be replaced, and modules that multiply by weights without a layer, with
+        the reasons.
+    left_out_macs : dict of str to int
+        Their MACs per example.
     batches : int
         Number of calibration batches.
 
     Raises
     ------
+    TypeError
+        If `model` is not a module of Python.
     ValueError
-        If the model runs no replaceable layer, or fails on a batch.
+        If the model runs no replaceable layer, has no weights, or fails on a batch.
 
     Examples
     --------
@@ -100,37 +113,48 @@ class TorchModel:
         loss: str | Loss = "projections",
         run: Run | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+        check_model(model)
         if loss not in ("projections", "labels") and not callable(loss):
             raise ValueError(f"loss must be 'projections', 'labels' or a function, got {loss!r}")
         self.data = Batches(batches, lambda b: check_batch(b if run else model_input(b)))
         self.loss = loss
         self.run: Run = run or run_model
         self.original = model
-        self._model = _copy_model(model).eval().requires_grad_(False)
-        self._compressed = copy.deepcopy(self._model)
+        self._model = copy_model(model).eval().requires_grad_(False)
+        self._compressed = copy_model(self._model)
         self._installed: dict[str, Any] = {}  # chains in the compressed copy
-        self.layers, self._has_example_loops = self._find_layers()
         self.batches = len(self.data)
-        if not self.layers:
+        example = first_examples(self.data.first, 1)
+        try:
+            found = survey(self._model, model, lambda m: self._run(m, example))
+        except Exception as cause:
+            raise run_error(self.data.first, cause) from cause
+        self.left_out, self.left_out_macs = found.left_out, found.left_out_macs
+        self._members = found.members
+        if not found.names:
+            omitted = "; ".join(f"{n or 'model'}: {why}" for n, why in [*self.left_out.items()][:5])
             raise ValueError(
-                "the model runs no convolution or linear layer: nn.Conv1d to 3d, "
-                "nn.ConvTranspose1d to 3d or nn.Linear, called as modules"
+                "the model runs no convolution or linear layer that can be replaced: nn.Conv1d to "
+                "3d, nn.ConvTranspose1d to 3d or nn.Linear, called as modules"
+                + (f" ({omitted})" if omitted else "")
             )
+        self.layers, self._has_example_loops = self._find_layers(example)
 
-    def _find_layers(self) -> tuple[tuple[Layer, ...], bool]:
+    def _run(self, model: nn.Module, x: Any) -> Any:
+        """Call a model with a copy of a batch, which it may overwrite."""
+        with run_eagerly():
+            return self.run(model, map_tensors(torch.clone, x))
+
+    def _members_in(self, model: nn.Module) -> dict[nn.Module, str]:
+        """Return the modules of a copy that layers stand for, with the names of the layers."""
+        return {model.get_submodule(m): n for n, ms in self._members.items() for m in ms}
+
+    def _find_layers(self, example: Any) -> tuple[tuple[Layer, ...], bool]:
         """Return the layers, and whether their number of calls depends on the batch size."""
-        modules = _replaceable_modules(self._model)
+        modules = self._members_in(self._model)
         inputs: dict[str, list[torch.Tensor]] = {}
         outputs: list[tuple[str, torch.Tensor]] = []
         scales: dict[str, Array] = {}
-
-        def record_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs.setdefault(modules[module], []).append(_layer_input(args, kwargs))
-
-        def record_output(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
-            outputs.append((modules[module], out))
 
         def record_scale(module: Any, args: Any, kwargs: Any) -> None:
             for name, out in outputs:
@@ -140,37 +164,48 @@ class TorchModel:
                         gain = gain * module.weight
                     scales[name] = to_numpy(gain)
 
-        hooks = [m.register_forward_pre_hook(record_input, with_kwargs=True) for m in modules]
-        hooks += [m.register_forward_hook(record_output) for m in modules]
+        hooks = []
+        for module, name in modules.items():
+
+            def record_input(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                inputs.setdefault(name, []).append(_layer_input(args, kwargs))
+
+            def record_output(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
+                outputs.append((name, out))
+
+            hooks.append(module.register_forward_pre_hook(record_input, with_kwargs=True))
+            hooks.append(module.register_forward_hook(record_output))
         hooks += [
             m.register_forward_pre_hook(record_scale, with_kwargs=True)
             for m in self._model.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
         with _remove_after(hooks), torch.inference_mode():
-            try:
-                self.run(self._model, first_examples(self.data.first, 1))
-            except Exception as cause:
-                raise run_error(self.data.first, cause) from cause
+            self._run(self._model, example)
         calls = {name: len(tensors) for name, tensors in inputs.items()}
-        by_name = {name: module for module, name in modules.items()}
         layers = []
         for name, tensors in inputs.items():
-            module = by_name[name]
+            module = self._model.get_submodule(name)
             size = tuple(_with_batch(module, tensors[0]).shape[2:])
-            layers.append(Layer(name, from_layer(module), size, scales.get(name), calls[name]))
-        example = first_examples(self.data.first, 2)
-        return tuple(layers), self._count_calls(modules, example) != calls
+            try:
+                conv = from_layer(module)
+            except ValueError as why:
+                raise ValueError(f"{why} (layer {name})") from why
+            layers.append(Layer(name, conv, size, scales.get(name), calls[name]))
+        two = first_examples(self.data.first, 2)
+        return tuple(layers), self._count_calls(modules, two) != calls
 
     def _count_calls(self, modules: Mapping[nn.Module, str], x: Any) -> dict[str, int]:
         calls: dict[str, int] = {}
+        hooks = []
+        for module, name in modules.items():
 
-        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-            calls[modules[module]] = calls.get(modules[module], 0) + 1
+            def count(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                calls[name] = calls.get(name, 0) + 1
 
-        hooks = [m.register_forward_pre_hook(count) for m in modules]
+            hooks.append(module.register_forward_pre_hook(count))
         with _remove_after(hooks), torch.inference_mode():
-            self.run(self._model, x)
+            self._run(self._model, x)
         return calls
 
     def _with_chains(self, chains: Chains) -> nn.Module:
@@ -180,9 +215,10 @@ class TorchModel:
         for name in {*self._installed, *chains}:
             if self._installed.get(name) is not chains.get(name):
                 old = self._model.get_submodule(name)
-                new = to_module(chains[name], old).eval() if name in chains else old
+                new = _stand_in(chains[name], old).eval() if name in chains else old
                 new.requires_grad_(False)
-                self._compressed = replace_module(self._compressed, name, new)
+                for member in self._members[name]:
+                    self._compressed = replace_module(self._compressed, member, new)
         self._installed = dict(chains)
         return self._compressed
 
@@ -201,17 +237,18 @@ class TorchModel:
                     raise _StopForward
 
             hooks = [
-                model.get_submodule(n).register_forward_pre_hook(
+                module.register_forward_pre_hook(
                     lambda module, args, kwargs, n=n, record=record: record(
                         _layer_input(args, kwargs), n
                     ),
                     with_kwargs=True,
                 )
-                for n in names
+                for module, n in self._members_in(model).items()
+                if n in found
             ]
             with _remove_after(hooks), torch.inference_mode():
                 try:
-                    self.run(model, x)
+                    self._run(model, x)
                 except _StopForward:
                     pass
                 except Exception as cause:
@@ -230,44 +267,45 @@ class TorchModel:
             def watch(
                 name: str, out: torch.Tensor, outputs: dict[str, list[torch.Tensor]] = outputs
             ) -> torch.Tensor:
+                if not torch.is_grad_enabled() or out.is_inference():  # as of a frozen backbone
+                    outputs[name].append(out)
+                    return out
                 if not out.requires_grad:  # for example, behind an embedding
                     out = out.detach().requires_grad_()
                 outputs[name].append(out)
                 return out.clone()  # a later operation may overwrite it
 
             hooks = [
-                self._model.get_submodule(n).register_forward_hook(
+                module.register_forward_hook(
                     lambda module, args, out, n=n, watch=watch: watch(n, out)
                 )
-                for n in names
+                for module, n in self._members_in(self._model).items()
+                if n in outputs
             ]
             with _remove_after(hooks), torch.enable_grad():
                 try:
-                    result = self.run(self._model, map_tensors(_differentiable, x))
+                    result = self._run(self._model, x)
                 except Exception as cause:
                     raise run_error(x, cause) from cause
-                loss = self._loss(result, random)
-                every = [out for outs in outputs.values() for out in outs]
-                grads = iter(
-                    torch.autograd.grad(loss, every, allow_unused=True)
-                    if loss.requires_grad
-                    else [None] * len(every)
-                )
-            found = {}
-            for name, outs in outputs.items():
-                own = [next(grads) for _ in outs]
+                # Checkpoints run layers again in the backward pass: keep the outputs so far.
+                outs = {name: list(found) for name, found in outputs.items()}
+                every = [out for found in outs.values() for out in found]
+                gradients = iter(_gradients(self._loss(result, random), every))
+            samples = {}
+            for name, found in outs.items():
+                own = [next(gradients) for _ in found]
                 module = self._model.get_submodule(name)
-                found[name] = (
+                samples[name] = (
                     ()
                     if all(g is None for g in own)
                     else tuple(
                         copy_to_array(
                             _with_batch(module, torch.zeros_like(out) if g is None else g)
                         )
-                        for out, g in zip(outs, own)
+                        for out, g in zip(found, own)
                     )
                 )
-            yield found
+            yield samples
 
     def _loss(self, output: Any, random: torch.Generator) -> torch.Tensor:
         """Return the loss, summed over examples."""
@@ -294,7 +332,7 @@ class TorchModel:
         model = self._with_chains(chains)
         for x in self.data:
             with torch.inference_mode():
-                yield (to_numpy(first_tensor(self.run(model, x))),)
+                yield (to_numpy(first_tensor(self._run(model, x))),)
 
     def fingerprint(self) -> str:
         """See :class:`lowrank.compress.CompressibleModel`."""
@@ -330,12 +368,39 @@ class TorchModel:
         Returns
         -------
         nn.Module
-            Ordinary, trainable modules, in the mode of the original.
+            Ordinary, trainable modules, in the mode of the original, with the sizes of the layers
+            as attributes, such as ``out_features``.
         """
-        model = _copy_model(self.original)
+        model = copy_model(self.original)
         for name, f in chains.items():
-            model = replace_module(model, name, to_module(f, model.get_submodule(name), tied))
+            new = _stand_in(f, model.get_submodule(name), tied)
+            for member in self._members[name]:
+                model = replace_module(model, member, new)
         return model
+
+    def verify(self, compressed: nn.Module, chains: Chains | None) -> float:
+        """Run a compressed model on the first batch, and return the relative error of its outputs.
+
+        Parameters
+        ----------
+        compressed : nn.Module
+            What :meth:`replaced` returned.
+        chains : mapping of str to Factorization or None
+            Chains of its layers; None if more than its layers has changed.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        ValueError
+            See :func:`lowrank.interop.torch.verification.verify`.
+        """
+        return verify(
+            compressed, self.original, chains, self._members,
+            lambda m: self._run(m, self.data.first),
+        )  # fmt: skip
 
 
 def layers(model: nn.Module, example: torch.Tensor) -> Mapping[str, Layer]:
@@ -372,24 +437,24 @@ def _remove_after(hooks: Iterable[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def _copy_model(model: nn.Module) -> nn.Module:
+def _stand_in(f: Factorization, layer: nn.Module, tied: bool = True) -> nn.Module:
+    """Return what replaces a layer: a chain with the layer's sizes as attributes."""
+    return with_sizes(to_module(f, layer, tied), layer)
+
+
+def _gradients(loss: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Return the gradients of a loss at outputs; None where the loss does not depend on one."""
+    at = [i for i, out in enumerate(outputs) if out.requires_grad]
+    found: list[torch.Tensor | None] = [None] * len(outputs)
+    if not loss.requires_grad or not at:
+        return found
     try:
-        return copy.deepcopy(model)
-    except RuntimeError as cause:
-        raise ValueError(
-            f"the model cannot be copied ({cause}); weights that every forward pass computes, as "
-            "with torch.nn.utils.weight_norm, must be made parameters first: "
-            "torch.nn.utils.remove_weight_norm, or parametrize.remove_parametrizations"
-        ) from cause
-
-
-def _replaceable_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """Return names of layers by module, without layers whose weights their parents read."""
-    found = {m: n for n, m in model.named_modules() if is_layer(m)}
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-            for child in parent.children():
-                found.pop(child, None)
+        grads = torch.autograd.grad(loss, [outputs[i] for i in at], allow_unused=True)
+    except RuntimeError as why:  # reentrant checkpoints, functions without a backward pass
+        warnings.warn(f"the model cannot be differentiated: {why}", stacklevel=2)
+        return found
+    for i, grad in zip(at, grads):
+        found[i] = grad
     return found
 
 
@@ -404,9 +469,3 @@ def _with_batch(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]).transpose(1, 2)
     ndim = cast(Any, module).weight.ndim - 2
     return x if x.ndim == ndim + 2 else x[None]
-
-
-def _differentiable(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy that requires a gradient if its type allows one."""
-    x = x.clone()
-    return x.requires_grad_() if x.is_floating_point() or x.is_complex() else x

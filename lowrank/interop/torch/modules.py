@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lowrank._typing import Array, PaddingMode
 from lowrank.core.geometry import Geometry
@@ -22,6 +23,7 @@ from lowrank.interop.torch.chains import (
     Bias,
     TiedLayer,
 )
+from lowrank.interop.torch.copies import HOOKS
 
 LAYERS = (*CONVS, *TRANSPOSED_CONVS, nn.Linear)
 PADDING_MODES = {
@@ -40,7 +42,8 @@ def is_layer(module: nn.Module) -> bool:
     Returns
     -------
     bool
-        False for a subclass that overrides the forward pass.
+        False for a subclass that overrides the forward pass, for a layer with hooks, and for
+        weights that are not real floating-point numbers.
 
     Examples
     --------
@@ -49,11 +52,74 @@ def is_layer(module: nn.Module) -> bool:
     >>> is_layer(nn.Conv1d(2, 3, 5)), is_layer(nn.ReLU())
     (True, False)
     """
-    kind = next((k for k in LAYERS if isinstance(module, k)), None)
-    return kind is not None and all(
-        getattr(type(module), name, None) is getattr(kind, name, None)
-        for name in ("forward", "_conv_forward", "_output_padding")
-    )
+    return isinstance(module, LAYERS) and not _differs_from_layer(module)
+
+
+def _differs_from_layer(module: nn.Module) -> str:
+    """Return why a layer does not compute what its class does in PyTorch; "" if it does."""
+    kind = next(k for k in LAYERS if isinstance(module, k))
+    own = ("forward", "__call__", "_conv_forward", "_output_padding", "_call_impl")
+    for name in own:
+        if getattr(type(module), name, None) is not getattr(kind, name, None):
+            return f"its class {type(module).__qualname__} has its own {name}"
+        if name in vars(module):
+            return f"its method {name} was replaced"
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for hook in getattr(module, name).values():
+            return f"it has a hook ({_describe_hook(hook)})"
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or weight.layout is not torch.strided:
+        return f"its weight is of type {type(weight).__qualname__}, and must be a dense tensor"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and must be real"
+    return ""
+
+
+#: Functions that make a parameter of a weight that a hook computes, by the hook's class.
+_REMEDIES = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+}
+
+
+def _describe_hook(hook: Any) -> str:
+    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    remedy = _REMEDIES.get(name)
+    if type(hook).__module__ == "torch.nn.utils.prune":
+        remedy = "torch.nn.utils.prune.remove"
+    return name if remedy is None else f"{name}: {remedy} makes its weight a parameter"
+
+
+def obstacle(module: nn.Module) -> str:
+    """Return why a chain cannot stand in for a layer; "" if it can.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Convolution, transposed convolution or linear layer, or of a subclass of them.
+
+    Returns
+    -------
+    str
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module: use the module that was scripted"
+    if parametrize.is_parametrized(module):
+        kinds = {type(p).__qualname__ for ps in module.parametrizations.values() for p in ps}
+        return (
+            f"its weight is computed ({', '.join(sorted(kinds))}): "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it a parameter"
+        )
+    if any(isinstance(getattr(type(module), name, None), property) for name in ("weight", "bias")):
+        return f"its class {type(module).__qualname__} computes its weight"
+    if found := _differs_from_layer(module):
+        return found
+    if type(module.weight) not in (torch.Tensor, nn.Parameter):
+        return f"its weight is of type {type(module.weight).__qualname__}"
+    for name in HOOKS:
+        for hook in getattr(module, name).values():
+            return f"it has a hook of its state dict ({_describe_hook(hook)})"
+    return ""
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -180,15 +246,3 @@ def copy_to_array(t: torch.Tensor) -> Any:
             torch.cuda.current_stream(t.device).synchronize()
             return cupy.from_dlpack(t.detach().float().contiguous()).copy()
     return to_numpy(t).copy()
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Replace a submodule under all its names; return the model, or `new` if it was the model."""
-    old = model.get_submodule(name)
-    aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
-    for alias in aliases:
-        if not alias:
-            return new
-        parent, _, leaf = alias.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, new)
-    return model
