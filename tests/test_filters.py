@@ -298,9 +298,17 @@ def test_misaligned_images(rng):
     np.testing.assert_allclose(filters.correlate(odd, filters.sobel()), expected, **FLOAT64)
 
 
-@pytest.mark.parametrize("dtype", [complex, bool, object])
+@pytest.mark.parametrize("dtype", [object, "datetime64[s]", "U3", np.longdouble, "f4,f4"])
 def test_unsupported_dtypes_are_rejected(dtype):
-    with pytest.raises(TypeError, match="image must be"):
-        filters.correlate(np.ones((8, 9), dtype), np.ones((3, 3)))
+    for method in ("auto", "direct"):
+        with pytest.raises(TypeError, match="image must be"):
+            filters.correlate(np.zeros((8, 9), dtype), np.ones((3, 3)), method=method)
+        with pytest.raises(TypeError, match="dtype must be"):
+            filters.correlate(np.zeros((8, 9)), np.ones((3, 3)), method=method, dtype=dtype)
+    with pytest.raises(TypeError, match="kernel must be"):
+        filters.correlate(np.ones((8, 9)), np.zeros((3, 3), dtype))
+
+
+def test_rank_and_tolerance_exclude_each_other():
     with pytest.raises(TypeError, match="rank or tolerance"):
         filters.correlate(np.ones((8, 9)), np.ones((3, 3)), rank=1, tolerance=0.1)

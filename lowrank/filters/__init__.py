@@ -6,10 +6,10 @@ from typing import NoReturn
 from lowrank.filters.apply import convolve as convolve
 from lowrank.filters.apply import correlate as correlate
 from lowrank.filters.apply import filter_image as filter_image
+from lowrank.filters.apply import separable_correlate as separable_correlate
 from lowrank.filters.arguments import MODES as MODES
 from lowrank.filters.choose import FilterMethod as FilterMethod
 from lowrank.filters.choose import FilterPlan as FilterPlan
-from lowrank.filters.choose import plan_filter as plan_filter
 from lowrank.filters.kernels import ball as ball
 from lowrank.filters.kernels import box as box
 from lowrank.filters.kernels import disk as disk
@@ -24,6 +24,7 @@ from lowrank.filters.kernels import scharr as scharr
 from lowrank.filters.kernels import sobel as sobel
 from lowrank.filters.kernels import unsharp as unsharp
 from lowrank.filters.outer import OuterProduct as OuterProduct
+from lowrank.filters.planning import plan_filter as plan_filter
 from lowrank.filters.separability import rank as rank
 from lowrank.filters.separability import separate as separate
 

@@ -2,92 +2,104 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lowrank import engine
-from lowrank._typing import Array, Ints
-from lowrank.core.arrays import as_native_order
+from lowrank._typing import Array
 from lowrank.core.geometry import as_integers
 from lowrank.engine import dask as chunked
-from lowrank.filters import arguments, choose, conversion, dask, gpu
-from lowrank.filters.outer import OuterProduct, compile_outer, outer_passes
-from lowrank.filters.request import (
-    CompiledFilter,
-    FilterRequest,
-    check_request,
-    compile_request,
-    plan_request,
-)
+from lowrank.filters import arguments, choose, conversion, labelled, run
+from lowrank.filters.outer import OuterProduct
+from lowrank.filters.request import Call
 
 MAX_COLOURS = 4  # of a picture
-LIGHT_SAMPLES = 1 << 16  # of images that a plan would take longer than the filter
 
 
 def correlate(
-    image: Array,
+    image: Any,
     kernel: Any,
     *,
     rank: int | None = None,
     tolerance: float | None = None,
     method: choose.MethodName = "auto",
-    mode: str = "reflect",
-    cval: float = 0.0,
+    mode: str | Sequence[str] = "reflect",
+    cval: complex = 0.0,
     origin: int | Sequence[int] = 0,
-    axes: Sequence[int] | None = None,
+    axes: int | str | Sequence[int | str] | None = None,
+    padding: arguments.Padding = "same",
+    dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
-) -> Array:
+) -> Any:
     """Filter an image, a volume, a cube or a series by the fastest method within a tolerance.
 
     Parameters
     ----------
-    image : ndarray, dask.array.Array or cupy.ndarray
-        Real.  float32 and float64 are computed in their own precision, float16 and 8- and
-        16-bit integers in float32, wider integers in float64; integer results are rounded to
-        nearest even and saturate.
+    image : array_like, dask.array.Array, cupy.ndarray or xarray.DataArray
+        Real, complex or bool, in any memory layout.  Arrays that are read at their first use, such
+        as those of h5py and zarr, are refused: ``dask.array.from_array`` and ``from_zarr`` take
+        them.
     kernel : array_like
-        Filter over 1, 2 or 3 axes; see :func:`separate`.
+        Filter over any number of axes, real or complex.  Correlation conjugates complex kernels,
+        as NumPy and SciPy do.
     rank : int, optional
-        Number of separable terms; their best sum runs instead of the kernel.
+        Number of separable terms; their best sum runs instead of the kernel.  Up to 3 axes, real.
     tolerance : float, optional
         Largest relative Frobenius error of the kernel that runs; round-off by default.
     method : str
         ``"auto"`` (the method predicted to be fastest within the tolerance, see
         :func:`plan_filter`), ``"direct"``, ``"separable"`` or ``"fft"``.
-    mode : str
-        Border mode, by scipy.ndimage's names: ``"reflect"`` (``b a | a b c | c b``),
-        ``"mirror"`` (``c b | a b c | b a``), ``"nearest"``, ``"wrap"`` or ``"constant"``.
-    cval : float
-        Border value of mode ``"constant"``.
+    mode : str or sequence of str
+        Border mode, one for all axes of the kernel or one per axis, by scipy.ndimage's names:
+        ``"reflect"`` (``b a | a b c | c b``), ``"mirror"`` (``c b | a b c | b a``),
+        ``"nearest"``, ``"wrap"`` or ``"constant"``.
+    cval : number
+        Border value of mode ``"constant"``; may be complex for a complex image.
     origin : int or sequence of int
-        Shift of the filter as in scipy.ndimage, one for all axes or one per axis.
-    axes : sequence of int, optional
-        Axes of `image` that the kernel runs along.  Needed for a kernel with one axis and an image
-        with several; else the first ones by default, so that the last may be channels.
+        Shift of the filter as in scipy.ndimage, one for all axes or one per axis.  Results of
+        other sizes hold every window, in order, whatever the shift.
+    axes : int or sequence of int, optional
+        Axes of `image` that the kernel runs along, or names of dimensions of a DataArray.  Needed
+        for a kernel with one axis and an image with several; else the first ones by default, so
+        that the last may be channels.
+    padding : str
+        Size of the result: ``"same"`` as the image, ``"valid"`` (windows within the image: shorter
+        by taps - 1 along each axis) or ``"full"`` (windows that touch the image: longer by
+        taps - 1).  `mode` says what lies outside.
+    dtype : dtype, optional
+        Data type of the result: that of `out` or of the image by default, and complex for complex
+        kernels.  Integers and bool are rounded to nearest even and saturate.
     out : ndarray, optional
-        Array for the result; same shape and dtype as `image`.
+        Array for the result, which is returned as it is: of any data type, byte order, strides and
+        subclass.
     threads : int, optional
         Number of threads; all of OpenMP's by default.
 
     Returns
     -------
-    ndarray or dask.array.Array
-        Result, with the shape and dtype of `image`.
+    ndarray, dask.array.Array, cupy.ndarray or xarray.DataArray
+        Result; a new array has the kind of `image`.
 
     Raises
     ------
     ValueError, TypeError
-        If a dtype, mode, origin, axis or kernel is invalid; the message lists what is allowed.
+        If an argument is invalid; the message lists what is allowed.
 
     Notes
     -----
+    float16, float32, bool and integers of 8 and 16 bits are computed in float32 if the result is
+    one of these, too; all else is in float64, which rounds integers beyond 2^53, as SciPy does.
+    Parts of complex images and kernels are filtered one by one.
+
     A Fourier transform spreads round-off over its block: in float32 samples below about 1e-6 of
     the brightest sample near them are lost.  For images of a high dynamic range choose another
     `method`.  ``"auto"`` does not transform images that contain NaN or infinities.
+
+    An outer product of vectors runs by these.  Of a kernel over more than three axes that is none,
+    slices over the last three axes run, one by one.
 
     A CuPy array is filtered on its GPU, by the method with the fewest MACs instead of the least
     time, without transforms.
@@ -96,6 +108,8 @@ def correlate(
     array in memory, by the fastest method that is not a transform.  Without `threads` a chunk
     runs on one thread in a worker of a pool, and on all threads in the main thread.
 
+    A DataArray keeps its names and coordinates, and is lazy if its data are of Dask.
+
     Examples
     --------
     >>> import numpy as np
@@ -103,49 +117,60 @@ def correlate(
     >>> step = np.repeat([[0.0, 0.0, 1.0, 1.0]], 4, axis=0)
     >>> filters.correlate(step, [[-1, 0, 1]])[0]
     array([0., 1., 1., 0.])
+    >>> filters.correlate(step, [[-1, 0, 1]], padding="valid").shape
+    (4, 2)
+    >>> photograph = np.array([[9, 0, 0, 255]], np.uint8)
+    >>> filters.correlate(photograph, [[-1, 0, 1]], dtype=np.int16)
+    array([[ -9,  -9, 255, 255]], dtype=int16)
     """
     return _filter(
         image, kernel, False, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
-        origin=origin, axes=axes, out=out, threads=threads,
+        origin=origin, axes=axes, padding=padding, dtype=dtype, out=out, threads=threads,
     )  # fmt: skip
 
 
 def convolve(
-    image: Array,
+    image: Any,
     kernel: Any,
     *,
     rank: int | None = None,
     tolerance: float | None = None,
     method: choose.MethodName = "auto",
-    mode: str = "reflect",
-    cval: float = 0.0,
+    mode: str | Sequence[str] = "reflect",
+    cval: complex = 0.0,
     origin: int | Sequence[int] = 0,
-    axes: Sequence[int] | None = None,
+    axes: int | str | Sequence[int | str] | None = None,
+    padding: arguments.Padding = "same",
+    dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
-) -> Array:
+) -> Any:
     """Filter by the flipped kernel: a convolution in the mathematical sense.
 
     Parameters
     ----------
-    image : ndarray, dask.array.Array or cupy.ndarray
+    image : array_like, dask.array.Array, cupy.ndarray or xarray.DataArray
         As for :func:`correlate`.
     kernel : array_like
         Filter, which is flipped.
     rank : int, optional
-        As for :func:`correlate`, and so are the next five.
+        As for :func:`correlate`, and so are the next ten.
     tolerance : float, optional
         Largest relative error of the kernel.
     method : str
         ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
-    mode : str
+    mode : str or sequence of str
         Border mode.
-    cval : float
+    cval : number
         Border value of mode ``"constant"``.
     origin : int or sequence of int
         Shift of the filter as in ``scipy.ndimage.convolve``.
-    axes : sequence of int, optional
+    axes : int or sequence of int, optional
         Axes of `image` that the kernel runs along.
+    padding : str
+        Size of the result: ``"same"``, ``"valid"`` or ``"full"``.
+    dtype : dtype, optional
+        Data type of the result.
     out : ndarray, optional
         Array for the result.
     threads : int, optional
@@ -153,8 +178,8 @@ def convolve(
 
     Returns
     -------
-    ndarray or dask.array.Array
-        Result, with the shape and dtype of `image`.
+    ndarray, dask.array.Array, cupy.ndarray or xarray.DataArray
+        Result.
 
     Raises
     ------
@@ -168,211 +193,213 @@ def convolve(
     >>> spike = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
     >>> filters.convolve(spike, [1.0, 2.0, 3.0]), filters.correlate(spike, [1.0, 2.0, 3.0])
     (array([0., 1., 2., 3., 0.]), array([0., 3., 2., 1., 0.]))
+    >>> filters.convolve([1.0, 1.0], [1.0, 2.0, 3.0], padding="full", mode="constant")
+    array([1., 3., 5., 3.])
     """
     return _filter(
         image, kernel, True, rank=rank, tolerance=tolerance, method=method, mode=mode, cval=cval,
-        origin=origin, axes=axes, out=out, threads=threads,
+        origin=origin, axes=axes, padding=padding, dtype=dtype, out=out, threads=threads,
+    )  # fmt: skip
+
+
+def separable_correlate(
+    image: Any,
+    factors: Sequence[Any],
+    *,
+    mode: str | Sequence[str] = "reflect",
+    cval: complex = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: int | str | Sequence[int | str] | None = None,
+    padding: arguments.Padding = "same",
+    dtype: Any = None,
+    out: Array | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Filter by the outer product of vectors, which is never multiplied out.
+
+    Parameters
+    ----------
+    image : array_like, dask.array.Array, cupy.ndarray or xarray.DataArray
+        As for :func:`correlate`.
+    factors : sequence of array_like
+        One vector per axis of the kernel.
+    mode : str or sequence of str
+        Border mode; this and the next seven as for :func:`correlate`.
+    cval : number
+        Border value of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter.
+    axes : int or sequence of int, optional
+        Axes of `image` that the factors run along.
+    padding : str
+        Size of the result: ``"same"``, ``"valid"`` or ``"full"``.
+    dtype : dtype, optional
+        Data type of the result.
+    out : ndarray, optional
+        Array for the result.
+    threads : int, optional
+        Number of threads.
+
+    Returns
+    -------
+    ndarray, dask.array.Array, cupy.ndarray or xarray.DataArray
+        Result.
+
+    Raises
+    ------
+    ValueError, TypeError
+        See :func:`correlate` and :class:`OuterProduct`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank import filters
+    >>> volume = np.arange(60.0).reshape(3, 4, 5)
+    >>> filters.separable_correlate(volume, [[1], [1, 2, 1], [-1, 0, 1]])[1, 1]
+    array([4., 8., 8., 8., 4.])
+    """
+    return correlate(
+        image, OuterProduct(factors), mode=mode, cval=cval, origin=origin, axes=axes,
+        padding=padding, dtype=dtype, out=out, threads=threads,
     )  # fmt: skip
 
 
 def _filter(
-    image: Array,
+    image: Any,
     kernel: Any,
     flip: bool,
     *,
-    mode: str,
-    out: Array | None,
-    **options: Any,
-) -> Array:
+    rank: Any,
+    tolerance: Any,
+    method: choose.MethodName,
+    mode: Any,
+    cval: Any,
+    origin: Any,
+    axes: Any,
+    padding: Any,
+    dtype: Any,
+    out: Any,
+    threads: Any,
+) -> Any:
     """Filter by a kernel or the flipped kernel; see :func:`correlate`."""
-    if isinstance(image, np.ma.MaskedArray):
-        raise TypeError("image must be a plain array, got a masked array: fill the mask first")
-    is_dask, on_gpu = chunked.is_dask_array(image), engine.is_on_gpu(image)
-    if not is_dask and not on_gpu:
-        image = np.asarray(image)
-    elif is_dask and out is not None:
-        raise TypeError("out must be None for a Dask array: the result is computed later")
-    is_outer = isinstance(kernel, OuterProduct) and options["rank"] in (None, 1)
-    is_outer = is_outer and options["method"] in ("auto", "separable")
-    if is_outer and not is_dask and not on_gpu:
-        return _filter_outer(image, kernel, flip, mode, out, options)
-    factors = (kernel.flipped() if flip else kernel).factors if is_outer else None
-    kernel = arguments.as_kernel(kernel)
-    work = arguments.work_dtype(image, kernel)
-    request, along = check_request(image, kernel, work, flip=flip, mode=mode, out=out, **options)
-    if is_dask:
-        if factors is None and image.size <= LIGHT_SAMPLES:  # as in memory
-            factors = request.factors()
-        return dask.correlate(image, along, request, factors)  # type: ignore[no-any-return]
-    if on_gpu:
-        with engine.device_context(image):
-            return cast(Array, gpu.correlate(image, along, request, work, out))
-    out = np.empty(image.shape, image.dtype) if out is None else out
-    if image.size == 0:
-        return out
-    if np.may_share_memory(image, out):
-        image = image.copy()
-    passes, compiled = request.passes(), None
-    if passes is None or image.size > LIGHT_SAMPLES:
-        chosen, exact = plan_request(request)
-        is_exact = image.dtype.kind == "f" and not _can_run(chosen, image, request.is_strict)
-        if not (is_exact and exact.multiplies_zeros and not _is_finite(image)):
-            compiled = compile_request(request, is_exact)
-        elif passes is None:
-            return _correlate_directly(image, along, request, out)
-    if compiled is None:
-        assert passes is not None
-        x = np.ascontiguousarray(image, work)
-        result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
-        run, axes = passes
-        before = [request.taps[a] // 2 + request.origins[a] for a in axes]
-        border = arguments.as_padding_mode(mode)
-        run(x, result, [along[a] for a in axes], before, border, request.cval)
-    else:
-        x = conversion.as_engine_input(image, work)
-        result = as_native_order(out) if out.dtype == x.dtype else np.empty(out.shape, work)
-        _run(compiled, x, result, along, request.interleaved and request.channels == 1)
-    if result is not out and not np.may_share_memory(result, out):
-        out[...] = conversion.as_image(result, out.dtype)
+    given = image if labelled.is_data_array(image) else None
+    if given is not None:
+        image, axes = labelled.values_of(given), labelled.as_numbers(given, axes)
+    if chunked.is_dask_array(image):
+        chunked.check_array("image", image)
+    elif not engine.is_on_gpu(image):
+        image = arguments.as_array("image", image)
+    if out is not None and (given is not None or not engine.is_array(image)):
+        kind = "Dask array: the result is computed later" if given is None else "DataArray"
+        raise TypeError(f"out must be None for a {kind}")
+    if not isinstance(kernel, OuterProduct):
+        kernel = arguments.as_taps(kernel)
+    is_complex = kernel.dtype.kind == "c"
+    if is_complex and not flip:
+        kernel = kernel.conj()
+    window = arguments.as_window(kernel.shape, image.ndim, axes, origin, mode, padding, flip)
+    if flip:
+        kernel = kernel.flipped() if isinstance(kernel, OuterProduct) else np.flip(kernel)
+    dtype = arguments.as_result_dtype(dtype, out, image, is_complex)
+    is_complex = is_complex or image.dtype.kind == "c"
+    fill = arguments.as_number("cval", cval, image.dtype.kind == "c")
+    if rank is not None:
+        (rank,) = as_integers("rank", rank, 1)
+    call = Call(
+        window, fill.real, arguments.work_dtype(image.dtype, kernel, dtype), rank,
+        arguments.as_tolerance(tolerance, rank), method, arguments.as_threads(threads),
+    )  # fmt: skip
+    if out is not None and out.shape != window.output_shape(image.shape):
+        raise ValueError(
+            f"out must have the shape of the result, {window.output_shape(image.shape)}, got "
+            f"{out.shape}"
+        )
+    with np.errstate(all="ignore"), engine.device_context(image):
+        if is_complex or dtype.kind == "c":
+            result = _filter_parts(image, kernel, call, fill.imag, dtype, out)
+        else:
+            result = run.correlate(image, kernel, call, dtype, out)
+    return result if given is None else labelled.as_data_array(given, result, window)
+
+
+def _filter_parts(
+    image: Any,
+    kernel: Array | OuterProduct,
+    call: Call,
+    imaginary_cval: float,
+    dtype: np.dtype[Any],
+    out: Any,
+) -> Any:
+    """Filter the real and imaginary parts of an image by those of a kernel."""
+    if call.rank is not None and kernel.dtype.kind == "c":
+        raise ValueError(f"rank must be None for a complex kernel, got {call.rank}")
+    images = [image.real, image.imag] if image.dtype.kind == "c" else [image]
+    kernels = [kernel.real, kernel.imag] if kernel.dtype.kind == "c" else [kernel]
+    fills = call.cval, imaginary_cval
+
+    def term(i: int, k: int) -> Any:
+        if i == len(images) or k == len(kernels):
+            return None
+        one = call._replace(cval=fills[i])
+        return run.correlate(images[i], kernels[k], one, call.work)
+
+    real, imaginary = term(0, 0), term(0, 1)
+    if len(images) == 2:
+        rest = term(1, 1)
+        real = real if rest is None else real - rest
+        imaginary = term(1, 0) if imaginary is None else imaginary + term(1, 0)
+    result = conversion.as_complex(real, imaginary, dtype)
+    if out is None:
+        return result
+    out[...] = result
     return out
-
-
-def _filter_outer(
-    image: Array,
-    kernel: OuterProduct,
-    flip: bool,
-    mode: str,
-    out: Array | None,
-    options: Mapping[str, Any],
-) -> Array:
-    """Filter by the vectors of an outer product."""
-    arguments.as_tolerance(options["tolerance"], options["rank"])
-    threads = options["threads"]
-    if threads is not None:
-        (threads,) = as_integers("threads", threads, 1)
-    cval, axes, origin = options["cval"], options["axes"], options["origin"]
-    axes, origin = (v if v is None or np.ndim(v) == 0 else tuple(v) for v in (axes, origin))
-    work = arguments.work_dtype(image, kernel)
-    passes = outer_passes(kernel.key, flip, image.ndim, axes, origin, mode, work.name)
-    cval = 0.0 if cval == 0 else arguments.as_real("cval", cval)
-    given, out = out, arguments.as_out(image, out)
-    if image.size == 0:
-        return out
-    if given is not None and np.may_share_memory(image, out):
-        image = image.copy()
-    # Tiles of a plan would consist of halo where a factor is as long as its axis.
-    is_long = any(2 * n > image.shape[a] for n, a in zip(kernel.shape, passes.along))
-    is_light = is_long or image.size <= LIGHT_SAMPLES
-    if not is_light and passes.has_zeros and image.dtype.kind == "f":
-        is_light = not _is_finite(image)  # taps of zero are skipped
-    if is_light:
-        x = np.ascontiguousarray(image, work)
-        result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
-        passes.run(x, result, passes.axes, passes.before, passes.border, cval)
-        if result is not out:
-            out[...] = conversion.as_image(result, out.dtype)
-        return out
-    along = passes.along
-    spatial = tuple(image.shape[a] for a in along)
-    channels = image.size // math.prod(spatial)
-    interleaved = along == tuple(range(kernel.ndim)) and out.flags.c_contiguous
-    run, shape, in_one_pass = compile_outer(
-        passes.key, work.str, spatial, channels, interleaved, mode, cval, passes.origins, threads
-    )
-    x = conversion.as_engine_input(image, work)
-    result = as_native_order(out) if out.dtype == x.dtype else np.empty(out.shape, work)
-    compiled = CompiledFilter(run, shape, in_one_pass)
-    _run(compiled, x, result, along, interleaved and channels == 1)
-    if result is not out and not np.may_share_memory(result, out):
-        out[...] = conversion.as_image(result, out.dtype)
-    return out
-
-
-def _can_run(method: choose.FilterMethod, image: Array, is_strict: bool) -> bool:
-    """Return whether a method gives every output of an image to the rounding of direct sums."""
-    if not method.spread and not method.multiplies_zeros:
-        return True
-    if not _is_finite(image):
-        return False
-    if not (method.spread and is_strict):
-        return True
-    least, most = float(image.min()), float(image.max())
-    smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
-    return method.spread * max(abs(least), abs(most)) <= smallest
-
-
-def _is_finite(image: Array) -> bool:
-    """Return whether no sample is NaN or infinite; sums of large samples would overflow."""
-    return math.isfinite(float(image.min())) and math.isfinite(float(image.max()))
-
-
-def _correlate_directly(image: Array, along: Ints, request: FilterRequest, out: Array) -> Array:
-    """Filter an image by direct sums that skip taps of zero: what SciPy is for.
-
-    Only for images that contain NaN or infinities, and kernels with zeros.
-    """
-    from scipy import ndimage  # slow to import, and rarely needed
-
-    kernel = np.frombuffer(request.kernel, request.dtype).reshape(request.taps)
-    ndimage.correlate(image, kernel, out, request.mode, request.cval, request.origins, axes=along)
-    return out
-
-
-def _run(
-    compiled: CompiledFilter, image: Array, result: Array, along: Ints, is_plain: bool
-) -> None:
-    """Filter `image` into `result`, channel by channel unless they are interleaved."""
-    shape = (-1, 1, *compiled.shape)
-    if compiled.interleaved or is_plain:
-        compiled.run(np.ascontiguousarray(image).reshape(shape), result.reshape(shape))
-        return
-    last = range(-len(along), 0)
-    x, y = np.moveaxis(image, along, last), np.moveaxis(result, along, last)
-    channels = y.reshape(shape)  # a copy if `result` is strided
-    compiled.run(x.reshape(shape), channels)
-    if not np.may_share_memory(channels, result):
-        y[...] = channels.reshape(y.shape)
 
 
 def filter_image(
-    image: Array,
+    image: Any,
     kernel: Any,
     *,
     tolerance: float | None = None,
     method: choose.MethodName = "auto",
-    mode: str = "reflect",
-    cval: float = 0.0,
+    mode: str | Sequence[str] = "reflect",
+    cval: complex = 0.0,
     channel_axis: int | None = None,
+    padding: arguments.Padding = "same",
+    dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
-) -> Array:
+) -> Any:
     """Filter a picture by the fastest method within a tolerance.
 
     Parameters
     ----------
-    image : ndarray or dask.array.Array, shape (height, width) or (height, width, colours)
-        Picture of any real dtype; :func:`correlate` accepts volumes and series as well.
+    image : array_like, shape (height, width) or (height, width, colours)
+        Picture, as for :func:`correlate`, which accepts volumes and series as well.
     kernel : array_like, shape (h, w)
         Filter, as a correlation: not flipped.
     tolerance : float, optional
         Largest relative Frobenius error of the kernel that runs; round-off by default.
     method : str
         ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
-    mode : str
-        Border mode, by scipy.ndimage's names.
-    cval : float
+    mode : str or sequence of str
+        Border mode, by scipy.ndimage's names; one, or those of the rows and of the columns.
+    cval : number
         Border value of mode ``"constant"``.
     channel_axis : int, optional
         Axis of the colours, if it is not the last one.
+    padding : str
+        Size of the result: ``"same"``, ``"valid"`` or ``"full"``.
+    dtype : dtype, optional
+        Data type of the result; that of `out` or `image` by default.
     out : ndarray, optional
-        Array for the result; same shape and dtype as `image`.
+        Array for the result, of any data type.
     threads : int, optional
         Number of threads; all of OpenMP's by default.
 
     Returns
     -------
-    ndarray or dask.array.Array
-        Result, with the shape and dtype of `image`.
+    ndarray, dask.array.Array, cupy.ndarray or xarray.DataArray
+        Result.
 
     Raises
     ------
@@ -408,6 +435,6 @@ def filter_image(
             "if the first axis is that of the colours, or channel_axis=2"
         )
     return correlate(
-        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, axes=axes, out=out,
-        threads=threads,
+        image, kernel, tolerance=tolerance, method=method, mode=mode, cval=cval, axes=axes,
+        padding=padding, dtype=dtype, out=out, threads=threads,
     )  # fmt: skip

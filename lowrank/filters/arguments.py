@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from lowrank._typing import Array, Ints, PaddingMode
+from lowrank._typing import Array, Ints, PaddingMode, Pads
 from lowrank.core.geometry import as_integers
 from lowrank.factorization import Factorization, dense
 
 SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+MAX_PLANNED_AXES = 3  # of a kernel of the engine
+Padding = Literal["same", "valid", "full"]
+Borders = tuple[PaddingMode, ...]
+PADDINGS: tuple[str, ...] = get_args(Padding)
+KEPT = 256  # latest windows
 _ROUND_OFF_FACTOR = 4  # allows for the rounding of kernels that were computed, not given
+#: What arrays in memory have, and arrays that are read at their first use lack.
+_MEMORY_PROTOCOLS = ("__array_interface__", "__dlpack__")
 
 #: scipy.ndimage's border modes, and the padding modes that they mean.
 MODES: dict[str, PaddingMode] = {
@@ -28,20 +36,185 @@ MODES: dict[str, PaddingMode] = {
 }
 
 
-def as_kernel(value: Any) -> Array:
-    """Return a kernel over 1 to 3 axes, in float32 or float64 and native byte order."""
+class Window(NamedTuple):
+    """Axes, shifts, borders and output size of a filter on images with some number of axes.
+
+    Attributes
+    ----------
+    along : tuple of int
+        Axes of the image, one per axis of the kernel, as the next four.
+    taps : tuple of int
+        Number of taps.
+    before : tuple of int
+        Taps ahead of an output's own position.
+    borders : tuple of str
+        Padding modes.
+    pads : tuple of (int, int)
+        Number of border samples before and after the image.
+    border : str or None
+        Padding mode of all axes with more than one tap; None if they have several.
+    is_same : bool
+        Whether results have the size of the image.
+    padding : str
+        One of `PADDINGS`.
+    """
+
+    along: Ints
+    taps: Ints
+    before: Ints
+    borders: Borders
+    pads: Pads
+    border: PaddingMode | None
+    is_same: bool
+    padding: str
+
+    @classmethod
+    def of(
+        cls, along: Ints, taps: Ints, before: Ints, borders: Borders, padding: str = "same"
+    ) -> Window:
+        """Return a window with the border samples of one of `PADDINGS`."""
+        if padding == "same":
+            pads = tuple((b, n - 1 - b) for b, n in zip(before, taps))
+        else:
+            pads = tuple((n - 1, n - 1) if padding == "full" else (0, 0) for n in taps)
+        used = {b for b, n in zip(borders, taps) if n > 1} or {borders[0]}
+        is_same = padding == "same" or max(taps) == 1
+        border = used.pop() if len(used) == 1 else None
+        return cls(along, taps, before, borders, pads, border, is_same, padding)
+
+    def inside(self, padding: str = "same") -> Window:
+        """Return the window on an image that holds its border samples.
+
+        Results are its first outputs, or with "valid" all of them.
+        """
+        n = len(self.taps)
+        borders: Borders = tuple("constant" for _ in range(n))
+        return Window.of(self.along, self.taps, (0,) * n, borders, padding)
+
+    def only(self, axes: Sequence[int]) -> Window:
+        """Return the window along some axes of the kernel."""
+        along, taps, before = (
+            tuple(field[a] for a in axes) for field in (self.along, self.taps, self.before)
+        )
+        borders = tuple(self.borders[a] for a in axes)
+        return Window.of(along, taps, before, borders, self.padding)
+
+    def padded_shape(self, shape: Ints) -> Ints:
+        """Return the shape of an image with its border samples."""
+        sizes = list(shape)
+        for axis, pad in zip(self.along, self.pads):
+            sizes[axis] += sum(pad)
+        return tuple(sizes)
+
+    def output_shape(self, shape: Ints) -> Ints:
+        """Return the shape of the result of an image."""
+        if self.is_same:
+            return shape
+        sizes = list(shape)
+        for axis, n, pad in zip(self.along, self.taps, self.pads):
+            least = n if self.padding == "valid" else 1
+            if shape[axis] < least:
+                raise ValueError(
+                    f"image must have at least {least} samples along axis {axis} for "
+                    f"padding={self.padding!r}, got {shape[axis]}"
+                )
+            sizes[axis] += sum(pad) - n + 1
+        return tuple(sizes)
+
+
+def as_window(
+    taps: Ints, ndim: int, axes: Any, origin: Any, mode: Any, padding: Any, flip: bool = False
+) -> Window:
+    """Check where a filter runs; of a flipped kernel if asked for.  Kept for the latest calls."""
+    if axes is not None and type(axes) is not int:
+        axes = tuple(axes) if isinstance(axes, Iterable) else axes
+    if type(origin) is not int:
+        origin = as_integers("origin", origin, len(taps))
+    if type(mode) is not str:
+        mode = tuple(mode) if isinstance(mode, Iterable) else mode
+    try:
+        return _as_window(taps, ndim, axes, origin, mode, padding, flip)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _as_window.__wrapped__(taps, ndim, axes, origin, mode, padding, flip)
+
+
+@functools.lru_cache(KEPT, typed=True)
+def _as_window(
+    taps: Ints, ndim: int, axes: Any, origin: Any, mode: Any, padding: Any, flip: bool
+) -> Window:
+    along = as_axes(axes, ndim, len(taps))
+    origins = as_origins(origin, taps)
+    if flip:
+        origins = tuple(-o - (n % 2 == 0) for o, n in zip(origins, taps))
+    modes = (mode,) * len(taps) if isinstance(mode, str) or not isinstance(mode, tuple) else mode
+    if len(modes) != len(taps):
+        raise ValueError(
+            f"mode must be one border mode, or {len(taps)}, one per axis of the kernel, got {mode}"
+        )
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+    before = tuple(n // 2 + o for n, o in zip(taps, origins))
+    return Window.of(along, taps, before, tuple(map(as_padding_mode, modes)), padding)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Return an array, a sequence or a number in memory as a plain array.
+
+    What would be read or computed by the conversion, such as a file's, is refused.
+    """
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError("kernel must be a plain array, got a masked array: fill the mask first")
-    k = np.asarray(value)
+        raise TypeError(f"{name} must be a plain array, got a masked array: fill the mask first")
+    if isinstance(value, np.ndarray | list | tuple | int | float | complex | np.generic):
+        return np.asarray(value)
+    if any(hasattr(value, protocol) for protocol in _MEMORY_PROTOCOLS):
+        return np.asarray(value)
+    try:
+        return np.asarray(memoryview(value))
+    except TypeError:
+        pass
+    kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__qualname__}"
+    allowed, hint = "an array in memory", ""
+    if hasattr(value, "shape"):
+        hint = f": numpy.asarray({name}) loads it"
+    if name == "image":
+        allowed += ", a Dask array or an xarray.DataArray"
+        lazily = "dask.array.from_zarr" if kind.startswith("zarr.") else "dask.array.from_array"
+        hint = hint and f"{hint}, {lazily}(image) makes it lazy"
+    raise TypeError(f"{name} must be {allowed}, got {kind}{hint}")
+
+
+def as_kernel(value: Any) -> Array:
+    """Return a real kernel over 1 to 3 axes, in float32 or float64 and native byte order."""
+    k = as_taps(value)
+    if k.dtype.kind == "c":
+        raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
+    if k.ndim > MAX_PLANNED_AXES:
+        raise ValueError(
+            f"kernel must have 1 to {MAX_PLANNED_AXES} axes, none of them empty, got shape "
+            f"{k.shape}"
+        )
+    return k
+
+
+def as_taps(value: Any) -> Array:
+    """Return a kernel in single or double precision, real or complex, and native byte order."""
+    k = as_array("kernel", value)
     if k.dtype.kind in "iub":
         k = k.astype(np.float64)
     k = k.astype(k.dtype.newbyteorder("="), copy=False)
     if k.dtype == np.float16:
         k = k.astype(np.float32)
-    if k.dtype not in (np.float32, np.float64):
-        raise TypeError(f"kernel must be real, float32 or float64, got {k.dtype}")
-    if k.ndim not in (1, 2, 3) or k.size == 0:
-        raise ValueError(f"kernel must have 1 to 3 axes, none of them empty, got shape {k.shape}")
+    if k.dtype not in (np.float32, np.float64, np.complex64, np.complex128):
+        raise TypeError(
+            f"kernel must be float32 or float64, complex64 or complex128, or integers, got "
+            f"{k.dtype}"
+        )
+    if k.ndim == 0 or k.size == 0:
+        raise ValueError(f"kernel must have axes, none of them empty, got shape {k.shape}")
     if not np.isfinite(k).all():
         raise ValueError("kernel must be finite, got NaN or infinite values")
     return k
@@ -53,6 +226,16 @@ def as_real(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, got {value!r}") from None
+
+
+def as_number(name: str, value: Any, is_complex: bool) -> complex:
+    """Return `value` as a number, which is real unless complex ones are allowed."""
+    if not is_complex or isinstance(value, str):
+        return as_real(name, value)
+    try:
+        return complex(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def as_padding_mode(name: str) -> PaddingMode:
@@ -73,27 +256,59 @@ def as_origins(origin: int | Sequence[int], taps: Ints) -> Ints:
     return shifts
 
 
-def work_dtype(image: Array, kernel: Any = None) -> np.dtype[Any]:
+def as_result_dtype(dtype: Any, out: Any, image: Any, is_complex: bool) -> np.dtype[Any]:
+    """Return the data type of the result: that of the image unless `dtype` or `out` says another.
+
+    `is_complex` tells that the kernel is; then the result is, too.
+    """
+    kind: type = np.ndarray if isinstance(image, np.ndarray) else type(image)
+    if out is not None:
+        if not isinstance(out, kind) or isinstance(out, np.ma.MaskedArray):
+            raise TypeError(f"out must be a {kind.__qualname__}, got {type(out).__qualname__}")
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            raise ValueError("out must be writeable, got a read-only array")
+    result: np.dtype[Any] = image.dtype
+    if result.kind == "c" or is_complex:
+        result = np.promote_types(result.newbyteorder("="), np.complex64)
+    if dtype is None and out is None:
+        return result
+    name, given = ("out", out.dtype) if dtype is None else ("dtype", dtype)
+    try:
+        found: np.dtype[Any] = np.dtype(given)
+    except TypeError:
+        raise TypeError(f"dtype must be a data type, got {given!r}") from None
+    _precision(name, found)
+    if result.kind == "c" != found.kind:
+        raise TypeError(f"{name} must be complex for a complex image or kernel, got {found}")
+    if out is not None and out.dtype != found:
+        raise TypeError(f"dtype must be that of out, {out.dtype}, got {found}")
+    return found
+
+
+def work_dtype(image: np.dtype[Any], kernel: Any = None, result: Any = None) -> np.dtype[Any]:
     """Return the dtype of the computation: float32 if it holds all values, else float64."""
-    dtype = _image_dtype(image)
-    if kernel is None or dtype == np.float64:
-        return dtype
+    if _precision("image", image) == np.float64:
+        return np.dtype(np.float64)
+    if result is not None and _precision("dtype", result) == np.float64:
+        return np.dtype(np.float64)
+    if kernel is None:
+        return np.dtype(np.float32)
     largest = getattr(kernel, "largest", None)
     largest = float(np.abs(kernel).max()) if largest is None else largest
     is_within = not largest or SINGLE[0] < largest < SINGLE[1]
-    return dtype if is_within else np.dtype(np.float64)
+    return np.dtype(np.float32 if is_within else np.float64)
 
 
-def _image_dtype(image: Array) -> np.dtype[Any]:
-    native = image.dtype.newbyteorder("=")
-    if native in (np.float32, np.float64):
-        return native
-    if native == np.float16:
-        return np.dtype(np.float32)
-    if image.dtype.kind in "iu":
-        return np.dtype(np.float32 if image.dtype.itemsize <= 2 else np.float64)
+@functools.lru_cache(KEPT)
+def _precision(name: str, dtype: Any) -> np.dtype[Any]:
+    if dtype.kind in "biu":
+        return np.dtype(np.float32 if dtype.itemsize <= 2 else np.float64)
+    if dtype.kind in "fc" and dtype.itemsize <= (8 if dtype.kind == "f" else 16):
+        is_double = dtype.itemsize == (8 if dtype.kind == "f" else 16)
+        return np.dtype(np.float64 if is_double else np.float32)
     raise TypeError(
-        f"image must be floating-point or integers, got {image.dtype}: convert it first"
+        f"{name} must be bool, integers, float16 to float64, complex64 or complex128, got {dtype}: "
+        "convert it first"
     )
 
 
@@ -119,24 +334,14 @@ def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> In
     return wrapped
 
 
-def as_out(image: Array, out: Array | None) -> Array:
-    """Return an array for the result, of the shape and dtype of an image."""
-    if out is None:
-        return np.empty(image.shape, image.dtype)
-    if type(out) is not type(image):
-        raise TypeError(f"out must be an array like the image, got {type(out).__qualname__}")
-    native = image.dtype.newbyteorder("=")
-    if out.shape != image.shape or out.dtype.newbyteorder("=") != native:
-        raise ValueError(
-            f"out must have shape {image.shape} and dtype {image.dtype}, "
-            f"got {out.shape} and {out.dtype}"
-        )
-    return out
-
-
-def flipped_origins(origins: Ints, taps: Ints) -> Ints:
-    """Return the shifts of a flipped kernel."""
-    return tuple(-o - (n % 2 == 0) for o, n in zip(origins, taps))
+def as_threads(threads: Any) -> int | None:
+    """Return a number of threads, at least 1, or None."""
+    if threads is None:
+        return None
+    (count,) = as_integers("threads", threads, 1)
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return count
 
 
 def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
@@ -151,17 +356,19 @@ def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
     return limit
 
 
-def as_convolution(kernel: Array, mode: str, cval: float, origins: Ints) -> Factorization:
-    """Return the filter as a dense one-channel convolution that keeps the size."""
-    before = [n // 2 + o for n, o in zip(kernel.shape, origins)]
+def as_convolution(kernel: Array, window: Window, cval: float) -> Factorization:
+    """Return the filter as a dense one-channel convolution."""
     return dense(
-        kernel[None, None],
-        padding=[(b, n - 1 - b) for b, n in zip(before, kernel.shape)],
-        padding_mode=as_padding_mode(mode),
-        value=cval,
+        kernel[None, None], padding=window.pads, padding_mode=window.border or "zeros", value=cval
     )
 
 
-def round_off(kernel: Array) -> float:
-    """Return the round-off error of a kernel relative to its norm; less than this is not rank."""
-    return _ROUND_OFF_FACTOR * float(np.finfo(kernel.dtype).eps) * math.sqrt(kernel.size)
+def round_off(kernel: Array, work: Any = None) -> float:
+    """Return the round-off error of a kernel relative to its norm; less than this is not rank.
+
+    That of the kernel as it was given, or in the dtype of the computation if it is larger.
+    """
+    eps = float(np.finfo(kernel.dtype).eps)
+    if work is not None:
+        eps = max(eps, float(np.finfo(work).eps))
+    return _ROUND_OFF_FACTOR * eps * math.sqrt(kernel.size)

@@ -13,7 +13,7 @@ import numpy as np
 from lowrank import engine, perfmodel, selection
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra, tables
-from lowrank.core.geometry import Geometry, as_integers
+from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import fourier
 from lowrank.factorization import Factorization
@@ -152,89 +152,6 @@ class FilterPlan:
         return rows
 
 
-def plan_filter(
-    kernel: Any,
-    shape: Sequence[int],
-    *,
-    rank: int | None = None,
-    tolerance: float | None = None,
-    method: MethodName = "auto",
-    dtype: Any = np.float32,
-    mode: str = "reflect",
-    cval: float = 0.0,
-    batch: int = 1,
-    threads: int | None = None,
-) -> FilterPlan:
-    """Compare the methods for a filter, and show which one :func:`correlate` runs.
-
-    Parameters
-    ----------
-    kernel : array_like
-        Filter over 1, 2 or 3 axes.
-    shape : sequence of int
-        Size of the images along these axes.
-    rank : int, optional
-        Number of separable terms; the plan is then their best sum alone.
-    tolerance : float, optional
-        Largest relative Frobenius error of the kernel that runs; round-off by default.
-    method : str
-        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
-    dtype : dtype
-        Precision of the computation, float32 or float64.
-    mode : str
-        Border mode, by scipy.ndimage's names.
-    cval : float
-        Border value of mode ``"constant"``.
-    batch : int
-        Number of channels, behind the axes of the filter: 3 for (height, width, 3).
-    threads : int, optional
-        Number of threads; all of OpenMP's by default.
-
-    Returns
-    -------
-    FilterPlan
-        Methods with their errors and predicted times; prints as a table.
-
-    Raises
-    ------
-    ValueError, TypeError
-        If an argument is invalid, or no form of `method` is within the tolerance.
-
-    Notes
-    -----
-    Times are predictions of :mod:`lowrank.perfmodel`.  The bound in grey levels holds for every
-    image with values from 0 to 255: it is 255 times the larger of the sums of the positive and
-    of the negative part of the kernel's error, and images of 0 and 255 attain it.
-
-    Examples
-    --------
-    >>> from lowrank import filters
-    >>> plan = filters.plan_filter(filters.log(2.0), (1000, 1000))
-    >>> sorted({m.method for m in plan.methods})
-    ['direct', 'fft', 'separable']
-    """
-    k = arguments.as_kernel(kernel)
-    dtype = np.dtype(dtype)
-    if dtype not in (np.float32, np.float64):
-        raise TypeError(f"dtype must be float32 or float64, got {dtype}")
-    spatial = as_integers("shape", shape, k.ndim)
-    if min(spatial) < 1:
-        raise ValueError(f"shape must be at least 1 along every axis, got {spatial}")
-    round_off = arguments.round_off(k)
-    k = np.ascontiguousarray(k, dtype)
-    round_off = max(round_off, arguments.round_off(k))
-    conv = arguments.as_convolution(k, mode, arguments.as_real("cval", cval), (0,) * k.ndim)
-    tolerance = arguments.as_tolerance(tolerance, rank)
-    tolerance = round_off if tolerance is None else tolerance
-    (channels,) = as_integers("batch", batch, 1)
-    if channels < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    return choose_method(
-        conv, spatial, tolerance, round_off=round_off, rank=rank, method=method,
-        channels=channels, interleaved=True, itemsize=k.itemsize, threads=threads,
-    )  # fmt: skip
-
-
 def choose_method(
     conv: Factorization,
     spatial: Sequence[int],
@@ -253,7 +170,8 @@ def choose_method(
 
     `round_off` is the relative error of the kernel as it was given; `interleaved` tells that the
     samples of the channels are adjacent in memory.  `is_rough` is for small images: times are those
-    of the MACs alone, and transforms are left out.
+    of the MACs alone, and transforms are left out.  An outer product runs by its factors unless
+    another `method` is asked for.
     """
     if method not in get_args(MethodName):
         raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
@@ -299,7 +217,10 @@ def choose_method(
             + ("" if nearest is None else f"; rank {nearest.rank} has error {nearest.error:.3g}")
             + ": give rank= for a form of any rank"
         )
-    return FilterPlan(tuple(methods), tolerance, weight[0, 0], spatial, allowed[0])
+    choice = allowed[0]
+    if factors is not None and method == "auto" and sum(n > 1 for n in weight.shape) > 1:
+        choice = next(m for m in allowed if m.method == "separable")
+    return FilterPlan(tuple(methods), tolerance, weight[0, 0], spatial, choice)
 
 
 class _Images(NamedTuple):
@@ -436,7 +357,8 @@ def _kept_chains(
     kernel: bytes, taps: Ints, dtype: str, tolerance: float
 ) -> tuple[tuple[Factorization, Accuracy], ...]:
     k = np.frombuffer(kernel, dtype).reshape(taps)
-    conv = arguments.as_convolution(k, "constant", 0.0, (0,) * k.ndim)
+    window = arguments.as_window(taps, k.ndim, tuple(range(k.ndim)), 0, "constant", "same")
+    conv = arguments.as_convolution(k, window, 0.0)
     front = selection.frontier(conv, [2 * n for n in taps], filter_families(), axis="macs")
     separable = [c for c in front if c.family != "dense"]
     within: dict[str, selection.Candidate] = {}

@@ -14,12 +14,13 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.engine import dask as chunked
-from lowrank.filters import choose, conversion
-from lowrank.filters.request import FilterRequest
+from lowrank.filters import conversion
+from lowrank.filters.outer import OuterProduct, outer_chain
+from lowrank.filters.request import Call, chunk_chain
 
 
 def correlate(
-    image: Any, along: Ints, request: FilterRequest, factors: Sequence[Array] | None
+    image: Any, kernel: Array | OuterProduct, call: Call, dtype: np.dtype[Any], out: Any
 ) -> Any:
     """Filter a Dask array; :func:`lowrank.filters.correlate` calls this.
 
@@ -27,26 +28,26 @@ def correlate(
     ----------
     image : dask.array.Array
         Real, in any chunks.
-    along : tuple of int
-        Axes that the filter runs along.
-    request : FilterRequest
+    kernel : ndarray or OuterProduct
+        Kernel over 1 to 3 axes; an outer product runs by its factors.
+    call : Call
         Other arguments of :func:`lowrank.filters.correlate`, checked.  ``threads`` is the number
         of threads per chunk, as in :func:`lowrank.engine.dask.run`.
-    factors : sequence of ndarray or None
-        Vectors whose outer product runs; None for the method of the request.
+    dtype : dtype
+        Data type of the result.
+    out : None
+        Results are computed later.
 
     Returns
     -------
     dask.array.Array
-        Lazy, with the shape and dtype of `image`.  Computed, it has the bits of the whole array
-        filtered in memory, by the fastest method that is not a transform.
+        Lazy, with the shape of `image`.  Computed, it has the bits of the whole array filtered in
+        memory, by the fastest method that is not a transform.
 
     Raises
     ------
-    TypeError
-        If `image` is no Dask array of NumPy arrays.
     ValueError
-        If its shape is unknown, or the method is a transform.
+        If the method is a transform.
 
     Examples
     --------
@@ -59,29 +60,19 @@ def correlate(
     >>> bool((blobs == filters.correlate(volume.compute(), kernel)).all())
     True
     """
-    chunked.check_array("image", image)
-    if 0 in image.shape:
-        return image
-    if factors is None:
-        method = request.exact_method(request.plan())
-        if method.block is not None:
-            raise ValueError(
-                "method must be auto, direct or separable for a Dask array, got 'fft': the "
-                "rounding of a transform depends on where blocks are cut"
-            )
-        f = method.chain
+    window = call.window
+    if isinstance(kernel, OuterProduct):
+        f = outer_chain(kernel.key, window, call.work.str, call.cval)
     else:
-        f = choose.factored_chain(request.convolution(), factors)
-    axes = chunked.cut_axes(f.stages, (1, *request.spatial), [image.chunks[a] for a in along])
+        f = chunk_chain(call.request(kernel, image.shape, True))
+    along = window.along
+    spatial = [image.shape[a] for a in along]
+    axes = chunked.cut_axes(f.stages, (1, *spatial), [image.chunks[a] for a in along])
     work = functools.partial(
-        _filter_chunk,
-        f=f,
-        axes=axes,
-        along=along,
-        dtype=np.dtype(request.dtype),
-        threads=request.threads,
-    )
-    return chunked.map_chunks(work, image, axes, along, image.dtype, {})
+        _filter_chunk, f=f, axes=axes, along=along, work=call.work, result=dtype,
+        threads=call.threads,
+    )  # fmt: skip
+    return chunked.map_chunks(work, image, axes, along, dtype, {})
 
 
 def _filter_chunk(
@@ -89,7 +80,8 @@ def _filter_chunk(
     f: chunked.Chain,
     axes: Sequence[chunked.AxisChunks],
     along: Ints,
-    dtype: np.dtype[Any],
+    work: np.dtype[Any],
+    result: np.dtype[Any],
     threads: int | None,
     block_info: Any,
 ) -> Array:
@@ -97,10 +89,10 @@ def _filter_chunk(
     n = len(along)
     last = range(-n, 0)
     window = np.moveaxis(block, along, last)[chunked.window(axes, location)]
-    x = conversion.as_engine_input(window, dtype)
+    x = conversion.as_engine_input(window, work)
     lead, size = x.shape[:-n], [axis.output_chunks[k] for axis, k in zip(axes, location)]
     x = x.reshape(-1, 1, *x.shape[-n:])
-    y = np.empty((len(x), 1, *size), x.dtype)
-    chunked.plan_chunk(f, axes, location, x.shape[1:], dtype, threads)(x, y)
-    y = conversion.as_image(y.reshape(*lead, *size), block.dtype)
+    y = np.empty((len(x), 1, *size), conversion.result_dtype(result, work))
+    chunked.plan_chunk(f, axes, location, x.shape[1:], work, threads)(x, y)
+    y = conversion.as_image(y.reshape(*lead, *size), result)
     return np.ascontiguousarray(np.moveaxis(y, last, along))

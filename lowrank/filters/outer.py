@@ -11,11 +11,11 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from lowrank._kernels._core import Passes
-from lowrank._typing import Array, Ints
+from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import Geometry
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
-from lowrank.filters.factors import outer_product
+from lowrank.filters.factors import outer_factors, outer_product
 
 KEPT = 256  # latest filters that are kept compiled
 
@@ -35,6 +35,8 @@ class OuterProduct(NDArrayOperatorsMixin):
     ----------
     factors : tuple of ndarray
         Vectors in float64.
+    shape : tuple of int
+        Number of taps along each axis.
     key : tuple of bytes
         Their bytes.
     largest : float
@@ -42,8 +44,8 @@ class OuterProduct(NDArrayOperatorsMixin):
 
     Raises
     ------
-    ValueError
-        If there is none, or a factor is no vector or empty.
+    ValueError, TypeError
+        If there is none, or a factor is no vector, empty, not finite or not real.
 
     Examples
     --------
@@ -59,19 +61,21 @@ class OuterProduct(NDArrayOperatorsMixin):
     """
 
     def __init__(self, factors: Sequence[Any]) -> None:
-        self.factors = tuple(np.array(f, np.float64) for f in factors)
-        if not self.factors or any(f.ndim != 1 or not f.size for f in self.factors):
-            shapes = [f.shape for f in self.factors]
+        arrays = [arguments.as_array("factors", f) for f in factors]
+        if not arrays or any(f.ndim != 1 or not f.size for f in arrays):
+            shapes = [f.shape for f in arrays]
             raise ValueError(f"factors must be vectors, one per axis, got shapes {shapes}")
+        for f in arrays:
+            if f.dtype.kind not in "biuf":
+                raise TypeError(f"factors must be real, got {f.dtype}")
+        self.factors = tuple(np.array(f, np.float64) for f in arrays)
         for f in self.factors:
+            if not np.isfinite(f).all():
+                raise ValueError("factors must be finite, got NaN or infinite values")
             f.flags.writeable = False
+        self.shape = tuple(map(len, self.factors))
         self.key = tuple(f.tobytes() for f in self.factors)
         self.largest = math.prod(float(np.abs(f).max()) for f in self.factors)
-
-    @property
-    def shape(self) -> Ints:
-        """Number of taps along each axis."""
-        return tuple(len(f) for f in self.factors)
 
     @property
     def ndim(self) -> int:
@@ -93,6 +97,10 @@ class OuterProduct(NDArrayOperatorsMixin):
         values = outer_product(self.factors)
         values.flags.writeable = False
         return values
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._values.__array_interface__
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return np.array(self._values, dtype) if copy else np.asarray(self._values, dtype)
@@ -118,6 +126,10 @@ class OuterProduct(NDArrayOperatorsMixin):
     def __repr__(self) -> str:
         return repr(self._values)
 
+    @functools.cached_property
+    def _flipped(self) -> OuterProduct:
+        return OuterProduct([f[::-1] for f in self.factors])
+
     def flipped(self) -> OuterProduct:
         """Return the kernel flipped along every axis.
 
@@ -132,63 +144,66 @@ class OuterProduct(NDArrayOperatorsMixin):
         array([[8., 6.],
                [4., 3.]])
         """
-        return OuterProduct([f[::-1] for f in self.factors])
+        return self._flipped
+
+
+def as_outer_product(kernel: Array, tolerance: float) -> OuterProduct | None:
+    """Return a kernel as an outer product, or None if it is none within a relative error."""
+    return _as_outer_product(kernel.tobytes(), kernel.shape, kernel.dtype.str, tolerance)
+
+
+@functools.lru_cache(KEPT)
+def _as_outer_product(
+    kernel: bytes, taps: Ints, dtype: str, tolerance: float
+) -> OuterProduct | None:
+    factors = outer_factors(np.frombuffer(kernel, dtype).reshape(taps), tolerance)
+    return None if factors is None else OuterProduct(factors)
 
 
 class OuterPasses(NamedTuple):
-    """Checked passes of an outer product over images with some number of axes."""
+    """Passes of an outer product over images with some number of axes."""
 
     run: Passes
     axes: Ints  # of the image, one per pass
     before: Ints  # taps ahead of the output, one per pass
-    border: str
-    along: Ints  # of the image, one per axis of the kernel
-    origins: Ints
-    key: tuple[bytes, ...]  # of the factors, flipped if asked for
+    borders: tuple[PaddingMode, ...]  # one per pass
     has_zeros: bool
 
 
 @functools.lru_cache(KEPT)
-def outer_passes(
-    key: tuple[bytes, ...],
-    flip: bool,
-    ndim: int,
-    axes: Any,
-    origin: Any,
-    mode: str,
-    dtype: str,
-) -> OuterPasses:
-    """Check the arguments of a filter and make its passes; kept, since checks take longest."""
+def outer_passes(key: tuple[bytes, ...], window: arguments.Window, dtype: str) -> OuterPasses:
+    """Make the passes of an outer product."""
     lines = [np.frombuffer(f) for f in key]
-    taps = tuple(map(len, lines))
-    along = arguments.as_axes(axes, ndim, len(taps))
-    origins = arguments.as_origins(origin, taps)
-    if flip:
-        lines, origins = [f[::-1] for f in lines], arguments.flipped_origins(origins, taps)
-        key = tuple(f.tobytes() for f in lines)
-    some = [a for a, f in enumerate(lines) if len(f) > 1 or f[0] != 1] or [len(taps) - 1]
+    some = [a for a, f in enumerate(lines) if len(f) > 1 or f[0] != 1] or [len(lines) - 1]
     return OuterPasses(
-        Passes([np.ascontiguousarray(lines[a]) for a in some], dtype),
-        tuple(along[a] for a in some),
-        tuple(taps[a] // 2 + origins[a] for a in some),
-        arguments.as_padding_mode(mode),
-        along,
-        origins,
-        key,
+        Passes([lines[a] for a in some], np.dtype(dtype).name),
+        tuple(window.along[a] for a in some),
+        tuple(window.before[a] for a in some),
+        tuple(window.borders[a] for a in some),
         not all(f.all() for f in lines),
     )
 
 
 @functools.lru_cache(KEPT)
+def outer_chain(
+    key: tuple[bytes, ...], window: arguments.Window, dtype: str, cval: float
+) -> Factorization:
+    """Return the chain of passes of an outer product over 1 to 3 axes."""
+    lines = [np.frombuffer(f) for f in key]
+    geometry = Geometry.of(
+        len(lines), padding=window.pads, padding_mode=window.border or "zeros", value=cval
+    )
+    stages = choose.factored_stages(geometry, lines, np.dtype(dtype))
+    return Factorization(stages, geometry, family="separable_sum", rank=(1,))
+
+
+@functools.lru_cache(KEPT)
 def compile_outer(
-    factors: tuple[bytes, ...],
+    chain: Factorization,
     dtype: str,
     spatial: Ints,
     channels: int,
     interleaved: bool,
-    mode: str,
-    cval: float,
-    origins: Ints,
     threads: int | None,
 ) -> tuple[Any, Ints, bool]:
     """Compile an outer product for images of one size.
@@ -202,12 +217,6 @@ def compile_outer(
     interleaved : bool
         Whether these hold interleaved channels.
     """
-    lines = [np.frombuffer(f) for f in factors]
-    padding = [(n // 2 + o, n - 1 - n // 2 - o) for n, o in zip(map(len, lines), origins)]
-    border = arguments.as_padding_mode(mode)
-    geometry = Geometry.of(len(lines), padding=padding, padding_mode=border, value=cval)
-    stages = choose.factored_stages(geometry, lines, np.dtype(dtype))
-    chain = Factorization(stages, geometry, family="separable_sum", rank=(1,))
     itemsize = np.dtype(dtype).itemsize
     seconds, in_one_pass = choose.predict(
         chain, spatial, channels, interleaved and channels > 1, itemsize, threads

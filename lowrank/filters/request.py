@@ -8,14 +8,57 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank._kernels._core import Passes
-from lowrank._typing import Array, Ints
-from lowrank.core.geometry import as_integers
+from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
+from lowrank.filters.outer import OuterProduct, as_outer_product
 
 CACHED_FILTERS = 256
 SMALL = 1 << 14  # samples
+
+
+class Call(NamedTuple):
+    """Checked arguments of a call, but for the arrays."""
+
+    window: arguments.Window
+    cval: float
+    work: np.dtype[Any]  # of the computation
+    rank: int | None
+    tolerance: float | None
+    method: choose.MethodName
+    threads: int | None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether plans read the border samples themselves: along all axes alike, finite."""
+        w = self.window
+        is_finite = w.border != "constant" or math.isfinite(self.cval)
+        return w.is_same and w.border is not None and is_finite
+
+    @property
+    def inner(self) -> Call:
+        """The call for an image with its border samples; the first outputs are the results."""
+        return self._replace(window=self.window.inside(), cval=0.0)
+
+    def as_outer_product(self, kernel: Array | OuterProduct) -> OuterProduct | None:
+        """Return a kernel that is an outer product as one, if its factors may run."""
+        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
+            return None
+        if isinstance(kernel, OuterProduct):
+            return kernel
+        return as_outer_product(kernel, arguments.round_off(kernel, self.work))
+
+    def request(self, kernel: Array, shape: Ints, interleaved: bool) -> FilterRequest:
+        """Return what the choice of a method for images of a shape depends on."""
+        w = self.window
+        k = np.ascontiguousarray(kernel, self.work)
+        spatial = tuple(shape[a] for a in w.along)
+        return FilterRequest(
+            k.tobytes(), k.shape, k.dtype.str, spatial, math.prod(shape) // math.prod(spatial),
+            interleaved and w.along == tuple(range(k.ndim)), self.rank, self.tolerance,
+            arguments.round_off(kernel, self.work), self.method, w.before, w.border or "zeros",
+            self.cval, self.threads,
+        )  # fmt: skip
 
 
 class FilterRequest(NamedTuple):
@@ -31,36 +74,28 @@ class FilterRequest(NamedTuple):
     tolerance: float | None
     round_off: float  # relative error of the kernel as it was given: less than this is not rank
     method: choose.MethodName
-    mode: str
+    before: Ints
+    border: PaddingMode
     cval: float
-    origins: Ints
     threads: int | None
-
-    @property
-    def nonempty_spatial(self) -> Ints:
-        """Spatial size of the plan, which an empty image needs as well."""
-        return tuple(max(n, 1) for n in self.spatial)
 
     def convolution(self) -> Factorization:
         """Return the kernel as a dense stage."""
         k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
-        return arguments.as_convolution(k, self.mode, self.cval, self.origins)
+        borders = (self.border,) * k.ndim
+        window = arguments.Window.of(tuple(range(k.ndim)), k.shape, self.before, borders)
+        return arguments.as_convolution(k, window, self.cval)
 
-    def factors(self) -> tuple[Array, ...] | None:
-        """Return the vectors of a kernel that is an outer product, if they may run."""
-        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
-            return None
-        k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
-        return choose.kernel_factors(k, self.round_off)
-
-    def plan(self) -> choose.FilterPlan:
-        """Plan the filter for images of this size."""
+    def plan(self, is_rough: bool | None = None) -> choose.FilterPlan:
+        """Plan the filter for images of this size, roughly for small ones by default."""
         conv = self.convolution()
+        if is_rough is None:
+            is_rough = self.is_small
         tolerance = self.round_off if self.tolerance is None else self.tolerance
         return choose.choose_method(
-            conv, self.nonempty_spatial, tolerance, round_off=self.round_off, rank=self.rank,
-            method=self.method, channels=max(self.channels, 1), interleaved=self.interleaved,
-            itemsize=conv.dtype.itemsize, threads=self.threads, is_rough=self.is_small,
+            conv, self.spatial, tolerance, round_off=self.round_off, rank=self.rank,
+            method=self.method, channels=self.channels, interleaved=self.interleaved,
+            itemsize=conv.dtype.itemsize, threads=self.threads, is_rough=is_rough,
         )  # fmt: skip
 
     def exact_method(self, plan: choose.FilterPlan) -> choose.FilterMethod:
@@ -81,29 +116,12 @@ class FilterRequest(NamedTuple):
     @property
     def is_small(self) -> bool:
         """Whether predictions of several methods would take longer than the filter."""
-        return max(self.channels, 1) * math.prod(self.nonempty_spatial) <= SMALL
+        return self.channels * math.prod(self.spatial) <= SMALL
 
     @property
     def is_strict(self) -> bool:
         """Whether every output has to be as accurate as by direct sums."""
         return (self.rank, self.tolerance, self.method) == (None, None, "auto")
-
-    def passes(self) -> tuple[Passes, list[int]] | None:
-        """Return the passes of an outer product, which runs without a plan, and their axes."""
-        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
-            return None
-        return _passes(self.kernel, self.taps, self.dtype, self.round_off)
-
-
-@functools.lru_cache(CACHED_FILTERS)
-def _passes(
-    kernel: bytes, taps: Ints, dtype: str, tolerance: float
-) -> tuple[Passes, list[int]] | None:
-    factors = choose.kernel_factors(np.frombuffer(kernel, dtype).reshape(taps), tolerance)
-    if factors is None:
-        return None
-    axes = [a for a, n in enumerate(taps) if n > 1] or [len(taps) - 1]
-    return Passes([factors[a] for a in axes], np.dtype(dtype).name), axes
 
 
 class CompiledFilter(NamedTuple):
@@ -112,50 +130,6 @@ class CompiledFilter(NamedTuple):
     run: Any
     shape: Ints
     interleaved: bool
-
-
-def check_request(
-    image: Array,
-    kernel: Any,
-    work: np.dtype[Any],
-    *,
-    rank: int | None,
-    tolerance: float | None,
-    method: choose.MethodName,
-    mode: str,
-    cval: float,
-    origin: Any,
-    axes: Any,
-    flip: bool,
-    out: Array | None,
-    threads: int | None,
-) -> tuple[FilterRequest, Ints]:
-    """Check the arguments of :func:`lowrank.filters.correlate`; return the filtered axes, too."""
-    k = arguments.as_kernel(kernel)
-    round_off = arguments.round_off(k)
-    origins = arguments.as_origins(origin, k.shape)
-    if flip:
-        k = np.flip(k)
-        origins = arguments.flipped_origins(origins, k.shape)
-    along = arguments.as_axes(axes, image.ndim, k.ndim)
-    if out is not None:
-        arguments.as_out(image, out)
-    interleaved = along == tuple(range(k.ndim)) and (out is None or out.flags.c_contiguous)
-    k = np.ascontiguousarray(k, work)
-    round_off = max(round_off, arguments.round_off(k))
-    arguments.as_padding_mode(mode)
-    if rank is not None:
-        (rank,) = as_integers("rank", rank, 1)
-    cval = arguments.as_real("cval", cval)
-    tolerance = arguments.as_tolerance(tolerance, rank)
-    threads = threads if threads is None else as_integers("threads", threads, 1)[0]
-    spatial = tuple(image.shape[a] for a in along)
-    channels = image.size // max(math.prod(spatial), 1)
-    request = FilterRequest(
-        k.tobytes(), k.shape, k.dtype.str, spatial, channels, interleaved, rank, tolerance,
-        round_off, method, mode, cval, origins, threads,
-    )  # fmt: skip
-    return request, along
 
 
 @functools.lru_cache(CACHED_FILTERS)
@@ -172,7 +146,33 @@ def compile_request(request: FilterRequest, is_exact: bool = False) -> CompiledF
 
 
 def _compile(method: choose.FilterMethod, request: FilterRequest) -> CompiledFilter:
-    spatial, channels = request.nonempty_spatial, max(request.channels, 1)
+    spatial, channels = request.spatial, request.channels
     run = choose.compile_method(method, spatial, np.dtype(request.dtype), request.threads, channels)
     shape = choose.runner_shape(method, spatial, channels)
     return CompiledFilter(run, shape, method.interleaved)
+
+
+@functools.lru_cache(CACHED_FILTERS)
+def chunk_chain(request: FilterRequest) -> Factorization:
+    """Return the chain of the fastest method that gives the same bits in chunks."""
+    method = request.exact_method(request.plan())
+    if method.block is not None:
+        raise ValueError(
+            "method must be auto, direct or separable for a Dask array, got 'fft': the rounding of "
+            "a transform depends on where blocks are cut"
+        )
+    return method.chain
+
+
+@functools.lru_cache(CACHED_FILTERS)
+def smallest_chain(request: FilterRequest) -> Factorization:
+    """Return the chain with the fewest MACs within the tolerance, for a GPU."""
+    if request.method == "fft":
+        raise ValueError("method must be auto, direct or separable on a GPU, got 'fft'")
+    plan = request.plan()
+    methods = [m for m in plan.methods if m.block is None]
+    if request.rank is None:
+        methods = [m for m in methods if m.error <= plan.tolerance]
+    if request.method != "auto":
+        methods = [m for m in methods if m.method == request.method]
+    return min((m.chain for m in methods), key=lambda f: f.cost(request.spatial).macs)

@@ -63,7 +63,11 @@ def separate(
     """
     k = arguments.as_kernel(kernel)
     tolerance = arguments.as_tolerance(tolerance, rank)
-    conv = arguments.as_convolution(k, mode, cval, arguments.as_origins(origin, k.shape))
+    axes = tuple(range(k.ndim))
+    window = arguments.as_window(k.shape, k.ndim, axes, origin, mode, "same")
+    if window.border is None:
+        raise ValueError(f"mode must be one border mode for all axes of a chain, got {mode}")
+    conv = arguments.as_convolution(k, window, arguments.as_real("cval", cval))
     if rank is not None:
         return choose.fit_rank(conv, rank)
     shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)

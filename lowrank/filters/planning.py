@@ -1,0 +1,108 @@
+"""Plans of filters, without images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lowrank.core.geometry import as_integers
+from lowrank.filters import arguments
+from lowrank.filters.choose import FilterPlan, MethodName
+from lowrank.filters.request import Call
+
+
+def plan_filter(
+    kernel: Any,
+    shape: Sequence[int],
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    method: MethodName = "auto",
+    dtype: Any = np.float32,
+    mode: str | Sequence[str] = "reflect",
+    cval: float = 0.0,
+    origin: int | Sequence[int] = 0,
+    axes: int | Sequence[int] | None = None,
+    padding: arguments.Padding = "same",
+    batch: int = 1,
+    threads: int | None = None,
+) -> FilterPlan:
+    """Compare the methods for a filter, and show which one :func:`correlate` runs.
+
+    Parameters
+    ----------
+    kernel : array_like
+        Real filter over 1, 2 or 3 axes.
+    shape : sequence of int
+        Shape of the images.  Axes without taps are channels.
+    rank : int, optional
+        Number of separable terms; the plan is then their best sum alone.
+    tolerance : float, optional
+        Largest relative Frobenius error of the kernel that runs; round-off by default.
+    method : str
+        ``"auto"``, ``"direct"``, ``"separable"`` or ``"fft"``.
+    dtype : dtype
+        Data type of the images, which decides the precision of the computation.
+    mode : str or sequence of str
+        Border mode; this and the next four as for :func:`correlate`.
+    cval : float
+        Border value of mode ``"constant"``.
+    origin : int or sequence of int
+        Shift of the filter.
+    axes : int or sequence of int, optional
+        Axes that the kernel runs along.
+    padding : str
+        Size of the result: ``"same"``, ``"valid"`` or ``"full"``.
+    batch : int
+        Number of channels besides those of `shape`, adjacent in memory.
+    threads : int, optional
+        Number of threads; all of OpenMP's by default.
+
+    Returns
+    -------
+    FilterPlan
+        Methods with their errors and predicted times; prints as a table.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument is invalid, or no form of `method` is within the tolerance.
+
+    Notes
+    -----
+    Times are predictions of :mod:`lowrank.perfmodel`.  The bound in grey levels holds for every
+    image with values from 0 to 255: it is 255 times the larger of the sums of the positive and
+    of the negative part of the kernel's error, and images of 0 and 255 attain it.
+
+    Examples
+    --------
+    >>> from lowrank import filters
+    >>> plan = filters.plan_filter(filters.log(2.0), (1000, 1000))
+    >>> sorted({m.method for m in plan.methods})
+    ['direct', 'fft', 'separable']
+    """
+    k = arguments.as_kernel(kernel)
+    sizes = as_integers("shape", shape, np.size(shape))
+    if min(sizes, default=1) < 1:
+        raise ValueError(f"shape must be at least 1 along every axis, got {sizes}")
+    if len(sizes) < k.ndim:
+        raise ValueError(f"shape must have at least the kernel's {k.ndim} axes, got {sizes}")
+    (channels,) = as_integers("batch", batch, 1)
+    if channels < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    window = arguments.as_window(k.shape, len(sizes), axes, origin, mode, padding)
+    if rank is not None:
+        (rank,) = as_integers("rank", rank, 1)
+    call = Call(
+        window, arguments.as_real("cval", cval), arguments.work_dtype(np.dtype(dtype), k), rank,
+        arguments.as_tolerance(tolerance, rank), method, arguments.as_threads(threads),
+    )  # fmt: skip
+    window.output_shape(sizes)  # raises for images that are too short
+    padded = sizes
+    if not call.is_native:
+        call, padded = call.inner, window.padded_shape(sizes)
+    plan = call.request(k, (*padded, channels), True).plan(is_rough=False)
+    return replace(plan, shape=tuple(sizes[a] for a in window.along))
