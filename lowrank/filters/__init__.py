@@ -8,8 +8,14 @@ from lowrank.filters.apply import correlate as correlate
 from lowrank.filters.apply import filter_image as filter_image
 from lowrank.filters.apply import separable_correlate as separable_correlate
 from lowrank.filters.arguments import MODES as MODES
+from lowrank.filters.bank import correlate_bank as correlate_bank
 from lowrank.filters.choose import FilterMethod as FilterMethod
 from lowrank.filters.choose import FilterPlan as FilterPlan
+from lowrank.filters.derivatives import gaussian_derivatives as gaussian_derivatives
+from lowrank.filters.derivatives import gaussian_laplace as gaussian_laplace
+from lowrank.filters.derivatives import gradient as gradient
+from lowrank.filters.derivatives import gradient_magnitude as gradient_magnitude
+from lowrank.filters.derivatives import hessian as hessian
 from lowrank.filters.kernels import ball as ball
 from lowrank.filters.kernels import box as box
 from lowrank.filters.kernels import disk as disk
@@ -23,10 +29,13 @@ from lowrank.filters.kernels import prewitt as prewitt
 from lowrank.filters.kernels import scharr as scharr
 from lowrank.filters.kernels import sobel as sobel
 from lowrank.filters.kernels import unsharp as unsharp
+from lowrank.filters.normalised import normalised_correlate as normalised_correlate
 from lowrank.filters.outer import OuterProduct as OuterProduct
 from lowrank.filters.planning import plan_filter as plan_filter
 from lowrank.filters.separability import rank as rank
 from lowrank.filters.separability import separate as separate
+from lowrank.filters.tensors import structure_tensor as structure_tensor
+from lowrank.filters.tensors import symmetric_eigenvalues as symmetric_eigenvalues
 
 
 def __getattr__(name: str) -> NoReturn:
