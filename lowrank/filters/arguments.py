@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lowrank._typing import Array, Ints, PaddingMode, Pads
 from lowrank.core.geometry import as_integers
 from lowrank.factorization import Factorization, dense
 
+_Number = TypeVar("_Number", float, complex)
 SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MAX_PLANNED_AXES = 3  # of a kernel of the engine
 Padding = Literal["same", "valid", "full"]
@@ -85,10 +86,11 @@ class Window(NamedTuple):
     def inside(self, padding: str = "same") -> Window:
         """Return the window on an image that holds its border samples.
 
-        Results are its first outputs, or with "valid" all of them.
+        Results are its first outputs, or with "valid" all of them.  Others read samples of the
+        image, not a constant that might be smaller.
         """
         n = len(self.taps)
-        borders: Borders = tuple("constant" for _ in range(n))
+        borders: Borders = tuple("replicate" for _ in range(n))
         return Window.of(self.along, self.taps, (0,) * n, borders, padding)
 
     def only(self, axes: Sequence[int]) -> Window:
@@ -127,7 +129,9 @@ def as_window(
 ) -> Window:
     """Check where a filter runs; of a flipped kernel if asked for.  Kept for the latest calls."""
     if axes is not None and type(axes) is not int:
-        axes = tuple(axes) if isinstance(axes, Iterable) else axes
+        is_many = np.ndim(axes) > 0
+        axes = as_integers("axes", axes, len(axes) if is_many else 1)
+        axes = axes if is_many else axes[0]
     if type(origin) is not int:
         origin = as_integers("origin", origin, len(taps))
     if type(mode) is not str:
@@ -222,20 +226,21 @@ def as_taps(value: Any) -> Array:
 
 def as_real(name: str, value: Any) -> float:
     """Return `value` as a float."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a real number, got {value!r}") from None
+    return _as_number(name, "a real number", float, value)
 
 
 def as_number(name: str, value: Any, is_complex: bool) -> complex:
     """Return `value` as a number, which is real unless complex ones are allowed."""
-    if not is_complex or isinstance(value, str):
-        return as_real(name, value)
+    return _as_number(name, "a number", complex, value) if is_complex else as_real(name, value)
+
+
+def _as_number(name: str, kind: str, convert: Callable[[Any], _Number], value: Any) -> _Number:
     try:
-        return complex(value)
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return convert(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        raise TypeError(f"{name} must be {kind}, got {value!r}") from None
 
 
 def as_padding_mode(name: str) -> PaddingMode:

@@ -106,7 +106,8 @@ class FilterPlan:
     shape : tuple of int
         Size of the images along the filter's axes.
     choice : FilterMethod
-        Fastest method within the tolerance, or fastest form of a given method.
+        Method that runs: the fastest within the tolerance, the factors of an outer product, or the
+        fastest form of a given method.
 
     Examples
     --------
@@ -202,7 +203,7 @@ def choose_method(
         elif method in ("auto", "separable"):
             found = separable_chains(conv, tolerance)
             methods += [candidate("separable", *each) for each in found]
-        if weight.size > 1 and (method == "fft" or (method == "auto" and not is_rough)):
+        if method == "fft" or (method == "auto" and weight.size > 1 and not is_rough):
             methods.append(_fastest_fft(conv, weight.shape[2:], images))
     else:
         chain = fit_rank(conv, rank) if factors is None else factored_chain(conv, factors)

@@ -92,12 +92,25 @@ def _run_planned(image: Array, kernel: Array, call: Call, out: Array) -> None:
     """Filter by the method that is predicted to be fastest of those that suit the image."""
     request = call.request(kernel, image.shape, out.flags.c_contiguous)
     chosen, exact = plan_request(request)
-    is_exact = image.dtype.kind == "f" and not _can_run(chosen, image, request)
+    is_exact = not _is_rounded(image, call, out) and not _can_run(chosen, image, request)
     if is_exact and exact.multiplies_zeros and not _is_finite(image):
         _sum_taps(image, kernel, call, out)
         return
+    if is_exact and exact.block is not None and _overflows(exact, image, request):
+        if call.work == np.float64:
+            raise ValueError("method must be auto or direct, got 'fft', whose sums would overflow")
+        _run_planned(image, kernel, call._replace(work=np.dtype(np.float64)), out)
+        return
     compiled = compile_request(request, is_exact)
     _run(compiled, image, call, out, request.interleaved and request.channels == 1)
+
+
+def _is_rounded(image: Array, call: Call, out: Array) -> bool:
+    """Return whether integers are rounded, and too small for rounding errors to matter."""
+    if image.dtype.kind == "f" or out.dtype.kind == "f" or image.dtype.itemsize > 4:
+        return False
+    limits = np.iinfo(np.uint8 if image.dtype.kind == "b" else image.dtype)
+    return call.window.border != "constant" or limits.min <= call.cval <= limits.max
 
 
 def _can_run(method: choose.FilterMethod, image: Array, request: FilterRequest) -> bool:
@@ -106,14 +119,29 @@ def _can_run(method: choose.FilterMethod, image: Array, request: FilterRequest) 
         return True
     if not _is_finite(image):
         return False
+    if method.spread and _overflows(method, image, request):
+        return False
     if not (method.spread and request.is_strict):
         return True
+    least, most = _range(image, request)
+    smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
+    return method.spread * max(abs(least), abs(most)) <= smallest
+
+
+def _overflows(method: choose.FilterMethod, image: Array, request: FilterRequest) -> bool:
+    """Return whether sums of transforms or terms may overflow where direct sums do not."""
+    kernel = np.frombuffer(request.kernel, request.dtype)
+    terms = math.prod(method.block or request.taps)
+    largest = max(map(abs, _range(image, request)))
+    return largest * float(np.abs(kernel).sum()) * terms >= float(np.finfo(request.dtype).max)
+
+
+def _range(image: Array, request: FilterRequest) -> tuple[float, float]:
+    """Return the smallest and the largest sample, also of the border."""
     samples = [float(image.min()), float(image.max())]
     if request.border == "constant":
         samples.append(request.cval)
-    least, most = min(samples), max(samples)
-    smallest = min(abs(least), abs(most)) if least * most > 0 else 0.0
-    return method.spread * max(abs(least), abs(most)) <= smallest
+    return min(samples), max(samples)
 
 
 def _is_finite(image: Array) -> bool:
