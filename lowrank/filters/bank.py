@@ -226,6 +226,7 @@ def filter_shared(
     border: Border,
     dtype: np.dtype[Any],
     threads: int | None,
+    out: Array | None = None,
 ) -> Array:
     """Filter an image by outer products, given as the bytes of their factors.
 
@@ -243,6 +244,8 @@ def filter_shared(
         float32 or float64, of the result.
     threads : int or None
         Number of threads.
+    out : ndarray, optional
+        C-contiguous array of `dtype` for the results.
 
     Returns
     -------
@@ -257,9 +260,12 @@ def filter_shared(
         if largest and not arguments.SINGLE[0] < largest < arguments.SINGLE[1]:
             work = np.dtype(np.float64)
     x = np.ascontiguousarray(image, work)
-    out = np.empty((len(kernels), *x.shape), work)
-    shared.correlate_shared(x, kernels, axes, border, threads, out)
-    return out.astype(dtype, copy=False)
+    out = np.empty((len(kernels), *x.shape), dtype) if out is None else out
+    results = out if work == dtype else np.empty(out.shape, work)
+    shared.correlate_shared(x, kernels, axes, border, threads, results)
+    if results is not out:
+        out[...] = results
+    return out
 
 
 def _factors(kernel: Any) -> Factors | None:

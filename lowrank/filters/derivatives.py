@@ -223,7 +223,7 @@ def gradient(
     (np.float64(6.0), np.float64(16.0))
     """
     return _derive(
-        image, sigma, _first_orders, spacing=spacing, mode=mode, cval=cval, axes=axes,
+        image, sigma, first_orders, spacing=spacing, mode=mode, cval=cval, axes=axes,
         truncate=truncate, dtype=dtype, threads=threads,
     )  # fmt: skip
 
@@ -453,17 +453,17 @@ def _derive(
     return gaussian_derivatives(x, sigma, orders(n), axes=axes, dtype=dtype, **options)
 
 
-def _first_orders(n: int) -> list[Ints]:
+def first_orders(n: int) -> list[Ints]:
     """Return the orders of a gradient."""
     return [tuple(int(a == b) for b in range(n)) for a in range(n)]
 
 
 def _pure_second_orders(n: int) -> list[Ints]:
     """Return the orders on the diagonal of a Hessian."""
-    return [tuple(2 * k for k in order) for order in _first_orders(n)]
+    return [tuple(2 * k for k in order) for order in first_orders(n)]
 
 
 def _second_orders(n: int) -> list[Ints]:
     """Return the orders in the upper triangle of a Hessian, row by row."""
-    pairs = itertools.combinations_with_replacement(_first_orders(n), 2)
+    pairs = itertools.combinations_with_replacement(first_orders(n), 2)
     return [tuple(map(sum, zip(a, b))) for a, b in pairs]

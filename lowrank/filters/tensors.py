@@ -11,8 +11,8 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.engine import dask as chunked
-from lowrank.filters import bank, inputs, shared
-from lowrank.filters.derivatives import gaussian_taps, gradient
+from lowrank.filters import arguments, bank, inputs
+from lowrank.filters.derivatives import first_orders, gaussian_taps
 from lowrank.filters.shared import Border
 
 BLOCK = 1 << 13  # matrices whose elements stay in the L2 cache
@@ -77,7 +77,7 @@ def structure_tensor(
     ``skimage.feature.structure_tensor`` has Sobel differences, not divided by 8 or 32, in the place
     of derivatives at scale `sigma`; its `sigma` is `rho` here.
 
-    Memory: the image, its gradient, one product, and the result.
+    Memory: the image, one product, and the result.
 
     References
     ----------
@@ -97,22 +97,28 @@ def structure_tensor(
     x, dtype = inputs.as_samples(image, dtype)
     along = inputs.as_filtered_axes(axes, x.ndim)
     n = len(along)
-    taps = gaussian_taps("rho", rho, spacing, truncate, (0,) * n)
-    slopes = gradient(
-        x, sigma, spacing=spacing, mode=mode, cval=cval, axes=axes, truncate=truncate,
-        dtype=dtype, threads=threads,
-    )  # fmt: skip
-    pairs = list(itertools.combinations_with_replacement(slopes, 2))
-    border = Border(inputs.as_border(mode, cval, n).modes, 0.0)
+    border = inputs.as_border(mode, cval, n)
+    threads = arguments.as_threads(threads)
+    kernels = [gaussian_taps("sigma", sigma, spacing, truncate, o) for o in first_orders(n)]
+    smooth = [gaussian_taps("rho", rho, spacing, truncate, (0,) * n)]
+    pairs = list(itertools.combinations_with_replacement(range(n), 2))
+    zero = Border(border.modes, 0.0)  # of the products
     if chunked.is_dask_array(x):
+        slopes = bank.filter_shared(x, kernels, along, border, dtype, threads)
         return np.concatenate(
-            [bank.filter_shared(a * b, [taps], along, border, dtype, threads) for a, b in pairs]
+            [
+                bank.filter_shared(slopes[i] * slopes[j], smooth, along, zero, dtype, threads)
+                for i, j in pairs
+            ]
         )
+    # The gradient lies in the last places of the result.  Row i of the matrix is the last to read
+    # component i, and ends at or before its place.
     out = np.empty((len(pairs), *x.shape), dtype)
+    slopes = bank.filter_shared(x, kernels, along, border, dtype, threads, out[-n:])
     product = np.empty(x.shape, dtype)
-    for k, (a, b) in enumerate(pairs):
-        np.multiply(a, b, out=product)
-        shared.correlate_shared(product, [taps], along, border, threads, out[k : k + 1])
+    for k, (i, j) in enumerate(pairs):
+        np.multiply(slopes[i], slopes[j], out=product)
+        bank.filter_shared(product, smooth, along, zero, dtype, threads, out[k : k + 1])
     return out
 
 
