@@ -15,7 +15,7 @@ import numpy as np
 from lowrank import engine
 from lowrank._typing import Array, Ints, PaddingMode, trailing
 from lowrank.core import chain_algebra
-from lowrank.core.arrays import as_floating, as_read_only
+from lowrank.core.arrays import as_floating, as_read_only, from_tensor
 from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Activation, Epilogue, Stage
@@ -521,7 +521,7 @@ def dense(
     weight : array_like, shape (out, in // groups, \*kernel)
         Cross-correlation kernel over 1, 2 or 3 spatial axes, in PyTorch's layout:
         (in, out // groups, \*kernel) for a transposed convolution.  Half precisions become
-        float32.  It is copied.
+        float32.  It is copied; of a PyTorch tensor, such as ``conv.weight``, to the CPU.
     bias : array_like, shape (out,), optional
         Bias of the output channels.
     stride, dilation : int or sequence of int
@@ -686,7 +686,8 @@ def as_input(f: Factorization, x: Array) -> Array:
 
 
 def _to_floating(name: str, value: Any) -> Array:
-    """Return an array-like as a float32 or float64 array, on its device."""
+    """Return an array-like or a PyTorch tensor as a float32 or float64 array."""
+    value = from_tensor(name, value)
     return as_floating(name, value if engine.is_array(value) else np.asarray(value))
 
 

@@ -73,7 +73,8 @@ class LayerStatistics:
         Returns
         -------
         sequence of tuple of ndarray, or None
-            Squared norms of the gradients per position, with a floor; None without gradients.
+            Squared norms of the gradients per position, in units of their mean, with a floor; None
+            without gradients.
         """
         return self._weights.get(name)
 
@@ -136,12 +137,15 @@ class LayerStatistics:
                 for g in sample.get(name, ()):
                     with reconstruct.naming(name):
                         m.add_gradients(g)
-                found[name].append(tuple(np.square(g).sum(axis=1) for g in sample.get(name, ())))
+                squares = (np.square(g, dtype=np.float64) for g in sample.get(name, ()))
+                found[name].append(tuple(s.sum(axis=1) for s in squares))
         for name, kept in found.items():
             if kept and all(kept):
                 total, count = (sum(f(w) for ws in kept for w in ws) for f in (np.sum, np.size))
-                floor = FLOOR * total / count or 1.0
-                self._weights[name] = [tuple(w + floor for w in ws) for ws in kept]
+                mean = total / count or 1.0  # divided by it, so that single precision holds them
+                self._weights[name] = [
+                    tuple((w / mean + FLOOR).astype(np.float32) for w in ws) for ws in kept
+                ]
 
 
 def white_metric(layer: Layer) -> Metric:

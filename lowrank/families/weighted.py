@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.core.arrays import power_of_two
 from lowrank.core.chain_algebra import as_plain_chain
 from lowrank.core.stage import Stage
 from lowrank.core.tensor_network import contract, tensor_network
@@ -185,9 +186,12 @@ class MetricFit:
         roles = Roles.of(n, self.conv.transposed)
         tensors = [t.astype(np.float64) for t in n.tensors(stages)]
         tensors = unwhiten(n, roles, whitening, tensors, inverse=True)
-        # Divided by the largest entry, so that squares are in the range of float32.
+        # Divided by the largest entries, so that squares are in the range of float32.
         unit = float(np.abs(target).max()) or 1.0
-        tensors[0] = tensors[0] / unit
+        scales = [power_of_two(float(np.abs(t).max())) for t in tensors]
+        tensors = [t / scale for t, scale in zip(tensors, scales)]
+        rest = unit / math.prod(scales)
+        tensors[0] = tensors[0] / rest
         tensors, energy, whole = alternate(
             Contraction(n, self._unroll, self.conv.transposed),
             metric.astype(dtype),
@@ -196,10 +200,10 @@ class MetricFit:
             sweeps,
             tolerance,
         )
-        tensors[0] = tensors[0].astype(np.float64) * unit
+        tensors = [t.astype(np.float64) * scale for t, scale in zip(tensors, scales)]
+        tensors[0] = tensors[0] * rest
         error = math.sqrt(max(energy, 0.0) / whole) if whole else 0.0
-        tensors = unwhiten(n, roles, whitening, [t.astype(np.float64) for t in tensors])
-        return self._with_weights(stages, tensors), error
+        return self._with_weights(stages, unwhiten(n, roles, whitening, tensors)), error
 
     def refine_start(self, start: Callable[[], tuple[Stage, ...]]) -> tuple[Stage, ...]:
         """Refine a closed-form start: in float32, then in float64 as far as that can improve it.

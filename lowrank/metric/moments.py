@@ -13,6 +13,7 @@ from scipy import linalg
 
 from lowrank import engine
 from lowrank._typing import Array
+from lowrank.core.arrays import power_of_two
 from lowrank.factorization import Factorization, as_input
 from lowrank.metric.metric import Metric, damped, nearest_kronecker, unroll
 from lowrank.metric.patches import Patches
@@ -77,6 +78,9 @@ class Moments:
         self.positions = positions or max(POSITIONS, MACS // (g * n * n))
         self.samples, self.n_examples = 0, 0
         self._weight, self._squared_weight = 0.0, 0.0
+        # Power of two by which inputs are divided, so that products neither overflow nor underflow.
+        self._unit = 0.0
+        self._eps = 0.0  # of the precision of inputs
         self.full = n <= WIDEST
         self._mean, self._mean0 = np.zeros((g, n)), np.zeros((g, n))
         # Subtracted before products are formed in single precision, against cancellation.
@@ -94,9 +98,12 @@ class Moments:
             self._taps = [np.zeros((k, k)) for k in self.kernel]
         self._gradients = np.zeros((g, self.outs, self.outs))
         # Original kernel (groups, in * taps, out), from which its output power is computed.
+        # Divided by a power of two near its largest entry, as inputs are.
         self._rows: Array | None = None
         if paired and self.full:
-            self._rows = unroll(conv).reshape(g, self.outs, n).swapaxes(1, 2)
+            kernel = unroll(conv).reshape(g, self.outs, n).swapaxes(1, 2)
+            self._gain = power_of_two(float(np.abs(kernel).max()))
+            self._rows = kernel / self._gain
 
     def add(self, x: Array, original: Array | None = None, weights: Array | None = None) -> None:
         """Add a batch of inputs.
@@ -129,6 +136,9 @@ class Moments:
         if original is not None and original.shape != x.shape:
             raise ValueError(f"original must have the shape of x, {x.shape}, got {original.shape}")
         self._move_to_device_of(x)
+        self._raise_unit(x)
+        if original is not None:
+            self._raise_unit(original)
         patches = Patches(self.conv, x.shape[2:])
         total = len(x) * math.prod(patches.outs)
         if weights is not None and weights.shape != (len(x), *patches.outs):
@@ -165,11 +175,34 @@ class Moments:
             self._channels = move(self._channels)
             self._taps = [move(t) for t in self._taps]
 
+    def _raise_unit(self, x: Array) -> None:
+        """Raise the unit of the sums to that of the largest of some inputs."""
+        border = abs(self.conv.geometry.value)
+        peak = max(float(abs(x).max()) if x.size else 0.0, border)
+        unit = power_of_two(peak)
+        if peak == 0 or unit <= self._unit:
+            return
+        ratio = self._unit / unit
+        for name in ("_mean", "_mean0", "_base", "_base0", "_output_mean"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name) * ratio)
+        self._output_power = self._output_power * ratio**2
+        if self.full:
+            self._c = self._c * ratio**2
+            self._cross = None if self._cross is None else self._cross * ratio**2
+        else:
+            self._channels = self._channels * ratio**2
+            self._taps = [t * ratio**2 for t in self._taps]
+        self._unit = unit
+
     def _accumulate(self, p: Array, q: Array, w: Array) -> None:
         """Add patches (groups, samples, in * taps) of the inputs and of the original inputs."""
         self.samples += p.shape[1]
+        if self._unit not in (0.0, 1.0):
+            p, q = (a / a.dtype.type(self._unit) for a in (p, q))
         self._weight += float(w.sum(dtype=np.float64))
         self._squared_weight += float(np.square(w, dtype=np.float64).sum())
+        self._eps = float(np.finfo(p.dtype).eps)
         if self.centred:
             if self._base is None or self._base0 is None:
                 self._base, self._base0 = p.mean(axis=1), q.mean(axis=1)
@@ -256,6 +289,8 @@ class Moments:
         shift0 = mean0 if self.centred else np.zeros_like(mean)
         if self._base is not None and self._base0 is not None:
             mean, mean0 = mean + self._base, mean0 + self._base0
+        mean, mean0 = mean * (self._unit or 1.0), mean0 * (self._unit or 1.0)
+        power = (self._unit or 1.0) ** 2
         few = min(1.0, n * self._squared_weight / self._weight**2) if damping else 0.0
         damping += FEW_SAMPLES_DAMPING * few
         gradient_moment, unit = None, 1.0
@@ -265,15 +300,17 @@ class Moments:
             gradient_moment = damped(self._gradients / self.n_examples, DAMPING)
         if not self.full:
             channels = self._channels / self._weight / math.prod(self.kernel)
+            channels = channels + self._resolution() * np.eye(self.ins)
             taps = [t / max(np.trace(t), 1e-300) * len(t) for t in self._taps]
             taps = [damped(t[None], damping)[0] for t in taps]
             return Metric(
-                None, damped(channels, damping), tuple(taps), math.nan, gradient_moment, None,
+                None, power * damped(channels, damping), tuple(taps), math.nan, gradient_moment,
+                None,
                 mean if self.centred else None, mean0 if self.centred else None, self.samples,
                 unit,
             )  # fmt: skip
         c = self._c / self._weight - shift[:, :, None] * shift[:, None]
-        plain = (c + c.swapaxes(1, 2)) / 2
+        plain = (c + c.swapaxes(1, 2)) / 2 + self._resolution() * np.eye(n)
         c = damped(plain, damping)
         target = output_power = None
         if self._cross is not None:
@@ -283,12 +320,22 @@ class Moments:
             target = self._target(strong, cross + strong - plain)
             offset = self._output_mean / self._weight if self.centred else 0 * self._output_mean
             output_power = self._output_power / self._weight - offset[:, :, None] * offset[:, None]
+            output_power = output_power * power * self._gain**2
         channels, factors, distance = nearest_kronecker(c, (self.ins, *self.kernel))
         return Metric(
-            c, channels, factors, distance, gradient_moment, target,
+            c * power, channels * power, factors, distance, gradient_moment, target,
             mean if self.centred else None, mean0 if self.centred else None, self.samples,
             unit, output_power,
         )  # fmt: skip
+
+    def _resolution(self) -> float:
+        """Return the variance of the rounding errors of the inputs about their base.
+
+        Constant inputs have no other, and differences of rounding errors are not definite.
+        """
+        if self._base is None:
+            return 0.0
+        return float((4 * self._eps * abs(self._base).max()) ** 2)
 
     def _target(self, c: Array, cross: Array) -> Array:
         """Return the kernel whose outputs on these inputs are nearest to the original outputs."""

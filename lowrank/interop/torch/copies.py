@@ -83,37 +83,63 @@ def copy_model(model: nn.Module, is_shared: bool = False) -> nn.Module:
     if is_shared:
         memo |= {id(p): p for p in parameters}
     else:
-        memo |= _copy_overlapping(parameters)
+        memo |= _copy_overlapping([t for m in model.modules() for t in held_tensors(m)])
+        memo |= {  # which copy.deepcopy refuses
+            id(p): nn.Parameter(p.detach().clone(), p.requires_grad)
+            for p in parameters
+            if p.layout is not torch.strided
+        }
     for module in model.modules():
         for value in _plain_values(module):
             if isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        copied: nn.Module = copy.deepcopy(model, memo)
+        with torch.no_grad():  # copies of TorchScript modules would have a history
+            copied: nn.Module = copy.deepcopy(model, memo)
     except Exception as cause:  # whatever a model holds: locks, files, process groups
         raise ValueError(
             f"the model cannot be copied ({type(cause).__name__}: {cause}): give the module that "
             "is wrapped (model.module), or remove what copy.deepcopy cannot copy"
         ) from cause
+    for p, q in zip(model.parameters(), copied.parameters()):
+        if p.requires_grad != q.requires_grad:
+            q.requires_grad_(p.requires_grad)
     return _without_compilers(copied)
 
 
-def _copy_overlapping(parameters: list[nn.Parameter]) -> dict[int, Any]:
-    """Return copies of distinct parameters that share memory: a deep copy would separate them."""
-    by_storage: dict[int, dict[int, nn.Parameter]] = {}
-    for p in parameters:
-        if type(p) is nn.Parameter and p.layout is torch.strided and p.numel():
-            by_storage.setdefault(p.untyped_storage().data_ptr(), {})[id(p)] = p
+def _copy_overlapping(tensors: list[torch.Tensor]) -> dict[int, Any]:
+    """Return copies of distinct tensors that share memory: a deep copy would separate them."""
+    by_storage: dict[int, dict[int, torch.Tensor]] = {}
+    for t in tensors:
+        if is_plain(t):
+            by_storage.setdefault(t.untyped_storage().data_ptr(), {})[id(t)] = t
     memo: dict[int, Any] = {}
     for shared in by_storage.values():
         if len(shared) < 2:
             continue
         storage = next(iter(shared.values())).untyped_storage().clone()
-        for key, p in shared.items():
-            values = torch.empty(0, dtype=p.dtype, device=p.device)
-            values.set_(storage, p.storage_offset(), p.shape, p.stride())
-            memo[key] = nn.Parameter(values, p.requires_grad)
+        for key, t in shared.items():
+            values = torch.empty(0, dtype=t.dtype, device=t.device)
+            values.set_(storage, t.storage_offset(), t.shape, t.stride())
+            is_parameter = isinstance(t, nn.Parameter)
+            memo[key] = nn.Parameter(values, t.requires_grad) if is_parameter else values
     return memo
+
+
+def is_plain(t: torch.Tensor) -> bool:
+    """Return whether a tensor has values at an address of its own.
+
+    Parameters
+    ----------
+    t : torch.Tensor
+        Any tensor.
+
+    Returns
+    -------
+    bool
+    """
+    is_dense = t.layout is torch.strided and t.numel() > 0
+    return is_dense and type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
 
 
 def _without_compilers(model: nn.Module) -> nn.Module:

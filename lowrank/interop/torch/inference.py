@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from lowrank.engine import ALGORITHMS
 from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.batches import tensors_in
+from lowrank.interop.torch.copies import check_model, copy_model
 from lowrank.interop.torch.modules import is_conv
 from lowrank.interop.torch.tracing import onto_engine, swap_modules, trace
 
@@ -57,10 +57,10 @@ def on_engine(
     Raises
     ------
     TypeError
-        If `model` is not a module.
+        If `model` is not a module of Python.
     ValueError
-        If `algorithm` is unknown, or the outputs of the copy on `example` differ from those of
-        `model`.
+        If `algorithm` is unknown, weights have no values, or the outputs of the copy on `example`
+        differ from those of `model`.
 
     Examples
     --------
@@ -75,13 +75,12 @@ def on_engine(
     ...     torch.allclose(fast(x), model(x), atol=1e-5)
     True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__qualname__}")
+    check_model(model)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
 
     def copy_for_inference() -> nn.Module:
-        return copy.deepcopy(model).eval().requires_grad_(False)
+        return copy_model(model).eval().requires_grad_(False)
 
     plain = copy_for_inference()
     whole = nn.Sequential(plain) if is_conv(plain) else plain
@@ -109,7 +108,7 @@ def _has_fixed_arguments(model: nn.Module) -> bool:
 
 def _outputs_match(model: nn.Module, converted: nn.Module, example: torch.Tensor) -> bool:
     with torch.no_grad():
-        expected = tensors_in(copy.deepcopy(model).eval()(example))
+        expected = tensors_in(copy_model(model).eval()(example))
         try:
             outputs = tensors_in(converted(example))
         except Exception:

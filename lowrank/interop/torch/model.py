@@ -180,7 +180,7 @@ class TorchModel:
             for m in self._model.modules()
             if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
-        with _remove_after(hooks), torch.inference_mode():
+        with _remove_after(hooks), torch.no_grad():
             self._run(self._model, example)
         calls = {name: len(tensors) for name, tensors in inputs.items()}
         layers = []
@@ -204,7 +204,7 @@ class TorchModel:
                 calls[name] = calls.get(name, 0) + 1
 
             hooks.append(module.register_forward_pre_hook(count))
-        with _remove_after(hooks), torch.inference_mode():
+        with _remove_after(hooks), torch.no_grad():
             self._run(self._model, x)
         return calls
 
@@ -246,7 +246,7 @@ class TorchModel:
                 for module, n in self._members_in(model).items()
                 if n in found
             ]
-            with _remove_after(hooks), torch.inference_mode():
+            with _remove_after(hooks), torch.no_grad():
                 try:
                     self._run(model, x)
                 except _StopForward:
@@ -331,7 +331,7 @@ class TorchModel:
         """See :class:`lowrank.compress.CompressibleModel`."""
         model = self._with_chains(chains)
         for x in self.data:
-            with torch.inference_mode():
+            with torch.no_grad():
                 yield (to_numpy(first_tensor(self._run(model, x))),)
 
     def fingerprint(self) -> str:

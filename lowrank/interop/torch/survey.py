@@ -19,6 +19,7 @@ from lowrank.interop.torch.batches import tensors_in
 from lowrank.interop.torch.copies import (
     copy_model,
     held_tensors,
+    is_plain,
     replace_module,
     run_eagerly,
     with_sizes,
@@ -119,16 +120,10 @@ def _is_scripted(module: nn.Module) -> bool:
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
     """Return the range of addresses of a tensor's values."""
-    if not _is_plain(t):
+    if not is_plain(t):
         return -id(t), 1 - id(t)
     size = 1 + sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride()))
     return t.data_ptr(), t.data_ptr() + size * t.element_size()
-
-
-def _is_plain(t: torch.Tensor) -> bool:
-    """Return whether a tensor has values at an address of its own."""
-    is_dense = t.layout is torch.strided and t.numel() > 0
-    return is_dense and type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta
 
 
 def _find_groups(
@@ -256,7 +251,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
         has_weight = isinstance(inner, LAYERS) or func is torch.ops.aten.convolution.default
         is_copy = func is torch.ops.aten.clone.default or _is_view(args, out)
         for t in args:
-            if not (isinstance(t, torch.Tensor) and _is_plain(t)):
+            if not (isinstance(t, torch.Tensor) and is_plain(t)):
                 continue
             pointer = t.untyped_storage().data_ptr()
             owners = self._weights.get(pointer, [])
@@ -289,8 +284,8 @@ def _is_view(args: Any, out: Any) -> bool:
     is_in_place = out is args[0]
     return (
         not is_in_place
-        and _is_plain(out)
-        and _is_plain(args[0])
+        and is_plain(out)
+        and is_plain(args[0])
         and (out.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr())
     )
 
@@ -300,7 +295,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for t in held_tensors(module):
-            if _is_plain(t):
+            if is_plain(t):
                 owners.setdefault(t.untyped_storage().data_ptr(), []).append(name)
     return owners
 
