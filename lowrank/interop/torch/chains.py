@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import numpy as np
@@ -26,36 +25,42 @@ PADDING_MODULES = {
 
 
 # These functions branch on shapes, which symbolic tracing does not know: keep them as calls.
-fx.wrap("_split_blocks")
-fx.wrap("_merge_blocks")
+fx.wrap("split_blocks")
+fx.wrap("merge_blocks")
 
 
-def _split_blocks(
+def split_blocks(
     x: torch.Tensor, ndim: int, outer: int, inner: int, shuffle: tuple[int, int]
 ) -> torch.Tensor:
     """Shuffle channels, split them as (outer, channels, inner); outer and inner become batch."""
     a, b = shuffle
-    if not ndim:  # features of a linear layer
-        lead = x.shape[:-1]
-        x = x.reshape(*lead, a, b, -1).transpose(-3, -2)
-        return x.reshape(*lead, outer, -1, inner).transpose(-2, -1)
-    n, (channels, *space) = math.prod(x.shape[: -ndim - 1]), x.shape[-ndim - 1 :]
-    block = channels // (outer * inner)
+    shape = list(x.shape)  # lists and loops: TorchScript compiles them
+    lead, space = shape[: len(shape) - ndim - 1], shape[len(shape) - ndim :]
+    if ndim == 0:  # features of a linear layer
+        x = x.reshape(lead + [a, b, -1]).transpose(-3, -2)  # noqa: RUF005
+        return x.reshape(lead + [outer, -1, inner]).transpose(-2, -1)  # noqa: RUF005
+    n, channels = 1, shape[len(lead)]
+    for size in lead:
+        n *= size
     if a > 1 and b > 1:
-        x = x.reshape(n, a, b, channels // (a * b), *space).transpose(1, 2)
-    x = x.reshape(n, outer, block, inner, *space).movedim(3, 1)
-    return x.reshape(n * inner * outer, block, *space)
+        x = x.reshape([n, a, b, channels // (a * b)] + space).transpose(1, 2)
+    block = channels // (outer * inner)
+    x = x.reshape([n, outer, block, inner] + space).movedim(3, 1)
+    return x.reshape([n * inner * outer, block] + space)
 
 
-def _merge_blocks(
+def merge_blocks(
     y: torch.Tensor, x: torch.Tensor, ndim: int, outer: int, inner: int
 ) -> torch.Tensor:
     """Undo the split on the output: channels (outer, channels, inner), batch axes as in `x`."""
-    if not ndim:
-        return y.transpose(-2, -1).reshape(*x.shape[:-1], -1)
-    lead = x.shape[: -ndim - 1]
-    y = y.reshape(math.prod(lead), inner, outer, *y.shape[1:]).movedim(1, 3)
-    return y.reshape(*lead, outer * y.shape[2] * inner, *y.shape[4:])
+    lead, sizes = list(x.shape)[: x.ndim - ndim - 1], list(y.shape)
+    if ndim == 0:
+        return y.transpose(-2, -1).reshape(lead + [-1])  # noqa: RUF005
+    n = 1
+    for size in lead:
+        n *= size
+    y = y.reshape([n, inner, outer] + sizes[1:]).movedim(1, 3)  # noqa: RUF005
+    return y.reshape(lead + [outer * sizes[1] * inner] + sizes[2:])  # noqa: RUF005
 
 
 class TiedLayer(nn.Module):  # type: ignore[misc]
@@ -81,8 +86,8 @@ class TiedLayer(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to (batch, channels, *spatial) or an example; linear: (..., features)."""
-        y = self.block(_split_blocks(x, self.ndim, self.outer, self.inner, self.shuffle))
-        return cast(torch.Tensor, _merge_blocks(y, x, self.ndim, self.outer, self.inner))
+        y = self.block(split_blocks(x, self.ndim, self.outer, self.inner, self.shuffle))
+        return merge_blocks(y, x, self.ndim, self.outer, self.inner)
 
     def extra_repr(self) -> str:
         """Return the settings that PyTorch prints for this module."""
@@ -107,7 +112,7 @@ class Bias(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add the bias to (..., channels, *spatial)."""
-        return x + self.bias.view(-1, *[1] * self.ndim)
+        return x + self.bias.reshape([-1] + [1] * self.ndim)
 
 
 def to_module(f: Factorization, like: nn.Module, tied: bool = True) -> nn.Sequential:
