@@ -150,6 +150,47 @@ def test_colour_images_and_integers_match_the_cpu(cupy, rng):
         assert np.abs(found.get().astype(int) - wanted.astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": ("wrap", "constant"), "cval": 2.0}, {"padding": "full"}, {"padding": "valid"},
+        {"dtype": np.float64}, {"dtype": np.int16}, {"dtype": bool}, {"mode": "constant",
+        "cval": np.nan, "padding": "same"}, {"axes": (2, 1), "origin": -1},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.float32, np.complex64])
+def test_filter_arguments_match_the_cpu(options, dtype, cupy, rng):
+    if dtype == np.complex64 and "dtype" in options:
+        options = {"dtype": np.complex128}
+    image = rng.integers(0, 3 if dtype is bool else 100, (12, 13, 4)).astype(dtype)
+    kernels = filters.sobel(), rng.integers(0, 2, (3, 3)) + 1.0, np.ones((2, 1, 2, 2))[:, 0]
+    for kernel in (*kernels, kernels[1] + 2j):
+        some = options if np.ndim(kernel) == 2 else {**options, "axes": None}
+        if np.ndim(kernel) == 3 and not isinstance(options.get("mode", ""), str):
+            some = {**some, "mode": ("wrap", "constant", "mirror")}
+        if np.iscomplexobj(kernel) and np.dtype(some.get("dtype", complex)).kind != "c":
+            continue
+        wanted = filters.correlate(image, kernel, **some)
+        found = filters.correlate(cupy.asarray(image), kernel, **some)
+        assert (found.dtype, type(found)) == (wanted.dtype, cupy.ndarray)
+        out = cupy.empty(wanted.shape, np.complex64)
+        assert (
+            filters.correlate(cupy.asarray(image), kernel, **{**some, "dtype": None}, out=out)
+            is out
+        )
+        for result in (found, out):
+            if wanted.dtype.kind in "fc" or result is found:  # exact: sums of small integers
+                np.testing.assert_array_equal(result.get(), wanted)
+
+
+def test_kernels_of_many_axes_match_the_cpu(cupy, rng):
+    image = rng.random((5, 4, 6, 5))
+    for kernel in (rng.random((2, 1, 3, 2)), rng.random((2, 3, 2, 2)), np.ones((2, 3, 2, 3))):
+        found = filters.correlate(cupy.asarray(image), kernel, mode="constant", cval=1.0)
+        wanted = filters.correlate(image, kernel, mode="constant", cval=1.0)
+        assert_close(found, wanted, kernel.size, "float64", 2)
+
+
 def test_constant_border_matches_the_cpu(cupy, rng):
     image = rng.random((12, 14), np.float32)
     found = filters.correlate(cupy.asarray(image), filters.gauss(1.0), mode="constant", cval=0.3)

@@ -258,6 +258,10 @@ def test_kernels_of_many_axes_match_scipy(taps, is_outer):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     counted = filters.correlate(np.full(image.shape, 200, np.uint8), np.ones(taps))
     assert (counted == (200 if math.prod(taps) == 1 else 255)).all()
+    direct = filters.correlate(image, kernel, method="direct")
+    np.testing.assert_allclose(
+        direct, ndi.correlate(image, np.asarray(kernel)), rtol=1e-12, atol=1e-12
+    )
     if not is_outer and math.prod(taps) > 6:
         with pytest.raises(ValueError, match="rank must be None for a kernel with more than 3"):
             filters.correlate(image, kernel, rank=2)

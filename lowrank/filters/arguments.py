@@ -311,9 +311,10 @@ def _precision(name: str, dtype: Any) -> np.dtype[Any]:
     if dtype.kind in "fc" and dtype.itemsize <= (8 if dtype.kind == "f" else 16):
         is_double = dtype.itemsize == (8 if dtype.kind == "f" else 16)
         return np.dtype(np.float64 if is_double else np.float32)
+    hint = ": convert it first" if name == "image" else ""
     raise TypeError(
-        f"{name} must be bool, integers, float16 to float64, complex64 or complex128, got {dtype}: "
-        "convert it first"
+        f"{name} must be bool, integers, float16 to float64, complex64 or complex128, got "
+        f"{dtype}{hint}"
     )
 
 

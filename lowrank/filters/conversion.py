@@ -50,7 +50,8 @@ def as_complex(real: Array, imaginary: Array | None, dtype: np.dtype[Any]) -> Ar
 
         return dask.array.map_blocks(as_complex, real, imaginary, dtype, dtype=dtype)  # type: ignore[no-any-return]
     result = np.empty_like(real, dtype)
-    result.real, result.imag = real, 0 if imaginary is None else imaginary
+    result.real[...] = real
+    result.imag[...] = 0 if imaginary is None else imaginary
     return result
 
 
@@ -65,7 +66,7 @@ def pad(image: Array, window: Window, cval: float, work: np.dtype[Any]) -> Array
         index = padded_indices(n, *ends, border, 1)
         sides = []
         for part in (index[: ends[0]], index[ends[0] + n :]):
-            side = np.take(image, np.maximum(part, 0), axis)
+            side = np.take(image, engine.as_array_like(np.maximum(part, 0), image), axis)
             sides.append(np.full_like(side, cval) if border == "constant" else side)
         image = np.concatenate([sides[0], image, sides[1]], axis)
     return image

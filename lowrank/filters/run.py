@@ -114,7 +114,7 @@ def _correlate_slices(image: Array, kernel: Array, call: Call, dtype: np.dtype[A
             f"{call.rank}"
         )
     window = call.window
-    axes = [a for a, n in enumerate(window.taps) if n > 1]
+    axes = [a for a, n in enumerate(window.taps) if n > 1] or [0]
     if len(axes) < len(window.taps):
         taps = kernel.reshape([window.taps[a] for a in axes])
         return correlate(image, taps, call._replace(window=window.only(axes)), dtype)
