@@ -18,7 +18,7 @@ ctypedef int64_t Four[4]
 ctypedef int64_t Five[5]
 
 cdef extern from "dispatch.h":
-    const int LR_OK, LR_PLAN_TYPE, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
+    const int LR_OK, LR_NO_MEMORY, LR_PLAN_TYPE, LR_U8, LR_I8, LR_U16, LR_I16, LR_STEPS
 
     ctypedef struct lr_stage:
         int64_t outer, groups, inner, cin, cout, taps
@@ -59,7 +59,7 @@ cdef extern from "dispatch.h":
         int input, compute, keeps_rows
 
     ctypedef struct lr_plane_limits:
-        int64_t lanes, rows, overread, remainder, packed, stages
+        int64_t lanes, rows, overread, remainder, packed, stages, colours
 
     ctypedef struct lr_pass:
         int64_t outer, n, inner, taps, width, before
@@ -67,6 +67,20 @@ cdef extern from "dispatch.h":
         const int32_t *border
         const void *weight
         double fill
+
+    ctypedef struct lr_taps:
+        int64_t taps
+        int parity
+        const void *weight
+
+    ctypedef struct lr_image:
+        int64_t rows, columns, channels
+        lr_taps vertical, horizontal
+        const int32_t *row
+        const int32_t *column
+        int64_t before
+        double fill
+        int x_type, out_type
 
     ctypedef struct lr_kernels:
         lr_plane_limits limits
@@ -86,6 +100,8 @@ cdef extern from "dispatch.h":
     double lr_fork_join(int) nogil
     void lr_caches(int64_t *) nogil
     double lr_now() nogil
+    int lr_run_image(lr_image *, const lr_kernels *, const void *, void *, int64_t, int64_t, int,
+                     double, int *) noexcept nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
                lr_step *, int *) nogil
 

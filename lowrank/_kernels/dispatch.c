@@ -231,3 +231,56 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }
+
+/* Seconds per byte of samples and tap, about: they decide on threads.  Loading and storing takes as
+ * long as 8 taps. */
+#define LR_SECONDS_PER_TAP 6e-12
+
+static int64_t size_of(int type, int64_t itemsize)
+{
+    return type == LR_PLAN_TYPE ? itemsize : type == LR_U8 || type == LR_I8 ? 1 : 2;
+}
+
+/* First row of a band: the last one ends with the image. */
+static int64_t first_of(int64_t rows, int64_t band, int64_t lanes)
+{
+    return band * lanes + lanes <= rows ? band * lanes : rows - lanes;
+}
+
+int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void *out, int64_t outer,
+                 int64_t itemsize, int threads, double fork_join, int *finite)
+{
+    const int64_t lanes = kernels->limits.lanes, bands = (image->rows + lanes - 1) / lanes, tasks = outer * bands;
+    const int64_t samples = image->rows * image->columns * image->channels;
+    const int64_t x_size = size_of(image->x_type, itemsize), out_size = size_of(image->out_type, itemsize);
+    int64_t caches[3];
+    lr_caches(caches);
+    image->stream = 2 * outer * samples * out_size >= caches[2];
+    const int64_t taps = image->vertical.taps + image->horizontal.taps;
+    const double seconds = (double)(outer * samples * itemsize) * (double)(8 + taps) * LR_SECONDS_PER_TAP;
+    if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
+    if (threads > tasks) threads = (int)tasks;
+    if (threads > 1 && seconds * (threads - 1) / threads < fork_join) threads = 1;
+    const size_t each = ((size_t)kernels->plan_image(image) + 63) / 64 * 64;
+    char *scratch = aligned_alloc(64, each * (size_t)threads);
+    if (!scratch) return LR_NO_MEMORY;
+    int all = 1;
+#define BAND(J, THREAD)                                                                                    \
+    kernels->image_band(image, (const char *)x + (J) / bands * samples * x_size,                           \
+                        (char *)out + (J) / bands * samples * out_size, first_of(image->rows, (J) % bands, lanes), \
+                        (J) % bands * lanes - first_of(image->rows, (J) % bands, lanes), scratch + each * (size_t)(THREAD))
+#ifdef _OPENMP
+    if (threads > 1) {
+        lr_note_parallel_region();
+        /* Neighbouring bands share rows, so a thread takes several. */
+        const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) reduction(& : all)
+        for (int64_t j = 0; j < tasks; j++) all &= BAND(j, omp_get_thread_num());
+    } else
+#endif
+        for (int64_t j = 0; j < tasks; j++) all &= BAND(j, 0);
+#undef BAND
+    free(scratch);
+    *finite = all;
+    return LR_OK;
+}

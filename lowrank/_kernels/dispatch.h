@@ -15,6 +15,9 @@ double lr_now(void);                      /* seconds */
 /* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `used` receives the threads used. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
            int64_t itemsize, int threads, void **cache, lr_step *steps, int *used);
+/* Filter `outer` images; `finite` receives whether all results are. */
+int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void *out, int64_t outer,
+                 int64_t itemsize, int threads, double fork_join, int *finite);
 /* Call it before a parallel region: a child of this process then runs serially. */
 void lr_note_parallel_region(void);
 int lr_limits(const lr_kernels *kernels, int64_t *limits); /* lanes, vectors, most pixels by vectors */

@@ -77,6 +77,24 @@
 #define LR_MIN_F64(A, B) ((V)LR_X86(min_pd)((VF)(A), (VF)(B)))
 #endif
 
+/* Samples of the integers that a type loads without a copy, and results as such integers. */
+#if defined(__x86_64__)
+#if LR_BYTES == 64
+#define LR_LOAD_F32(P) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(P))))
+#define LR_LOAD_F64(P) _mm512_cvtepi32_pd(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(P))))
+/* Of two values, min returns the second one if one is NaN, which converts to the smallest integer. */
+#define LR_STORE_F32(TO, VALUE) \
+    _mm_storeu_si128((__m128i *)(TO), _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_setzero_si512(), \
+        _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(VALUE))))))
+#define LR_STORE_F64(TO, VALUE) \
+    _mm_storeu_si128((__m128i *)(TO), _mm256_cvtusepi32_epi16(_mm256_max_epi32(_mm256_setzero_si256(), \
+        _mm512_cvtpd_epi32(_mm512_min_pd(_mm512_set1_pd(65535), (__m512d)(VALUE))))))
+#elif LR_BYTES == 32
+#define LR_LOAD_F32(P) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(P))))
+#define LR_LOAD_F64(P) _mm256_cvtepi32_pd(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(P))))
+#endif
+#endif
+
 /* Keep a loaded vector in its register: GCC would load it again for each of its uses. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LR_KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
@@ -100,6 +118,11 @@
 #define LR_BOX 512     /* samples of a Toom-Cook tile, at most: 8 along each axis */
 #define LR_OUT_BOX 216 /* and of its outputs */
 
+#define LR_COLOURS 4 /* channels of an image whose rows are filtered, at most */
+#define LR_SHORT_TILE 2048 /* samples of a row in image.inc, if the buffer holds rows */
+#define LR_TRANSPOSED_TILE 4096 /* samples of the buffer, if it is transposed: 16 KiB of L1 */
+#define LR_COPIED_TAPS 8 /* along columns, from which on rows are copied: more would evict each other */
+
 #define LR_TILES 64   /* tiles at a time, at most */
 #define LR_STRIP 64   /* pixels of a strip of a channels-last depthwise stage: 3 rows take 12 KiB of L1 */
 
@@ -122,6 +145,12 @@
 #ifdef LR_SHIFT_F32
 #define LR_SHIFT LR_SHIFT_F32
 #endif
+#ifdef LR_LOAD_F32
+#define LR_LOAD LR_LOAD_F32
+#endif
+#ifdef LR_STORE_F32
+#define LR_STORE LR_STORE_F32
+#endif
 #include "type.inc"
 #undef LR_SINGLE
 #undef T
@@ -129,6 +158,8 @@
 #undef L
 #undef LR_NAME
 #undef LR_SHIFT
+#undef LR_LOAD
+#undef LR_STORE
 
 #define T double
 #ifdef LR_MAX_F64
@@ -151,13 +182,21 @@
 #ifdef LR_SHIFT_F64
 #define LR_SHIFT LR_SHIFT_F64
 #endif
+#ifdef LR_LOAD_F64
+#define LR_LOAD LR_LOAD_F64
+#endif
+#ifdef LR_STORE_F64
+#define LR_STORE LR_STORE_F64
+#endif
 #include "type.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
-    {{LR_BYTES / 4, LR_ROWS, 8 * LR_BYTES / 4, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
-     pack_weights_f32, tile_f32, paths_f32, peak_f32, filter_pass_f32,
+    {{LR_BYTES / 4, LR_ROWS, 8 * LR_BYTES / 4, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES,
+      LR_COLOURS},
+     pack_weights_f32, tile_f32, paths_f32, peak_f32, filter_pass_f32, plan_image_f32, image_band_f32,
      LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
-    {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES},
-     pack_weights_f64, tile_f64, paths_f64, peak_f64, filter_pass_f64,
+    {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES,
+      LR_COLOURS},
+     pack_weights_f64, tile_f64, paths_f64, peak_f64, filter_pass_f64, plan_image_f64, image_band_f64,
      LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
 };

@@ -86,6 +86,25 @@ typedef struct {
     double fill;
 } lr_pass;
 
+/* Taps of a filter along one axis of an image; parity 1: symmetric, -1: antisymmetric, else 0. */
+typedef struct {
+    int64_t taps;
+    int parity;
+    const void *weight; /* the first half and the middle one, if there is a parity */
+} lr_taps;
+
+/* A filter along the columns and along the rows of images; see image.inc. */
+typedef struct {
+    int64_t rows, columns, channels;
+    lr_taps vertical, horizontal;
+    const int32_t *row, *column; /* sample at each of n + taps - 1 positions, -1: fill */
+    int64_t before;              /* taps ahead of the output along the rows */
+    double fill;
+    int x_type, out_type;
+    int stream;   /* out exceeds the caches: whole rows use non-temporal stores */
+    int64_t tile; /* columns at a time */
+} lr_image;
+
 struct lr_op;
 struct lr_array;
 
@@ -117,6 +136,7 @@ typedef struct {
     int64_t remainder; /* samples at the end of a run, at most, that get no vector */
     int64_t packed;    /* channels that a depthwise stage packs at a time, at most */
     int64_t stages;    /* of a chain, at most */
+    int64_t colours;   /* channels of an image whose rows are filtered, at most */
 } lr_plane_limits;
 
 /* Kernels of one instruction set for one type. */
@@ -128,6 +148,8 @@ typedef struct {
     void (*paths)(const lr_plan *plan, const lr_arrays *arrays, int64_t tile, lr_path *paths);
     double (*peak)(int64_t n, double factor); /* n times rows * 3 vectors of MACs */
     void (*pass)(const lr_pass *pass, const void *x, void *y, void *line, const void **row);
+    int64_t (*plan_image)(lr_image *image); /* chooses the tile; returns bytes of scratch */
+    int (*image_band)(const lr_image *image, const void *x, void *out, int64_t first, int64_t skip, void *scratch);
     /* Channels-last kernels: see program.h. */
     int64_t vectors;
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */
