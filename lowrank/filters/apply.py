@@ -285,10 +285,7 @@ def _filter(
     given = image if labelled.is_data_array(image) else None
     if given is not None:
         image, axes = labelled.values_of(given), labelled.as_numbers(given, axes)
-    if chunked.is_dask_array(image):
-        chunked.check_array("image", image)
-    elif not engine.is_on_gpu(image):
-        image = arguments.as_array("image", image)
+    image = _as_image(image)
     if out is not None and (given is not None or not engine.is_array(image)):
         kind = "Dask array: the result is computed later" if given is None else "DataArray"
         raise TypeError(f"out must be None for a {kind}")
@@ -307,7 +304,8 @@ def _filter(
         (rank,) = as_integers("rank", rank, 1)
     call = Call(
         window, fill.real, arguments.work_dtype(image.dtype, kernel, dtype), rank,
-        arguments.as_tolerance(tolerance, rank), method, arguments.as_threads(threads),
+        arguments.as_tolerance(tolerance, rank), choose.as_method(method),
+        arguments.as_threads(threads),
     )  # fmt: skip
     if out is not None and out.shape != window.output_shape(image.shape):
         raise ValueError(
@@ -320,6 +318,14 @@ def _filter(
         else:
             result = run.correlate(image, kernel, call, dtype, out)
     return result if given is None else labelled.as_data_array(given, result, window)
+
+
+def _as_image(image: Any) -> Any:
+    """Return an array in memory, of Dask or on a GPU."""
+    if chunked.is_dask_array(image):
+        chunked.check_array("image", image)
+        return image
+    return image if engine.is_on_gpu(image) else arguments.as_array("image", image)
 
 
 def _filter_parts(
@@ -416,22 +422,23 @@ def filter_image(
     >>> bool(np.abs(blurred - lowrank.filter_image(picture, filters.disk(5))).max() < 0.1)
     True
     """
-    if np.ndim(image) not in (2, 3):
+    image = image if labelled.is_data_array(image) else _as_image(image)
+    if image.ndim not in (2, 3):
         raise ValueError(
-            f"image must be (height, width) or (height, width, colours), got {np.shape(image)}: "
+            f"image must be (height, width) or (height, width, colours), got {image.shape}: "
             "filters.correlate takes any number of axes"
         )
     if np.ndim(kernel) != 2:
         raise ValueError(f"kernel must have two axes, got shape {np.shape(kernel)}")
     axes = None
     if channel_axis is not None:
-        (colours,) = arguments.as_axes([channel_axis], np.ndim(image), 1)
-        axes = [a for a in range(np.ndim(image)) if a != colours]
+        (colours,) = arguments.as_axes([channel_axis], image.ndim, 1)
+        axes = [a for a in range(image.ndim) if a != colours]
         if len(axes) != 2:
-            raise ValueError(f"channel_axis must be None for a picture of shape {np.shape(image)}")
-    elif np.ndim(image) == 3 and np.shape(image)[2] > MAX_COLOURS >= np.shape(image)[0]:
+            raise ValueError(f"channel_axis must be None for a picture of shape {image.shape}")
+    elif image.ndim == 3 and image.shape[2] > MAX_COLOURS >= image.shape[0]:
         raise ValueError(
-            f"image must be (height, width, colours), got {np.shape(image)}: give channel_axis=0 "
+            f"image must be (height, width, colours), got {image.shape}: give channel_axis=0 "
             "if the first axis is that of the colours, or channel_axis=2"
         )
     return correlate(

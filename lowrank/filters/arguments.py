@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -134,8 +134,8 @@ def as_window(
         axes = axes if is_many else axes[0]
     if type(origin) is not int:
         origin = as_integers("origin", origin, len(taps))
-    if type(mode) is not str:
-        mode = tuple(mode) if isinstance(mode, Iterable) else mode
+    if isinstance(mode, list | np.ndarray):
+        mode = tuple(mode)
     try:
         return _as_window(taps, ndim, axes, origin, mode, padding, flip)
     except TypeError as error:
@@ -172,7 +172,12 @@ def as_array(name: str, value: Any) -> Array:
         return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked array: fill the mask first")
-    if isinstance(value, np.ndarray | list | tuple | int | float | complex | np.generic):
+    if isinstance(value, list | tuple):
+        try:
+            return np.asarray(value)
+        except ValueError as error:
+            raise ValueError(f"{name} must be a regular array: {error}") from None
+    if isinstance(value, np.ndarray | int | float | complex | np.generic):
         return np.asarray(value)
     if any(hasattr(value, protocol) for protocol in _MEMORY_PROTOCOLS):
         return np.asarray(value)
@@ -277,17 +282,23 @@ def as_result_dtype(dtype: Any, out: Any, image: Any, is_complex: bool) -> np.dt
         result = np.promote_types(result.newbyteorder("="), np.complex64)
     if dtype is None and out is None:
         return result
-    name, given = ("out", out.dtype) if dtype is None else ("dtype", dtype)
-    try:
-        found: np.dtype[Any] = np.dtype(given)
-    except TypeError:
-        raise TypeError(f"dtype must be a data type, got {given!r}") from None
-    _precision(name, found)
+    name = "out" if dtype is None else "dtype"
+    found = as_dtype(name, out.dtype if dtype is None else dtype)
     if result.kind == "c" != found.kind:
         raise TypeError(f"{name} must be complex for a complex image or kernel, got {found}")
     if out is not None and out.dtype != found:
         raise TypeError(f"dtype must be that of out, {out.dtype}, got {found}")
     return found
+
+
+def as_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """Return a data type of numbers that filters read and write."""
+    try:
+        dtype: np.dtype[Any] = np.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a data type, got {value!r}") from None
+    _precision(name, dtype)
+    return dtype
 
 
 def work_dtype(image: np.dtype[Any], kernel: Any = None, result: Any = None) -> np.dtype[Any]:

@@ -153,6 +153,14 @@ class FilterPlan:
         return rows
 
 
+def as_method(method: Any) -> MethodName:
+    """Return the name of a method; raise for others."""
+    if method not in get_args(MethodName):
+        raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
+    name: MethodName = method
+    return name
+
+
 def choose_method(
     conv: Factorization,
     spatial: Sequence[int],
@@ -174,8 +182,7 @@ def choose_method(
     of the MACs alone, and transforms are left out.  An outer product runs by its factors unless
     another `method` is asked for.
     """
-    if method not in get_args(MethodName):
-        raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
+    as_method(method)
     if rank is not None and method not in ("auto", "separable"):
         raise ValueError(f"method must be auto or separable if rank is given, got {method!r}")
     if not tolerance >= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +61,8 @@ class OuterProduct(NDArrayOperatorsMixin):
     """
 
     def __init__(self, factors: Sequence[Any]) -> None:
+        if not isinstance(factors, Iterable):
+            raise TypeError(f"factors must be vectors, one per axis, got {factors!r}")
         arrays = [arguments.as_array("factors", f) for f in factors]
         if not arrays or any(f.ndim != 1 or not f.size for f in arrays):
             shapes = [f.shape for f in arrays]

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank.core.geometry import as_integers
 from lowrank.filters import arguments
-from lowrank.filters.choose import FilterPlan, MethodName
+from lowrank.filters.choose import FilterPlan, MethodName, as_method
 from lowrank.filters.request import Call
 
 
@@ -102,8 +102,9 @@ def plan_filter(
     if rank is not None:
         (rank,) = as_integers("rank", rank, 1)
     call = Call(
-        window, arguments.as_real("cval", cval), arguments.work_dtype(np.dtype(dtype), k), rank,
-        arguments.as_tolerance(tolerance, rank), method, arguments.as_threads(threads),
+        window, arguments.as_real("cval", cval),
+        arguments.work_dtype(arguments.as_dtype("dtype", dtype), k), rank,
+        arguments.as_tolerance(tolerance, rank), as_method(method), arguments.as_threads(threads),
     )  # fmt: skip
     window.output_shape(sizes)  # raises for images that are too short
     padded = sizes
