@@ -35,6 +35,7 @@ from lowrank.families.kernel import (
     on_weight_device,
     orient,
 )
+from lowrank.families.rank_choice import is_share
 from lowrank.families.sweep_point import SweepPoint
 
 SWEEPS = 30  # ALS sweeps per point of a rank sweep, started from the previous point
@@ -297,7 +298,11 @@ def _fit_with_record(
 
 
 def _checked_fit(
-    family: str, conv: Factorization, rank: int, max_error: float | None, effort: Effort
+    family: str,
+    conv: Factorization,
+    rank: int | float | None,
+    max_error: float | None,
+    effort: Effort,
 ) -> Factorization:
     """Check the arguments of a public function, fit, and warn if the fit has not converged."""
     counts = (("iterations", effort.iterations, 1), ("restarts", effort.restarts, 0))
@@ -317,7 +322,7 @@ def _checked_fit(
         not isinstance(max_error, int | float | np.number) or not 0 <= max_error < 1
     ):
         raise ValueError(f"max_error must be a number from 0 to below 1, got {max_error!r}")
-    f, fit = _fit_with_record(family, conv, rank, max_error, effort)
+    f, fit = _fit_within(family, conv, rank, max_error, effort)
     # No warning if the requested error is reached, or if the error is near rounding.
     if fit.falling > FALLING and fit.error > 10 * als.NOTHING and max_error is None:
         bound = _bound(family, conv, f.rank, "")
@@ -330,6 +335,25 @@ def _checked_fit(
             stacklevel=3,
         )
     return f
+
+
+def _fit_within(
+    family: str,
+    conv: Factorization,
+    rank: int | float | None,
+    max_error: float | None,
+    effort: Effort,
+) -> tuple[Factorization, als.Fit]:
+    """Fit a rank, or the first chosen by a share or by the error whose fit is within the error."""
+    if rank is not None and not is_share(rank):
+        return _fit_with_record(family, conv, rank, max_error, effort)  # type: ignore[arg-type]
+    *points, last = FAMILIES[family].choose(conv, rank, max_error=max_error)
+    for point in points:
+        try:
+            return _fit_with_record(family, conv, point.rank, max_error, effort)
+        except ValueError:  # other starts than those of the sweep: try the next rank
+            continue
+    return _fit_with_record(family, conv, last.rank, max_error, effort)
 
 
 def _bound(family: str, conv: Factorization, rank: Ints, variant: str) -> float:
@@ -365,7 +389,7 @@ FAMILIES = {
 
 def cp(
     conv: Factorization,
-    rank: int,
+    rank: int | float | None = None,
     *,
     max_error: float | None = None,
     damping: float = 0.0,
@@ -379,8 +403,10 @@ def cp(
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : int
+    rank : int or float, optional
         Number of terms: channels of each inner stage, per group.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     max_error : float, optional
         Relative error, below 1, that the correction may use to lower the sensitivity; 1.01 times
         the smallest error found if not given.
@@ -468,7 +494,7 @@ def cp(
 
 def cp3(
     conv: Factorization,
-    rank: int,
+    rank: int | float | None = None,
     *,
     max_error: float | None = None,
     damping: float = 0.0,
@@ -482,8 +508,10 @@ def cp3(
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
-    rank : int
+    rank : int or float, optional
         Number of terms: channels of the depthwise stage, per group.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 
@@ -525,7 +553,7 @@ def cp3(
 
 def jaderberg(
     conv: Factorization,
-    rank: int,
+    rank: int | float | None = None,
     *,
     max_error: float | None = None,
     damping: float = 0.0,
@@ -539,8 +567,10 @@ def jaderberg(
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with at least two axes of several taps.
-    rank : int
+    rank : int or float, optional
         Number of separable filters per input channel.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 
@@ -585,7 +615,7 @@ def jaderberg(
 
 def separable_sum(
     conv: Factorization,
-    rank: int,
+    rank: int | float | None = None,
     *,
     max_error: float | None = None,
     damping: float = 0.0,
@@ -600,8 +630,10 @@ def separable_sum(
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with one input channel per group and three
         axes.
-    rank : int
+    rank : int or float, optional
         Number of terms.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     max_error, damping, restarts, seed, iterations : float or int, optional
         As for :func:`lowrank.cp`.
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowrank._typing import Array, Ints
 from lowrank.factorization import Factorization
 from lowrank.families import weighted
+from lowrank.families.rank_choice import (
+    check_error,
+    check_max_error,
+    is_share,
+    parameters,
+    within_error,
+    within_share,
+)
 from lowrank.families.sweep_point import SweepPoint
 from lowrank.metric import Metric
 
@@ -126,10 +134,12 @@ class Family:
     def fit(
         self,
         conv: Factorization,
-        rank: int | Sequence[int],
+        rank: int | float | Sequence[int] | None = None,
         variant: str | None = None,
         metric: Metric | None = None,
         refine: bool = True,
+        *,
+        max_error: float | None = None,
     ) -> Factorization:
         """Fit the chain of one rank.
 
@@ -137,14 +147,18 @@ class Family:
         ----------
         conv : Factorization
             One dense stage, from :func:`lowrank.dense`.
-        rank : int or sequence of int
-            Rank, or ranks in the order that the family documents.
+        rank : int, float or sequence of int, optional
+            Rank, or ranks in the order that the family documents.  A number between 0 and 1 is a
+            share of the parameters: the most accurate rank within it.  If not given, the rank of
+            fewest parameters within `max_error`.
         variant : str, optional
             One of ``variants(conv)``; the first if not given.
         metric : Metric, optional
             Second moments that weight the error; the Frobenius norm if not given.
         refine : bool
             Whether the closed-form fit in the metric is refined by alternating least squares.
+        max_error : float, optional
+            Largest relative error; required if `rank` is not given.
 
         Returns
         -------
@@ -155,7 +169,8 @@ class Family:
         NotApplicable
             If the family has no variant for `conv`.
         ValueError, TypeError
-            If `rank` or `variant` is not possible.
+            If `rank`, `variant` or `max_error` is not possible, or neither `rank` nor `max_error`
+            is given.
 
         Examples
         --------
@@ -174,6 +189,106 @@ class Family:
         >>> fit.error(fitted.stages) < fit.error(plain.stages)
         True
         """
-        if metric is None:
-            return self.fit_white(conv, rank, variant)  # type: ignore[arg-type]
-        return weighted.fit(self.fit_white, conv, rank, variant, metric, refine)
+        if rank is None or is_share(rank):
+            share = None if rank is None else float(rank)
+            point = self.choose(conv, share, variant, metric, max_error=max_error)[0]
+            found = self.resolve_variant(conv, variant)
+            build = point.build if refine or point.start is None else point.start
+            f = replace(conv, stages=build(), family=self.name, variant=found, rank=point.rank)
+        elif metric is None:
+            f = self.fit_white(conv, rank, variant)  # type: ignore[arg-type]
+        else:
+            f = weighted.fit(self.fit_white, conv, rank, variant, metric, refine)  # type: ignore[arg-type]
+        if max_error is not None and rank is not None:
+            check_max_error(max_error)
+            if metric is None:
+                error = f.error(conv.to_dense())
+            else:
+                error = weighted.MetricFit(conv, metric).error(f.stages)
+            check_error(f, error, max_error)
+        return f
+
+    def choose(
+        self,
+        conv: Factorization,
+        rank: float | None,
+        variant: str | None = None,
+        metric: Metric | None = None,
+        *,
+        max_error: float | None = None,
+    ) -> list[SweepPoint]:
+        """Return the points of a sweep within a share of the parameters, or an error.
+
+        Parameters
+        ----------
+        conv : Factorization
+            One dense stage, from :func:`lowrank.dense`.
+        rank : float or None
+            Share of the parameters, between 0 and 1; None to choose by the error.
+        variant : str, optional
+            One of ``variants(conv)``; the first if not given.
+        metric : Metric, optional
+            Second moments that weight the error; the Frobenius norm if not given.
+        max_error : float, optional
+            Largest relative error.
+
+        Returns
+        -------
+        list of SweepPoint
+            The most accurate within the share; or all within the error, those of fewest
+            parameters first.
+
+        Raises
+        ------
+        TypeError
+            If neither `rank` nor `max_error` is given.
+        ValueError
+            If no point is within the limit; the message gives the smallest possible.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)))
+        >>> [p.rank for p in lowrank.FAMILIES["tucker"].choose(conv, 0.5)]
+        [(4, 3)]
+        """
+        if rank is None and max_error is None:
+            raise TypeError(f"{self.name} needs a rank or max_error=")
+        points = self.sweep(conv, self.resolve_variant(conv, variant), metric)
+        if rank is not None:
+            return [within_share(self.name, conv, points, rank, parameters(conv))]
+        return within_error(self.name, conv, points, max_error)  # type: ignore[arg-type]
+
+    def resolve_variant(self, conv: Factorization, variant: str | None) -> str:
+        """Return a variant after a check, or the first that applies.
+
+        Parameters
+        ----------
+        conv : Factorization
+            One dense stage, from :func:`lowrank.dense`.
+        variant : str or None
+            Variant to check.
+
+        Returns
+        -------
+        str
+
+        Raises
+        ------
+        ValueError
+            If the variant is not possible.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import lowrank
+        >>> conv = lowrank.dense(np.ones((8, 4, 3, 3)))
+        >>> lowrank.FAMILIES["spatial_svd"].resolve_variant(conv, None)
+        'h-w'
+        """
+        variants = self.variants(conv)
+        if variant is None or variant in variants:
+            return variants[0] if variant is None else variant
+        # A fit may accept variants that a sweep does not try (Kronecker splits); it refuses others.
+        return self.fit_white(conv, (1,), variant).variant

@@ -137,7 +137,10 @@ def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) 
     try:
         ranks = tuple(operator.index(r) for r in (rank if isinstance(rank, Iterable) else (rank,)))
     except TypeError:
-        raise TypeError(f"rank must be {names}, integers, got {rank!r}") from None
+        raise TypeError(
+            f"rank must be {names}, integers, or a share of the parameters between 0 and 1, got "
+            f"{rank!r}"
+        ) from None
     if len(ranks) != len(largest):
         raise ValueError(f"rank must be {names}, {len(largest)} numbers, got {rank!r}")
     if any(not 1 <= r <= m for r, m in zip(ranks, largest)):

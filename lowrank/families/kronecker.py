@@ -112,19 +112,29 @@ FAMILIES = {
 }
 
 
-def kronecker(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+def kronecker(
+    conv: Factorization,
+    rank: int | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a sum of Kronecker products ``A_r (x) B_r``.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`.
-    rank : int
+    rank : int or float, optional
         Number of Kronecker products; exact at the smaller of the sizes of A and B.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : str, optional
         Shape (out, in, \*taps) of B, which must divide that of the weight, and the place of B:
         ``"4x4x3x3 first"`` runs B first (in the adjoint of a transposed convolution).  The
         default is the first that a sweep tries.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -159,4 +169,4 @@ def kronecker(conv: Factorization, rank: int, variant: str | None = None) -> Fac
     >>> [(s.weight.shape, s.outer, s.inner) for s in f.stages]
     [((8, 2, 1, 1), 2, 1), ((2, 4, 3, 3), 1, 4)]
     """
-    return FAMILIES["kronecker"].fit(conv, rank, variant)
+    return FAMILIES["kronecker"].fit(conv, rank, variant, max_error=max_error)

@@ -368,19 +368,29 @@ _ROWS = (
 FAMILIES = {row.name: as_family(row) for row in _ROWS}
 
 
-def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+def channel_svd(
+    conv: Factorization,
+    rank: int | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a spatial and a pointwise convolution with few channels between them.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, of any dimension, grouped or transposed.
-    rank : int
+    rank : int or float, optional
         Number of channels between the stages, per group; from 1 to ``min(out, in * taps)``
         (variant "output") or ``min(in, out * taps)`` (variant "input"), where it is exact.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : {"output", "input"}, optional
         "output" runs the spatial convolution first, to `rank` maps, then the pointwise one;
         "input" runs the pointwise one first.  Default: the first that applies.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -395,7 +405,7 @@ def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     ValueError
         If `conv` is not a single dense stage, or `rank` or `variant` is out of range.
     TypeError
-        If `rank` is not an integer.
+        If `rank` is neither an integer nor a share, or neither it nor `max_error` is given.
 
     See Also
     --------
@@ -427,23 +437,33 @@ def channel_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     >>> [s.weight.shape for s in lowrank.channel_svd(conv, rank=2, variant="input").stages]
     [(2, 4, 1, 1), (8, 2, 3, 3)]
     """
-    return FAMILIES["channel_svd"].fit(conv, rank, variant)
+    return FAMILIES["channel_svd"].fit(conv, rank, variant, max_error=max_error)
 
 
-def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+def spatial_svd(
+    conv: Factorization,
+    rank: int | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a pass along some spatial axes, then one along the others.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with two or three axes of several taps.
-    rank : int
+    rank : int or float, optional
         Number of channels between the stages, per group.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : str, optional
         Axes of the first pass and of the second.  2-D: ``"h-w"`` (columns, then rows; the
         default) or ``"w-h"``.  3-D: ``"d-hw"``, ``"hw-d"``, ``"h-dw"`` and so on.  For a
         transposed convolution, here and in the other families, the axes are those of its adjoint,
         whose stages run in reverse order.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -489,21 +509,31 @@ def spatial_svd(conv: Factorization, rank: int, variant: str | None = None) -> F
     >>> bool(f.error(blur.to_dense()) < 1e-12)
     True
     """
-    return FAMILIES["spatial_svd"].fit(conv, rank, variant)
+    return FAMILIES["spatial_svd"].fit(conv, rank, variant, max_error=max_error)
 
 
-def filter_basis(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+def filter_basis(
+    conv: Factorization,
+    rank: int | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a few spatial filters that all channels share.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : int
+    rank : int or float, optional
         Number of shared filters, from 1 to the number of taps of `variant`, where it is exact.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : str, optional
         Axes along which the shared filters run: all (the default; 2-D ``"hw"``), or some
         (``"h"`` or ``"w"``); the second stage runs along the others.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -533,23 +563,33 @@ def filter_basis(conv: Factorization, rank: int, variant: str | None = None) -> 
     >>> [s.weight.shape for s in lowrank.filter_basis(conv, rank=5).stages]
     [(5, 1, 3, 3), (8, 20, 1, 1)]
     """
-    return FAMILIES["filter_basis"].fit(conv, rank, variant)
+    return FAMILIES["filter_basis"].fit(conv, rank, variant, max_error=max_error)
 
 
-def network_decoupling(conv: Factorization, rank: int, variant: str | None = None) -> Factorization:
+def network_decoupling(
+    conv: Factorization,
+    rank: int | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a sum of depthwise-separable convolutions.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : int
+    rank : int or float, optional
         Number of summands; exact at ``min(taps, out)`` (``"dw-pw"``) or ``min(taps, in)``
         (``"pw-dw"``).
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : str, optional
         ``"dw-pw"``: depthwise with `rank` filters per channel, then pointwise (MobileNet's order,
         the default); ``"pw-dw"``: pointwise to `rank` maps per output, then grouped.  For a
         transposed convolution, the order is that of its adjoint.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -580,4 +620,4 @@ def network_decoupling(conv: Factorization, rank: int, variant: str | None = Non
     >>> [s.weight.shape for s in lowrank.network_decoupling(conv, rank=1).stages]
     [(4, 1, 3, 3), (8, 4, 1, 1)]
     """
-    return FAMILIES["network_decoupling"].fit(conv, rank, variant)
+    return FAMILIES["network_decoupling"].fit(conv, rank, variant, max_error=max_error)

@@ -237,7 +237,11 @@ FAMILIES = {
 
 
 def tensor_train(
-    conv: Factorization, rank: Sequence[int], variant: str | None = None
+    conv: Factorization,
+    rank: Sequence[int] | float | None = None,
+    variant: str | None = None,
+    *,
+    max_error: float | None = None,
 ) -> Factorization:
     r"""Approximate by one pass per axis between two pointwise stages, all of few channels.
 
@@ -245,11 +249,15 @@ def tensor_train(
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : sequence of int
+    rank : sequence of int or float, optional
         Numbers of channels between the stages, per group; lowered to what the sizes allow.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
     variant : str, optional
         Modes of the train.  2-D: ``"s-h-w-t"`` (the default).  3-D: ``"s-d-h-w-t"``, or
         ``"sd-h-wt"``: three passes without pointwise stages.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -279,4 +287,4 @@ def tensor_train(
     >>> [s.weight.shape for s in lowrank.tensor_train(conv, rank=(4, 5, 6)).stages]
     [(4, 6, 1, 1), (5, 4, 3, 1), (6, 5, 1, 3), (8, 6, 1, 1)]
     """
-    return _fit(conv, rank, variant)
+    return FAMILIES["tensor_train"].fit(conv, rank, variant, max_error=max_error)

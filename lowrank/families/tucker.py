@@ -501,15 +501,24 @@ FAMILIES = {
 }
 
 
-def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
+def tucker(
+    conv: Factorization,
+    rank: tuple[int, int] | float | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by a smaller convolution between two pointwise ones (Tucker-2).
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : (int, int)
+    rank : (int, int) or float, optional
         Channels (out, in) of the core, per group.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -543,18 +552,27 @@ def tucker(conv: Factorization, rank: tuple[int, int]) -> Factorization:
     >>> [s.weight.shape for s in lowrank.tucker(conv, rank=(4, 3)).stages]
     [(3, 6, 1, 1), (4, 3, 3, 3), (8, 4, 1, 1)]
     """
-    return _fit("tucker", conv, rank)
+    return FAMILIES["tucker"].fit(conv, rank, max_error=max_error)
 
 
-def tucker_full(conv: Factorization, rank: tuple[int, ...]) -> Factorization:
+def tucker_full(
+    conv: Factorization,
+    rank: tuple[int, ...] | float | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by Tucker with all modes compressed: channels and each spatial axis.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : tuple of int
+    rank : tuple of int or float, optional
         (out, in, \*axes): channels of the core, and filters along each axis.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -585,18 +603,27 @@ def tucker_full(conv: Factorization, rank: tuple[int, ...]) -> Factorization:
     >>> [s.weight.shape for s in lowrank.tucker_full(conv, rank=(4, 3, 2, 1)).stages]
     [(3, 6, 1, 1), (2, 1, 3, 1), (1, 1, 1, 3), (4, 6, 1, 1), (8, 4, 1, 1)]
     """
-    return _fit("tucker_full", conv, rank)
+    return FAMILIES["tucker_full"].fit(conv, rank, max_error=max_error)
 
 
-def tucker_cp(conv: Factorization, rank: tuple[int, int, int]) -> Factorization:
+def tucker_cp(
+    conv: Factorization,
+    rank: tuple[int, int, int] | float | None = None,
+    *,
+    max_error: float | None = None,
+) -> Factorization:
     r"""Approximate by Tucker-2 whose core is a CP sum.
 
     Parameters
     ----------
     conv : Factorization
         One dense stage, from :func:`lowrank.dense`, with a spatial kernel.
-    rank : (int, int, int)
+    rank : (int, int, int) or float, optional
         Channels (out, in) of the Tucker core, and number of terms of the CP sum, per group.
+        A number between 0 and 1 is a share of the parameters; if not given, the rank of fewest
+        parameters within `max_error`.
+    max_error : float, optional
+        Largest relative error; required if `rank` is not given.
 
     Returns
     -------
@@ -626,4 +653,4 @@ def tucker_cp(conv: Factorization, rank: tuple[int, int, int]) -> Factorization:
     >>> [s.weight.shape for s in lowrank.tucker_cp(conv, rank=(4, 4, 6)).stages]
     [(4, 16, 1, 1), (6, 4, 1, 1), (6, 1, 3, 3), (4, 6, 1, 1), (16, 4, 1, 1)]
     """
-    return _cp_fit("tucker_cp", conv, rank)
+    return FAMILIES["tucker_cp"].fit(conv, rank, max_error=max_error)

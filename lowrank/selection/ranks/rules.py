@@ -13,6 +13,7 @@ from lowrank.core.cost import chain_cost
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, Spectrum
+from lowrank.families.rank_choice import parameters, rounding, within_error, within_share
 
 
 def for_error(
@@ -74,17 +75,8 @@ def for_error(
     True
     """
     variant = resolve_variant(conv, family, variant)
-    if not isinstance(max_error, int | float | np.number) or not max_error >= 0:
-        raise ValueError(f"max_error must be a number of at least 0, got {max_error!r}")
-    points = list(FAMILIES[family].sweep(conv, variant))
-    within = [p for p in points if p.error <= max_error + _rounding(conv)]
-    if not within:
-        best = min(points, key=lambda p: p.error)
-        raise ValueError(
-            f"max_error must be at least {best.error:.6g} for {family} (its smallest, at rank "
-            f"{best.rank}), got {max_error:.6g}; allow a larger error, or try another family"
-        )
-    return min(within, key=lambda p: (_weight_count(p.stages), p.error)).rank
+    points = FAMILIES[family].sweep(conv, variant)
+    return within_error(family, conv, points, max_error)[0].rank
 
 
 def for_ratio(
@@ -158,17 +150,8 @@ def for_ratio(
     [(axis, share)] = given.items()
     check_share(axis, share)
     price = _pricing(conv, axis, input_shape)
-    dense_cost = price(conv.stages)
-    points = [(price(p.stages), p) for p in FAMILIES[family].sweep(conv, variant)]
-    affordable = [(cost, p) for cost, p in points if cost <= share * dense_cost]
-    if not affordable:
-        least, cheapest = min(points, key=lambda x: x[0])
-        raise ValueError(
-            f"{axis} must be at least {least / dense_cost:.6g} for {family} (the cheapest rank, "
-            f"{cheapest.rank}), got {share:.6g}"
-        )
-    exact = _rounding(conv)  # rounding must not decide between ranks without error
-    return min(affordable, key=lambda x: (x[1].error if x[1].error > exact else 0.0, x[0]))[1].rank
+    points = FAMILIES[family].sweep(conv, variant)
+    return within_share(family, conv, points, share, price, axis).rank
 
 
 def energy(conv: Factorization, family: str, share: float, variant: str | None = None) -> Ints:
@@ -228,7 +211,7 @@ def energy(conv: Factorization, family: str, share: float, variant: str | None =
     """
     variant = resolve_variant(conv, family, variant)
     check_share("share", share)
-    limit = math.sqrt(1 - share) + _rounding(conv)
+    limit = math.sqrt(1 - share) + rounding(conv)
     return tuple(
         max(1, int(np.argmax(chain_algebra.tail_norms(s.values) <= limit)))
         for s in family_spectra("energy", conv, family, variant)
@@ -239,11 +222,7 @@ def resolve_variant(conv: Factorization, family: str, variant: str | None) -> st
     """Return `variant` after a check, or the first variant that applies."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    variants = FAMILIES[family].variants(conv)
-    if variant is None or variant in variants:
-        return variants[0] if variant is None else variant
-    # A fit may accept variants that a sweep does not try (Kronecker splits), and refuses others.
-    return FAMILIES[family].fit(conv, (1,), variant).variant
+    return FAMILIES[family].resolve_variant(conv, variant)
 
 
 def check_share(name: str, value: float) -> None:
@@ -264,22 +243,12 @@ def family_spectra(rule: str, conv: Factorization, family: str, variant: str) ->
     return spectra(conv, variant)
 
 
-def _rounding(conv: Factorization) -> float:
-    """Return the error that rounding alone may cause."""
-    return float(np.finfo(float).eps) * math.sqrt(conv.stages[0].weight.size)
-
-
-def _weight_count(stages: Sequence[Stage]) -> int:
-    return sum(s.weight.size for s in stages)
-
-
 def _pricing(
     conv: Factorization, axis: str, input_shape: Sequence[int] | None
 ) -> Callable[[Sequence[Stage]], int]:
     """Return a function from the stages of a chain in place of `conv` to their cost."""
     if axis == "params":
-        biases = 0 if conv.bias is None else conv.bias.size
-        return lambda stages: _weight_count(stages) + biases
+        return parameters(conv)
     if input_shape is None:
         raise TypeError("macs needs input_shape, (channels, *spatial) or the spatial size alone")
     shape = conv.input_shape(input_shape)
