@@ -157,6 +157,16 @@ def test_kernels_beyond_single_precision(size):
 
 
 @pytest.mark.parametrize("size", [40, 300])
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e44, 1e-44, 1e200, 1e-200])
+def test_factors_that_cancel_in_the_product_do_not_overflow(size, scale):
+    image = 1e10 * np.random.default_rng(0).random((size, size), np.float32)
+    line = np.array([1.0, 2.0, 1.0])
+    expected = filters.correlate(image, filters.OuterProduct([line, line]))
+    found = filters.separable_correlate(image, [line * scale, line / scale])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [40, 300])
 @pytest.mark.parametrize("name", ["ones", "disk", "sobel"])
 def test_large_images_raise_no_floating_point_errors(size, name):
     kernel = {"ones": np.ones((3, 3)), "disk": filters.disk(9.5), "sobel": filters.sobel()}[name]

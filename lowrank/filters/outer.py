@@ -17,6 +17,7 @@ from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 from lowrank.filters.factors import outer_factors, outer_product
 
+FAR_FROM_ONE = 16  # power of two
 KEPT = 256  # latest filters that are kept compiled
 
 
@@ -38,7 +39,7 @@ class OuterProduct(NDArrayOperatorsMixin):
     shape : tuple of int
         Number of taps along each axis.
     key : tuple of bytes
-        Their bytes.
+        Their bytes, scaled by powers of two where sums between the passes might overflow.
     largest : float
         Magnitude of the largest tap.
 
@@ -76,7 +77,7 @@ class OuterProduct(NDArrayOperatorsMixin):
                 raise ValueError("factors must be finite, got NaN or infinite values")
             f.flags.writeable = False
         self.shape = tuple(map(len, self.factors))
-        self.key = tuple(f.tobytes() for f in self.factors)
+        self.key = tuple(f.tobytes() for f in _balanced(self.factors))
         self.largest = math.prod(float(np.abs(f).max()) for f in self.factors)
 
     @property
@@ -147,6 +148,17 @@ class OuterProduct(NDArrayOperatorsMixin):
                [4., 3.]])
         """
         return self._flipped
+
+
+def _balanced(factors: Sequence[Array]) -> Sequence[Array]:
+    """Return factors of the same product, of which at most the last is far from 1."""
+    exponents = [int(np.frexp(np.abs(f).max())[1]) for f in factors]
+    if max(map(abs, exponents)) <= FAR_FROM_ONE:
+        return factors
+    last = sum(exponents[:-1])
+    return [
+        *(np.ldexp(f, -e) for f, e in zip(factors[:-1], exponents)), np.ldexp(factors[-1], last)
+    ]  # fmt: skip
 
 
 def as_outer_product(kernel: Array, tolerance: float) -> OuterProduct | None:
