@@ -163,11 +163,11 @@ def _parse_chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array])
             Stage(
                 tensors[f"{name}.{i}.weight"],
                 _parse_geometry(s["geometry"]),
-                operator.index(s["groups"]),
-                operator.index(s["left"]),
-                operator.index(s["right"]),
+                _as_integer("groups", s["groups"]),
+                _as_integer("left", s["left"]),
+                _as_integer("right", s["right"]),
                 _as_pair(s["shuffle"]),
-                bool(s["transposed"]),
+                _as_flag("transposed", s["transposed"]),
             )
             for i, s in enumerate(entry["stages"])
         )
@@ -175,11 +175,11 @@ def _parse_chain(path: Any, name: str, entry: Any, tensors: Mapping[str, Array])
         f = Factorization(
             stages,
             _parse_geometry(entry["geometry"]),
-            operator.index(entry["groups"]),
+            _as_integer("groups", entry["groups"]),
             bias,
             str(entry["family"]),
             str(entry["variant"]),
-            tuple(operator.index(r) for r in entry["rank"]),
+            tuple(_as_integer("rank", r) for r in entry["rank"]),
         )
     except KeyError as key:
         raise ValueError(f"{path}: chain {name!r} lacks {key}") from None
@@ -216,8 +216,20 @@ def _parse_geometry(record: Any) -> Geometry:
 
 
 def _as_pair(values: Any) -> tuple[int, int]:
-    a, b = (operator.index(v) for v in values)
+    a, b = (_as_integer("shuffle", v) for v in values)
     return a, b
+
+
+def _as_integer(name: str, value: Any) -> int:
+    if type(value) is not int:  # true is no number
+        raise TypeError(f"{name} must be an integer, got {value!r:.80}")
+    return value
+
+
+def _as_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r:.80}")
+    return value
 
 
 def read_tensors(

@@ -8,6 +8,7 @@ import pytest
 
 import lowrank as lr
 from lowrank import io
+from lowrank.interop import files
 from lowrank.interop.weights import layers, read_weights
 
 
@@ -158,6 +159,14 @@ DAMAGE = {
         "damaged",
     ),
     "a stride of 0": (lambda r: r["layers"]["f"]["geometry"].update(stride=[0, 1]), "stride"),
+    "groups of true": (
+        lambda r: r["layers"]["f"]["stages"][0].update(groups=True),
+        "groups must be an integer, got True",
+    ),
+    "transposed by a number": (
+        lambda r: r["layers"]["f"]["stages"][0].update(transposed=0),
+        "transposed must be true or false, got 0",
+    ),
     "an unknown border": (lambda r: r["layers"]["f"]["geometry"].update(padding_mode="x"), "mode"),
     "layers in a list": (lambda r: r.update(layers=[1]), "damaged"),
     "a layer of text": (lambda r: r["layers"].update(f="x"), "damaged"),
@@ -215,7 +224,9 @@ def test_layers_are_found_without_a_description(tmp_path, rng):
     }
     np.savez(tmp_path / "net.npz", **tensors)
     found = layers(tmp_path / "net.npz")
-    assert [x.name for x in found] == ["a", "line"]
+    assert [x.name for x in found] == ["a", "fc", "line"]
+    assert found[1].conv.stages[0].weight.shape == (10, 8, 1)
+    assert [x.input_size for x in found] == [None, (1,), None]
     assert found[0].conv.bias is not None
     assert found[0].conv.output_shape((20, 21)) == (8, 20, 21)
     np.save(tmp_path / "one.npy", tensors["line"])
@@ -270,6 +281,39 @@ def test_layers_follow_the_description(tmp_path):
         ('{"conv_layers": [{"weight": "w", "stride": 0}]}', "stride"),
         ('{"conv_layers": [{"weight": "w", "padding_mode": "odd"}]}', "padding_mode"),
         ('{"conv_layers": [{"weight": "w", "in_size": [8]}]}', "in_size.*2 entries"),
+        ('{"conv_layers": 3}', "does not describe"),
+        ('{"conv_layers": [3]}', "does not describe"),
+        ('{"conv_layers": [{"weight": 3}]}', "weight of entry 0.*got 3"),
+        ('{"conv_layers": [{"weight": "w", "strides": 2}]}', "layer 'w': unknown key 'strides'"),
+        ('{"conv_layers": [{"weight": "w", "groups": true}]}', "groups must be an integer.*True"),
+        ('{"conv_layers": [{"weight": "w", "groups": 1.0}]}', r"groups must be an integer.*1\.0"),
+        ('{"conv_layers": [{"weight": "w", "stride": [1, true]}]}', r"stride must be.*\[1, True\]"),
+        ('{"conv_layers": [{"weight": "w", "padding": [[0, true], [1, 1]]}]}', "padding must be"),
+        ('{"conv_layers": [{"weight": "w", "in_size": ["8", 8]}]}', "in_size must be"),
+        ('{"conv_layers": [{"weight": "w", "value": NaN}]}', "value must be a finite number"),
+        ('{"conv_layers": [{"weight": "w", "value": false}]}', "value must be a finite number"),
+        ('{"conv_layers": [{"weight": "w", "transposed": 1}]}', "transposed must be true or false"),
+        ('{"conv_layers": [{"weight": "w", "name": 3}]}', "name must be text, got 3"),
+        ('{"conv_layers": [{"weight": "w", "bias": ["b"]}]}', "bias must be text"),
+        ('{"conv_layers": [{"weight": "w", "shape": [4, 2, 3]}]}', r"shape must be \[4, 2, 3, 3\]"),
+        (
+            '{"conv_layers": [{"weight": "w", "in_size": [8, 8], "out_size": [8, 8]}]}',
+            r"out_size must be \[6, 6\].*got \[8, 8\]",
+        ),
+        (
+            '{"conv_layers": [{"weight": "w", "in_size": [8, 8], "macs": 2593}]}',
+            "macs must be 2592.*got 2593",
+        ),
+        ('{"conv_layers": [{"weight": "w", "in_size": [2, 2]}]}', "layer 'w'"),
+        (
+            '{"conv_layers": [{"weight": "w", "transposed": true, "in_size": [8, 8], '
+            '"out_size": [80, 8]}]}',
+            r"out_size must be about \(10, 10\)",
+        ),
+        ('{"conv_layers": [], "chains": [1]}', "chains must be a table"),
+        ('{"conv_layers": [], "chains": {"a": {"rnk": [1]}}}', "chain 'a': unknown key 'rnk'"),
+        ('{"conv_layers": [], "chains": {"a": {"rank": [true]}}}', "rank must be"),
+        ('{"conv_layers": [], "parameters": "many"}', "parameters must be an integer"),
     ],
 )
 def test_invalid_descriptions_are_refused(tmp_path, text, message):
@@ -290,13 +334,80 @@ def test_files_whose_content_does_not_match_their_suffix_are_refused(tmp_path):
     np.save(tmp_path / "o.npy", np.array([{}], object))
     with pytest.raises(ValueError, match="Python objects"):
         read_weights(tmp_path / "o.npy")
+    (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"\.txt"):
         read_weights(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt: no such file"):
+        read_weights(tmp_path / "gone.txt")
     with pytest.raises(FileNotFoundError, match=r"gone\.npy"):
         read_weights(tmp_path / "gone.npy")
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
         read_weights(tmp_path / "folder.npy")
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".safetensors"])
+def test_files_that_are_cut_anywhere_are_refused_in_one_sentence(tmp_path, rng, ending):
+    whole, path = tmp_path / f"whole{ending}", tmp_path / f"cut{ending}"
+    w = rng.standard_normal((4, 3, 3, 3))
+    if ending == ".npy":
+        np.save(whole, w)
+    elif ending == ".npz":
+        np.savez_compressed(whole, w=w)
+    else:
+        io.write_tensors(whole, {"w": w}, {})
+    data = whole.read_bytes()
+    for length in [*range(0, 140), *range(140, len(data), 97), len(data) - 1]:
+        path.write_bytes(data[:length])
+        for read in (read_weights, layers, files.read_layers):
+            with pytest.raises(ValueError, match=rf"cut\{ending}") as why:
+                read(path)
+            assert "\n" not in str(why.value)
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".safetensors"])
+def test_files_with_any_byte_changed_are_read_or_refused(tmp_path, rng, ending):
+    path = tmp_path / f"a{ending}"
+    w = rng.standard_normal((4, 3, 3, 3)).astype(np.float32)
+    if ending == ".npy":
+        np.save(path, w)
+    elif ending == ".npz":
+        np.savez(path, w=w)
+    else:
+        io.write_tensors(path, {"w": w}, {})
+    data = path.read_bytes()
+    refused = 0
+    for at in range(0, min(len(data), 300)):
+        for new in (0, 0x28, 0x7D, 0xFF):
+            changed = bytearray(data)
+            changed[at] = new
+            path.write_bytes(changed)
+            try:
+                read_weights(path)
+            except ValueError as why:
+                refused += 1
+                assert f"a{ending}" in str(why)  # noqa: PT017
+                assert "\n" not in str(why)  # noqa: PT017
+    assert refused > 100
+
+
+def test_matrices_become_linear_chains_of_matrices(tmp_path, rng):
+    path = tmp_path / "net.safetensors"
+    w, b = rng.standard_normal((10, 8)), rng.standard_normal(10)
+    io.write_tensors(path, {"fc.weight": w, "fc.bias": b}, {})
+    for manifest in (None, {"conv_layers": [{"name": "fc", "weight": "fc.weight"}]}):
+        if manifest:
+            path.with_suffix(".json").write_text(json.dumps(manifest))
+        net = files.open_model(path)
+        assert [(x.name, x.input_size) for x in net.layers] == [("fc", (1,))]
+        f = lr.channel_svd(net.layers[0].conv, 3)
+        new = net.replaced({"fc": f})
+        assert {n: t.shape for n, t in new.tensors.items() if "weight" in n} == {
+            "fc.0.weight": (3, 8), "fc.1.weight": (10, 3),
+        }  # fmt: skip
+        new.save(tmp_path / "new.safetensors")
+        again = files.open_model(tmp_path / "new.safetensors").chains["fc"]
+        np.testing.assert_array_equal(again.to_dense(), f.to_dense())
 
 
 @pytest.mark.full

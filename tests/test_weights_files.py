@@ -27,7 +27,7 @@ def described(tmp_path, rng):
     }
     entries = [
         {"name": "a", "weight": "a.weight", "bias": "a.bias", "stride": [2, 2],
-         "padding": [[0, 1], [1, 1]], "in_size": [9, 11], "macs": 1},
+         "padding": [[0, 1], [1, 1]], "in_size": [9, 11], "macs": 10368},
         {"name": "g", "weight": "g.weight", "groups": 2, "padding": [2], "in_size": [20]},
         {"name": "up", "weight": "up.weight", "transposed": True, "stride": 2, "padding": 1,
          "in_size": [5, 6], "out_size": [11, 12]},

@@ -60,7 +60,7 @@ class PlanOptions:
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Calibration data (.npz): inputs of the network for .onnx, else inputs of its "
+            help="Calibration data (.npz): inputs of the network; for weights files, inputs of its "
             "layers, by name."
         ),
     ] = None

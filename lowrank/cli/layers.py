@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,40 +41,51 @@ from lowrank.core.cost import Cost
 from lowrank.core.geometry import PADDING_MODES
 from lowrank.factorization import Factorization, dense
 from lowrank.families import FAMILIES, applicable
-from lowrank.interop.weights import StoredLayer, layers
+from lowrank.interop.files import ENDINGS, read_layers
+from lowrank.interop.weights import ENDINGS as WEIGHTS
+from lowrank.interop.weights import StoredLayer
 from lowrank.report import figures
 from lowrank.selection import tables as selection_tables
 from lowrank.selection.front import check_error
 
-WeightsFile = Annotated[Path, typer.Argument(help=".safetensors, .npz, .npy, .pt or .pth")]
+_ENDINGS = ", ".join(dict.fromkeys((*ENDINGS, *WEIGHTS)))
+LayersFile = Annotated[Path, typer.Argument(help=f"Network or weights: {_ENDINGS}.")]
 
 
 @app.command()
 def inspect(
-    file: WeightsFile,
+    file: LayersFile,
     input: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the convolutions of a weights file with their costs and low-rank errors.
+    """List the layers of a network or a weights file with their costs and low-rank errors.
 
     The last columns are relative errors of the best chains with half of the MACs (of the
     parameters, if the input size is unknown), by family.
 
-    Costs are for the size in --input, or else for the input sizes in NAME.json beside the file.
+    Costs are for the size in --input, or else for the input sizes of the network, or in NAME.json
+    beside a weights file.
     """
     size = parse_size(input)
-    found = layers(file)
+    found, left_out = read_layers(file)
     rows = []
     with progress_bar(len(found)) as step:
         for layer in found:
             step(layer.name)
             rows.append(_inspect_layer(layer, size or layer.input_size))
     if as_json:
-        print_json({"file": str(file), "layers": rows})
+        print_json({"file": str(file), "layers": rows, "left_out": left_out})
         return
     if not rows:
-        print(f"{file}: no convolutions")
-        return
+        print(f"{file}: no layers")
+    else:
+        _print_layers(file, rows)
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
+
+
+def _print_layers(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table of `inspect`."""
     head = (
         "layer",
         "weight",
@@ -100,7 +112,7 @@ def inspect(
     params, macs = (sum(r[k] or 0 for r in rows) for k in ("params", "macs"))
     total = ("total", "", "", "", f"{params:,}", f"{macs:,}" if macs else "-")
     table.append((*total, *("" for _ in _COLUMNS)))
-    print(f"{file.name}: {len(rows)} convolutions; errors at half of the cost")
+    print(f"{file.name}: {len(rows)} layers; errors at half of the cost")
     print_table(head, table, left=3, optional=("input", "geometry"))
     if not macs:
         print("Give --input, such as 56x56, to see MACs.")
@@ -140,7 +152,7 @@ def _inspect_layer(layer: StoredLayer, size: Ints | None) -> dict[str, Any]:
         "input": None if size is None else list(size),
         "output": None if size is None else list(conv.output_shape(size)),
         "params": conv.params,
-        "macs": None if cost is None else cost.macs,
+        "macs": None if cost is None else cost.macs * layer.times,
         "error_at_half": errors,
     }
 
@@ -251,7 +263,7 @@ _CRITERIA = "--max-error, --rank, --time, --macs and --params"
 @app.command()
 @expand_options
 def approximate(
-    file: WeightsFile,
+    file: LayersFile,
     criteria: CriterionOptions,
     geometry: GeometryOptions,
     layer: Annotated[
@@ -380,10 +392,13 @@ def _describe(pick: selection.Candidate, dense: selection.Candidate) -> str:
 
 def _find_layer(file: Path, name: str | None) -> StoredLayer:
     """Return the layer of a name, or the only one."""
-    found = layers(file, only=name)
+    found = read_layers(file, name).layers
     if len(found) == 1:
         return found[0]
-    names = ", ".join(x.name for x in (found if name is None else layers(file)))
-    if not names:
-        raise ValueError(f"{file}: no convolutions")
+    found, left_out = read_layers(file)
+    if name in left_out:
+        raise ValueError(f"layer {name!r} cannot be read: {left_out[name]}")
+    if not found:
+        raise ValueError(f"{file}: no layers")
+    names = ", ".join(x.name for x in found)
     raise ValueError(f"--layer must be one of {names}" + (f", got {name!r}" if name else ""))

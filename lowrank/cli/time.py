@@ -22,7 +22,8 @@ from lowrank.cli.console import (
 )
 from lowrank.cli.scripts import check_reference
 from lowrank.core import tables
-from lowrank.interop.onnx.data import Input, inputs_of
+from lowrank.interop.batches import Input
+from lowrank.interop.onnx.data import inputs_of
 from lowrank.interop.onnx.files import load
 
 _KINDS = ".onnx, or SCRIPT.py:FUNCTION that returns a PyTorch module and an example input"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import Cost
+from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 
 Chains = Mapping[str, Factorization]
@@ -31,6 +32,9 @@ class Layer:
         Gain of the batch norm behind it, by which errors of its outputs are weighted.
     times : int
         Number of times that one example passes it.
+    accepts : callable or None
+        Function that tells whether the model can hold a chain of given stages, whose weights may
+        be abstract; None if it can hold every chain.
 
     Examples
     --------
@@ -47,6 +51,7 @@ class Layer:
     input_size: Ints
     scale: Array | None = None
     times: int = 1
+    accepts: Callable[[Sequence[Stage]], bool] | None = None
 
     @property
     def cost(self) -> Cost:

@@ -101,6 +101,8 @@ def layer_options(
     swept: list[Candidate] = []
     for group in candidates(pricing, families, metric):
         cheaper = [c for c in group if c.amount(first) < dense.amount(first)]
+        if layer.accepts is not None:
+            cheaper = [c for c in cheaper if layer.accepts(c.stages)]
         if by_time:  # ranks that fill vectors are on the front of seconds only
             timed = [pricing.time(c) for c in _worth_timing(cheaper)]
             faster = _front([c for c in timed if not c.is_slower(dense)], axes)

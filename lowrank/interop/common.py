@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from lowrank.compress.model import Chains, Layer
 from lowrank.factorization import Factorization
@@ -29,3 +31,27 @@ def check_chains(chains: Chains, layers: Mapping[str, Layer]) -> None:
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def check_exists(path: Path) -> None:
+    """Raise unless a file exists: a better reason than its ending."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+
+
+@contextmanager
+def damaged_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn any error of reading a damaged file into a ValueError of one line that names it.
+
+    Libraries raise errors of many types for such files: NumPy those of Python's tokenizer.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as why:
+        if isinstance(why, OSError) and why.errno is not None:
+            raise  # of the disk, not of the contents
+        raise ValueError(f"{path}: {what}: {one_line(why)}") from None

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowrank.compress.model import CompressibleModel
+from lowrank.interop import weights
+from lowrank.interop.common import check_exists
+from lowrank.interop.weights import ENDINGS as WEIGHTS
+from lowrank.interop.weights import StoredLayer
 
 #: Endings of networks that can be opened; a network is written in the format of the original.
 ENDINGS = (".onnx", ".keras", ".h5", ".hdf5", ".safetensors", ".npz")
 _FORMATS = ((".onnx",), (".keras",), (".h5", ".hdf5"), (".safetensors", ".npz"))
+_KERAS = (".keras", ".h5", ".hdf5")
 _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -26,8 +31,8 @@ def open_model(
         ``.onnx``, ``.keras``, ``.h5`` or ``.hdf5`` file, or ``.safetensors`` or ``.npz`` file
         with a manifest ``NAME.json`` beside it.
     calibration : path, optional
-        ``.npz`` file: inputs of the network for ``.onnx``, inputs of layers, in arrays named
-        after them, for the others.
+        ``.npz`` file: inputs of the network for ``.onnx``, ``.keras`` and ``.h5``, inputs of
+        layers, in arrays named after them, for the others.
 
     Returns
     -------
@@ -50,22 +55,83 @@ def open_model(
     ['conv1', 'conv2', 'conv3']
     """
     path = Path(path)
+    check_exists(path)
     ending = _ending(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder")
     if calibration is not None and Path(calibration).suffix.lower() != ".npz":
         raise ValueError(f"{calibration}: calibration data come as .npz")
     if ending == ".onnx":
         from lowrank.interop import onnx
 
         return onnx.open_model(path, calibration)
-    if ending in (".keras", ".h5", ".hdf5"):
+    if ending in _KERAS:
         from lowrank.interop.keras import KerasModel
 
         return KerasModel(path, calibration=calibration)
-    from lowrank.interop.weights import WeightsModel
+    return weights.WeightsModel(path, calibration=calibration)
 
-    return WeightsModel(path, calibration=calibration)
+
+class FileLayers(NamedTuple):
+    """Layers of a file.
+
+    Attributes
+    ----------
+    layers : list of StoredLayer
+        Layers and chains.
+    left_out : dict of str to str
+        Reasons why others are not among them.
+
+    Examples
+    --------
+    >>> from lowrank.interop.files import FileLayers
+    >>> FileLayers([], {}).left_out
+    {}
+    """
+
+    layers: list[StoredLayer]
+    left_out: dict[str, str]
+
+
+def read_layers(path: str | os.PathLike[str], only: str | None = None) -> FileLayers:
+    """Read the layers of a network or of a weights file, whatever their input sizes.
+
+    Parameters
+    ----------
+    path : path
+        File as for :func:`open_model`, a single tensor (``.npy``), or a state dict of PyTorch
+        (``.pt``, ``.pth``).
+    only : str, optional
+        Name of the only layer to return.
+
+    Returns
+    -------
+    FileLayers
+
+    Raises
+    ------
+    ValueError, OSError, ImportError
+        As :func:`open_model`.
+
+    Examples
+    --------
+    >>> from lowrank import demo
+    >>> from lowrank.interop.files import read_layers
+    >>> [layer.name for layer in read_layers(demo.WEIGHTS).layers]
+    ['conv1', 'conv2', 'conv3']
+    """
+    path = Path(path)
+    check_exists(path)
+    ending = path.suffix.lower()
+    if ending in WEIGHTS:
+        return FileLayers(weights.layers(path, only), {})
+    if ending not in ENDINGS:
+        endings = ", ".join(dict.fromkeys((*ENDINGS, *WEIGHTS)))
+        raise ValueError(f"{path}: the ending must be one of {endings}, got {ending!r}")
+    net: Any = open_model(path)
+    found = [StoredLayer(x.name, x.conv, x.input_size, x.conv.bias, x.times) for x in net.layers]
+    chains = getattr(net, "chains", {})
+    found += [StoredLayer(name, f, None, f.bias) for name, f in chains.items()]
+    left_out = {n: why for n, why in getattr(net, "left_out", {}).items() if n not in chains}
+    return FileLayers([x for x in found if only in (None, x.name)], left_out)
 
 
 def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -> Path:
@@ -101,6 +167,7 @@ def check_target(path: str | os.PathLike[str], source: str | os.PathLike[str]) -
     ValueError: small.onnx: the network came as .safetensors and is written as .safetensors or .npz
     """
     path, source = Path(path), Path(source)
+    check_exists(source)
     allowed = next(endings for endings in _FORMATS if _ending(source) in endings)
     if path.suffix.lower() not in allowed:
         raise ValueError(
@@ -145,7 +212,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
 
     Parameters
     ----------
-    model : onnx.ModelProto, KerasFile or WeightsFile
+    model : onnx.ModelProto, keras.Model or WeightsFile
         New model.
     path : path
         File with an ending of the model's format.
@@ -168,12 +235,17 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     >>> len(open_model(path).layers)
     2
     """
-    if hasattr(model, "save"):
-        model.save(path)
-        return
-    from lowrank.interop import onnx
+    ending = _ending(Path(path))
+    if ending == ".onnx":
+        from lowrank.interop import onnx
 
-    onnx.save(model, path)
+        onnx.save(model, path)
+    elif ending in _KERAS:
+        from lowrank.interop import keras
+
+        keras.save(model, path)
+    else:
+        model.save(path)
 
 
 def fingerprint(net: CompressibleModel, *paths: str | os.PathLike[str] | None) -> str:

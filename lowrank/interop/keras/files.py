@@ -1,204 +1,207 @@
-"""Keras files: read archives and HDF5 files that are not trusted, without Keras, and write them."""
+"""Keras files: check files that are not trusted, and load and save models with Keras."""
 
 from __future__ import annotations
 
-import json
+import importlib
+import logging
 import os
+import re
+import sys
+import tempfile
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from lowrank import io
-from lowrank.interop.common import one_line
+from lowrank.interop.common import check_exists, one_line
 
 ENDINGS = (".keras", ".h5", ".hdf5")
-_CONFIG, _WEIGHTS = "config.json", "model.weights.h5"
 _DEPTH = 64  # nesting of groups; no network needs more
 #: Largest compression ratio of a dataset (no weights compress better), and bytes that any file
 #: may expand to.
 _RATIO, _SPARE = 1000, 1 << 24
 _HEAP = b"GCOL\x01\0\0\0"  # signature and version of HDF5's global heaps
+#: Libraries that can run a model of Keras, in the order of preference.
+_BACKENDS = ("tensorflow", "torch", "jax")
+_NEEDS = "Keras models need Keras 3 and a library that runs it: pip install 'lowrank[keras]'"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KerasFile:
-    """Contents of the file of a Keras model.
+def library() -> Any:
+    """Import Keras, or raise an ImportError that says how to install it.
 
-    Attributes
-    ----------
-    ending : str
-        ``".keras"`` or ``".h5"``.
-    config : dict
-        Configuration of the model: ``class_name``, ``config``.
-    weights : bytes
-        HDF5 file: that in the archive, or the whole ``.h5`` file.
-    members : dict of str to bytes
-        Other members of the archive.
-
-    Examples
-    --------
-    >>> from lowrank.interop.keras.files import KerasFile
-    >>> KerasFile(".keras", {"class_name": "Sequential"}, b"", {}).ending
-    '.keras'
+    Keras runs on the library that the environment variable ``KERAS_BACKEND`` names; without it,
+    on TensorFlow, or if that is not installed, on PyTorch or JAX.
     """
-
-    ending: str
-    config: dict[str, Any]
-    weights: bytes
-    members: dict[str, bytes]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model in the format of the original, atomically.
-
-        Parameters
-        ----------
-        path : path
-            File with the ending of the original.
-
-        Raises
-        ------
-        ValueError
-            If the ending is another one.
-        OSError
-            If the file cannot be written.
-        """
-        path = Path(path)
-        if _ending(path) != self.ending:
-            raise ValueError(f"{path}: the ending must be {self.ending}, that of the original")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path}: is a folder")
-        with io.atomic_write(path) as part:
-            if self.ending == ".h5":
-                part.write_bytes(self.weights)
-                return
-            with zipfile.ZipFile(part, "x") as archive:
-                for name, data in self.members.items():
-                    archive.writestr(name, data)
-                archive.writestr(_CONFIG, json.dumps(self.config))
-                archive.writestr(_WEIGHTS, self.weights)
+    keras = sys.modules.get("keras") or _import()
+    if int(keras.__version__.partition(".")[0]) < 3:
+        raise ImportError(f"{_NEEDS} (Keras {keras.__version__} is installed)")
+    return keras
 
 
-def read(path: str | os.PathLike[str]) -> KerasFile:
-    """Read the file of a Keras model; no code in it is run, and all sizes in it are checked.
+def _import() -> Any:
+    chosen = "KERAS_BACKEND" not in os.environ
+    if chosen:  # for Keras alone, which reads it once: not for processes that start later
+        installed = [name for name in _BACKENDS if find_spec(name)]
+        if not installed:
+            raise ImportError(_NEEDS)
+        os.environ["KERAS_BACKEND"] = installed[0]
+    try:
+        return importlib.import_module("keras")
+    except ImportError as why:
+        raise ImportError(f"{_NEEDS} ({one_line(why)})") from None
+    finally:
+        if chosen:
+            del os.environ["KERAS_BACKEND"]
+
+
+def load(path: str | os.PathLike[str], custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Load a model with Keras, in its safe mode: no code in the file is run.
 
     Parameters
     ----------
     path : path
         ``.keras``, ``.h5`` or ``.hdf5`` file.
+    custom_objects : mapping of str to object, optional
+        Classes and functions of the model that are not Keras's own, by name.
 
     Returns
     -------
-    KerasFile
+    keras.Model
+        Model that is not compiled.
 
     Raises
     ------
     ValueError
-        If the file is damaged, would expand far beyond its size, or refers to other files.
+        If the file is damaged, would expand far beyond its size, refers to other files, or holds
+        objects that Keras does not know.
     OSError
         If the file cannot be read.
+    ImportError
+        If Keras is not installed.
     """
     path = Path(path)
-    ending = _ending(path)
-    data = path.read_bytes()
-    with read_errors(path):
+    check_exists(path)
+    ending = _check_ending(path)
+    keras = library()
+    try:
+        data = path.read_bytes()
         if ending == ".keras":
-            members = _members(path, data)
-            for name in (_CONFIG, _WEIGHTS):
-                if name not in members:
-                    raise ValueError(f"it has no {name}")
-            config = _json(members.pop(_CONFIG))
-            weights = members.pop(_WEIGHTS)
-            with open_hdf5(weights):
-                pass
-        else:
-            members, weights = {}, data
-            with open_hdf5(weights) as file:
-                if "model_config" not in file.attrs:
-                    raise ValueError("it has no model_config, only weights: save the whole model")
-                config = _json(file.attrs["model_config"])
-        if not isinstance(config, dict) or "config" not in config:
-            raise ValueError("its configuration is not that of a model")
-    return KerasFile(ending, config, weights, members)
-
-
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turn any error of reading into a ValueError that names the file."""
-    try:
-        yield
-    except (ImportError, MemoryError):
+            data = _check_archive(path)
+        _check_hdf5(data)
+        with _quietly():
+            return keras.saving.load_model(
+                path, custom_objects=custom_objects, compile=False, safe_mode=True
+            )
+    except (ImportError, MemoryError, OSError) as why:
+        if isinstance(why, OSError) and why.errno is None:  # of HDF5
+            raise ValueError(f"{path}: not a readable Keras model: {one_line(why)}") from None
         raise
-    except Exception as why:  # HDF5 has errors of every type for damaged files
-        raise ValueError(f"{path}: not a readable Keras model: {one_line(why)}") from None
+    except Exception as why:  # HDF5 and Keras have errors of every type for damaged files
+        raise ValueError(f"{path}: not a readable Keras model: {_reason(why)}") from None
+
+
+def _reason(why: Exception) -> str:
+    """Return why Keras does not load a model, in one sentence."""
+    text = " ".join(str(e) for e in (why, why.__cause__, why.__context__) if e is not None)
+    in_python = "load it in Python, and give the model to lowrank.interop.keras.KerasModel"
+    if "safe_mode" in text and "lambda" in text.lower():
+        return f"its Lambda layers hold code, which is not run: {in_python}"
+    found = re.search(r"(?:Could not locate|Unknown) \w+:? '([^']+)'", text)
+    return f"{found[1]} is not Keras's own: {in_python}" if found else one_line(why)
+
+
+def save(model: Any, path: str | os.PathLike[str]) -> None:
+    """Write a Keras model, atomically.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Model, such as :meth:`KerasModel.replaced` returns.
+    path : path
+        ``.keras``, ``.h5`` or ``.hdf5`` file that is written or replaced.
+
+    Raises
+    ------
+    ValueError
+        If the ending is another one.
+    OSError
+        If the file cannot be written.
+
+    Examples
+    --------
+    >>> import os, pathlib, tempfile
+    >>> import pytest
+    >>> torch = pytest.importorskip("torch")
+    >>> _ = os.environ.setdefault("KERAS_BACKEND", "torch")
+    >>> keras = pytest.importorskip("keras")
+    >>> from lowrank.interop.keras import KerasModel, save
+    >>> net = keras.Sequential([keras.Input((20, 3)), keras.layers.Conv1D(8, 5)])
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "net.keras")
+    >>> save(net, path)
+    >>> KerasModel(path).layers[0].input_size
+    (20,)
+    """
+    path = Path(path)
+    ending = _check_ending(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no folder {path.parent}")
+    # A folder beside the target is on the same disk, where a move is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        part = Path(folder, f"model{ending}")
+        with _quietly():
+            model.save(part)
+        os.replace(part, path)
 
 
 @contextmanager
-def open_hdf5(data: bytes) -> Iterator[Any]:
-    """Open an HDF5 file in memory, after checking all its links and sizes."""
-    _check_heaps(data)
-    with h5py().File(BytesIO(data), "r") as file:
-        _check(file, len(data))
-        yield file
-
-
-def copy_item(item: Any, parent: Any, name: str) -> None:
-    """Copy a group or a dataset into another file, by its values.
-
-    HDF5's own copy also copies objects that it does not understand, and fails on damaged ones.
-    """
-    if isinstance(item, h5py().Group):
-        new = parent.require_group(name)
-        for key in item:
-            copy_item(item[key], new, key)
-    else:
-        new = parent.create_dataset(name, data=item[()], dtype=item.dtype)
-    for key, value in item.attrs.items():
-        new.attrs[key] = value
-
-
-def h5py() -> Any:
-    """Import h5py, or raise an ImportError that says how to install it."""
+def _quietly() -> Iterator[None]:
+    """Silence Keras on what is not compiled, not restored, or an older format."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        import h5py
-    except ImportError:
-        raise ImportError("Keras files need h5py: pip install 'lowrank[keras]'") from None
-    return h5py
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
-def _ending(path: Path) -> str:
+def _check_ending(path: Path) -> str:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(f"{path}: the ending must be one of {', '.join(ENDINGS)}, got {ending!r}")
-    return ".h5" if ending == ".hdf5" else ending
+    return ending
 
 
-def _json(text: Any) -> Any:
-    if isinstance(text, bytes):
-        text = text.decode("utf-8")
+def _check_archive(path: Path) -> bytes:
+    """Raise on an archive that leads out of itself or expands too far; return its weights."""
     try:
-        return json.loads(str(text))
-    except RecursionError:
-        raise ValueError("its configuration is nested too deep") from None
-
-
-def _members(path: Path, data: bytes) -> dict[str, bytes]:
-    """Return the members of an archive by name."""
-    try:
-        with zipfile.ZipFile(BytesIO(data)) as archive:
+        with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             io.check_expansion(path, sum(m.file_size for m in members))
             for member in members:
                 parts = member.filename.replace("\\", "/").split("/")
                 if ".." in parts or not parts[0] or ":" in parts[0]:
                     raise ValueError(f"the path {member.filename!r} leads out of the archive")
-            if len({m.filename for m in members}) < len(members):
+            names = {m.filename for m in members}
+            if len(names) < len(members):
                 raise ValueError("two members have the same name")
-            return {m.filename: archive.read(m) for m in members if not m.is_dir()}
+            for name in ("config.json", "model.weights.h5"):
+                if name not in names:
+                    raise ValueError(f"it has no {name}")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"its member {damaged} is damaged")
+            return archive.read("model.weights.h5")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as why:
         raise ValueError(f"its archive is damaged: {why}") from None
 
@@ -224,9 +227,16 @@ def _check_heaps(data: bytes) -> None:
         start = data.find(_HEAP, start + 1)
 
 
-def _check(file: Any, size: int) -> None:
+def _check_hdf5(data: bytes) -> None:
     """Raise on links, data in other files, cycles, and sizes that the file cannot hold."""
-    hdf = h5py()
+    import h5py  # which Keras requires
+
+    _check_heaps(data)
+    with h5py.File(BytesIO(data), "r") as file:
+        _check_objects(h5py, file, len(data))
+
+
+def _check_objects(hdf: Any, file: Any, size: int) -> None:
     addresses = set()
     total = 0
     queue = [(file, "", 0)]

@@ -1,177 +1,164 @@
-"""Conversion of Keras layers to convolutions, and of chains to Keras layers."""
+"""Chains as Keras layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
 
 from lowrank._typing import Array, Ints, Pads, trailing
 from lowrank.compress.model import Layer
+from lowrank.core.cost import stage_costs
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Stage
-from lowrank.factorization import Factorization, chain, dense
-from lowrank.interop.keras.graph import (
-    Shape,
-    per_axis,
-    same_padding,
-    spatial_axes,
-    transposed_padding,
-)
+from lowrank.factorization import Factorization, chain
+from lowrank.interop.keras.convolutions import Config, Einsum, same_padding, transposed_padding
 
-_AXES = {
-    **{f"{kind}Conv{n}D": n for kind in ("", "Depthwise", "Separable") for n in (1, 2, 3)},
-    **{f"Conv{n}DTranspose": n for n in (1, 2, 3)},
-    "Dense": 1,
-}
 #: Settings of the replaced layer that the last layer of the chain gets, as it has the bias.
 _LAST = ("bias_initializer", "bias_regularizer", "bias_constraint", "activity_regularizer")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """Layer of a Keras model that can be replaced.
+
+    Attributes
+    ----------
+    layer : Layer
+        The layer as a convolution.
+    kind : str
+        Its class in ``keras.layers``.
+    config : dict
+        Its configuration.
+    kernel : tuple of int
+        Shape of its kernel.
+    shape : tuple of int
+        Shape of its input, with the batch.
+    """
+
+    layer: Layer
+    kind: str
+    config: Config
+    kernel: Ints
+    shape: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NewLayer:
-    """Keras layer that is to be written."""
+    """Keras layer that is to be made.
 
-    class_name: str
+    Attributes
+    ----------
+    kind : str
+        Class of the layer in ``keras.layers``.
+    config : dict
+        Its configuration, without a name.
+    weights : list of ndarray
+        Its weights, in Keras's order.
+    """
+
+    kind: str
     config: dict[str, Any]
-    weights: tuple[tuple[str, Array], ...]
-    shape: Shape  # of its input
-    out: Shape
+    weights: list[Array]
 
 
-def is_convolution(entry: Any) -> bool:
-    """Whether the class of a layer is a convolution or a dense layer."""
-    return entry.get("class_name") in _AXES
+def chain_layers(site: Site, f: Factorization) -> list[NewLayer]:
+    """Return the Keras layers that compute a chain in place of a layer.
 
+    Parameters
+    ----------
+    site : Site
+        Layer that is replaced.
+    f : Factorization
+        Chain.
 
-def spatial_ndim(entry: Any) -> int:
-    """Return the number of spatial axes of a convolution."""
-    return _AXES[str(entry["class_name"])]
+    Returns
+    -------
+    list of NewLayer
+        Layers in the order of execution.  The last with weights has the bias and the activation;
+        only a crop may follow.
 
-
-def weight_count(entry: Any) -> int:
-    """Return the number of arrays of a convolution."""
-    separable = str(entry["class_name"]).startswith("Separable")
-    return 1 + separable + bool(entry["config"].get("use_bias", True))
-
-
-def as_convolution(
-    entry: Any, weights: Sequence[Array], shape: Shape
-) -> tuple[Factorization, Ints]:
-    """Return a layer as a chain of one stage (separable layers: two), and its input size.
-
-    Raise a ValueError with the reason if the layer cannot be replaced.
+    Raises
+    ------
+    ValueError
+        If Keras has no layers for the chain that need fewer MACs than the layer.
     """
-    kind, config = str(entry["class_name"]), entry["config"]
-    n_axes = spatial_ndim(entry)
-    arrays = [np.asarray(w) for w in weights]
-    if len(arrays) != weight_count(entry) or config.get("quantization_config"):
-        raise ValueError("its weights are not those of a layer of its class")
-    if any(a.dtype.kind != "f" for a in arrays):
-        raise ValueError(f"its weights are of type {arrays[0].dtype}")
-    bias = arrays.pop() if config.get("use_bias", True) else None
-    kernel = arrays[0]
-    if kernel.ndim != (2 if kind == "Dense" else n_axes + 2):
-        raise ValueError(f"its kernel has shape {kernel.shape}")
-    if kind == "Dense":
-        if len(shape) < 2 or any(n is None for n in shape[1:]):
-            raise ValueError(f"its input size is not known: {shape}")
-        size: Ints = (math.prod(n or 1 for n in shape[1:-1]),)
-        f = dense(kernel.T[..., None], bias)
-        channels = shape[-1]
-    else:
-        if len(shape) != n_axes + 2:
-            raise ValueError(f"its input has shape {shape}")
-        axes, channel_axis = spatial_axes(config, len(shape))
-        channels = shape[channel_axis]
-        if any(n is None for n in shape[axes]):
-            raise ValueError(f"its input size is not known: {shape}")
-        size = tuple(n or 0 for n in shape[axes])
-        f = _convolution(kind, config, arrays, bias, size)
-    if channels is not None and channels != f.in_channels:
-        raise ValueError(f"its kernel takes {f.in_channels} channels, its input has {channels}")
-    f.output_shape(size)  # raises if the kernel does not fit
-    return f, size
-
-
-def _convolution(
-    kind: str, config: Any, arrays: list[Array], bias: Array | None, size: Ints
-) -> Factorization:
-    kernel, n = arrays[0], len(size)
-    stride = per_axis(config["strides"], n)
-    dilation = per_axis(config.get("dilation_rate", 1), n)
-    extent = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[:n]))
-    padding = str(config.get("padding", "valid")).lower()
-    if padding not in ("valid", "same", "causal") or (padding == "causal" and kind != "Conv1D"):
-        raise ValueError(f"its padding is {padding!r}")
-    if kind.endswith("Transpose"):
-        extra = config.get("output_padding")
-        extras = (None,) * n if extra is None else per_axis(extra, n)
-        crops = [transposed_padding(e, s, padding, o) for e, s, o in zip(extent, stride, extras)]
-        return dense(
-            np.moveaxis(kernel, (-1, -2), (0, 1)),
-            bias,
-            stride=stride,
-            padding=[p for p, _ in crops],
-            dilation=dilation,
-            transposed=True,
-            output_padding=[o for _, o in crops],
-        )
-    if padding == "causal":
-        pads: Pads = tuple((e - 1, 0) for e in extent)
-    elif padding == "same":
-        pads = tuple(same_padding(m, e, s) for m, e, s in zip(size, extent, stride))
-    else:
-        pads = ((0, 0),) * n
-    convolution = partial(dense, bias=bias, stride=stride, padding=pads, dilation=dilation)
-    if kind.startswith("Conv"):
-        groups = int(config.get("groups") or 1)
-        return convolution(np.moveaxis(kernel, (-1, -2), (0, 1)), groups=groups)
-    channels, times = kernel.shape[-2:]
-    weight = np.moveaxis(kernel, (-2, -1), (0, 1)).reshape(channels * times, 1, *kernel.shape[:n])
-    if kind.startswith("Depthwise"):
-        return convolution(weight, groups=channels)
-    first = convolution(weight, groups=channels, bias=None)
-    last = np.moveaxis(arrays[1], (-1, -2), (0, 1))
-    if last.shape[1:] != (channels * times, *(1,) * n):
-        raise ValueError(f"its pointwise kernel has shape {arrays[1].shape}")
-    pointwise = dense(last, bias)
-    return chain([*first.stages, *pointwise.stages], pointwise.bias)
-
-
-def chain_layers(
-    name: str, entry: Any, layer: Layer, f: Factorization, shape: Shape, dtype: Any
-) -> list[NewLayer]:
-    """Return the unnamed Keras layers that compute the chain `f` in place of a layer.
-
-    Raise a ValueError if Keras has none that need fewer MACs than the layer.
-    """
-    stages = [_as_keras_stage(s) for s in f.stages]
-    plain = chain(stages, f.bias)
-    layer_macs, macs = (c.cost(layer.input_size).macs for c in (layer.conv, plain))
-    if macs > layer_macs and macs > f.cost(layer.input_size).macs:
+    layer, config = site.layer, site.config
+    if not is_expressible(layer.conv, layer.input_size, f.stages):
+        macs, most = (written_macs(x.stages, layer.input_size) for x in (f, layer.conv))
         raise ValueError(
-            f"layer {name!r}: {f!r} has tied, shuffled or transposed stages for which Keras has "
-            f"no layers; written out they need {macs} MACs, the layer needs {layer_macs}"
+            f"layer {layer.name!r}: {f!r} has tied, shuffled or transposed stages for which Keras "
+            f"has no layers; written out they need {macs} MACs, the layer needs {most}"
         )
-    plain = plain.astype(dtype)
-    config = entry["config"]
-    if entry["class_name"] == "Dense":
-        layers = list(_dense_layers(config, plain, shape))
+    plain = chain([_as_keras_stage(s) for s in f.stages], f.bias)
+    if site.kind == "Dense":
+        layers = list(_dense_layers(plain))
+    elif site.kind == "EinsumDense":
+        layers = list(_einsum_layers(site, plain))
     else:
-        layers = list(_conv_layers(config, plain, shape))
-    last = next(x for x in reversed(layers) if x.weights)  # a crop may follow: it has no bias
-    last.config["activation"] = config.get("activation", "linear")
+        layers = list(_conv_layers(config, layer.input_size, plain))
+    last = next(x for x in reversed(layers) if x.weights)
+    last.config["activation"] = config["activation"]
     last.config.update({key: config[key] for key in _LAST if key in config})
     for new in layers:
-        new.config["trainable"] = config.get("trainable", True)
-        if "dtype" in config:
-            new.config["dtype"] = config["dtype"]
+        new.config.update(trainable=config["trainable"], dtype=config["dtype"])
     return layers
+
+
+def is_expressible(conv: Factorization, size: Ints, stages: Sequence[Stage]) -> bool:
+    """Return whether Keras has layers for a chain that do not undo its saving.
+
+    Parameters
+    ----------
+    conv : Factorization
+        Layer that the chain replaces.
+    size : tuple of int
+        Spatial size of its input.
+    stages : sequence of Stage
+        Stages of the chain, whose weights may be abstract.
+
+    Returns
+    -------
+    bool
+    """
+    own = sum(c.macs for c in stage_costs(stages, (stages[0].in_channels, *size)))
+    return written_macs(stages, size) <= max(written_macs(conv.stages, size), own)
+
+
+def written_macs(stages: Sequence[Stage], size: Ints) -> int:
+    """Return the MACs of stages as Keras layers, which hold tied weights as dense ones."""
+    costs = stage_costs(stages, (stages[0].in_channels, *size))
+    return sum(c.macs * _growth(s) for s, c in zip(stages, costs))
+
+
+def _growth(s: Stage) -> int:
+    """Return the factor by which the weights of a stage grow in :func:`_as_keras_stage`."""
+    is_depthwise = s.weight.shape[:2] == (s.groups, 1)
+    factor = 1 if is_depthwise else s.inner
+    if _is_shuffled(s) or (s.transposed and _flipped_padding(s) is None):
+        factor *= s.groups * s.outer * (s.inner if is_depthwise else 1)
+    if max(s.geometry.stride) > 1 and max(s.geometry.dilation) > 1:
+        factor *= math.prod(s.geometry.extent(s.kernel)) // math.prod(s.kernel)
+    return factor
+
+
+def _is_shuffled(s: Stage) -> bool:
+    source = s.channel_permutation()
+    return not np.array_equal(source, np.arange(len(source)))
+
+
+def _flipped_padding(s: Stage) -> Pads | None:
+    """Return the padding of the convolution that equals a transposed one of stride 1, or None."""
+    g = s.geometry
+    flipped = tuple(
+        (e - 1 - a, e - 1 - b + o)
+        for e, (a, b), o in zip(g.extent(s.kernel), g.padding, g.output_padding)
+    )
+    return flipped if max(g.stride) == 1 and min(map(min, flipped)) >= 0 else None
 
 
 def _as_keras_stage(stage: Stage) -> Stage:
@@ -189,30 +176,22 @@ def _as_keras_stage(stage: Stage) -> Stage:
         tied = np.einsum("goc...,rs->gorcs...", grouped, np.eye(stage.inner, dtype=weight.dtype))
         weight = tied.reshape(-1, weight.shape[1] * stage.inner, *stage.kernel)
     weight, groups = np.concatenate([weight] * stage.outer), groups * stage.outer
-    source = stage.channel_permutation()
-    shuffled = not np.array_equal(source, np.arange(len(source)))
-    # A transposed convolution with stride 1 is a convolution with flipped taps.
-    g = stage.geometry
-    flipped = [
-        (e - 1 - a, e - 1 - b + o)
-        for e, (a, b), o in zip(g.extent(stage.kernel), g.padding, g.output_padding)
-    ]
-    is_flippable = stage.transposed and max(g.stride) == 1 and min(map(min, flipped)) >= 0
-    if shuffled or (stage.transposed and not is_flippable and groups > 1):
+    g, shuffled = stage.geometry, _is_shuffled(stage)
+    flipped = _flipped_padding(stage) if stage.transposed else None
+    if shuffled or (stage.transposed and flipped is None and groups > 1):
         weight, groups = _ungroup(weight, groups), 1
         if shuffled:
-            weight = weight[:, np.argsort(source)]
-    if is_flippable:
+            weight = weight[:, np.argsort(stage.channel_permutation())]
+    if flipped is not None:
         rows = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
         weight = np.flip(rows.reshape(-1, *rows.shape[2:]), tuple(range(2, 2 + g.ndim)))
-        pads = tuple((a, b) for a, b in flipped)
-        g = replace(g, padding=pads, output_padding=(0,) * g.ndim)
+        g = replace(g, padding=flipped, output_padding=(0,) * g.ndim)
     if max(g.stride) > 1 and max(g.dilation) > 1:  # Keras allows only one of the two
         extent = g.extent(stage.kernel)
         dilated = np.zeros((*weight.shape[:2], *extent), weight.dtype)
         dilated[trailing(*(slice(None, None, d) for d in g.dilation))] = weight
         weight, g = dilated, replace(g, dilation=(1,) * g.ndim)
-    return Stage(weight, g, groups, transposed=stage.transposed and not is_flippable)
+    return Stage(weight, g, groups, transposed=stage.transposed and flipped is None)
 
 
 def _ungroup(weight: Array, groups: int) -> Array:
@@ -222,86 +201,114 @@ def _ungroup(weight: Array, groups: int) -> Array:
     return np.asarray(dense_kernel.reshape(weight.shape[0], -1, *weight.shape[2:]))
 
 
-def _dense_layers(config: Any, f: Factorization, shape: Shape) -> Iterator[NewLayer]:
-    for i, stage in enumerate(f.stages):
-        if max(stage.kernel) > 1 or stage.groups > 1:
-            stage = replace(stage, weight=_ungroup(stage.weight, stage.groups), groups=1)
-        bias = f.bias if i == len(f.stages) - 1 else None
-        weight = stage.weight[..., 0].T
-        out = (*shape[:-1], stage.out_channels)
-        new = {"units": stage.out_channels, "use_bias": bias is not None, "activation": "linear"}
-        yield NewLayer("Dense", new, _weights(("kernel", weight), ("bias", bias)), shape, out)
-        shape = out
+def _as_matrices(f: Factorization) -> list[Array]:
+    """Return the matrices (out, in) of a chain of pointwise stages."""
+    for s in f.stages:
+        if s.transposed or max(s.kernel) > 1 or max(s.geometry.stride) > 1:
+            raise ValueError(f"the chain of a linear layer must be pointwise, got {s!r}")
+    return [_ungroup(s.weight, s.groups)[..., 0] for s in f.stages]
 
 
-def _conv_layers(config: Any, f: Factorization, shape: Shape) -> Iterator[NewLayer]:
+def _dense_layers(f: Factorization) -> Iterator[NewLayer]:
+    matrices = _as_matrices(f)
+    for i, matrix in enumerate(matrices):
+        bias = f.bias if i == len(matrices) - 1 else None
+        new = {"units": len(matrix), "use_bias": bias is not None, "activation": "linear"}
+        yield NewLayer("Dense", new, _weights(matrix.T, bias))
+
+
+def _einsum_layers(site: Site, f: Factorization) -> Iterator[NewLayer]:
+    """Yield EinsumDense layers; between the stages, the channels are one axis."""
+    e = Einsum.parse(site.config["equation"], len(site.shape))
+    unused = [c for c in ascii_lowercase if c not in "".join(e)]
+    named = [c for c in e.output if c not in e.elided]
+    if not e.output.startswith(e.elided) or not e.elided:
+        del named[0]  # the batch, which Keras adds
+    known = dict(zip(named, site.config["output_shape"]))
+    sizes = dict(zip(e.kernel, site.kernel))
+    # Keras wants an ellipsis at the same end of all terms.
+    at = len(e.lead) if e.lead.startswith(e.elided) else len(e.lead) - len(e.elided)
+    matrices = _as_matrices(f)
+    x, ins = e.input, e.ins
+    for i, matrix in enumerate(matrices):
+        is_last = i == len(matrices) - 1
+        outs = e.outs if is_last else unused[i % 2]
+        y = e.output if is_last else e.lead[:at] + outs + e.lead[at:]
+        if not is_last:
+            sizes[outs] = len(matrix)
+        shape = [sizes[c] for c in outs]
+        equation = f"{x},{ins}{outs}->{y}"
+        new = {
+            "equation": equation.replace(e.elided, "...") if e.elided else equation,
+            "output_shape": [
+                sizes[c] if c in outs else known.get(c)
+                for c in (y if y.startswith(e.elided) and e.elided else y[1:])
+                if c not in e.elided
+            ],
+            "bias_axes": None,
+            "activation": "linear",
+        }
+        bias = f.bias if is_last else None
+        if bias is not None:
+            letters = y[min(map(y.index, outs)) :]
+            order = "".join(c for c in letters if c in outs)
+            bias = np.einsum(f"{outs}->{order}", bias.reshape(shape))
+            bias = bias.reshape([sizes[c] if c in outs else 1 for c in letters])
+            new["bias_axes"] = order
+        kernel = matrix.T.reshape(*(sizes[c] for c in ins), *shape)
+        yield NewLayer("EinsumDense", new, _weights(kernel, bias))
+        x, ins = y, outs
+
+
+def _conv_layers(config: Config, size: Ints, f: Factorization) -> Iterator[NewLayer]:
     """Yield layers for the stages, with layers for padding and cropping where necessary."""
-    axes, channel_axis = spatial_axes(config, len(shape))
-    data_format = {"data_format": config.get("data_format", "channels_last")}
-    layer_padding = str(config.get("padding", "valid")).lower()
-
-    def resized(size: Ints, channels: int) -> Shape:
-        new = list(shape)
-        new[axes] = [None if n is None else m for n, m in zip(shape[axes], size)]
-        new[channel_axis] = channels
-        return tuple(new)
-
-    size = tuple(n or 0 for n in shape[axes])
+    data_format = config["data_format"]
     i = 0
     while i < len(f.stages):
         stage = f.stages[i]
         out = stage.output_shape((stage.in_channels, *size))[1:]
         i += 1
         n, g = len(size), stage.geometry
-        new = {
+        new: dict[str, Any] = {
             "kernel_size": list(stage.kernel),
             "strides": list(g.stride),
             "dilation_rate": list(g.dilation),
             "activation": "linear",
-            **data_format,
+            "data_format": data_format,
         }
         if stage.transposed:
             bias = f.bias if i == len(f.stages) else None
-            yield from _transposed_layers(stage, bias, new, resized, size, out, layer_padding)
+            yield from _transposed_layers(stage, bias, new, size, out, config["padding"])
             size = out
             continue
-        padding = _padding_name(layer_padding, stage, size)
+        padding = _padding_name(config["padding"], stage, size)
         if padding is None:
-            padded = tuple(m + sum(p) for m, p in zip(size, g.padding))
-            pads = [list(p) for p in g.padding]
-            yield NewLayer(
-                f"ZeroPadding{n}D",
-                _pad_config("padding", pads, data_format),
-                (),
-                resized(size, stage.in_channels),
-                resized(padded, stage.in_channels),
-            )
-            size, padding = padded, "valid"
+            size = tuple(m + sum(p) for m, p in zip(size, g.padding))
+            yield _pad_layer("ZeroPadding", "padding", g.padding, data_format)
+            padding = "valid"
         depthwise = stage.groups == stage.in_channels > 1
         # TensorFlow's depthwise kernels need equal strides, and do not exist in 3-D.
         depthwise = depthwise and n < 3 and len(set(g.stride)) == 1 and padding != "causal"
-        input_shape, last = resized(size, stage.in_channels), stage
         new["padding"] = padding
-        kernel = np.moveaxis(stage.weight, (0, 1), (-1, -2))
+        kernels = [np.moveaxis(stage.weight, (0, 1), (-1, -2))]
         if depthwise:
             times = stage.out_channels // stage.groups
             taps = stage.weight.reshape(stage.groups, times, *stage.kernel)
-            kernel = np.moveaxis(taps, (0, 1), (-2, -1))
+            kernels = [np.moveaxis(taps, (0, 1), (-2, -1))]
             new["depth_multiplier"] = times
-            kind, weights = f"DepthwiseConv{n}D", [("depthwise_kernel", kernel)]
+            kind = f"DepthwiseConv{n}D"
             if i < len(f.stages) and _is_pointwise(f.stages[i]):
                 last = f.stages[i]
                 i += 1
                 kind = f"SeparableConv{n}D"
                 new["filters"] = last.out_channels
-                weights.append(("pointwise_kernel", np.moveaxis(last.weight, (0, 1), (-1, -2))))
+                kernels.append(np.moveaxis(last.weight, (0, 1), (-1, -2)))
         else:
             new |= {"filters": stage.out_channels, "groups": stage.groups}
-            kind, weights = f"Conv{n}D", [("kernel", kernel)]
+            kind = f"Conv{n}D"
         bias = f.bias if i == len(f.stages) else None
         new["use_bias"] = bias is not None
-        output_shape = resized(out, last.out_channels)
-        yield NewLayer(kind, new, _weights(*weights, ("bias", bias)), input_shape, output_shape)
+        yield NewLayer(kind, new, _weights(*kernels, bias))
         size = out
 
 
@@ -320,23 +327,18 @@ def _padding_name(layer_padding: str, stage: Stage, size: Ints) -> str | None:
 
 
 def _transposed_layers(
-    stage: Stage,
-    bias: Array | None,
-    config: Any,
-    resized: Any,
-    size: Ints,
-    out: Ints,
-    layer_padding: str,
+    stage: Stage, bias: Array | None, config: dict[str, Any], size: Ints, out: Ints, first: str
 ) -> Iterator[NewLayer]:
-    """Yield a transposed convolution, with a layer that crops where Keras would crop otherwise."""
+    """Yield a transposed convolution, with a layer that crops where Keras would crop otherwise.
+
+    `first` is the padding that is tried first.
+    """
     n, g = len(size), stage.geometry
     extent = g.extent(stage.kernel)
-    kernel = np.moveaxis(stage.weight, (0, 1), (-1, -2))
-    weights = _weights(("kernel", kernel), ("bias", bias))
+    weights = _weights(np.moveaxis(stage.weight, (0, 1), (-1, -2)), bias)
     config |= {"filters": stage.out_channels, "use_bias": bias is not None, "output_padding": None}
     kind = f"Conv{n}DTranspose"
-    input_shape, output_shape = resized(size, stage.in_channels), resized(out, stage.out_channels)
-    for padding in (layer_padding, "same", "valid"):
+    for padding in (first, "same", "valid"):
         keras_crops = [transposed_padding(e, s, padding, None) for e, s in zip(extent, g.stride)]
         excess = [
             (m - 1) * s + e - a - w
@@ -345,28 +347,29 @@ def _transposed_layers(
         crops = [((a, max(x, 0)), max(-x, 0)) for ((a, _), _), x in zip(keras_crops, excess)]
         starts_agree = all(a == b for ((a, _), _), (b, _) in zip(keras_crops, g.padding))
         if keras_crops == crops and starts_agree:
-            yield NewLayer(kind, config | {"padding": padding}, weights, input_shape, output_shape)
+            yield NewLayer(kind, config | {"padding": padding}, weights)
             return
     # Otherwise compute the whole output, with the samples to add at its end, and crop it.
     extra = [max(o - b, 0) for (_, b), o in zip(g.padding, g.output_padding)]
     whole = tuple((m - 1) * s + e + o for m, s, e, o in zip(size, g.stride, extent, extra))
-    crop = [[a, w - a - m] for (a, _), w, m in zip(g.padding, whole, out)]
+    crop = tuple((a, w - a - m) for (a, _), w, m in zip(g.padding, whole, out))
     if any(o >= s for o, s in zip(extra, g.stride)):
         raise ValueError(f"Keras has no transposed convolution of stride {g.stride} and {g}")
-    whole_shape = resized(whole, stage.out_channels)
-    config |= {"padding": "valid", "output_padding": extra}
-    yield NewLayer(kind, config, weights, input_shape, whole_shape)
+    yield NewLayer(kind, config | {"padding": "valid", "output_padding": extra}, weights)
     if any(map(any, crop)):
-        crop_config = _pad_config("cropping", crop, {"data_format": config["data_format"]})
-        yield NewLayer(f"Cropping{n}D", crop_config, (), whole_shape, output_shape)
+        yield _pad_layer("Cropping", "cropping", crop, config["data_format"])
 
 
-def _pad_config(key: str, pairs: list[list[int]], data_format: dict[str, Any]) -> dict[str, Any]:
-    if len(pairs) > 1:
-        return {key: pairs, **data_format}
-    if data_format["data_format"] == "channels_first":
-        raise ValueError(f"Keras has no {key} along one axis for channels first")
-    return {key: pairs[0]}
+def _pad_layer(kind: str, key: str, pairs: Pads, data_format: str) -> NewLayer:
+    """Return a layer that pads or crops."""
+    config: dict[str, Any] = {key: [list(p) for p in pairs], "data_format": data_format}
+    if len(pairs) == 1:
+        if data_format == "channels_first" and kind == "Cropping":
+            raise ValueError("Keras has no cropping along one axis for channels first")
+        config[key] = config[key][0]
+        if kind == "Cropping":
+            del config["data_format"]
+    return NewLayer(f"{kind}{len(pairs)}D", config, [])
 
 
 def _is_pointwise(stage: Stage) -> bool:
@@ -375,5 +378,5 @@ def _is_pointwise(stage: Stage) -> bool:
     return plain and max(stage.kernel) == 1 and stage.groups == 1 and not stage.transposed
 
 
-def _weights(*named: tuple[str, Array | None]) -> tuple[tuple[str, Array], ...]:
-    return tuple((name, np.ascontiguousarray(a)) for name, a in named if a is not None)
+def _weights(*arrays: Array | None) -> list[Array]:
+    return [np.ascontiguousarray(a) for a in arrays if a is not None]

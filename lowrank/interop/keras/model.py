@@ -1,165 +1,314 @@
-"""Keras models: read layers from ``.keras`` and ``.h5`` files and write chains, without Keras.
-
-The formats are those of Keras 3 and of Keras 2.12 to 2.15 (``.keras``: an archive of
-``config.json``, ``metadata.json`` and ``model.weights.h5``), and the older ``.h5`` of Keras 2 and
-3 (attribute ``model_config``, group ``model_weights``).  Keras 3.15 loads the files that are
-written here.
-"""
+"""Compressible models of Keras, run by Keras."""
 
 from __future__ import annotations
 
-import copy
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import replace
-from io import BytesIO
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank._typing import Array
-from lowrank.compress.model import Chains, Layer
+from lowrank._typing import Array, Ints
+from lowrank.compress.model import Call, Chains, Layer, Samples
+from lowrank.factorization import Factorization
+from lowrank.interop.batches import Feed, Input, check_batch, fits, read_batches
 from lowrank.interop.common import check_chains
-from lowrank.interop.keras.files import KerasFile, h5py, open_hdf5, read, read_errors
-from lowrank.interop.keras.graph import (
-    Run,
-    Shape,
-    inner_layers,
-    model_graph,
-    name_of,
-    spatial_axes,
-    trace,
-)
-from lowrank.interop.keras.layers import (
-    NewLayer,
+from lowrank.interop.keras.convolutions import (
     as_convolution,
-    chain_layers,
+    as_output_samples,
+    as_samples,
     is_convolution,
-    spatial_ndim,
 )
-from lowrank.interop.keras.weights import Origin, WeightStore, weight_store
-from lowrank.interop.weights.static import Calibration, StaticModel
+from lowrank.interop.keras.files import library, load
+from lowrank.interop.keras.graph import (
+    as_array,
+    is_graph,
+    leaves,
+    norm_gain,
+    reason_to_leave_out,
+    rebuild,
+)
+from lowrank.interop.keras.layers import Site, chain_layers, is_expressible
+from lowrank.interop.keras.runs import Finished, run
+
+_PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
+_UNKNOWN = "its input size is not known: give calibration data or input_shape"
 
 
-class KerasModel(StaticModel):
-    """Compressible model of a Keras file.
+class KerasModel:
+    """Compressible model of Keras 3, a file or in memory.
 
-    ``h5py`` is required, Keras is not.  The model is not run: every layer is fitted on inputs of
-    the *original* network, there are no gradients, and no outputs to compare.  No code in the
-    file is run either: the output of a Lambda layer has no known shape.
+    Files are loaded in Keras's safe mode: no code in them is run.  Keras runs the model, so that
+    layers are fitted to their inputs in the compressed model; there are gradients if Keras runs
+    on PyTorch.
 
     Parameters
     ----------
-    path : path
-        ``.keras``, ``.h5`` or ``.hdf5`` file of a Sequential or functional model, also with
-        nested models.
+    model : path or keras.Model
+        ``.keras``, ``.h5`` or ``.hdf5`` file, or a model in memory, which is not changed:
+        Sequential or functional, also with nested models and TimeDistributed layers.
     input_shape : sequence of int, optional
-        Shape of one input of the model, in the model's order of axes, if the file does not fix
-        it.
-    calibration : path, optional
-        ``.npz`` file of inputs of layers: arrays named after the layers, of shape
-        (batch, channels, \\*spatial) for any order of axes of the model.
+        Shape of one input of the model, if it does not fix it and there are no data.
+    calibration : path or sequence, optional
+        ``.npz`` file of inputs of the model: arrays named after the inputs, with examples along
+        the first axis.  Or batches in memory: arrays, or dicts of arrays by input.
+    custom_objects : mapping of str to object, optional
+        Classes and functions in a file that are not Keras's own, by name.
 
     Attributes
     ----------
     layers : tuple of Layer
-        Convolutions, depthwise and transposed convolutions, and dense layers, in execution
-        order; layers of a nested model are called MODEL/LAYER.
+        Convolutions, depthwise and transposed convolutions, Dense and EinsumDense layers, in
+        execution order; layers of a nested model are called MODEL/LAYER.
     chains : dict of str to Factorization
         Separable convolutions: chains of two stages already, which are not changed.
     left_out : dict of str to str
-        Reasons why other layers are not among `layers`.
-    batches : int
-        Number of calibration batches, 0 without calibration data.
+        Reasons why other layers with weights of that kind are not among `layers`.
 
     Raises
     ------
     ValueError
-        If a file is damaged or hostile, or the calibration data do not fit.
+        If a file is damaged or hostile, the model is a subclass with code of its own, or the
+        calibration data do not fit.
     OSError
         If a file cannot be read.
     ImportError
-        If h5py is not installed.
+        If Keras or a library that runs it is not installed.
 
     Examples
     --------
-    >>> import json, pathlib, tempfile
-    >>> import h5py
-    >>> import numpy as np
+    >>> import os
+    >>> import pytest
+    >>> torch = pytest.importorskip("torch")
+    >>> _ = os.environ.setdefault("KERAS_BACKEND", "torch")
+    >>> keras = pytest.importorskip("keras")
     >>> import lowrank
     >>> from lowrank.interop.keras import KerasModel
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "model.h5")  # in the format of Keras 2
-    >>> about = {"name": "a", "kernel_size": 5, "strides": 1, "filters": 8, "use_bias": False}
-    >>> layer = {"class_name": "Conv1D", "config": about | {"batch_input_shape": [None, 20, 3]}}
-    >>> with h5py.File(path, "w") as file:
-    ...     file.attrs["model_config"] = json.dumps(
-    ...         {"class_name": "Sequential", "config": {"name": "net", "layers": [layer]}})
-    ...     file["model_weights/a/a/kernel:0"] = np.ones((5, 3, 8), np.float32)
-    ...     file["model_weights/a"].attrs["weight_names"] = ["a/kernel:0"]
-    ...     file["model_weights"].attrs["layer_names"] = ["a"]
-    >>> net = KerasModel(path)
+    >>> model = keras.Sequential([keras.Input((20, 3)), keras.layers.Conv1D(8, 5, name="a")])
+    >>> net = KerasModel(model)
     >>> net.layers[0].conv, net.layers[0].input_size
-    (<Factorization dense: 8x3x5, 120 params>, (20,))
-    >>> net.replaced({"a": lowrank.channel_svd(net.layers[0].conv, 1)}).save(path)
-    >>> [x.name for x in KerasModel(path).layers]
-    ['a_0', 'a']
+    (<Factorization dense: 8x3x5, 128 params>, (20,))
+    >>> new = net.replaced({"a": lowrank.channel_svd(net.layers[0].conv, 1)})
+    >>> [(type(x).__name__, x.name) for x in new.layers]
+    [('Conv1D', 'a_0'), ('Conv1D', 'a')]
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        model: Any,
         input_shape: Sequence[int] | None = None,
-        calibration: str | os.PathLike[str] | None = None,
+        calibration: str | os.PathLike[str] | Sequence[Any] | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
-        self._file = read(path)
-        self.chains = {}
-        self.left_out = {}
-        self._runs: dict[str, Run] = {}
-        shape = None if input_shape is None else (None, *input_shape)
-        with read_errors(self.path), open_hdf5(self._file.weights) as file:
-            layers = self._find_layers(weight_store(self._file, file), shape)
-        convs = {name: layer.conv for name, layer in layers.items()}
-        self._calibration = Calibration(calibration, convs)
-        self.layers = tuple(layers.values())
+        where = ""
+        if isinstance(model, (str, os.PathLike)):
+            where = f"{Path(model)}: "
+            model = load(model, custom_objects)
+        try:
+            self._open(model, input_shape, calibration)
+        except ValueError as why:
+            raise ValueError(f"{where}{why}") from None
 
-    def _find_layers(self, store: WeightStore, input_shape: Shape | None) -> dict[str, Layer]:
-        """Return the layers by name; fill `chains` and `left_out` with the others."""
-        layers: dict[str, Layer] = {}
-        for run in trace(self._file.config, input_shape):
-            name, entry = _name_and_entry(self._file.config, run.path)
-            if name in layers:
-                layers[name] = replace(layers[name], times=layers[name].times + 1)
-            if name in self._runs:
-                continue
-            self._runs[name] = run
-            config = entry["config"]
-            wrapped = config.get("layer") if isinstance(config, dict) else None
-            if isinstance(wrapped, dict) and is_convolution(wrapped):
-                self.left_out[name] = f"it is inside a {entry.get('class_name')}"
-            if not is_convolution(entry):
-                continue
+    def _open(self, model: Any, input_shape: Sequence[int] | None, calibration: Any) -> None:
+        keras = library()
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"model must be a path or a keras.Model, got {model!r:.80}")
+        if not is_graph(model):
+            raise ValueError(
+                f"the model is of class {type(model).__name__} with code of its own: only "
+                "Sequential and functional models are rebuilt with other layers"
+            )
+        if not getattr(model, "inputs", None):
+            raise ValueError("the model is not built: call it once, or give its first layer Input")
+        self._model = model
+        self._inputs = tuple(Input(x.name, np.dtype(x.dtype), tuple(x.shape)) for x in model.inputs)
+        if isinstance(calibration, (str, os.PathLike)):
+            calibration = read_batches(calibration, self._inputs)
+        self._feeds = [check_batch(self._inputs, b) for b in calibration or ()]
+        self._keras: dict[str, Any] = {}
+        self._sites: dict[str, Site] = {}
+        self._made: dict[str, tuple[Factorization, list[Any]]] = {}
+        self.chains: dict[str, Factorization] = {}
+        self.left_out: dict[str, str] = {}
+        self._find(input_shape)
+        self.layers = tuple(site.layer for site in self._sites.values())
+
+    def _find(self, input_shape: Sequence[int] | None) -> None:
+        """Find all layers; the model is run once for the sizes of their inputs."""
+        found: dict[str, Any] = {}
+        gains: dict[str, Array | None] = {}
+        for name, layer, parent in leaves(self._model):
+            if any(layer is other for other in found.values()):
+                continue  # in two models
+            if reason := reason_to_leave_out(layer):
+                self.left_out[name] = reason
+            elif is_convolution(type(layer).__name__):
+                found[name], gains[name] = layer, norm_gain(layer, parent)
+        seen: dict[str, list[Ints]] = {}  # in execution order
+        feed = self._feeds[0] if self._feeds else self._zeros(input_shape)
+        if feed is not None and found:
+
+            def record(name: str, x: Any) -> None:
+                seen.setdefault(name, []).append(tuple(x.shape))
+
+            run(self._model, feed, inputs=[(x, partial(record, n)) for n, x in found.items()])
+        unknown = "the model does not run it" if seen else _UNKNOWN
+        self.left_out |= {name: unknown for name in found if name not in seen}
+        for name, shapes in seen.items():
+            layer, kind = found[name], type(found[name]).__name__
+            weights, config = [as_array(v) for v in layer.weights], layer.get_config()
             try:
-                if not run.shapes or run.shapes[0] is None:
-                    raise ValueError("its input size is not known")
-                f, size = as_convolution(entry, store.arrays(run.path), run.shapes[0])
-            except (ValueError, TypeError, LookupError, AttributeError) as why:
+                f, size = as_convolution(kind, config, weights, shapes[0])
+            except ValueError as why:
                 self.left_out[name] = str(why)
                 continue
             if len(f.stages) > 1:
                 self.chains[name] = f
                 self.left_out[name] = "it is a depthwise and a pointwise stage already"
-            else:
-                layers[name] = Layer(name, f, size, _scale(self._file.config, run.path, store))
-        return layers
+                continue
+            accepts = partial(is_expressible, f, size)
+            new = Layer(name, f, size, gains[name], len(shapes), accepts)
+            self._keras[name] = layer
+            self._sites[name] = Site(new, kind, config, weights[0].shape, shapes[0])
 
-    def replaced(self, chains: Chains) -> KerasFile:
-        """Return the model with chains in place of layers.
+    def _zeros(self, input_shape: Sequence[int] | None) -> Feed | None:
+        """Return one example of zeros, or None if its shape is not known."""
+        shapes = [i.shape[1:] for i in self._inputs]
+        if input_shape is not None:
+            if len(shapes) > 1 or not fits(tuple(input_shape), shapes[0]):
+                raise ValueError(
+                    f"input_shape must fit the input {self._inputs[0]}, got {tuple(input_shape)}"
+                )
+            shapes = [tuple(input_shape)]
+        known = [[n for n in s if n is not None] for s in shapes]
+        if any(len(k) < len(s) or math.prod(k) > _PROBE_LIMIT for k, s in zip(known, shapes)):
+            return None
+        return {
+            i.name: np.zeros((i.shape[0] or 1, *s), i.dtype) for i, s in zip(self._inputs, known)
+        }
 
-        A chain becomes convolutions NAME_0, NAME_1, ..., of which the last keeps the layer's
-        name, bias and activation.  A depthwise stage followed by a pointwise one becomes a
-        separable convolution.  The state of an optimizer is dropped: it belongs to other weights.
+    @property
+    def batches(self) -> int:
+        """Number of calibration batches, 0 without calibration data."""
+        return len(self._feeds)
+
+    def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
+        r"""Yield the inputs of layers, one batch at a time, with `chains` in place of layers.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Names of the layers.
+        chains : mapping of str to Factorization
+            Chains by the name of the layer that they replace.
+
+        Yields
+        ------
+        dict of str to tuple of ndarray
+            One float32 array per run of the layer, (batch, channels, \*spatial); for a product with
+            a matrix (batch, channels, vectors).
+
+        Raises
+        ------
+        ValueError
+            If there is no such layer, a chain does not fit, or Keras fails.
+        """
+        sites = self._chosen(names)
+        replaced = self._replacements(chains)
+        remaining = sum(site.layer.times for site in sites.values())
+        for feed in self._feeds:
+            seen: dict[str, list[Array]] = {name: [] for name in sites}
+
+            def record(site: Site, seen: dict[str, list[Array]], x: Any) -> None:
+                x = library().ops.convert_to_numpy(x)
+                seen[site.layer.name].append(as_samples(site.kind, site.config, x))
+                if sum(map(len, seen.values())) == remaining:
+                    raise Finished
+
+            watched = [(self._keras[n], partial(record, s, seen)) for n, s in sites.items()]
+            if sites:
+                run(self._model, feed, replaced, watched)
+            yield {name: tuple(arrays) for name, arrays in seen.items()}
+
+    def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
+        r"""Yield the gradients of random combinations of the outputs, one batch at a time.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Names of the layers.
+        seed : int
+            Seed of the combinations.
+
+        Returns
+        -------
+        iterator of dict of str to tuple of ndarray, or None
+            One float32 array per run of the layer, ahead of its activation; None if Keras does not
+            run on PyTorch.
+        """
+        if library().backend.backend() != "torch":
+            return None
+        return self._gradients(self._chosen(names), seed)
+
+    def _gradients(self, sites: Mapping[str, Site], seed: int) -> Iterator[Samples]:
+        import torch
+
+        random = torch.Generator().manual_seed(seed)
+        for feed in self._feeds:
+            seen: dict[str, list[Any]] = {name: [] for name in sites}
+            watched = [(self._keras[name], seen[name].append) for name in sites]
+            outputs = [y for y in run(self._model, feed, linear=watched) if y.is_floating_point()]
+            with torch.enable_grad():
+                loss = sum(
+                    (y * torch.randn(y.shape, generator=random).to(y)).float().sum()
+                    for y in outputs
+                )
+            targets = [y for tensors in seen.values() for y in tensors]
+            found = iter(torch.autograd.grad(loss, targets, allow_unused=True))
+            yield {
+                name: tuple(
+                    as_output_samples(
+                        sites[name].kind,
+                        sites[name].config,
+                        library().ops.convert_to_numpy(torch.zeros_like(y) if g is None else g),
+                    )
+                    for y, g in ((y, next(found)) for y in tensors)
+                )
+                for name, tensors in seen.items()
+            }
+
+    def outputs(self, chains: Chains) -> Iterator[tuple[Array, ...]]:
+        """Yield the outputs of the model, one batch at a time.
+
+        Parameters
+        ----------
+        chains : mapping of str to Factorization
+            Chains by the name of the layer that they replace.
+
+        Yields
+        ------
+        tuple of ndarray
+            Outputs in order, float32.
+
+        Raises
+        ------
+        ValueError
+            If a chain does not fit, or Keras fails.
+        """
+        replaced = self._replacements(chains)
+        for feed in self._feeds:
+            values = map(library().ops.convert_to_numpy, run(self._model, feed, replaced))
+            yield tuple(np.asarray(y, np.float32) for y in values)
+
+    def replaced(self, chains: Chains) -> Any:
+        """Return a new model with chains in place of layers.
+
+        A chain becomes layers NAME_0, NAME_1, ..., of which the last keeps the layer's name, bias
+        and activation.  A depthwise stage followed by a pointwise one becomes a separable
+        convolution.  All of them are Keras's own.
 
         Parameters
         ----------
@@ -168,146 +317,65 @@ class KerasModel(StaticModel):
 
         Returns
         -------
-        KerasFile
-            New model; its method ``save(path)`` writes it.
+        keras.Model
+            New model, not compiled; :func:`lowrank.interop.keras.save` writes it.
 
         Raises
         ------
         ValueError
             If there is no such layer, a chain does not fit it, or Keras has no layers for it.
         """
-        by_name = {layer.name: layer for layer in self.layers}
-        check_chains(chains, by_name)
-        config = copy.deepcopy(self._file.config)
-        origins: dict[int, Origin] = {}
-        _collect_origins(config, (), origins)
+        check_chains(chains, {name: site.layer for name, site in self._sites.items()})
+        new = {id(self._keras[name]): self._make(name, f) for name, f in chains.items()}
+        return rebuild(self._model, new)
+
+    def fingerprint(self) -> str:
+        """Return nothing: the network as a whole is not timed.
+
+        Returns
+        -------
+        str
+        """
+        return ""
+
+    def call(self, chains: Chains, runtime: str, batch: int, threads: int) -> Call | None:
+        """Return None: no runtime of lowrank runs models of Keras, so layers are timed alone.
+
+        Returns
+        -------
+        None
+        """
+        return None
+
+    def _chosen(self, names: Sequence[str]) -> dict[str, Site]:
+        for name in names:
+            if name not in self._sites:
+                raise ValueError(f"no layer {name!r} among {', '.join(self._sites)}")
+        return {name: self._sites[name] for name in names}
+
+    def _replacements(self, chains: Chains) -> list[tuple[Any, list[Any]]]:
+        """Return layers and those that run in place of them; layers that are made are kept."""
+        check_chains(chains, {name: site.layer for name, site in self._sites.items()})
         for name, f in chains.items():
-            path = self._runs[name].path
-            model = _entry_at(origins, path[:-1]) if len(path) > 1 else config
-            entry = _entry_at(origins, path)
-            shape = self._runs[name].shapes[0]
-            assert shape is not None  # other layers are in left_out
-            with open_hdf5(self._file.weights) as file:
-                dtype = weight_store(self._file, file).arrays(path)[0].dtype
-            new_layers = chain_layers(name, entry, by_name[name], f, shape, dtype)
-            _insert(model, entry, new_layers, origins)
-        buffer = BytesIO()
-        with (
-            read_errors(self.path),
-            open_hdf5(self._file.weights) as old,
-            h5py().File(buffer, "w") as new,
-        ):
-            weight_store(self._file, old).write(new, config, origins)
-        return KerasFile(self._file.ending, config, buffer.getvalue(), self._file.members)
+            if name not in self._made or self._made[name][0] is not f:
+                self._made[name] = f, self._make(name, f)
+        return [(self._keras[name], self._made[name][1]) for name in chains]
 
-
-def _name_and_entry(config: Any, path: tuple[int, ...]) -> tuple[str, Any]:
-    """Return the name and the entry of a layer, which may be in a nested model."""
-    names = []
-    for i in path:
-        config = (inner_layers(config) or [])[i]
-        names.append(name_of(config))
-    return "/".join(names), config
-
-
-def _scale(config: Any, path: tuple[int, ...], store: WeightStore) -> Array | None:
-    """Return the gain of the batch norm that is the only user of a layer's output, or None."""
-    for i in path[:-1]:
-        config = (inner_layers(config) or [])[i]
-    g = model_graph(config)
-    index = path[-1]
-    layer = g.entries[index]
-    users = {c.layer for calls in g.calls for c in calls if any(s[0] == index for s in c.sources)}
-    if len(users) != 1 or len(g.calls[index]) > 1 or (index, 0) in g.outputs:
-        return None
-    (user,) = users
-    norm = g.entries[user]
-    if norm.get("class_name") not in ("BatchNormalization", "SyncBatchNormalization"):
-        return None
-    if layer["config"].get("activation") not in (None, "linear"):
-        return None
-    settings = norm["config"]
-    axis = settings.get("axis", -1)
-    axis = axis[0] if isinstance(axis, list) and axis else axis
-    n = 2 if layer["class_name"] == "Dense" else spatial_ndim(layer) + 2
-    try:
-        arrays = store.arrays((*path[:-1], user))
-        *gains, _, variance = arrays
-        gain = gains[0] if settings.get("scale", True) else np.ones_like(variance)
-        scale = gain / np.sqrt(variance + float(settings.get("epsilon", 1e-3)))
-    except (ValueError, LookupError, TypeError):
-        return None
-    channels_last = spatial_axes(layer["config"], n)[1] > 1
-    is_channel_axis = axis in (-1, n - 1) if channels_last else axis == 1
-    fits = is_channel_axis and np.isfinite(scale).all()
-    return np.asarray(scale, np.float32) if fits else None
-
-
-def _collect_origins(entry: Any, path: tuple[int, ...], origins: dict[int, Origin]) -> None:
-    """Add the origin of every layer of a model to `origins`, by the identity of its entry."""
-    for i, layer in enumerate(inner_layers(entry) or []):
-        origins[id(layer)] = Origin((*path, i), layer, ())
-        _collect_origins(layer, (*path, i), origins)
-
-
-def _entry_at(origins: dict[int, Origin], path: tuple[int, ...]) -> Any:
-    return next(o.entry for o in origins.values() if o.path == path and not o.new)
-
-
-def _insert(model: Any, entry: Any, new_layers: list[NewLayer], origins: dict[int, Origin]) -> None:
-    """Replace a layer of `model` by connected layers, of which the last takes its name."""
-    entries = inner_layers(model)
-    assert entries is not None  # `entry` is one of them
-    used_names = {name_of(e) for e in entries}
-    origin = origins.pop(id(entry))
-    index = next(i for i, e in enumerate(entries) if e is entry)
-    new_entries: list[Any] = []
-    for i, layer in enumerate(new_layers):
-        name = name_of(entry)
-        if i < len(new_layers) - 1:
-            name += f"_{i}"
-            while name in used_names:
-                name += "_"
-            used_names.add(name)
-        new = {key: value for key, value in entry.items() if key in ("module", "registered_name")}
-        new |= {"class_name": layer.class_name, "config": {"name": name, **layer.config}}
-        if "module" in entry:
-            new["module"] = "keras.layers"
-        if "build_config" in entry:
-            new["build_config"] = {"input_shape": list(layer.shape)}
-        if "batch_input_shape" in entry["config"] and not i:
-            new["config"]["batch_input_shape"] = entry["config"]["batch_input_shape"]
-        if "name" in entry:
-            new["name"] = name
-        if "inbound_nodes" in entry:
-            nodes = entry["inbound_nodes"]
-            if i:
-                source = new_entries[-1]["name"]
-                nodes = [_node(n, source, c, layer.shape) for c, n in enumerate(nodes)]
-            new["inbound_nodes"] = nodes
-        new_entries.append(new)
-        origins[id(new)] = Origin(origin.path, new, layer.weights, True)
-    entries[index : index + 1] = new_entries
-
-
-def _node(node: Any, source: str, call: int, shape: Shape) -> Any:
-    """Return a call on the output of the layer `source`, in the format of the call `node`."""
-    if not isinstance(node, dict):
-        return [[source, call, 0, {}]]
-    tensor = {
-        "shape": [None, *shape[1:]],
-        "dtype": _dtype(node) or "float32",
-        "keras_history": [source, call, 0],
-    }
-    return {"args": [{"class_name": "__keras_tensor__", "config": tensor}], "kwargs": {}}
-
-
-def _dtype(value: Any) -> str | None:
-    """Return the type of the first tensor among the arguments of a call."""
-    if isinstance(value, dict):
-        if value.get("class_name") == "__keras_tensor__":
-            return str(value["config"].get("dtype", "float32"))
-        value = list(value.values())
-    if isinstance(value, list):
-        return next(filter(None, map(_dtype, value)), None)
-    return None
+    def _make(self, name: str, f: Factorization) -> list[Any]:
+        """Return the Keras layers of a chain, with their weights."""
+        site, old = self._sites[name], self._keras[name]
+        kinds = chain_layers(site, f)
+        beside = {x.name for _, x, _ in leaves(self._model)}
+        shape, layers = (None, *site.shape[1:]), []
+        for i, new in enumerate(kinds):
+            unique = old.name
+            if i < len(kinds) - 1:
+                unique = f"{old.name}_{i}"
+                while unique in beside:
+                    unique += "_"
+            layer = getattr(library().layers, new.kind).from_config({"name": unique, **new.config})
+            layer.build(shape)
+            layer.set_weights(new.weights)
+            shape = layer.compute_output_shape(shape)
+            layers.append(layer)
+        return layers

@@ -19,7 +19,8 @@ from lowrank.engine import check_options
 from lowrank.engine.description import NAME_WIDTH, OperationRow, operation_table
 from lowrank.engine.network import describe_operation
 from lowrank.engine.program import Algorithm
-from lowrank.interop.onnx.data import Feed, check_batch, inputs_of
+from lowrank.interop.batches import Feed, check_batch
+from lowrank.interop.onnx.data import inputs_of
 from lowrank.interop.onnx.files import check, check_external, library, load
 from lowrank.interop.onnx.graph import Constants, reads, supported_opset
 from lowrank.interop.onnx.partition import Piece, partition

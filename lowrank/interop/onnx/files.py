@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.engine.onnx import library as library
-from lowrank.interop.common import one_line
+from lowrank.interop.common import check_exists, one_line
 
 #: Bytes of weights above which they are written to a second file: protobuf is limited to 2 GiB.
 LARGEST = 1_800_000_000
@@ -62,10 +62,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     """
     onnx = library()
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, not an ONNX model")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_exists(path)
     if path.stat().st_size > _PROTOBUF:
         raise ValueError(f"{path}: larger than 2 GiB, the limit of an ONNX file")
     model = onnx.ModelProto()

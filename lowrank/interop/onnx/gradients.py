@@ -13,7 +13,7 @@ from lowrank._typing import Array, Ints
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine.network import Primitive, value_shape
 from lowrank.engine.program import Unsupported
-from lowrank.interop.onnx.data import Feed
+from lowrank.interop.batches import Feed
 from lowrank.interop.onnx.graph import Constants, reads
 from lowrank.interop.onnx.primitives import read
 from lowrank.interop.onnx.runtime import infer_tensors, simplify

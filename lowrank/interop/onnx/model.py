@@ -15,9 +15,10 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.compress.model import Chains, Layer, Samples
 from lowrank.factorization import Factorization
+from lowrank.interop.batches import Feed, check_batch, read_batches
 from lowrank.interop.common import check_chains, one_line
 from lowrank.interop.onnx.chain import Writer, conv_chain, linear_chain
-from lowrank.interop.onnx.data import Feed, check_batch, inputs_of, read_batches
+from lowrank.interop.onnx.data import inputs_of
 from lowrank.interop.onnx.engine import on_engine
 from lowrank.interop.onnx.files import (
     check,

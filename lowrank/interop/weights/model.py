@@ -18,8 +18,9 @@ from lowrank.compress.model import Chains, Layer
 from lowrank.core.cost import stage_costs
 from lowrank.factorization import Factorization
 from lowrank.interop.common import check_chains
+from lowrank.interop.weights.manifest import layer_name, read_manifest
 from lowrank.interop.weights.static import Calibration, StaticModel
-from lowrank.interop.weights.tensors import layer_name, layers, read_manifest, read_weights
+from lowrank.interop.weights.tensors import layers, read_weights
 
 ENDINGS = (".safetensors", ".npz")
 
@@ -153,7 +154,11 @@ class WeightsModel(StaticModel):
             f = chains[name]
             bias = entry.get("bias") or f"{name}.bias"
             bias = f"{name}.bias" if bias in tensors else bias
-            new = {f"{name}.{i}.weight": stage.weight for i, stage in enumerate(f.stages)}
+            is_matrix = self._file.tensors[entry["weight"]].ndim == 2
+            new = {
+                f"{name}.{i}.weight": stage.weight[..., 0] if is_matrix else stage.weight
+                for i, stage in enumerate(f.stages)
+            }
             if f.bias is not None:
                 new[bias] = f.bias
             for tensor in new:
@@ -163,7 +168,8 @@ class WeightsModel(StaticModel):
                         f"{tensor!r}, which already exists"
                     )
             tensors |= new
-            entries += _entries(name, f, by_name[name].input_size, bias)
+            new_entries = _entries(name, f, by_name[name].input_size, bias)
+            entries += [e | {"shape": list(new[e["weight"]].shape)} for e in new_entries]
             chain_entries[name] = {
                 "family": f.family,
                 "variant": f.variant,
@@ -279,7 +285,8 @@ def _default_manifest(path: Path, tensors: Mapping[str, Array], metadata: Mappin
         bias = weight.removesuffix("weight") + "bias" if layer.conv.bias is not None else None
         (entry,) = _entries(layer.name, layer.conv, None, bias)
         del entry["of"]
-        entries.append(entry | {"name": layer.name, "weight": weight})
+        shape = list(tensors[weight].shape)
+        entries.append(entry | {"name": layer.name, "weight": weight, "shape": shape})
     return {"conv_layers": entries}
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,14 @@ from lowrank._typing import Array, Ints
 from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization, chain, dense
+from lowrank.interop.common import check_exists, damaged_errors
+from lowrank.interop.weights.manifest import (
+    GEOMETRY,
+    check_entry,
+    check_sizes,
+    layer_name,
+    read_manifest,
+)
 
 ENDINGS = (".npy", ".npz", ".safetensors", ".pt", ".pth")
 
@@ -38,6 +44,8 @@ class StoredLayer:
     bias : ndarray or None
         Bias in the file.  `conv` does not have it if its length does not fit, such as that of a
         transposed convolution without a manifest.
+    times : int
+        Number of times that one example passes it.
 
     Examples
     --------
@@ -51,6 +59,7 @@ class StoredLayer:
     conv: Factorization
     input_size: Ints | None
     bias: Array | None
+    times: int = 1
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
@@ -88,17 +97,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
     """
     path = Path(path)
     ending = path.suffix.lower()
+    check_exists(path)
     if ending not in ENDINGS:
         raise ValueError(f"{path}: the ending must be one of {', '.join(ENDINGS)}, got {ending!r}")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, not a weights file")
     if ending == ".safetensors":
         return io.read_tensors(path)[0]
     if ending in (".pt", ".pth"):
         return _state_dict(path)
-    try:
+    with damaged_errors(path, f"not a valid {ending} file"):
         _check_sizes(path)
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -107,13 +113,6 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
             return {path.stem: loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as why:
-        if "pickle" in str(why):
-            raise ValueError(
-                f"{path}: not a plain NumPy file, or one with Python objects, which are not "
-                "loaded: save the arrays alone, with numpy.save or numpy.savez"
-            ) from None
-        raise ValueError(f"{path}: not a valid {ending} file: {why}") from None
 
 
 def layers(
@@ -131,6 +130,7 @@ def layers(
         "transposed", "in_size", "out_size"}]}``, where only ``"weight"``, the name of a tensor,
         is required.  ``"padding"`` is one number, or one [before, after] pair per axis; the
         output of a transposed convolution is cropped or padded at the end to ``"out_size"``.
+        A linear layer has a matrix (out, in).
         Entries with the same ``"of"`` are the stages of a chain of that name, in order, as
         :class:`lowrank.interop.weights.WeightsModel` writes them.
     only : str, optional
@@ -141,9 +141,10 @@ def layers(
     Returns
     -------
     list of StoredLayer
-        Layers of the manifest.  Without a manifest, every floating-point tensor of 3 to 5 axes
-        with stride 1, a padding that keeps the size, one group, and the bias of the same name.
-        The chains of a file that :func:`lowrank.save` wrote.
+        Layers of the manifest.  Without a manifest, every floating-point tensor of 2 to 5 axes: a
+        matrix (out, in) as a linear layer, which has the input size (1,), others with stride 1, a
+        padding that keeps the size and one group; with the bias of the same name.  The chains of
+        a file that :func:`lowrank.save` wrote.
 
     Raises
     ------
@@ -157,8 +158,8 @@ def layers(
     >>> from lowrank.interop.weights import layers
     >>> path = pathlib.Path(tempfile.mkdtemp(), "net.npz")
     >>> np.savez(path, **{"conv1.weight": np.zeros((8, 3, 3, 3)), "fc.weight": np.zeros((10, 8))})
-    >>> [(layer.name, layer.conv.output_shape((32, 32))) for layer in layers(path)]
-    [('conv1', (8, 32, 32))]
+    >>> [(layer.name, layer.conv.stages[0].weight.shape) for layer in layers(path)]
+    [('conv1', (8, 3, 3, 3)), ('fc', (10, 8, 1))]
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors" and path.is_file():
@@ -173,7 +174,7 @@ def layers(
         return _manifest_layers(manifest, tensors, only)
     stored = []
     for name, tensor in tensors.items():
-        if tensor.ndim in (3, 4, 5) and tensor.dtype.kind == "f" and tensor.size:
+        if tensor.ndim in (2, 3, 4, 5) and tensor.dtype.kind == "f" and tensor.size:
             stem = name.removesuffix("weight")
             layer = stem.rstrip(".") or path.stem
             if only not in (None, layer):
@@ -181,13 +182,8 @@ def layers(
             bias = tensors.get(stem + "bias") if stem != name else None
             fits = bias is not None and bias.shape == tensor.shape[:1]
             conv = _conv(f"{path}: {name}", tensor, bias if fits else None, {"padding": "same"})
-            stored.append(StoredLayer(layer, conv, None, bias))
+            stored.append(StoredLayer(layer, conv, (1,) if tensor.ndim == 2 else None, bias))
     return stored
-
-
-def layer_name(entry: Any) -> str:
-    """Return the name of the layer that an entry of a manifest belongs to."""
-    return str(entry.get("of") or entry.get("name", entry["weight"]))
 
 
 def _manifest_layers(
@@ -201,81 +197,34 @@ def _manifest_layers(
         name = layer_name(entry)
         if only not in (None, name):
             continue
-        for key in ("weight", "bias"):
-            if entry.get(key) is not None and entry[key] not in tensors:
-                raise ValueError(
-                    f"{about}: layer {name!r}: no tensor {entry[key]!r} in the weights file"
-                )
+        check_entry(about, entry, tensors)
         if not entry.get("of"):
             layer_entries.append((name, [entry]))
         elif name in chains:
             chains[name].append(entry)
         else:
             layer_entries.append((name, chains.setdefault(name, [entry])))
-    records = manifest.get("chains")
-    if not isinstance(records, dict | None):
-        raise ValueError(f"{about}: 'chains' must be a table")
     return [
-        _chain(about, name, entries, (records or {}).get(name), tensors)
+        _chain(about, name, entries, manifest.get("chains", {}).get(name), tensors)
         if entries[0].get("of")
         else _dense_layer(about, name, entries[0], tensors)
         for name, entries in layer_entries
     ]
 
 
-def read_manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the manifest of a weights file.
-
-    Parameters
-    ----------
-    about : path
-        JSON file, see :func:`layers`.
-
-    Returns
-    -------
-    dict
-        Contents of the file; ``"conv_layers"`` is a list of tables that name tensors.
-
-    Raises
-    ------
-    ValueError
-        If the file does not describe layers.
-    OSError
-        If the file cannot be read.
-
-    Examples
-    --------
-    >>> from lowrank import demo
-    >>> from lowrank.interop.weights import read_manifest
-    >>> read_manifest(demo.WEIGHTS.with_suffix(".json"))["conv_layers"][0]["weight"]
-    'conv1.weight'
-    """
-    try:
-        manifest = json.loads(Path(about).read_text("utf-8"))
-        for entry in manifest["conv_layers"]:
-            if not isinstance(entry["weight"], str) or not isinstance(
-                entry.get("bias"), str | None
-            ):
-                raise TypeError("the name of a tensor must be a string")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as why:
-        raise ValueError(
-            f"{about}: does not describe layers, {{'conv_layers': [{{'weight': ...}}]}}: {why!r}"
-        ) from None
-    return dict(manifest)
-
-
-_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "value", "output_padding")
-
-
 def _dense_layer(about: Path, name: str, entry: Any, tensors: Mapping[str, Array]) -> StoredLayer:
     """Return a layer of one dense kernel."""
     bias = None if entry.get("bias") is None else tensors[entry["bias"]]
-    keys = (*_GEOMETRY, "groups", "transposed")
+    weight = tensors[entry["weight"]]
+    keys = (*GEOMETRY, "groups", "transposed")
     options = {key: entry[key] for key in keys if entry.get(key) is not None}
-    conv = _conv(f"{about}: layer {name!r}", tensors[entry["weight"]], bias, options)
+    conv = _conv(f"{about}: layer {name!r}", weight, bias, options)
     size, out = (_entry_size(about, name, entry, k, conv.ndim) for k in ("in_size", "out_size"))
+    if size is None and weight.ndim == 2:
+        size = (1,)
     if size and out and conv.transposed:
-        conv = _fit_output(conv, size, out)
+        conv = _fit_output(f"{about}: layer {name!r}", conv, size, out)
+    check_sizes(about, name, [entry], conv.stages, size)
     return StoredLayer(name, conv, size, conv.bias)
 
 
@@ -291,7 +240,7 @@ def _chain(
         else:
             f = Factorization(
                 stages,
-                Geometry.of(stages[0].geometry.ndim, **{key: record[key] for key in _GEOMETRY}),
+                Geometry.of(stages[0].geometry.ndim, **{key: record[key] for key in GEOMETRY}),
                 as_integers("groups", record["groups"], 1)[0],
                 bias,
                 str(record["family"]),
@@ -300,17 +249,20 @@ def _chain(
             )
     except (ValueError, TypeError, LookupError, AttributeError) as why:
         raise ValueError(f"{about}: chain {name!r} is damaged: {why}") from None
-    return StoredLayer(name, f, _entry_size(about, name, entries[0], "in_size", f.ndim), f.bias)
+    size = _entry_size(about, name, entries[0], "in_size", f.ndim)
+    check_sizes(about, name, entries, f.stages, size)
+    return StoredLayer(name, f, size, f.bias)
 
 
 def _stage(weight: Array, entry: Any) -> Stage:
     if not np.isfinite(weight).all():
         raise ValueError(f"{entry['weight']} has weights that are not finite numbers")
+    weight = weight[..., None] if weight.ndim == 2 else weight  # of a linear layer
     groups, outer, inner = (
         as_integers(k, entry.get(k, 1), 1)[0] for k in ("groups", "left", "right")
     )
     a, b = as_integers("shuffle", entry.get("shuffle", 1), 2)
-    options = {key: entry[key] for key in _GEOMETRY if entry.get(key) is not None}
+    options = {key: entry[key] for key in GEOMETRY if entry.get(key) is not None}
     geometry = Geometry.of(weight.ndim - 2, **options)
     return Stage(weight, geometry, groups, outer, inner, (a, b), bool(entry.get("transposed")))
 
@@ -324,10 +276,14 @@ def _entry_size(about: Path, name: str, entry: Any, key: str, ndim: int) -> Ints
         raise ValueError(f"{about}: layer {name!r}: {why}") from None
 
 
-def _fit_output(conv: Factorization, size: Ints, out: Ints) -> Factorization:
+def _fit_output(where: str, conv: Factorization, size: Ints, out: Ints) -> Factorization:
     """Crop or pad the output of a transposed convolution at the end: TensorFlow's SAME."""
-    excess = [n - m for n, m in zip(conv.output_shape(size)[1:], out)]
+    natural = conv.output_shape(size)[1:]
+    excess = [n - m for n, m in zip(natural, out)]
     g = conv.geometry
+    extent = g.extent(conv.stages[0].kernel)
+    if any(x >= e or -x >= s for x, e, s in zip(excess, extent, g.stride)):
+        raise ValueError(f"{where}: out_size must be about {natural} for in_size {size}, got {out}")
     geometry = replace(
         g,
         padding=tuple((a, b + max(n, 0)) for (a, b), n in zip(g.padding, excess)),
@@ -339,7 +295,7 @@ def _fit_output(conv: Factorization, size: Ints, out: Ints) -> Factorization:
 
 def _conv(where: str, weight: Array, bias: Array | None, options: dict[str, Any]) -> Factorization:
     try:
-        return dense(weight, bias, **options)
+        return dense(weight[..., None] if weight.ndim == 2 else weight, bias, **options)
     except (ValueError, TypeError) as why:
         raise type(why)(f"{where}: {why}") from None
 
@@ -368,7 +324,10 @@ def _check_array(file: IO[bytes], name: str, size: int) -> None:
         raise ValueError(f"{name} has the unknown version {version}")
     shape, _, dtype = read_header(file)
     if dtype.hasobject:
-        raise ValueError("it holds pickled objects")
+        raise ValueError(
+            "it holds Python objects, which are not loaded: save the arrays alone, with "
+            "numpy.save or numpy.savez"
+        )
     claimed = math.prod(shape) * dtype.itemsize + file.tell()
     if min(shape, default=0) < 0 or claimed > size:
         raise ValueError(f"{name} of shape {shape} claims {claimed} bytes, the file has {size}")
