@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
@@ -18,6 +19,7 @@ from lowrank.compress.model import CompressibleModel, Layer, OmittedLayer, omitt
 from lowrank.compress.optimise import allocate
 from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
+from lowrank.compress.requests import check_request, read_requests, requested_options
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
@@ -40,6 +42,7 @@ def make_plan(
     pinned: Sequence[str] = (),
     left_out: Sequence[str] = (),
     capped: Mapping[str, float] | None = None,
+    layers: Mapping[str, Any] | None = None,
     gradients: bool = True,
     batch: int = 1,
     threads: int | None = None,
@@ -56,10 +59,11 @@ def make_plan(
     model : CompressibleModel
         Trained model; without calibration data, kernels are approximated as for white noise.
     macs, params, seconds, bytes : float or str, optional
-        Budgets; at least one; all must hold.  Seconds are those of a call of the network with
-        `batch` examples; the others are per example, over all layers.  A number in (0, 1] or
-        ``"50%"`` is a share of the dense cost; counts above 1 and ``"20M"`` are amounts; amounts
-        of time have a unit: ``"3ms"``.  See :func:`lowrank.selection.parse_budget`.
+        Budgets; at least one, unless `layers` is given; all must hold.  Seconds are those of a call
+        of the network with `batch` examples; the others are per example, over all layers.  A number
+        in (0, 1] or ``"50%"`` is a share of the dense cost of the layers in the plan; counts above
+        1 and ``"20M"`` are amounts; amounts of time have a unit: ``"3ms"``.  See
+        :func:`lowrank.selection.parse_budget`.
     families : iterable of str
         Names from :data:`lowrank.FAMILIES` that may be chosen.
     pinned : sequence of str
@@ -68,6 +72,11 @@ def make_plan(
         Layers that stay dense and do not count in the budget.
     capped : mapping of str to float, optional
         Largest share of their own MACs that layers, or patterns, may take.
+    layers : mapping of str to str or tuple, optional
+        Families of layers, or patterns: ``"tucker"``, whose rank the budget chooses,
+        ``("tucker", (16, 8))``, ``("channel_svd", 0.5)`` with a share of the parameters as the
+        rank, ``("channel_svd", 12, "input")`` with a variant, or ``"dense"``.  Without a budget
+        all other layers stay dense.
     gradients : bool
         Whether errors are weighted by the gradient of the loss, where the model can be
         differentiated; otherwise the relative error of every layer has equal weight.
@@ -95,9 +104,9 @@ def make_plan(
     Raises
     ------
     TypeError
-        If no budget is given.
+        If neither a budget nor `layers` is given, or one of `layers` has another form.
     ValueError
-        If an argument is not possible.
+        If an argument is not possible, such as a rank of `layers`; the message names the layer.
     InfeasibleBudgetError
         If a budget is below the cheapest choice; the message states the minimum.
     ImportError
@@ -116,11 +125,17 @@ def make_plan(
     """
     given = {"macs": macs, "params": params, "seconds": seconds, "bytes": bytes}
     budgets = [parse_budget(axis, b) for axis, b in given.items() if b is not None]
-    if not budgets:
-        raise TypeError("give a budget: macs=, params=, seconds= or bytes=")
-    axes = [b.axis for b in budgets]
+    if not budgets and not layers:
+        raise TypeError("give a budget: macs=, params=, seconds= or bytes=, or layers=")
+    axes = [b.axis for b in budgets] or ["macs"]
     names, timing = check_families(families), Timing(batch, threads, runtime)
-    layers, free = _select_layers(model, pinned, left_out, capped or {})
+    counted, free = _select_layers(model, pinned, left_out, capped or {})
+    requests = read_requests(layers, free, omitted_layers(model))
+    if not budgets:
+        free = [x for x in free if x.name in requests]
+        for name, request in requests.items():
+            if request.rank is None and request.family != "dense":
+                raise ValueError(f"rank must be given without a budget, got None (layer {name})")
     # Before the fits: what cannot be timed is refused at once.
     clock = NetworkClock(model, timing) if measure and "seconds" in axes else None
     if statistics is None:
@@ -131,20 +146,27 @@ def make_plan(
 
     def options_of(layer: Layer) -> list[Candidate]:
         is_free = layer.name in metrics
+        metric = metrics[layer.name] if is_free else white_metric(layer)
+        request = requests.get(layer.name)
+        if request is not None and (request.rank is not None or request.family == "dense"):
+            return requested_options(
+                layer, metric, request,
+                absolute=absolute, biased=bool(model.batches), timing=timing,
+            )  # fmt: skip
+        wanted = names if request is None else check_request(layer, request)
         options = layer_options(
-            layer, metrics[layer.name] if is_free else white_metric(layer),
-            names if is_free else (), absolute=absolute, biased=bool(model.batches), axes=axes,
-            timing=timing, fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
+            layer, metric, wanted if is_free else (), absolute=absolute,
+            biased=bool(model.batches), axes=axes, timing=timing, fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
         )  # fmt: skip
         return _cap(layer.name, options, capped or {}) if is_free else options
 
     options: dict[str, list[Candidate]] = {}
     # Fits are many small products: one layer per thread is faster than several threads per product.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_core.max_threads()) as pool:
-        for i, (layer, found) in enumerate(zip(layers, pool.map(options_of, layers)), start=1):
+        for i, (layer, found) in enumerate(zip(counted, pool.map(options_of, counted)), start=1):
             options[layer.name] = found
             if progress is not None:
-                progress("options", i / len(layers))
+                progress("options", i / len(counted))
     if free and all(len(found) == 1 for found in options.values()):
         raise NothingToCompressError(
             f"nothing to compress: no family writes any layer with fewer {' and '.join(axes)}"
@@ -157,7 +179,9 @@ def make_plan(
             by_seconds = budget
             continue
         limits[axis] = budget.amount(math.fsum(c.amount(axis) for c in dense.values()))
-        least = math.fsum(min(c.amount(axis) for c in found) for found in options.values())
+        least = math.fsum(
+            min(c.amount(axis) for c in found if c.loss < math.inf) for found in options.values()
+        )
         if least > limits[axis]:
             total = math.fsum(c.amount(axis) for c in dense.values())
             raise infeasible(axis, limits[axis], least, total)
@@ -167,7 +191,7 @@ def make_plan(
     else:
         if clock is not None:
             chosen = allocate_by_time(
-                model, {x.name: x for x in layers}, options, limits, by_seconds, clock, progress
+                model, {x.name: x for x in counted}, options, limits, by_seconds, clock, progress
             )
         else:
             chosen = allocate_by_prediction(options, limits, by_seconds, timing)
@@ -176,7 +200,7 @@ def make_plan(
     omitted = {
         x.name: OmittedLayer("left_out names it", x.cost.macs * x.times)
         for x in model.layers
-        if x not in layers
+        if x not in counted
     } | omitted_layers(model)
     about = {
         "families": names, "seed": statistics.seed, "gradients": absolute, "batch": batch,

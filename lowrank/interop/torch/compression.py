@@ -89,7 +89,8 @@ def compress(
         Whether statistics of batch norms are re-estimated on the calibration batches.  This
         repairs crude fits and harms good ones.
     **budget
-        ``macs=``, ``params=``, ``seconds=`` or ``bytes=``, and every other argument of
+        ``macs=``, ``params=``, ``seconds=`` or ``bytes=``, families and ranks of single layers
+        (``layers={"conv3": ("tucker", (16, 8))}``), and every other argument of
         :func:`lowrank.compress.make_plan`.
 
     Returns
