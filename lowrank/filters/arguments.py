@@ -52,8 +52,10 @@ class Window(NamedTuple):
         Padding modes.
     pads : tuple of (int, int)
         Number of border samples before and after the image.
-    border : str or None
-        Padding mode of all axes with more than one tap; None if they have several.
+    border : str
+        Padding mode of the first axis with more than one tap.
+    has_one_border : bool
+        Whether it is that of all others.
     is_same : bool
         Whether results have the size of the image.
     padding : str
@@ -65,7 +67,8 @@ class Window(NamedTuple):
     before: Ints
     borders: Borders
     pads: Pads
-    border: PaddingMode | None
+    border: PaddingMode
+    has_one_border: bool
     is_same: bool
     padding: str
 
@@ -78,10 +81,11 @@ class Window(NamedTuple):
             pads = tuple((b, n - 1 - b) for b, n in zip(before, taps))
         else:
             pads = tuple((n - 1, n - 1) if padding == "full" else (0, 0) for n in taps)
-        used = {b for b, n in zip(borders, taps) if n > 1} or {borders[0]}
+        used = [b for b, n in zip(borders, taps) if n > 1] or borders
         is_same = padding == "same" or max(taps) == 1
-        border = used.pop() if len(used) == 1 else None
-        return cls(along, taps, before, borders, pads, border, is_same, padding)
+        return cls(
+            along, taps, before, borders, pads, used[0], len(set(used)) == 1, is_same, padding
+        )
 
     def inside(self, padding: str = "same") -> Window:
         """Return the window on an image that holds its border samples.
@@ -375,9 +379,7 @@ def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
 
 def as_convolution(kernel: Array, window: Window, cval: float) -> Factorization:
     """Return the filter as a dense one-channel convolution."""
-    return dense(
-        kernel[None, None], padding=window.pads, padding_mode=window.border or "zeros", value=cval
-    )
+    return dense(kernel[None, None], padding=window.pads, padding_mode=window.border, value=cval)
 
 
 def round_off(kernel: Array, work: Any = None) -> float:

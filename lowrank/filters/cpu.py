@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lowrank._typing import Array, Ints
+from lowrank._typing import Array
 from lowrank.core.arrays import as_native_order
-from lowrank.filters import arguments, choose, conversion
+from lowrank.filters import choose, conversion
 from lowrank.filters.outer import OuterProduct, compile_outer, outer_chain, outer_passes
 from lowrank.filters.request import (
     Call,
@@ -57,26 +57,19 @@ def correlate(
     return out
 
 
-def is_light(shape: Ints, window: arguments.Window) -> bool:
-    """Return whether an outer product runs without a plan, with a border per axis.
-
-    Tiles of a plan would consist of halo where a factor is as long as its axis.
-    """
-    is_long = any(2 * n > shape[a] for a, n in zip(window.along, window.taps))
-    return is_long or math.prod(shape) <= LIGHT_SAMPLES
-
-
 def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> None:
     """Filter by the vectors of an outer product."""
     window, work = call.window, call.work
     passes = outer_passes(kernel.key, window, work.str)
-    light = is_light(image.shape, window)
+    # Tiles of a plan would consist of halo where a factor is as long as its axis.
+    is_long = any(2 * n > image.shape[a] for n, a in zip(window.taps, window.along))
+    light = is_long or image.size <= LIGHT_SAMPLES
     if not light and passes.has_zeros and image.dtype.kind == "f":
         light = not _is_finite(image)  # taps of zero are skipped
     if light:
         x = np.ascontiguousarray(image, work)
         result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
-        passes.run(x, result, passes.axes, passes.before, passes.borders, call.cval)
+        passes.run(x, result, passes.axes, passes.before, passes.border, call.cval)
         if result is not out:
             out[...] = conversion.as_image(result, out.dtype)
         return

@@ -180,7 +180,7 @@ class OuterPasses(NamedTuple):
     run: Passes
     axes: Ints  # of the image, one per pass
     before: Ints  # taps ahead of the output, one per pass
-    borders: tuple[PaddingMode, ...]  # one per pass
+    border: PaddingMode
     has_zeros: bool
 
 
@@ -193,7 +193,7 @@ def outer_passes(key: tuple[bytes, ...], window: arguments.Window, dtype: str) -
         Passes([lines[a] for a in some], np.dtype(dtype).name),
         tuple(window.along[a] for a in some),
         tuple(window.before[a] for a in some),
-        tuple(window.borders[a] for a in some),
+        window.border,
         not all(f.all() for f in lines),
     )
 
@@ -204,9 +204,7 @@ def outer_chain(
 ) -> Factorization:
     """Return the chain of passes of an outer product over 1 to 3 axes."""
     lines = [np.frombuffer(f) for f in key]
-    geometry = Geometry.of(
-        len(lines), padding=window.pads, padding_mode=window.border or "zeros", value=cval
-    )
+    geometry = Geometry.of(len(lines), padding=window.pads, padding_mode=window.border, value=cval)
     stages = choose.factored_stages(geometry, lines, np.dtype(dtype))
     return Factorization(stages, geometry, family="separable_sum", rank=(1,))
 

@@ -33,7 +33,7 @@ class Call(NamedTuple):
         """Whether plans read the border samples themselves: along all axes alike, finite."""
         w = self.window
         is_finite = w.border != "constant" or math.isfinite(self.cval)
-        return w.is_same and w.border is not None and is_finite
+        return w.is_same and w.has_one_border and is_finite
 
     @property
     def inner(self) -> Call:
@@ -56,7 +56,7 @@ class Call(NamedTuple):
         return FilterRequest(
             k.tobytes(), k.shape, k.dtype.str, spatial, math.prod(shape) // math.prod(spatial),
             interleaved and w.along == tuple(range(k.ndim)), self.rank, self.tolerance,
-            arguments.round_off(kernel, self.work), self.method, w.before, w.border or "zeros",
+            arguments.round_off(kernel, self.work), self.method, w.before, w.border,
             self.cval, self.threads,
         )  # fmt: skip
 

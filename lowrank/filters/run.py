@@ -61,7 +61,7 @@ def correlate(
             result = _correlate_factors(image, kernel, call, dtype)
         else:
             result = _correlate_slices(image, kernel, call, dtype)
-    elif not _is_native(image, kernel, call):
+    elif not call.is_native:
         x = conversion.pad(image, window, call.cval, call.work)
         result = _backend(x)(x, kernel, call.inner, dtype, None)
         result = result[tuple(map(slice, shape))]
@@ -78,16 +78,6 @@ def _backend(image: Array) -> Backend:
     if chunked.is_dask_array(image):
         return dask.correlate
     return gpu.correlate if engine.is_on_gpu(image) else cpu.correlate
-
-
-def _is_native(image: Array, kernel: Array | OuterProduct, call: Call) -> bool:
-    """Return whether a backend reads the border samples of an image itself."""
-    if call.is_native:
-        return True
-    window = call.window
-    if not (window.is_same and math.isfinite(call.cval) and isinstance(kernel, OuterProduct)):
-        return False
-    return _backend(image) is cpu.correlate and cpu.is_light(image.shape, window)
 
 
 def _correlate_factors(

@@ -65,7 +65,7 @@ def separate(
     tolerance = arguments.as_tolerance(tolerance, rank)
     axes = tuple(range(k.ndim))
     window = arguments.as_window(k.shape, k.ndim, axes, origin, mode, "same")
-    if window.border is None:
+    if not window.has_one_border:
         raise ValueError(f"mode must be one border mode for all axes of a chain, got {mode}")
     conv = arguments.as_convolution(k, window, arguments.as_real("cval", cval))
     if rank is not None:
