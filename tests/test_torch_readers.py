@@ -515,3 +515,37 @@ def test_left_out_layers_are_listed_with_their_share():
     again = CompressionPlan.from_json(result.plan.to_json())
     assert again.left_out == left
     assert repr(again) == text
+
+
+class Block(nn.Module):
+    """A convolution, a batch norm, an activation and a sequence of two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.act = nn.ReLU()
+        self.pair = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.pair(self.act(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("name", ["", "conv", "norm", "act", "pair", "pair.0"])
+@pytest.mark.parametrize("is_pre", [True, False])
+def test_engine_models_run_the_hooks_of_every_module_in_every_call(name, is_pre):
+    model, calls = Block().eval(), []
+
+    def hook(module, args, out=None):
+        value = args[0] if is_pre else out
+        calls.append(value.shape)
+        return (2 * value,) if is_pre else 2 * value
+
+    module = model.get_submodule(name)
+    module.register_forward_pre_hook(hook) if is_pre else module.register_forward_hook(hook)
+    fast = on_engine(model)
+    with torch.inference_mode():
+        wanted = model(X)
+        calls.clear()
+        for _ in range(2):
+            torch.testing.assert_close(fast(X), wanted, rtol=1e-4, atol=1e-4)
+    assert calls == [torch.Size([4, 8, 9, 9])] * 2

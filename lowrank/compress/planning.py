@@ -156,7 +156,8 @@ def make_plan(
         wanted = names if request is None else check_request(layer, request)
         options = layer_options(
             layer, metric, wanted if is_free else (), absolute=absolute,
-            biased=bool(model.batches), axes=axes, timing=timing, fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
+            biased=bool(model.batches), axes=axes, timing=timing,
+            fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
         )  # fmt: skip
         return _cap(layer.name, options, capped or {}) if is_free else options
 

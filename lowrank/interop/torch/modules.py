@@ -64,15 +64,30 @@ def _differs_from_layer(module: nn.Module) -> str:
             return f"its class {type(module).__qualname__} has its own {name}"
         if name in vars(module):
             return f"its method {name} was replaced"
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        for hook in getattr(module, name).values():
-            return f"it has a hook ({_describe_hook(hook)})"
+    for hook in call_hooks(module):
+        return f"it has a hook ({_describe_hook(hook)})"
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or weight.layout is not torch.strided:
         return f"its weight is of type {type(weight).__qualname__}, and must be a dense tensor"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, and must be real"
     return ""
+
+
+def call_hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks of the calls of a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module.
+
+    Returns
+    -------
+    list of callable
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for kind in kinds for hook in getattr(module, kind).values()]
 
 
 #: Functions that make a parameter of a weight that a hook computes, by the hook's class.
