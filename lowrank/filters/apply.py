@@ -14,6 +14,7 @@ from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, choose, conversion, labelled, run
 from lowrank.filters.outer import OuterProduct
 from lowrank.filters.request import Call
+from lowrank.filters.window import Padding, as_window
 
 MAX_COLOURS = 4  # of a picture
 
@@ -29,7 +30,7 @@ def correlate(
     cval: complex = 0.0,
     origin: int | Sequence[int] = 0,
     axes: int | str | Sequence[int | str] | None = None,
-    padding: arguments.Padding = "same",
+    padding: Padding = "same",
     dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -140,7 +141,7 @@ def convolve(
     cval: complex = 0.0,
     origin: int | Sequence[int] = 0,
     axes: int | str | Sequence[int | str] | None = None,
-    padding: arguments.Padding = "same",
+    padding: Padding = "same",
     dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -210,7 +211,7 @@ def separable_correlate(
     cval: complex = 0.0,
     origin: int | Sequence[int] = 0,
     axes: int | str | Sequence[int | str] | None = None,
-    padding: arguments.Padding = "same",
+    padding: Padding = "same",
     dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,
@@ -294,7 +295,7 @@ def _filter(
     is_complex = kernel.dtype.kind == "c"
     if is_complex and not flip:
         kernel = kernel.conj()
-    window = arguments.as_window(kernel.shape, image.ndim, axes, origin, mode, padding, flip)
+    window = as_window(kernel.shape, image.ndim, axes, origin, mode, padding, flip)
     if flip:
         kernel = kernel.flipped() if isinstance(kernel, OuterProduct) else np.flip(kernel)
     dtype = arguments.as_result_dtype(dtype, out, image, is_complex)
@@ -370,7 +371,7 @@ def filter_image(
     mode: str | Sequence[str] = "reflect",
     cval: complex = 0.0,
     channel_axis: int | None = None,
-    padding: arguments.Padding = "same",
+    padding: Padding = "same",
     dtype: Any = None,
     out: Array | None = None,
     threads: int | None = None,

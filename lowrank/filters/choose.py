@@ -20,6 +20,7 @@ from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable
 from lowrank.filters import arguments
 from lowrank.filters.factors import outer_factors
+from lowrank.filters.window import as_convolution, as_window
 
 MethodName = Literal["auto", "direct", "separable", "fft"]
 
@@ -365,8 +366,8 @@ def _kept_chains(
     kernel: bytes, taps: Ints, dtype: str, tolerance: float
 ) -> tuple[tuple[Factorization, Accuracy], ...]:
     k = np.frombuffer(kernel, dtype).reshape(taps)
-    window = arguments.as_window(taps, k.ndim, tuple(range(k.ndim)), 0, "constant", "same")
-    conv = arguments.as_convolution(k, window, 0.0)
+    window = as_window(taps, k.ndim, tuple(range(k.ndim)), 0, "constant", "same")
+    conv = as_convolution(k, window, 0.0)
     front = selection.frontier(conv, [2 * n for n in taps], filter_families(), axis="macs")
     separable = [c for c in front if c.family != "dense"]
     within: dict[str, selection.Candidate] = {}

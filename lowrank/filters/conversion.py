@@ -12,7 +12,7 @@ from lowrank.core import reference
 from lowrank.core.arrays import as_native_order
 from lowrank.engine import dask as chunked
 from lowrank.engine.padding import padded_indices
-from lowrank.filters.arguments import Window
+from lowrank.filters.window import Window
 
 
 def as_engine_input(image: Array, work: np.dtype[Any]) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lowrank.filters.arguments import Window
+from lowrank.filters.window import Window
 
 
 def is_data_array(x: object) -> bool:

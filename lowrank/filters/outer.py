@@ -16,6 +16,7 @@ from lowrank.core.geometry import Geometry
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 from lowrank.filters.factors import outer_factors, outer_product
+from lowrank.filters.window import Window
 
 FAR_FROM_ONE = 16  # power of two
 KEPT = 256  # latest filters that are kept compiled
@@ -185,7 +186,7 @@ class OuterPasses(NamedTuple):
 
 
 @functools.lru_cache(KEPT)
-def outer_passes(key: tuple[bytes, ...], window: arguments.Window, dtype: str) -> OuterPasses:
+def outer_passes(key: tuple[bytes, ...], window: Window, dtype: str) -> OuterPasses:
     """Make the passes of an outer product."""
     lines = [np.frombuffer(f) for f in key]
     some = [a for a, f in enumerate(lines) if len(f) > 1 or f[0] != 1] or [len(lines) - 1]
@@ -199,9 +200,7 @@ def outer_passes(key: tuple[bytes, ...], window: arguments.Window, dtype: str) -
 
 
 @functools.lru_cache(KEPT)
-def outer_chain(
-    key: tuple[bytes, ...], window: arguments.Window, dtype: str, cval: float
-) -> Factorization:
+def outer_chain(key: tuple[bytes, ...], window: Window, dtype: str, cval: float) -> Factorization:
     """Return the chain of passes of an outer product over 1 to 3 axes."""
     lines = [np.frombuffer(f) for f in key]
     geometry = Geometry.of(len(lines), padding=window.pads, padding_mode=window.border, value=cval)

@@ -12,6 +12,7 @@ from lowrank.core.geometry import as_integers
 from lowrank.filters import arguments
 from lowrank.filters.choose import FilterPlan, MethodName, as_method
 from lowrank.filters.request import Call
+from lowrank.filters.window import Padding, as_window
 
 
 def plan_filter(
@@ -26,7 +27,7 @@ def plan_filter(
     cval: float = 0.0,
     origin: int | Sequence[int] = 0,
     axes: int | Sequence[int] | None = None,
-    padding: arguments.Padding = "same",
+    padding: Padding = "same",
     batch: int = 1,
     threads: int | None = None,
 ) -> FilterPlan:
@@ -98,7 +99,7 @@ def plan_filter(
     (channels,) = as_integers("batch", batch, 1)
     if channels < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    window = arguments.as_window(k.shape, len(sizes), axes, origin, mode, padding)
+    window = as_window(k.shape, len(sizes), axes, origin, mode, padding)
     if rank is not None:
         (rank,) = as_integers("rank", rank, 1)
     call = Call(

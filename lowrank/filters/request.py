@@ -12,6 +12,7 @@ from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 from lowrank.filters.outer import OuterProduct, as_outer_product
+from lowrank.filters.window import Window, as_convolution
 
 CACHED_FILTERS = 256
 SMALL = 1 << 14  # samples
@@ -20,7 +21,7 @@ SMALL = 1 << 14  # samples
 class Call(NamedTuple):
     """Checked arguments of a call, but for the arrays."""
 
-    window: arguments.Window
+    window: Window
     cval: float
     work: np.dtype[Any]  # of the computation
     rank: int | None
@@ -83,8 +84,8 @@ class FilterRequest(NamedTuple):
         """Return the kernel as a dense stage."""
         k = np.frombuffer(self.kernel, self.dtype).reshape(self.taps)
         borders = (self.border,) * k.ndim
-        window = arguments.Window.of(tuple(range(k.ndim)), k.shape, self.before, borders)
-        return arguments.as_convolution(k, window, self.cval)
+        window = Window.of(tuple(range(k.ndim)), k.shape, self.before, borders)
+        return as_convolution(k, window, self.cval)
 
     def plan(self, is_rough: bool | None = None) -> choose.FilterPlan:
         """Plan the filter for images of this size, roughly for small ones by default."""

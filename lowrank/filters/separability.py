@@ -10,6 +10,7 @@ import numpy as np
 from lowrank import selection
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
+from lowrank.filters.window import as_convolution, as_window
 
 
 def separate(
@@ -64,10 +65,10 @@ def separate(
     k = arguments.as_kernel(kernel)
     tolerance = arguments.as_tolerance(tolerance, rank)
     axes = tuple(range(k.ndim))
-    window = arguments.as_window(k.shape, k.ndim, axes, origin, mode, "same")
+    window = as_window(k.shape, k.ndim, axes, origin, mode, "same")
     if not window.has_one_border:
         raise ValueError(f"mode must be one border mode for all axes of a chain, got {mode}")
-    conv = arguments.as_convolution(k, window, arguments.as_real("cval", cval))
+    conv = as_convolution(k, window, arguments.as_real("cval", cval))
     if rank is not None:
         return choose.fit_rank(conv, rank)
     shape = tuple(2 * n for n in k.shape) if shape is None else tuple(shape)
