@@ -17,7 +17,7 @@ SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 MAX_PLANNED_AXES = 3  # of a kernel of the engine
 KEPT = 256  # latest data types
 _ROUND_OFF_FACTOR = 4  # allows for the rounding of kernels that were computed, not given
-#: What arrays in memory have, and arrays that are read at their first use lack.
+#: Attributes of arrays in memory; arrays that are read at their first use lack them.
 _MEMORY_PROTOCOLS = ("__array_interface__", "__dlpack__")
 
 #: scipy.ndimage's border modes, and the padding modes that they mean.

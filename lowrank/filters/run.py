@@ -98,16 +98,16 @@ def _correlate_factors(
 
 def _correlate_slices(image: Array, kernel: Array, call: Call, dtype: np.dtype[Any]) -> Array:
     """Filter by a kernel over many axes: sum over its slices along the last three."""
-    if call.rank is not None:
-        raise ValueError(
-            f"rank must be None for a kernel with more than {MAX_PLANNED_AXES} axes, got "
-            f"{call.rank}"
-        )
     window = call.window
     axes = [a for a, n in enumerate(window.taps) if n > 1] or [0]
     if len(axes) < len(window.taps):
         taps = kernel.reshape([window.taps[a] for a in axes])
         return correlate(image, taps, call._replace(window=window.only(axes)), dtype)
+    if call.rank is not None:
+        raise ValueError(
+            f"rank must be None for a kernel with more than {MAX_PLANNED_AXES} axes, got "
+            f"{call.rank}"
+        )
     leading, last = axes[:-MAX_PLANNED_AXES], axes[-MAX_PLANNED_AXES:]
     x = conversion.pad(image, window, call.cval, call.work)
     inner = call._replace(window=window.only(last).inside("valid"), cval=0.0)
