@@ -155,6 +155,16 @@ class InClosure(Net):
         return self.call(x)
 
 
+class InVmap(Net):
+    def middle(self, x):
+        return torch.vmap(self.layer)(x)
+
+
+class Decays(Net):
+    def middle(self, x):
+        return self.layer(x) / sum(p.square().sum() for p in self.layer.parameters())
+
+
 class WeightInList(Net):
     def __init__(self):
         super().__init__()
@@ -171,6 +181,7 @@ class WeightInDict(Net):
 
 
 READERS = [
+    InVmap, Decays,
     ReadsDtype, UsesWeight, UsesWeightAlone, ReadsNorm, ChecksType, CatchesErrors, OutputSize,
     CallsForward, CallsInner, FunctionalCall, ReadsStateDict, ReadsParameters, InObject, InPartial,
     InClosure, WeightInList, WeightInDict,
@@ -244,6 +255,37 @@ class Keyword(Net):
         return self.layer(input=x)
 
 
+class DictKeys(Net):
+    def __init__(self):
+        super().__init__()
+        self.order = {self.layer: 1, "none": 0}
+
+    def middle(self, x):
+        return next(iter(self.order))(x)
+
+
+class InSet(Net):
+    def __init__(self):
+        super().__init__()
+        self.doubled = {self.layer}
+
+    def middle(self, x):
+        return self.layer(x) * (2 if self.layer in self.doubled else 1)
+
+
+class Children(Net):
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+class ReadsDevice(Net):
+    def middle(self, x):
+        first = next(self.parameters())
+        return self.layer(x.to(first.device, first.dtype))
+
+
 class Checkpointed(Net):
     def middle(self, x):
         return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
@@ -278,6 +320,7 @@ class Stateful(Net):
 
 
 SAFE = [
+    DictKeys, InSet, Children, ReadsDevice,
     ReadsSizes, InList, InDict, PlainAttribute, Twice, CopiesLayer, Keyword, Checkpointed, Autocast,
 ]  # fmt: skip
 
@@ -549,3 +592,57 @@ def test_engine_models_run_the_hooks_of_every_module_in_every_call(name, is_pre)
         for _ in range(2):
             torch.testing.assert_close(fast(X), wanted, rtol=1e-4, atol=1e-4)
     assert calls == [torch.Size([4, 8, 9, 9])] * 2
+
+
+class Forces(nn.Module):
+    """A model whose output is a gradient of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.b(torch.tanh(self.a(x))).sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_models_that_differentiate_themselves_are_compressed():
+    result = compress(Forces(), [X[:, :, 0, 0]], params=0.9)
+    assert result.plan.changed == ["a"]
+    assert not result.plan.left_out
+
+
+class Tokens(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(9, 16), middle, nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_layers_of_transformers_are_listed(is_training):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = Tokens(nn.TransformerEncoder(layer, 1)).train(is_training)
+    result = compress(model, [X.mean(1)], macs=0.8)
+    assert list(result.plan.layers) == ["first", "last"]
+    names = ("linear1", "linear2", "self_attn", "self_attn.out_proj")
+    assert {f"middle.layers.0.{name}" for name in names} == set(result.plan.left_out)
+    macs = {k.rpartition("0.")[2]: x.macs for k, x in result.plan.left_out.items()}
+    assert macs["linear1"] == 9 * 16 * 32
+    assert macs["self_attn"] == 9 * 16 * 4 * 16
+    with torch.no_grad():
+        assert result.model.eval()(X.mean(1)).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_are_listed():
+    model = Tokens(nn.ReLU())
+    model.middle = nn.Sequential(nn.Linear(16, 16))
+    model.middle = torch.ao.quantization.quantize_dynamic(model.middle, {nn.Linear})
+    result = compress(model, [X.mean(1)], macs=0.8)
+    assert list(result.plan.layers) == ["first", "last"]
+    assert "quantized" in result.plan.left_out["middle.0"].reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -230,7 +230,11 @@ def _exchange(value: Any, old: nn.Module, new: nn.Module, seen: set[int]) -> Any
     def change(entry: Any) -> Any:
         return _exchange(entry, old, new, seen)
 
-    if isinstance(value, Mapping) and hasattr(value, "__setitem__"):
+    if isinstance(value, dict):
+        if old in value:  # in its place: the order may matter
+            entries = [(change(key), entry) for key, entry in value.items()]
+            value.clear()
+            value.update(entries)
         _put(value.items(), change, value.__setitem__)
     elif isinstance(value, list):
         _put(enumerate(value), change, value.__setitem__)

@@ -119,6 +119,9 @@ def obstacle(module: nn.Module) -> str:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: use the module that was scripted"
+    if not isinstance(module, LAYERS):
+        kind = type(module)
+        return f"its class is {kind.__module__}.{kind.__qualname__}, not that of torch.nn"
     if parametrize.is_parametrized(module):
         kinds = {type(p).__qualname__ for ps in module.parametrizations.values() for p in ps}
         return (

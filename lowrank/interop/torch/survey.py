@@ -75,7 +75,7 @@ def survey(model: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any
         Whatever `run` raises for `model`.
     """
     found = {
-        name: m for name, m in model.named_modules() if isinstance(m, LAYERS) or _is_scripted(m)
+        name: m for name, m in model.named_modules() if isinstance(m, LAYERS) or _has_layer_name(m)
     }
     reasons = {name: reason for name, m in found.items() if (reason := obstacle(m))}
     for parent in model.modules():
@@ -104,7 +104,7 @@ def survey(model: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any
         if name not in found:
             kind = type(watch.modules[name]).__qualname__
             outside[name] = f"{kind} computes a product with a weight that is in no layer"
-    macs = {name: watch.macs.get(name, 0) for name in outside}
+    macs = {n: watch.macs.get(n, 0) for n in outside if n in watch.macs or n not in watch.calls}
     return Survey(tuple(one[0] for one in kept), {one[0]: one for one in kept}, outside, macs)
 
 
@@ -114,8 +114,15 @@ def _first(names: Iterable[str], reasons: Mapping[str, str]) -> str:
 
 def _is_scripted(module: nn.Module) -> bool:
     """Return whether a TorchScript module is one of the layers."""
-    name = getattr(module, "original_name", "")
-    return isinstance(module, torch.jit.ScriptModule) and any(k.__name__ == name for k in LAYERS)
+    return isinstance(module, torch.jit.ScriptModule) and _has_layer_name(module)
+
+
+def _has_layer_name(module: nn.Module) -> bool:
+    """Return whether a module is called as one of the layers: scripted, quantised or another's."""
+    name = getattr(module, "original_name", type(module).__name__)
+    if not any(kind.__name__ == name for kind in LAYERS):
+        return False
+    return not any(isinstance(m, LAYERS) for m in module.modules())  # else a wrapper of one
 
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
@@ -221,6 +228,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
             def enter(module: nn.Module, args: Any, name: str = name) -> None:
                 self.calls[name] = self.calls.get(name, 0) + 1
                 self._stack.append(name)
+                if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors_in(args))):
+                    self.readers[name] = "it is called inside torch.vmap or another transform"
 
             def leave(
                 module: nn.Module, args: Any, kwargs: Any, out: Any, name: str = name
@@ -244,6 +253,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if torch._C._current_graph_task_id() != -1:  # the backward pass of a model's own gradient
+            return out
         name = self._stack[-1]
         inner = self.modules[name]
         if isinstance(inner, nn.RNNBase):
@@ -387,7 +398,7 @@ def _differ(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> str:
     """Return how outputs differ by more than rounding; "" if they do not."""
     if len(a) != len(b):
         return f"{len(b)} tensors instead of {len(a)}"
-    for x, y in zip(a, b):
+    for x, y in zip((t.detach() for t in a), (t.detach() for t in b)):
         if x.shape != y.shape or x.dtype != y.dtype:
             return f"{y.dtype} {tuple(y.shape)} instead of {x.dtype} {tuple(x.shape)}"
         if not x.is_floating_point() or not x.numel():

@@ -58,7 +58,8 @@ def verify(
 
     def outputs(model: nn.Module) -> list[torch.Tensor]:
         with repeatable():
-            return tensors_in(run(copy_model(model, is_shared=True).eval()))
+            found = tensors_in(run(copy_model(model, is_shared=True).eval()))
+        return [t.detach() for t in found]
 
     before = outputs(original)
     try:
