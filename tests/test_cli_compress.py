@@ -296,7 +296,8 @@ def test_layers_left_unchanged_are_named(lowrank, tmp_path):
     (tmp_path / "net.json").write_text(json.dumps(about))
     code, out, _ = lowrank("compress", "net.npz", "--macs", "0.5", "-o", "c.npz")
     assert code == 0
-    assert "left unchanged and not counted: b: its input size" in out
+    assert "note: left out, unchanged and in no budget: 1 layer" in out
+    assert "note: b: its input size" in out
     assert [x.name for x in layers(tmp_path / "c.npz")] == ["a", "b"]
 
 

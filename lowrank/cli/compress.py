@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -143,7 +143,7 @@ def plan(
     """
     check_output("--out", out, model, options.calibrate)
     arguments = options.arguments()
-    net, notes = _open(model, options.calibrate)
+    net, _ = _open(model, options.calibrate)
     try:
         result = _make_plan(net, arguments)
     except NothingToCompressError as error:
@@ -153,7 +153,7 @@ def plan(
     if as_json:
         print(result.to_json())
         return
-    _print_plan(result, notes, None)
+    _print_plan(result, None)
     if out is not None:
         print(f"wrote {out}")
 
@@ -261,7 +261,7 @@ def compress(
     if as_json:
         print_json(comparison.as_dict() | {"out": str(out)})
     else:
-        _print_plan(result.plan, notes, scores)
+        _print_plan(result.plan, scores)
         if report_to is not None and (measured := comparison.measured()):
             print(
                 f"layers alone, measured{comparison.measured_layers}: "
@@ -330,9 +330,7 @@ def _open(model: Path, calibrate: Path | None) -> tuple[CompressibleModel, list[
     return net, [f"Layers left unchanged and not counted: {some}{more}."]
 
 
-def _print_plan(
-    plan: CompressionPlan, notes: Sequence[str], scores: tuple[float, float] | None
-) -> None:
+def _print_plan(plan: CompressionPlan, scores: tuple[float, float] | None) -> None:
     """Print a plan: what matters most first."""
     evaluation = "" if scores is None else f"{scores[0]:.6g} before, {scores[1]:.6g} after"
     is_calibrated = bool(plan.about.get("calibrated"))
@@ -351,7 +349,7 @@ def _print_plan(
     totals = [(axis, *plan.total(axis)) for axis in AXES if axis != "seconds"]
     shares = (f"{axis} {after / before:.1%}" for axis, after, before in totals if before > 0)
     print(f"share of the original: {', '.join(shares)}")
-    for note in (*plan.notes(), *notes):
+    for note in plan.notes():
         print(f"note: {note}")
 
 

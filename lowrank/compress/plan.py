@@ -169,7 +169,8 @@ class CompressionPlan:
         whole = own + sum(x.macs or 0 for x in self.left_out.values())
         counted = [x.macs for x in self.left_out.values() if x.macs is not None]
         share = f" with {1 - own / whole:.0%} of the MACs" if counted and whole else ""
-        lines = [f"left out, unchanged and in no budget: {len(self.left_out)} layers{share}"]
+        layers = "1 layer" if len(self.left_out) == 1 else f"{len(self.left_out)} layers"
+        lines = [f"left out, unchanged and in no budget: {layers}{share}"]
         for name, x in sorted(self.left_out.items(), key=lambda item: -(item[1].macs or 0)):
             of = f" ({x.macs / whole:.1%} of the MACs)" if x.macs and whole else ""
             lines.append(f"{name or 'the model itself'}{of}: {x.reason}")
