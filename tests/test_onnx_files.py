@@ -276,3 +276,37 @@ def test_integer_inputs_keep_their_type(tmp_path):
     np.savez(path, x=np.array([[1.5, 2]]))
     with pytest.raises(ValueError, match="got float64"):
         read_batches(path, takes)
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        ("gewichte-ü.bin".encode(), True),
+        ("gewichte-ü.bin".encode("latin-1"), True),
+        ("重み.bin".encode("shift-jis"), True),
+        (b"100%2e.bin", True),
+        (b"../\xff.bin", False),
+        (b"\xc0\xae\xc0\xae/secret.bin", False),  # an overlong form of ..
+        (b"/\xff.bin", False),
+    ],
+)
+def test_external_data_of_any_encoding(rng, tmp_path, raw, found):
+    model, x = small_net(rng)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stand_in = "x" * len(raw)
+    onnx.save(
+        model, folder / "net.onnx", save_as_external_data=True, location=stand_in, size_threshold=0
+    )
+    data = (folder / "net.onnx").read_bytes()
+    assert data.count(stand_in.encode()) > 1
+    (folder / "net.onnx").write_bytes(data.replace(stand_in.encode(), raw))
+    if found:
+        os.rename(folder / stand_in, os.fsencode(folder) + b"/" + raw)
+        net = open_model(folder / "net.onnx", [x])
+        assert next(net.outputs({}))[0].shape == (5, 4)
+    else:
+        os.rename(folder / stand_in, tmp_path / "secret.bin")
+        with pytest.raises(ValueError, match=r"net\.onnx: external data of tensor") as why:
+            open_model(folder / "net.onnx")
+        str(why.value).encode()  # can be printed

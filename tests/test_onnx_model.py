@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from lowrank.core import reference
 from lowrank.families import FAMILIES, applicable
 
 onnx = pytest.importorskip("onnx")
+ml_dtypes = pytest.importorskip("ml_dtypes")  # which onnx requires
 pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx_models import CLOSE, CONVS, arrays, model_of, ran, small_net  # noqa: E402
 
-from lowrank.interop.onnx import OnnxModel  # noqa: E402
+from lowrank.interop.onnx import OnnxModel, open_model, save  # noqa: E402
 from lowrank.interop.onnx.chain import Writer, conv_chain  # noqa: E402
 
 
@@ -340,13 +342,13 @@ def test_nodes_after_the_layers_are_not_run(rng):
 
 
 def test_names_of_layers_and_nodes_are_unique(rng):
-    (w,) = arrays(rng, (4, 4, 3))
+    u, v, w = arrays(rng, *[(4, 4, 3)] * 3)
     nodes = [
-        helper.make_node("Conv", ["x", "w"], ["same_1"], "same"),
-        helper.make_node("Conv", ["same_1", "w"], ["same.0"], "same"),
+        helper.make_node("Conv", ["x", "u"], ["same_1"], "same"),
+        helper.make_node("Conv", ["same_1", "v"], ["same.0"], "same"),
         helper.make_node("Conv", ["same.0", "w"], ["y"]),
     ]
-    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w}))
+    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, weights={"u": u, "v": v, "w": w}))
     assert [n.name for n in net.layers] == ["same", "same_1", "y"]
     new = net.replaced({n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers})
     onnx.checker.check_model(new, full_check=True)
@@ -363,11 +365,16 @@ def test_nodes_without_constant_weights_are_not_layers(rng):
         helper.make_node("Conv", ["2", "c"], ["y"], "computed"),
     ]
     model = model_of(nodes, {"x": ["N", 3, 9], "w": [4, 4, 3]}, weights={"a": a, "b": b})
-    (layer,) = OnnxModel(model).layers
-    assert layer.name == "fixed"
+    net = OnnxModel(model)
+    assert [x.name for x in net.layers] == ["fixed", "computed"]
+    assert net.left_out == {"given": "its weight is not constant"}
+    np.testing.assert_array_equal(net.layers[1].conv.to_dense(), -b)
+    new = net.replaced({"computed": lr.channel_svd(net.layers[1].conv, 2)})
+    assert "Neg" not in {n.op_type for n in new.graph.node}
+    assert "b" not in {t.name for t in new.graph.initializer}
 
 
-def test_shared_weights_are_removed_with_their_last_use(rng):
+def test_nodes_of_one_weight_are_one_layer(rng):
     w, b, x = arrays(rng, (4, 4, 3), (4,), (2, 4, 9))
     nodes = [
         helper.make_node("Conv", ["x", "w", "b"], ["1"], "first"),
@@ -375,36 +382,249 @@ def test_shared_weights_are_removed_with_their_last_use(rng):
     ]
     for ir in (3, 8):
         model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "b": b}, ir=ir)
-        net = OnnxModel(model)
-        chains = {n.name: lr.channel_svd(n.conv, rank=2) for n in net.layers}
-        one = net.replaced({"first": chains["first"]})
-        assert {"w", "b"} <= {t.name for t in one.graph.initializer}
-        both = net.replaced(chains)
-        assert not {"w", "b"} & {t.name for t in (*both.graph.initializer, *both.graph.input)}
-        want = chains["second"](chains["first"](x))
-        np.testing.assert_allclose(ran(both, x=x)[0], want, **CLOSE)
+        net = OnnxModel(model, [x])
+        ((layer,), left_out) = net.layers, net.left_out
+        assert (layer.name, layer.times, left_out) == ("first", 2, {})
+        f = lr.channel_svd(layer.conv, rank=2)
+        a, c = next(net.inputs(["first"], {}))["first"]
+        np.testing.assert_array_equal(a, x)
+        np.testing.assert_allclose(c, layer.conv(x), **CLOSE)
+        new = net.replaced({"first": f})
+        params = sum(math.prod(t.dims) for t in new.graph.initializer)
+        assert params == f.params
+        assert not {"w", "b"} & {t.name for t in (*new.graph.initializer, *new.graph.input)}
+        np.testing.assert_allclose(ran(new, x=x)[0], f(f(x)), **CLOSE)
+        np.testing.assert_allclose(next(net.outputs({"first": f}))[0], f(f(x)), **CLOSE)
 
 
-def test_tensors_of_subgraphs_are_kept(rng):
+OTHERS = {
+    "pads": {"node": helper.make_node("Conv", ["1", "w"], ["y"], "other", pads=[1, 1])},
+    "bias": {"node": helper.make_node("Conv", ["1", "w", "b"], ["y"], "other")},
+    "another operator": {"node": helper.make_node("Mul", ["1", "m"], ["y"], "other")},
+    "an output": {"node": helper.make_node("Mul", ["w", "x1"], ["y"], "other")},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_weights_shared_with_something_else_stay(rng, what):
+    w, b = arrays(rng, (4, 4, 3), (4,))
+    nodes = [
+        helper.make_node("ReduceMax", ["w"], ["m"], keepdims=1),
+        helper.make_node("ReduceMax", ["x"], ["x1"], keepdims=1),
+        helper.make_node("Conv", ["x", "w"], ["1"], "conv"),
+        OTHERS[what]["node"],
+        helper.make_node("Conv", ["1", "v"], ["z"], "last"),
+    ]
+    weights = {"w": w, "b": b, "v": w}
+    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, ("y", "z"), weights))
+    assert [x.name for x in net.layers] == ["last"]
+    assert net.left_out["conv"] == "its weight is shared with other"
+
+
+def test_layers_in_bodies_are_named(rng):
     w, x = arrays(rng, (4, 4, 3), (2, 4, 9))
     then = helper.make_graph([helper.make_node("Identity", ["1"], ["t"])], "then", [],
                              [helper.make_tensor_value_info("t", 1, None)])  # fmt: skip
-    other = helper.make_graph([helper.make_node("Conv", ["1", "w"], ["e"])], "else", [],
+    other = helper.make_graph([helper.make_node("Conv", ["1", "u"], ["e"], "inner")], "else", [],
                               [helper.make_tensor_value_info("e", 1, None)])  # fmt: skip
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["1"], "conv"),
-        helper.make_node("If", ["c"], ["2"], then_branch=then, else_branch=other),
+        helper.make_node("If", ["c"], ["2"], "if", then_branch=then, else_branch=other),
         helper.make_node("Conv", ["2", "v"], ["y"], "last"),
     ]
-    model = model_of(nodes, {"x": ["N", 4, 9]}, weights={"w": w, "v": w, "c": np.array(False)})
-    net = OnnxModel(model, [x])
+    weights = {"w": w, "v": w, "u": w, "c": np.array(False)}
+    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, weights=weights), [x])
     assert [n.name for n in net.layers] == ["conv", "last"]
+    assert net.left_out == {"if/inner": "it is in the body of the If 'if'"}
     f = lr.channel_svd(net.layers[0].conv, rank=2)
     new = net.replaced({"conv": f})
     conv = net.layers[0].conv
     np.testing.assert_allclose(ran(new, x=x)[0], conv(conv(f(x))), **CLOSE)
     np.testing.assert_allclose(next(net.inputs(["last"], {"conv": f}))["last"][0], conv(f(x)),
                                **CLOSE)  # fmt: skip
+    weights["u"] = weights.pop("w")  # that of the first layer, too
+    nodes[0].input[1] = "u"
+    net = OnnxModel(model_of(nodes, {"x": ["N", 4, 9]}, weights=weights), [x])
+    assert net.left_out["conv"] == "its weight is shared with if"
+
+
+def test_layers_in_loops_and_local_functions(rng):
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        net (float[N, 4, 9] x) => (float[N, 4, 9] y)
+        <float[4, 4, 3] w, float[4, 4, 3] v, int64 trips = {2}, bool go = {1}> {
+            a = own.padded(x, w)
+            y = Loop(trips, go, a) <body = g (int64 i, bool c, float[N, 4, 9] s)
+                => (bool d, float[N, 4, 9] t) { d = Identity(c)
+                [step] t = Conv <pads = [1, 1]> (s, v) }>
+        }
+        <domain: "own", opset_import: ["" : 17]>
+        padded (z, k) => (o) { [inner] o = Conv <pads = [1, 1]> (z, k) }""")
+    w, v, x = arrays(rng, (4, 4, 3), (4, 4, 3), (2, 4, 9))
+    model.graph.initializer.extend(
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(v, "v")]
+    )
+    for i in reversed(range(len(model.graph.input))):
+        if model.graph.input[i].name != "x":
+            del model.graph.input[i]
+    net = OnnxModel(model, [x])
+    ((layer,), (left,)) = net.layers, net.left_out.items()
+    np.testing.assert_array_equal(layer.conv.to_dense(), w)
+    assert left[0].endswith("/step")
+    assert "in the body of the Loop" in left[1]
+    new = net.replaced({layer.name: lr.channel_svd(layer.conv, 4)})
+    np.testing.assert_allclose(ran(new, x=x)[0], ran(model, x=x)[0], **CLOSE)
+
+
+def behind(what, rng):
+    """Return the weight of a convolution, the nodes that compute it, and their constants."""
+    w = rng.standard_normal((6, 4, 3, 3)).astype(np.float32)
+    q = np.clip(np.round(w / 0.02), -128, 127).astype(np.int8)
+    node = helper.make_node
+    scales = np.linspace(0.01, 0.02, 6).astype(np.float32)
+    folded = numpy_helper.from_array(w.reshape(6, -1))
+    return {
+        "DequantizeLinear": (
+            q * np.float32(0.02),
+            [node("DequantizeLinear", ["q", "s", "z"], ["w"])],
+            {"q": q, "s": np.float32(0.02), "z": np.int8(0)},
+        ),
+        "DequantizeLinear by channel": (
+            ((q // 2).astype(np.float32) - 1) * scales[:, None, None, None],
+            [node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0)],
+            {"q": q // 2, "s": scales, "z": np.ones(6, np.int8)},
+        ),
+        "Cast": (
+            w.astype(np.float16).astype(np.float32),
+            [node("Cast", ["h"], ["w"], to=TensorProto.FLOAT)],
+            {"h": w.astype(np.float16)},
+        ),
+        "Cast of bfloat16": (
+            w.astype(ml_dtypes.bfloat16).astype(np.float32),
+            [node("Cast", ["h"], ["w"], to=TensorProto.FLOAT)],
+            {"h": w.astype(ml_dtypes.bfloat16)},
+        ),
+        "Transpose and Identity": (
+            w,
+            [node("Transpose", ["t"], ["i"], perm=[3, 2, 0, 1]), node("Identity", ["i"], ["w"])],
+            {"t": w.transpose(2, 3, 1, 0)},
+        ),
+        "Constant and Reshape": (
+            w,
+            [
+                node("Constant", [], ["c"], value=folded),
+                node("Reshape", ["c", "to"], ["w"]),
+            ],
+            {"to": np.array([6, 4, 3, 3])},
+        ),
+        "Concat and Mul": (
+            2 * w,
+            [node("Concat", ["a", "b"], ["c"], axis=0), node("Add", ["c", "c"], ["w"])],
+            {"a": w[:2], "b": w[2:]},
+        ),
+    }[what]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "DequantizeLinear", "DequantizeLinear by channel", "Cast", "Cast of bfloat16",
+        "Transpose and Identity", "Constant and Reshape", "Concat and Mul",
+    ],
+)  # fmt: skip
+def test_weights_behind_other_nodes(rng, tmp_path, what):
+    weight, nodes, constants = behind(what, rng)
+    (x,) = arrays(rng, (2, 4, 7, 7))
+    conv = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
+    model = model_of([*nodes, conv], {"x": ["N", 4, 7, 7]}, weights=constants)
+    net = OnnxModel(model, [x])
+    (layer,) = net.layers
+    np.testing.assert_allclose(layer.conv.to_dense(), weight, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(next(net.outputs({}))[0], layer.conv(x), **CLOSE)
+    f = lr.channel_svd(layer.conv, 3)
+    new = net.replaced({"conv": f})
+    assert [n.op_type for n in new.graph.node] == ["Conv", "Conv"]
+    assert sum(math.prod(t.dims) for t in new.graph.initializer) == f.params
+    np.testing.assert_allclose(ran(new, x=x)[0], f(x), **CLOSE)
+    # the same from a file with external data
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w.data", size_threshold=0)
+    (again,) = open_model(path).layers
+    np.testing.assert_array_equal(again.conv.to_dense(), layer.conv.to_dense())
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float64"])
+def test_types_without_kernels_of_onnxruntime_are_run_elsewhere(rng, kind):
+    dtype = np.dtype(kind) if kind == "float64" else np.dtype(ml_dtypes.bfloat16)
+    w, b, v, x = (
+        a.astype(dtype) for a in arrays(rng, (8, 6, 3, 3), (8,), (4, 8, 3, 3), (2, 6, 9, 9))
+    )
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["1"], "first"),
+        helper.make_node("Relu", ["1"], ["2"]),
+        helper.make_node("Conv", ["2", "v"], ["y"], "last"),
+    ]
+    number = helper.np_dtype_to_tensor_dtype(dtype)
+    model = model_of(
+        nodes, {"x": ["N", 6, 9, 9]}, weights={"w": w, "b": b, "v": v}, kind=number, opset=22, ir=10
+    )
+    net = OnnxModel(model, [x])
+    assert [y.conv.dtype for y in net.layers] == [np.float32 if kind == "bfloat16" else dtype] * 2
+    with pytest.warns(UserWarning, match="onnxruntime does not load.*reference evaluator"):
+        (batch,) = net.inputs(["first", "last"], {})
+    first = net.layers[0].conv
+    tolerance = 1e-6 if kind == "float64" else 0.1  # 8 bits of sums of magnitude 10
+    np.testing.assert_allclose(
+        batch["last"][0], np.maximum(first(x.astype(first.dtype)), 0), rtol=0, atol=tolerance
+    )
+    f = lr.channel_svd(net.layers[1].conv, 4)
+    new = net.replaced({"last": f})
+    assert {t.data_type for t in new.graph.initializer} == {number}
+    with pytest.warns(UserWarning, match="reference evaluator"):
+        ((found,),) = net.outputs({"last": f})
+    np.testing.assert_allclose(
+        found, f(batch["last"][0].astype(f.dtype)), rtol=0, atol=8 * tolerance
+    )
+    assert net.gradients(["last"], 0) is None
+    with pytest.raises(ValueError, match="onnxruntime does not load"):
+        net.call({}, "onnxruntime", 2, 1)
+
+
+def test_outputs_without_a_shape(rng, tmp_path):
+    model, x = small_net(rng)
+    expected = ran(model, x=x)[0]
+    for forget in ("shape", "type"):
+        if forget == "shape":
+            model.graph.output[0].type.tensor_type.ClearField("shape")
+        else:
+            model.graph.output[0].ClearField("type")
+        (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+        net = open_model(tmp_path / "net.onnx", [x])
+        np.testing.assert_array_equal(next(net.outputs({}))[0], expected)
+        new = net.replaced({"conv": lr.channel_svd(net.layers[0].conv, 6)})
+        save(new, tmp_path / "new.onnx")
+        again = open_model(tmp_path / "new.onnx", [x])
+        np.testing.assert_allclose(next(again.outputs({}))[0], expected, **CLOSE)
+
+
+def test_other_layers_are_named(rng):
+    w, x = arrays(rng, (4, 3, 3, 3), (1, 3, 8, 8))
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["1"], "same", strides=[2, 2], auto_pad="SAME_UPPER"),
+        helper.make_node("Transpose", ["1"], ["2"], perm=[0, 2, 3, 1]),
+        helper.make_node("MatMul", ["m", "2"], ["3"], "first factor"),
+        helper.make_node("MatMul", ["2", "t"], ["4"], "many"),
+        helper.make_node("MatMul", ["2", "f"], ["y"], "last"),
+    ]
+    weights = {
+        "w": w, "m": np.ones((1, 1), np.float32), "t": np.ones((1, 1, 4, 4), np.float32),
+        "f": np.ones((4, 5), np.float32),
+    }  # fmt: skip
+    shape = {"x": ["N", 3, "h", 8]}
+    net = OnnxModel(model_of(nodes, shape, ("y",), weights), [x])
+    assert [y.name for y in net.layers] == ["last"]
+    assert "depends on the input size" in net.left_out["same"]
+    assert net.left_out["first factor"] == "its weight is the first factor"
+    assert "shape (1, 1, 4, 4)" in net.left_out["many"]
 
 
 def test_free_sizes_need_calibration_data(rng):
@@ -412,7 +632,7 @@ def test_free_sizes_need_calibration_data(rng):
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
     model = model_of([node], {"x": ["N", 3, "h", "w"]}, weights={"w": w})
     assert OnnxModel(model, [x]).layers[0].input_size == (9, 7)
-    with pytest.raises(ValueError, match="'conv' has no fixed size: give calibration data, or fix"):
+    with pytest.raises(ValueError, match="'conv': its input has no fixed size: give calibration"):
         OnnxModel(model)
 
 

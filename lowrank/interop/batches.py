@@ -170,10 +170,16 @@ def check_batch(inputs: Sequence[Input], batch: Any) -> Feed:
     return feed
 
 
+def _is_floating(dtype: np.dtype[Any]) -> bool:
+    """Return whether a type is floating-point, also one that NumPy does not know, as bfloat16."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
 def cast(i: Input, array: Array) -> Array:
     """Return `array` in the type of an input; raise a ValueError if that changes its values."""
-    floating = np.issubdtype(i.dtype, np.floating)
-    if array.dtype.kind not in ("fiu" if floating else "iu" if i.dtype.kind in "iu" else "b"):
+    floating = _is_floating(i.dtype)
+    kinds = "fiu" if floating else "iu" if i.dtype.kind in "iu" else "b"
+    if array.dtype.kind not in kinds and not (floating and _is_floating(array.dtype)):
         raise ValueError(f"the network takes {i}, got {array.dtype}")
     with np.errstate(over="ignore"):
         new = np.ascontiguousarray(array, i.dtype)

@@ -63,7 +63,7 @@ def differentiable(
         for feed in feeds:
             if (shapes := shapes_of(feed)) not in found:
                 found[shapes] = Differentiable(simple, folder, dict(shapes))
-    except (ImportError, Unsupported):
+    except (ImportError, Unsupported, ValueError):  # the last of onnxruntime
         return None
     return found
 

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lowrank._typing import Array
 from lowrank.interop.common import one_line
 from lowrank.interop.onnx.data import dims
@@ -13,6 +15,8 @@ from lowrank.interop.onnx.files import library, values, without_large_weights
 
 Sizes = tuple[int | str | None, ...]
 
+# Operators whose result differs from call to call.
+_RANDOM = ("RandomNormal", "RandomUniform", "Multinomial", "Bernoulli")
 _OLDEST_OPSET = 7  # that onnxruntime runs
 
 
@@ -38,7 +42,8 @@ def supported_opset(model: Any) -> int:
     return opset
 
 
-def _subgraphs(node: Any) -> Iterator[Any]:
+def subgraphs(node: Any) -> Iterator[Any]:
+    """Yield the graphs in the attributes of a node, such as the bodies of a Loop."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -48,7 +53,7 @@ def _subgraphs(node: Any) -> Iterator[Any]:
 def reads(node: Any) -> Iterator[str]:
     """Yield the tensors that a node or its subgraphs read."""
     yield from filter(None, node.input)
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         yield from (o.name for o in graph.output)
         for inner in graph.node:
             yield from reads(inner)
@@ -66,7 +71,7 @@ def names(graph: Any) -> set[str]:
     used = {v.name for part in (graph.input, graph.output, graph.initializer) for v in part}
     for node in graph.node:
         used.update((node.name, *node.input, *node.output))
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             used |= names(inner)
     return used
 
@@ -105,6 +110,22 @@ class Constants:
         if hasattr(source, "op_type"):
             source = next((a.t for a in source.attribute if a.name == "value"), None)
         return None if source is None else values(source, self._folder)
+
+
+def as_numpy(array: Array) -> Array:
+    """Return bfloat16 as float32, of which NumPy has all functions; other types unchanged."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def constant_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes that depend on constants only and give the same result every time."""
+    constant = {t.name for t in graph.initializer}
+    for node in graph.node:  # in topological order
+        has_graph = any(a.HasField("g") or a.graphs for a in node.attribute)
+        is_random = node.op_type.startswith(_RANDOM)
+        if not has_graph and not is_random and constant.issuperset(reads(node)):
+            constant.update(filter(None, node.output))
+            yield node
 
 
 def infer_shapes(model: Any) -> Any:
@@ -195,15 +216,15 @@ def _set(field: Any, entries: Sequence[Any]) -> None:
 def _drop_unused(graph: Any, candidates: Sequence[str]) -> None:
     """Remove the constants among `candidates`, and their sources, that are not used."""
     counts = uses(graph)
-    nodes = {o: n for n in graph.node for o in n.output if n.op_type in ("Constant", "Identity")}
+    nodes = {o: n for n in constant_nodes(graph) for o in n.output}
     removed, queue = set(), list(dict.fromkeys(filter(None, candidates)))
     while queue:
         name = queue.pop()
         if counts[name] or name in removed:
             continue
         removed.add(name)
-        if name in nodes:
-            for source in nodes[name].input:
+        if name in nodes and removed.issuperset(filter(None, nodes[name].output)):
+            for source in filter(None, nodes[name].input):
                 counts[source] -= 1
                 queue.append(source)
     constants = {t.name for t in graph.initializer} & removed
@@ -214,7 +235,7 @@ def _drop_unused(graph: Any, candidates: Sequence[str]) -> None:
         [
             i
             for i, n in enumerate(graph.node)
-            if removed.issuperset(n.output) and n.output[0] in nodes
+            if removed.issuperset(filter(None, n.output)) and n.output[0] in nodes
         ]
     ):
         del graph.node[i]

@@ -23,6 +23,7 @@ from lowrank.interop.onnx.engine import on_engine
 from lowrank.interop.onnx.files import (
     check,
     check_external,
+    has_shape,
     is_external,
     library,
     load,
@@ -30,9 +31,9 @@ from lowrank.interop.onnx.files import (
     without_large_weights,
 )
 from lowrank.interop.onnx.gradients import Differentiable, differentiable, shapes_of
-from lowrank.interop.onnx.graph import infer_shapes, prune, substitute, supported_opset
-from lowrank.interop.onnx.layers import Site, find
-from lowrank.interop.onnx.runtime import open_session, session_call
+from lowrank.interop.onnx.graph import as_numpy, infer_shapes, prune, substitute, supported_opset
+from lowrank.interop.onnx.layers import Site, Use, find
+from lowrank.interop.onnx.runtime import open_any_session, session_call
 
 _THREADS = 2  # maximum number of threads of onnxruntime
 _PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
@@ -42,7 +43,8 @@ class OnnxModel:
     """Compressible model in ONNX's format.
 
     Its layers are the Conv, ConvTranspose, Gemm and MatMul nodes of the main graph whose weights
-    are constants, except those whose padding depends on a size that is not fixed.
+    are constant, or computed from constants, such as those behind DequantizeLinear.  Nodes that do
+    the same with one weight are one layer.  Local functions are inlined.
 
     Parameters
     ----------
@@ -53,13 +55,23 @@ class OnnxModel:
     folder : path, optional
         Folder of the model's external data.
 
+    Attributes
+    ----------
+    left_out : dict of str to str
+        Reasons why other nodes with such weights are not among the layers: those in the bodies of
+        an If or a Loop, and those whose padding or size depends on an input.
+
     Raises
     ------
     ValueError
-        If the model is invalid or has no such layer, if a batch does not fit the network, or if
-        neither the graph nor a batch determines the size of a layer's input.
+        If the model is invalid or has no such layer, or if a batch does not fit the network.
     ImportError
         If onnx or onnxruntime is not installed.
+
+    Notes
+    -----
+    Where onnxruntime has no kernels for the model's types, as for a Conv of float64 or bfloat16,
+    onnx's reference evaluator runs it, with a warning.
 
     Examples
     --------
@@ -88,17 +100,25 @@ class OnnxModel:
         self._folder = None if folder is None else Path(folder).resolve()
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
+        if model.functions:
+            from onnx import inliner  # not loaded with onnx
+
+            self._model = inliner.inline_local_functions(self._model)
         check_external(self._model, self._folder)
         check(self._model)
         self._opset = supported_opset(self._model)
         self._inputs = inputs_of(self._model)
         self._feeds = [check_batch(self._inputs, b) for b in batches or ()]
         self._sites: dict[str, Site] = {}  # `find` may run the network
-        sites = find(self._model, self._folder, [i.name for i in self._inputs], self._probe)
+        sites, self.left_out = find(
+            self._model, self._folder, [i.name for i in self._inputs], self._probe
+        )
         self._sites = {site.layer.name: site for site in sites}
         if not self._sites:
+            reasons = "; ".join(f"layer {name!r}: {why}" for name, why in self.left_out.items())
             raise ValueError(
-                "the network has no Conv, ConvTranspose, Gemm or MatMul with constant weights"
+                "the network has no Conv, ConvTranspose, Gemm or MatMul that can be replaced"
+                f"{': ' if reasons else ''}{reasons[:500]}"
             )
 
     @property
@@ -146,10 +166,13 @@ class OnnxModel:
         [[[1.0, 0.0, 2.0, 0.0]]]
         """
         sites = [self._site(name) for name in names]
-        tensors = list(dict.fromkeys(s.input for s in sites))
+        tensors = list(dict.fromkeys(u.input for s in sites for u in s.uses))
         for feed, values in zip(self._feeds, self._run(tensors, chains, self._feeds)):
             batch = self._batch_size(feed)
-            yield {s.layer.name: (_samples(s, values[s.input], batch),) for s in sites}
+            yield {
+                s.layer.name: tuple(_samples(s, values[u.input], batch) for u in s.uses)
+                for s in sites
+            }
 
     def gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples] | None:
         r"""Yield the gradients of random combinations of the outputs, one batch at a time.
@@ -196,12 +219,14 @@ class OnnxModel:
         random = torch.Generator().manual_seed(seed)
         for feed in self._feeds:
             network, batch = networks[shapes_of(feed)], self._batch_size(feed)
-            found = network.gradients([s.output for s in sites], feed, random)
+            outputs = [u.output for s in sites for u in s.uses]
+            found = network.gradients(outputs, feed, random)
             yield {
-                s.layer.name: (
-                    _samples(s, found[s.output], batch)
-                    if s.output in found
-                    else _no_gradient(s.layer, batch),
+                s.layer.name: tuple(
+                    _samples(s, found[u.output], batch)
+                    if u.output in found
+                    else _no_gradient(s.layer, batch)
+                    for u in s.uses
                 )
                 for s in sites
             }
@@ -278,7 +303,11 @@ class OnnxModel:
         new.CopyFrom(self._model)
         self._substitute(new, chains)
         del new.graph.value_info[:]
-        new.graph.value_info.extend(infer_shapes(new).graph.value_info)
+        inferred = infer_shapes(new).graph
+        new.graph.value_info.extend(inferred.value_info)
+        for value, known in zip(new.graph.output, inferred.output):
+            if not has_shape(value):
+                value.CopyFrom(known)
         check(new, full=True)
         for tensor in new.graph.initializer:
             if is_external(tensor):
@@ -374,21 +403,31 @@ class OnnxModel:
         outputs = {node.output[0] for node in model.graph.node}
         parts = {}
         for name, f in chains.items():
-            site = self._sites[name]
-            if site.output in outputs:
-                parts[site.output] = partial(self._nodes, site, f)
+            site, made = self._sites[name], list[Any]()
+            for use in site.uses:
+                if use.output in outputs:
+                    parts[use.output] = partial(self._nodes, site, use, f, made)
         if parts:
             substitute(model, parts)
 
     def _nodes(
-        self, site: Site, f: Factorization, used_names: set[str]
+        self, site: Site, use: Use, f: Factorization, made: list[Any], used_names: set[str]
     ) -> tuple[list[Any], list[Any]]:
+        """Return the nodes and weights in place of one node; `made` has those of earlier ones."""
         writer = Writer(site.layer.name, f.ndim, site.dtype, self._opset, used_names)
         if site.op in ("Conv", "ConvTranspose"):
-            conv_chain(writer, f, site.input, site.fixed)
+            conv_chain(writer, f, use.input, use.fixed)
         else:
-            linear_chain(writer, f, site.input, site.rank, site.op == "Gemm")
-        return writer.nodes, writer.tensors
+            linear_chain(writer, f, use.input, use.rank, site.op == "Gemm")
+        known = {(t.data_type, tuple(t.dims), t.raw_data): t.name for t in made}
+        names = {
+            t.name: known.get((t.data_type, tuple(t.dims), t.raw_data)) for t in writer.tensors
+        }
+        for node in writer.nodes:
+            node.input[:] = [names.get(n) or n for n in node.input]
+        new = [t for t in writer.tensors if names[t.name] is None]
+        made += new
+        return writer.nodes, new
 
     def _batch_size(self, feed: Feed) -> int:
         return next((len(feed[i.name]) for i in self._inputs if i.shape), 1)
@@ -403,7 +442,7 @@ class OnnxModel:
         if computed and feeds:
             model = prune(self._model, computed)
             self._substitute(model, chains)
-            session = open_session(model, self._folder, min(_THREADS, os.cpu_count() or 1))
+            session = open_any_session(model, self._folder, min(_THREADS, os.cpu_count() or 1))
         for feed in feeds:
             values = {n: feed[n] for n in tensors if n in inputs}
             if session is not None:
@@ -512,4 +551,5 @@ def _is_probe(shape: Sequence[int | None]) -> bool:
 
 def _as_float32(x: Array) -> Array:
     """Return floating-point values as float32, others unchanged."""
+    x = as_numpy(x)
     return np.asarray(x, np.float32) if x.dtype.kind == "f" else x

@@ -123,8 +123,7 @@ def _convolution(n: _Node) -> Iterator[Primitive]:
     if weight is None or (linear and len(n.shape) > 1):
         return
     f = convolution_of(n.node, weight, n.constant, (1,) if linear else n.shape[1:], True)
-    if f is not None:
-        yield n.primitive("convolve", links=((f.stages[0], Epilogue(f.bias)),))
+    yield n.primitive("convolve", links=((f.stages[0], Epilogue(f.bias)),))
 
 
 def _batch_norm(n: _Node) -> Iterator[Primitive]:
@@ -229,8 +228,8 @@ def _pooling(n: _Node) -> Iterator[Primitive]:
     stride, dilation = a.get("strides", ones), a.get("dilations", ones)
     geometry = {"stride": stride, "dilation": dilation}
     padding = padding_of(n.op, a, kernel, geometry, size, True)
-    counts_padding = bool(a.get("count_include_pad", 0)) and any(map(any, padding or ()))
-    if padding is None or (counts_padding and any(b != e for b, e in padding)):
+    counts_padding = bool(a.get("count_include_pad", 0)) and any(map(any, padding))
+    if counts_padding and any(b != e for b, e in padding):
         return
     yield _pool(
         n, "max pool" if n.op == "MaxPool" else "mean pool", n.out[1:], kernel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.interop.common import one_line
-from lowrank.interop.onnx.files import library, without_large_weights
-from lowrank.interop.onnx.graph import prune, reads
-
-# Operators whose result differs from call to call.
-_RANDOM = ("RandomNormal", "RandomUniform", "Multinomial", "Bernoulli")
+from lowrank.interop.onnx.files import (
+    is_external,
+    library,
+    read_external,
+    without_large_weights,
+)
+from lowrank.interop.onnx.graph import constant_nodes, prune, reads
 
 
 class Tensor(NamedTuple):
@@ -60,6 +63,52 @@ def open_session(model: Any, folder: Path | None, threads: int, optimize: bool =
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as why:  # onnxruntime's errors have no common base
         raise ValueError(f"onnxruntime does not load the network: {one_line(why)}") from None
+
+
+class ReferenceSession:
+    """A model in onnx's own evaluator, with the methods of a session of onnxruntime.
+
+    It is slow, and runs types for which onnxruntime has no kernels.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        Model; its external data are read.
+    folder : path or None
+        Folder of the model's external data.
+    """
+
+    def __init__(self, model: Any, folder: Path | None) -> None:
+        from onnx.reference import ReferenceEvaluator  # not loaded with onnx
+
+        for tensor in model.graph.initializer:
+            if is_external(tensor):
+                read_external(tensor, folder)
+        constants = {t.name for t in model.graph.initializer}
+        self._inputs = [i for i in model.graph.input if i.name not in constants]
+        self._evaluator = ReferenceEvaluator(model)
+
+    def get_inputs(self) -> list[Any]:
+        """Return the inputs of the model."""
+        return self._inputs
+
+    def run(self, outputs: list[str], feed: Mapping[str, Array]) -> list[Any]:
+        """Return outputs of the model."""
+        return list(self._evaluator.run(outputs, dict(feed)))
+
+
+def open_any_session(model: Any, folder: Path | None, threads: int) -> Any:
+    """Load a model into onnxruntime, or where that fails, into onnx's reference evaluator."""
+    try:
+        return open_session(model, folder, threads)
+    except ValueError as why:
+        reason = str(why)
+        try:
+            session = ReferenceSession(model, folder)
+        except Exception:  # of any operator
+            raise ValueError(reason) from None
+    warnings.warn(f"{reason}; onnx's reference evaluator runs it, slowly", stacklevel=2)
+    return session
 
 
 def session_call(
@@ -120,20 +169,12 @@ def simplify(model: Any, folder: Path | None) -> Any:
 def fold_constants(model: Any, folder: Path | None) -> None:
     """Replace nodes that depend on constants only by initializers, in place."""
     onnx, graph = library(), model.graph
-    constant = {t.name for t in graph.initializer}
-    folded, kept = [], []
-    for node in graph.node:
-        has_graph = any(a.HasField("g") or a.graphs for a in node.attribute)
-        is_random = node.op_type.startswith(_RANDOM)
-        if has_graph or is_random or not constant.issuperset(reads(node)):
-            kept.append(node)
-            continue
-        folded.append(node)
-        constant.update(filter(None, node.output))
-    computed = {o for node in folded for o in node.output if o}
+    folded = list(constant_nodes(graph))
+    outputs = {o for node in folded for o in node.output if o}
+    kept = [node for node in graph.node if outputs.isdisjoint(node.output)]
     used = {name for node in kept for name in reads(node)}
     used.update(o.name for o in graph.output)
-    wanted = sorted(computed & used)
+    wanted = sorted(outputs & used)
     if not wanted:
         return
     part = prune(model, wanted)
