@@ -554,7 +554,7 @@ def test_left_out_layers_are_listed_with_their_share():
     assert result.plan.limits["macs"] == pytest.approx(0.7 * dense)
     text = repr(result.plan)
     assert "70% of the layers in the table" in text
-    assert "the example does not run it" in text
+    assert "the first example does not run it" in text
     again = CompressionPlan.from_json(result.plan.to_json())
     assert again.left_out == left
     assert repr(again) == text

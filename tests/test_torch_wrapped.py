@@ -119,6 +119,18 @@ def test_data_parallel_models_are_compressed():
     assert result.output_error == half_of(plain()).output_error
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
+def test_distributed_models_are_compressed_as_the_module_inside(tmp_path):
+    start = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=start, rank=0, world_size=1)
+    try:
+        result = half_of(nn.parallel.DistributedDataParallel(plain()))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(result.plan.layers) == ["0", "2"]
+    assert type(result.model) is nn.Sequential
+
+
 def test_models_that_cannot_be_copied_are_named():
     model = plain()
     model.lock = (i for i in range(3))
@@ -195,6 +207,16 @@ def test_weights_that_are_not_finite_name_their_layer():
     model[2].weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"weight must be finite.*\(layer 2\)"):
         half_of(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::FutureWarning")
+def test_result_can_be_exported_and_scripted():
+    result = half_of(nn.Sequential(plain(), nn.ConvTranspose2d(8, 8, 2, stride=2)))
+    with torch.no_grad():
+        wanted = result.model(DATA[0])
+        exported = torch.export.export(result.model.eval(), (DATA[0],)).module()
+        for model in (exported, torch.jit.script(result.model)):
+            torch.testing.assert_close(model(DATA[0]), wanted)
 
 
 def test_result_can_be_pickled_copied_and_saved(tmp_path):

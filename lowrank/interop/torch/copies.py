@@ -59,6 +59,7 @@ def check_model(model: nn.Module) -> None:
 def copy_model(model: nn.Module, is_shared: bool = False) -> nn.Module:
     """Return a copy of a model, in which compiled modules are the modules that were compiled.
 
+    Of a DistributedDataParallel, it is a copy of the module inside.
     Tensors that share memory still do in the copy, and weights that a forward pass has computed,
     such as those of ``torch.nn.utils.weight_norm``, are constants until the next one.
 
@@ -78,6 +79,8 @@ def copy_model(model: nn.Module, is_shared: bool = False) -> nn.Module:
     ValueError
         If a part of the model cannot be copied.
     """
+    if torch.distributed.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     memo: dict[int, Any] = {}
     parameters = [p for m in model.modules() for p in m._parameters.values() if p is not None]
     if is_shared:

@@ -93,7 +93,7 @@ def survey(model: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any
         if name in watch.readers:
             reasons.setdefault(name, watch.readers[name])
         elif name not in watch.calls:
-            reasons.setdefault(name, "the example does not run it")
+            reasons.setdefault(name, "the first example does not run it")
     free = [n for n in watch.order if n in members and not _first(members[n], reasons)]
     probe = _Probe(model, run, reference, watch.calls)
     kept = probe.admit([], [members[n] for n in free])
