@@ -602,4 +602,15 @@ def test_dask_arrays_take_the_same_arguments(data):
     lazy = filters.correlate(da.from_array(image, chunks=(9, 10, 2)), kernel, **options)
     whole = filters.correlate(image, kernel, method="auto", **options)
     assert (lazy.shape, lazy.dtype) == (whole.shape, whole.dtype)
-    np.testing.assert_array_equal(lazy.compute(), whole, strict=True)
+    found = lazy.compute()
+    if filters.rank(kernel) > 1:
+        np.testing.assert_array_equal(found, whole, strict=True)
+        return
+    # Passes over whole images add samples of equal taps first, and chains know the response to a
+    # constant border: n products and sums along each axis round in another order.
+    single = np.result_type(image.dtype, whole.dtype, "f4").name in ("float32", "complex64")
+    eps = np.finfo("f4" if single else "f8").eps
+    bound = 4 * sum(kernel.shape) * eps * max(np.abs(image).max(), 1.5) * np.abs(kernel).sum()
+    step = 1 if whole.dtype.kind in "iub" else 0
+    kind = complex if whole.dtype.kind == "c" else float
+    assert np.abs(found.astype(kind) - whole.astype(kind)).max() <= bound + step
