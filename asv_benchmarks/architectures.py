@@ -5,11 +5,11 @@
 
 Weights are random, of low rank, so that exact chains exist within the budget of 70 % of the MACs.
 Each architecture runs in a process of its own, with a small input, two families and no gradients:
-LAYERS_TRIED layers, spread over the network, are compressed, none larger than LARGEST.  Checked are the output of the compressed
-model, its deep copy, the saved and loaded model, its ONNX export in onnxruntime and its copy on the
-engine.  Results are appended to FILE, and architectures in it are not run again; --retry runs those
-that have failed.  --table only prints the results.  The exit code is 1 if fewer than SHARE of the
-architectures pass.
+LAYERS_TRIED layers, spread over the network, are compressed, none larger than LARGEST.  Checked are
+the output of the compressed model, its deep copy, the saved and loaded model, its ONNX export in
+onnxruntime and its copy on the engine.  Results are appended to FILE, and architectures in it are
+not run again; --retry runs those that have failed.  --table only prints the results.  The exit code
+is 1 if fewer than SHARE of the architectures pass.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from lowrank.interop.torch.modules import LAYERS
 
 BUDGET = 0.7  # of the MACs
 RANK = 0.25  # of the weights, as a share of the full rank
-LARGEST = 256  # rows or columns of a weight as a matrix, whichever are fewer
-LONGEST = 1152  # the others
-LAYERS_TRIED = 10  # of an architecture, so that it takes seconds
+LARGEST = 192  # rows or columns of a weight as a matrix, whichever are fewer
+LONGEST = 768  # the others
+LAYERS_TRIED = 6  # of an architecture, so that it takes seconds
 FAMILIES = ("channel_svd", "spatial_svd")
 CLOSE = 1e-2  # relative RMS error of outputs: rounding is amplified by random networks
 EQUAL = 1e-3  # of results that may differ in the order of sums alone

@@ -55,7 +55,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "maxvit_t": {"input_size": (224, 224)},
     "vit_b_32": {"image_size": 64},
 }
-_SIZES = {"maxvit_t": 224, "alexnet": 96, "inception_v3": 128}
+_SIZES = {"maxvit_t": 224, "alexnet": 224, "vgg11": 224, "vgg16_bn": 224, "inception_v3": 128}
 _DETECTION = (
     "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn "
     "fcos_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large"
@@ -191,12 +191,12 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
         "electra": ("Electra", {**_TEXT, "embedding_size": 32}, _text),
         "deberta-v2": ("DebertaV2", _TEXT, _text),
         "distilbert": (
-            "DistilBert", {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "vocab_size": 100},
-            _text,
+            "DistilBert", {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4,
+                           "vocab_size": 100}, _text,
         ),
         "gpt2": (
-            "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "use_cache": False},
-            _text,
+            "GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100,
+                     "use_cache": False}, _text,
         ),
         "llama": ("Llama", {**_TEXT, **decoder}, _text),
         "mamba": (

@@ -206,8 +206,8 @@ def test_engine_reads_and_writes_tensors_without_copies(dtype):
 def test_unsupported_inputs_raise():
     fast = on_engine(nn.Sequential(nn.Conv2d(4, 4, 3)))
     x = torch.ones(1, 4, 6, 6)
-    for wrong in (x.half(), x.long(), x.to("meta")):
-        with pytest.raises(TypeError, match="float32 or float64 on the CPU"):
+    for wrong in (x.long(), x.to("meta")):
+        with pytest.raises(TypeError, match="x must be of a floating-point precision"):
             fast(wrong)
     with pytest.raises(ValueError, match="4 channels"):
         fast(torch.ones(1, 3, 6, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -47,9 +48,15 @@ def transform_weight(weight: Array, algorithm: Ints) -> Array:
     transformed = weight.astype(np.float64)
     for axis, number in enumerate(algorithm, start=2):
         if number:
-            g = np.array(toom_cook.matrices(*algorithm_shape(number)).g, np.float64)
-            transformed = np.moveaxis(np.tensordot(transformed, g, (axis, 1)), -1, axis)
+            product = np.tensordot(transformed, _weight_matrix(number), (axis, 1))
+            transformed = np.moveaxis(product, -1, axis)
     return transformed.reshape(*weight.shape[:2], -1)
+
+
+@functools.cache
+def _weight_matrix(number: int) -> Array:
+    """Return the matrix G of an algorithm in float64."""
+    return np.array(toom_cook.matrices(*algorithm_shape(number)).g, np.float64)
 
 
 def predicted_error(algorithm: Ints, channels: int, dtype: Any) -> float:

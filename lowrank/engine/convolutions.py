@@ -122,25 +122,48 @@ class Convolution:
             splits = self._depthwise_splits()
             return Node(
                 inputs, self.result, self._depthwise, reach, make_counts=counts, splits=splits,
-                is_channelwise=splits > 1,
+                is_channelwise=splits > 1, repack=self._repack,
             )  # fmt: skip
         sizes = spec, self.value, self.result, self.limits
         itemsize = np.dtype(self.dtype).itemsize
         weights = spec.weight.size * itemsize
         if self.has_few_outputs:
             counts = partial(few_outputs_counts, *sizes)
-            return Node(inputs, self.result, self._few_outputs, reach, weights, make_counts=counts)
+            return Node(
+                inputs, self.result, self._few_outputs, reach, weights, make_counts=counts,
+                repack=self._repack,
+            )  # fmt: skip
         if not any(self.algorithm):
             counts = partial(direct_counts, *sizes, itemsize)
             splits = self._splits()
-            return Node(inputs, self.result, self._direct, reach, weights, ONES, counts, splits)
+            return Node(
+                inputs, self.result, self._direct, reach, weights, ONES, counts, splits,
+                repack=self._repack,
+            )  # fmt: skip
         counts = partial(fast_counts, self.algorithm, *sizes, itemsize)
         weights = math.prod(spec.weight.shape[:2]) * product_count(self.algorithm) * itemsize
         tile = *(algorithm_shape(n)[0] for n in self.algorithm[:2]), self.result.size[2]
         if any(d > 1 for n, d in zip(self.algorithm, spec.dilation) if n):
             reach = None  # tiles of one phase come before those of the next
         splits = self._splits()
-        return Node(inputs, self.result, self._fast, reach, weights, tile, counts, splits)
+        return Node(
+            inputs, self.result, self._fast, reach, weights, tile, counts, splits,
+            repack=self._repack,
+        )  # fmt: skip
+
+    def _repack(self, operation: Operation) -> None:
+        """Write the weights and the bias of the stage to its operation."""
+        if has_depthwise_kernel(self.spec):
+            weight = self._depthwise_weight()
+        elif self.has_few_outputs:
+            weight = self._few_outputs_weight()
+        else:
+            weight, _ = self._packed(self._matrix())
+        assert operation.weight is not None
+        assert operation.bias is not None
+        operation.weight[...] = weight.reshape(operation.weight.shape)
+        if self.spec.bias is not None:
+            operation.bias[self.result.position] = self.spec.bias
 
     def _splits(self) -> int:
         """Return the output-channel splits that threads can share."""
@@ -172,24 +195,29 @@ class Convolution:
 
     def _direct(self) -> Operation:
         """Return the operation by direct sums."""
-        spec = self.spec
         taps = np.zeros(1, np.int64)
-        for n, pitch in zip(spec.kernel, self.value.tap_pitch(spec.dilation)):
+        for n, pitch in zip(self.spec.kernel, self.value.tap_pitch(self.spec.dilation)):
             taps = np.add.outer(taps, np.arange(n) * pitch).reshape(-1)
+        return self._dense("dense", self._matrix(), taps)
+
+    def _matrix(self) -> Array:
+        """Return the weights of a dense operation, (groups, positions, terms, out)."""
+        spec = self.spec
         per_group = spec.weight.shape[1]
-        matrix = spec.weight.reshape(spec.groups, -1, per_group, len(taps)).astype(self.dtype)
+        if any(self.algorithm):
+            matrix = transform_weight(spec.weight, self.algorithm)
+            matrix = matrix.reshape(spec.groups, -1, per_group, matrix.shape[2])
+            return matrix.transpose(0, 3, 2, 1)
+        taps = math.prod(spec.kernel)
+        matrix = spec.weight.reshape(spec.groups, -1, per_group, taps).astype(self.dtype)
         # Terms in the order of kernels on planes, so that both give the same bits.
-        matrix = matrix.transpose(0, 2, 3, 1)
-        matrix = matrix.reshape(spec.groups, 1, per_group * len(taps), -1)
-        return self._dense("dense", matrix, taps)
+        in_order: Array = matrix.transpose(0, 2, 3, 1)
+        return in_order.reshape(spec.groups, 1, per_group * taps, -1)
 
     def _fast(self) -> Operation:
         """Return the operation by fast algorithms: one matrix per position of a tile."""
         spec = self.spec
-        matrix = transform_weight(spec.weight, self.algorithm)
-        positions = matrix.shape[2]
-        matrix = matrix.reshape(spec.groups, -1, spec.weight.shape[1], positions)
-        operation = self._dense("winograd", matrix.transpose(0, 3, 2, 1), np.zeros(1, np.int64))
+        operation = self._dense("winograd", self._matrix(), np.zeros(1, np.int64))
         tiles = tile_block(self.algorithm, self.value, self.limits, np.dtype(self.dtype).itemsize)
         return replace(
             operation, unit=ONES, units=tile_counts(self.algorithm, spec.dilation, operation.size),
@@ -204,9 +232,6 @@ class Convolution:
         for n, pitch in zip(spec.kernel, value.tap_pitch(spec.dilation)):
             taps = np.add.outer(taps, np.arange(n) * pitch).reshape(-1)
         outs, channels = spec.weight.shape[:2]
-        weight = np.zeros((len(taps), value.width, outs), self.dtype)
-        weight[:, value.position] = spec.weight.reshape(outs, channels, -1).transpose(2, 1, 0)
-        weight = weight.reshape(len(taps), -1, lanes, outs).swapaxes(2, 3)
         offsets = np.add.outer(taps, np.arange(0, value.width, lanes)).reshape(-1)
         mask = None
         if value.width > channels:
@@ -216,9 +241,17 @@ class Convolution:
         return make_operation(
             "few outputs", self.name, value, self.result, spec, **self._epilogue(),
             terms=len(offsets), offsets=offsets.tolist(), multiplier=outs, taps=spec.kernel,
-            weight=aligned(weight), mask=mask,
+            weight=aligned(self._few_outputs_weight()), mask=mask,
             macs=math.prod(self.result.shape) * math.prod(spec.weight.shape[1:]),
         )  # fmt: skip
+
+    def _few_outputs_weight(self) -> Array:
+        outs, channels = self.spec.weight.shape[:2]
+        taps = math.prod(self.spec.kernel)
+        weight = np.zeros((taps, self.value.width, outs), self.dtype)
+        values = self.spec.weight.reshape(outs, channels, -1)
+        weight[:, self.value.position] = values.transpose(2, 1, 0)
+        return weight.reshape(taps, -1, self.limits.lanes, outs).swapaxes(2, 3)
 
     def _dense(self, kind: str, matrix: Array, taps: Array) -> Operation:
         """Return a dense operation.
@@ -282,19 +315,23 @@ class Convolution:
     def _depthwise(self) -> Operation:
         """Return the operation of each channel alone."""
         spec, value = self.spec, self.value
+        return make_operation(
+            "depthwise", self.name, value, self.result, spec, **self._epilogue(),
+            taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
+            multiplier=len(spec.weight) // spec.groups, weight=aligned(self._depthwise_weight()),
+            splits=self._depthwise_splits(),
+            macs=math.prod(self.result.shape) * math.prod(spec.kernel),
+        )  # fmt: skip
+
+    def _depthwise_weight(self) -> Array:
+        spec, value = self.spec, self.value
         channels, multiplier = value.shape[0], len(spec.weight) // spec.groups
         per_group = spec.weight.reshape(1, spec.groups, 1, multiplier, -1)
         shape = (spec.outer, spec.groups, spec.inner, *per_group.shape[3:])
         each = np.broadcast_to(per_group, shape).reshape(channels, multiplier, -1)
         weight = np.zeros((multiplier, each.shape[-1], value.width), self.dtype)
         weight[:, :, value.position] = each.transpose(1, 2, 0)
-        return make_operation(
-            "depthwise", self.name, value, self.result, spec, **self._epilogue(),
-            taps=spec.kernel, tap=value.tap_pitch(spec.dilation), stride=spec.stride,
-            multiplier=multiplier, weight=aligned(weight),
-            splits=self._depthwise_splits(),
-            macs=math.prod(self.result.shape) * math.prod(spec.kernel),
-        )  # fmt: skip
+        return weight
 
     def _depthwise_counts(self) -> Counts:
         """Count the depthwise convolution of one example."""

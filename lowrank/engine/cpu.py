@@ -111,6 +111,16 @@ class CpuPlan:
         out[...] = reference.saturate(x, out.dtype) if out.dtype in INTEGERS else x
         return out
 
+    def repack(self) -> bool:
+        """Pack the weights again, whose memory has changed; return False if that needs a new plan.
+
+        Weights are read in place if no stage is transposed.  No other call may run meanwhile.
+        """
+        if self.program is None or self.planned:
+            return False
+        self.program.program.repack()
+        return True
+
     def breakdown(
         self, x: Array, out: Array | None = None, *, repeat: int = 5
     ) -> tuple[StepProfile, ...]:

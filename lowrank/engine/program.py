@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +49,12 @@ class Program:
 
     core: _core.Program
     operations: tuple[Operation, ...]
+    repackers: tuple[Callable[[], None], ...] = ()
+
+    def repack(self) -> None:
+        """Pack the weights of all stages again, whose memory has changed."""
+        for repack in self.repackers:
+            repack()
 
     def __call__(self, inputs: Sequence[Array], outputs: Sequence[Array], threads: int) -> None:
         """Run on arrays (batch, channels, d, h, w)."""
@@ -321,7 +328,12 @@ class ProgramBuilder:
             names=names, seconds=self.seconds,
             fork_join=least_saving() if fork_join is None else fork_join,
         )  # fmt: skip
-        return Program(core, tuple(operations))
+        repackers = tuple(
+            partial(node.repack, operation)
+            for node, operation in zip(self.nodes, operations)
+            if node.repack is not None
+        )
+        return Program(core, tuple(operations), repackers)
 
     def _stage(
         self,

@@ -74,6 +74,8 @@ class Node(NamedTuple):
         Output-channel splits that threads can share.
     is_channelwise : bool
         Whether channels run alone; splits are then vectors of them.
+    repack : callable or None
+        Function that writes weights whose memory has changed to the operation.
     """
 
     inputs: tuple[Value, ...]
@@ -85,6 +87,7 @@ class Node(NamedTuple):
     make_counts: Callable[[], Counts] = dict
     splits: int = 1
     is_channelwise: bool = False
+    repack: Callable[[Operation], None] | None = None
 
     @property
     def size(self) -> Three:

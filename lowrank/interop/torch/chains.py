@@ -43,10 +43,10 @@ def split_blocks(
     for size in lead:
         n *= size
     if a > 1 and b > 1:
-        x = x.reshape([n, a, b, channels // (a * b)] + space).transpose(1, 2)
+        x = x.reshape([n, a, b, channels // (a * b)] + space).transpose(1, 2)  # noqa: RUF005
     block = channels // (outer * inner)
-    x = x.reshape([n, outer, block, inner] + space).movedim(3, 1)
-    return x.reshape([n * inner * outer, block] + space)
+    x = x.reshape([n, outer, block, inner] + space).movedim(3, 1)  # noqa: RUF005
+    return x.reshape([n * inner * outer, block] + space)  # noqa: RUF005
 
 
 def merge_blocks(

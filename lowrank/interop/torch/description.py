@@ -14,6 +14,7 @@ from torch import fx, nn
 from lowrank.engine.description import OperationRow, operation_table
 from lowrank.engine.network import describe_operation
 from lowrank.interop.torch.engine import EngineModule
+from lowrank.interop.torch.inference import EngineModel
 from lowrank.interop.torch.network import TensorProgram, label
 from lowrank.interop.torch.program import ProgramModule
 
@@ -61,6 +62,8 @@ def describe(model: nn.Module, example: torch.Tensor) -> str:
 
 
 def _rows(model: nn.Module, example: torch.Tensor) -> Iterator[_Row]:
+    if isinstance(model, EngineModel):
+        model = model.converted
     if isinstance(model, fx.GraphModule):
         timer = _Timer(model)
         timer.run(example)

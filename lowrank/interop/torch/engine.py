@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lowrank.core.stage import Activation
+from lowrank.core.stage import Activation, Epilogue
 from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, compile_chains
+from lowrank.interop.torch.operator import describe_stages, run_chain
 
 Links = tuple[tuple[Factorization, Activation], ...]
 MAX_PLANS = 32  # input shapes for which one module keeps plans
+HALVES = (torch.float16, torch.bfloat16)
 _CPU_DTYPES = (torch.float32, torch.float64)
-_GPU_DTYPES = (*_CPU_DTYPES, torch.float16, torch.bfloat16)
+_GPU_DTYPES = (*_CPU_DTYPES, *HALVES)
 
 
 class EngineModule(nn.Module):  # type: ignore[misc]
@@ -52,6 +56,7 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.links: Links = tuple(links)
         self.threads, self.algorithm = threads, algorithm
+        self._register_weights()
         # Two caches: one look-up by the whole shape is the fastest, and a runner serves every
         # batch size.  Values are (runner, output shape).
         self._plans: dict[Any, tuple[Runner, tuple[int, ...]]] = {}
@@ -63,7 +68,8 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         Parameters
         ----------
         input : torch.Tensor
-            Input (named as in PyTorch's layers); copied only if it is not contiguous.
+            Input (named as in PyTorch's layers); copied only if it is not contiguous.  Half
+            precisions are computed in float32 on the CPU.
 
         Returns
         -------
@@ -78,6 +84,10 @@ class EngineModule(nn.Module):  # type: ignore[misc]
             If gradients are required, or the shape does not fit.
         """
         x = input
+        if is_captured():
+            return self._run_operator(x)
+        if x.dtype in HALVES and x.is_cpu:
+            return self.forward(x.float()).to(x.dtype)
         if x.requires_grad:
             x = without_gradient(x)
         dtype = x.dtype
@@ -102,7 +112,7 @@ class EngineModule(nn.Module):  # type: ignore[misc]
             _GPU_DTYPES if x.is_cuda else _CPU_DTYPES
         ):
             raise TypeError(
-                "x must be float32 or float64 on the CPU (half precision runs on CUDA only), got "
+                "x must be of a floating-point precision, on the CPU or a GPU, got "
                 f"{x.dtype} on {x.device}: convert with .to('cpu', torch.float32)"
             )
         first = self.links[0][0]
@@ -130,13 +140,68 @@ class EngineModule(nn.Module):  # type: ignore[misc]
         evict_oldest(self._plans)
         return planned
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": {}, "_runners": {}}  # plans cannot be pickled
+    def _register_weights(self) -> None:
+        """Describe the chains for ``lowrank::chain``, with their arrays as buffers."""
+        stages = [s for f, _ in self.links for s in f.stages]
+        epilogues = [
+            Epilogue(f.bias, activation) if s is f.stages[-1] else Epilogue()
+            for f, activation in self.links
+            for s in f.stages
+        ]
+        self.chain = describe_stages(stages, epilogues)
+        arrays = []
+        for stage, epilogue in zip(stages, epilogues):
+            arrays += [stage.weight] if epilogue.bias is None else [stage.weight, epilogue.bias]
+        for number, array in enumerate(arrays):
+            self.register_buffer(f"weight_{number}", _as_tensor(array), persistent=False)
+
+    def _run_operator(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the chains by the operator, which graphs of PyTorch hold."""
+        if x.ndim == self.links[0][0].ndim + 1:
+            return self._run_operator(x[None])[0]
+        weights = list(self.buffers())
+        return run_chain(x, weights, self.chain, self.threads, self.algorithm)
+
+    def __getstate__(self) -> dict[str, Any]:  # without plans and views of the weights
+        return self.__dict__ | {"_plans": {}, "_runners": {}, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register_weights()
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script()
 
     def extra_repr(self) -> str:
         """Return the chains and activations that PyTorch prints for this module."""
         words = [w for f, a in self.links for w in (repr(f), *([a] if a != "none" else []))]
         return " -> ".join(words)
+
+
+def is_captured() -> bool:
+    """Return whether PyTorch records or transforms operators, so that plans must not run."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _as_tensor(array: Any) -> torch.Tensor:
+    """Return an array as a tensor of the same memory, or a copy of one on a GPU."""
+    if not isinstance(array, np.ndarray):
+        return torch.from_dlpack(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is read-only: the operator does not write
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def refuse_script() -> None:
+    """Raise TypeError: TorchScript compiles no plans."""
+    raise TypeError(
+        "a model for inference on lowrank's engine cannot be scripted: script the PyTorch model, "
+        "or export this one with torch.export"
+    )
 
 
 def evict_oldest(plans: dict[Any, Any]) -> None:
@@ -149,8 +214,9 @@ def without_gradient(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor that needs no gradient; raise ValueError if gradients are enabled."""
     if torch.is_grad_enabled():
         raise ValueError(
-            "lowrank's engine computes no gradients: use torch.inference_mode() or "
-            "x.detach(), and train the PyTorch model"
+            "models for inference compute no gradients on lowrank's engine: use "
+            "torch.inference_mode() or x.detach(), and train the PyTorch model, or "
+            "on_engine(model, trainable=True)"
         )
     return x.detach()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,9 +14,12 @@ from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.batches import tensors_in
 from lowrank.interop.torch.copies import check_model, copy_model
 from lowrank.interop.torch.modules import is_conv
-from lowrank.interop.torch.tracing import onto_engine, swap_modules, trace
+from lowrank.interop.torch.tracing import onto_engine, swap_for_inference, trace
+from lowrank.interop.torch.training import swap_for_training
 
 TOLERANCE = 1e-3  # relative to the largest output; float32 rounding stays far below
+
+HALF_ROUNDINGS = 16  # of outputs in half precision, in units of its epsilon
 
 
 def on_engine(
@@ -22,8 +27,9 @@ def on_engine(
     example: torch.Tensor | None = None,
     threads: int | None = None,
     algorithm: Algorithm = "auto",
+    trainable: bool = False,
 ) -> nn.Module:
-    """Return a copy of a model for inference, which runs on lowrank's engine.
+    """Return a copy of a model that runs on lowrank's engine, for inference if not `trainable`.
 
     The model is traced.  Its largest parts of supported operations run as programs: batch norms
     are folded, activations and sums are computed with the convolutions before them, and
@@ -45,14 +51,19 @@ def on_engine(
     algorithm : str
         ``"auto"``, or ``"direct"``, which never uses a fast algorithm, such as Winograd's, whose
         predicted relative error in float32 is up to 1e-4.
+    trainable : bool
+        Whether the copy has the parameters and the mode of `model`, for training: convolutions and
+        chains of them run on the engine, forward and backward, and PyTorch runs all else.
 
     Returns
     -------
     nn.Module
-        Model in evaluation mode, for float32 and float64 tensors that need no gradient.  It builds
-        programs at the first call with each shape of the inputs; the batch size is free.  Keep the
-        original for training and saving.  On a GPU, convolutions run one by one through CuPy, in
-        half precision as well; this is untested on hardware.
+        Model in evaluation mode, for floating-point tensors that need no gradient; half precisions
+        are computed in float32.  Its state dict is that of `model`: one that is loaded runs from
+        then on.  It builds programs at the first call with each shape of the inputs; the batch
+        size is free.  ``torch.compile`` and ``torch.export`` capture it with the operator
+        ``lowrank::chain``.  On a GPU, convolutions run one by one through CuPy; this is untested on
+        hardware.
 
     Raises
     ------
@@ -78,26 +89,116 @@ def on_engine(
     check_model(model)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if trainable:
+        return swap_for_training(copy_model(model), threads, algorithm)
+    source = copy_model(model).eval().requires_grad_(False)
+    return EngineModel(source, example, threads, algorithm)
 
-    def copy_for_inference() -> nn.Module:
-        return copy_model(model).eval().requires_grad_(False)
 
-    plain = copy_for_inference()
-    whole = nn.Sequential(plain) if is_conv(plain) else plain
-    traced = trace(whole) if _has_fixed_arguments(whole) else None
-    if traced is None:
-        converted = swap_modules(copy_for_inference(), threads, algorithm)
-    else:
-        converted = onto_engine(traced, threads, algorithm)
-    if example is None or _outputs_match(model, converted, example):
-        return converted
-    converted = swap_modules(copy_for_inference(), threads, algorithm)
-    if not _outputs_match(model, converted, example):
-        raise ValueError(
-            "the outputs of model on lowrank's engine differ from those in PyTorch: does it use "
-            "weights or attributes of its convolutions, or random numbers?"
-        )
-    return converted
+class EngineModel(nn.Module):  # type: ignore[misc]
+    """A model for inference on lowrank's engine, with the state dict of the PyTorch model.
+
+    It is converted again when a state dict is loaded, and when it is moved or cast.
+
+    Parameters
+    ----------
+    source : nn.Module
+        PyTorch model in evaluation mode, which has the parameters.
+    example : torch.Tensor, optional
+        See :func:`on_engine`.
+    threads : int, optional
+        Number of threads of the engine.
+    algorithm : str
+        ``"auto"`` or ``"direct"``.
+
+    Attributes
+    ----------
+    converted : nn.Module
+        Model that runs.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        example: torch.Tensor | None = None,
+        threads: int | None = None,
+        algorithm: Algorithm = "auto",
+    ) -> None:
+        super().__init__()
+        self.__dict__["source"] = source  # no submodule: its parameters are not those that run
+        self.threads, self.algorithm, self.is_traced = threads, algorithm, True
+        self.register_load_state_dict_post_hook(_forget_converted)
+        self._convert()
+        if example is None or _outputs_match(source, self, example):
+            return
+        self.is_traced = False
+        self._convert()
+        if not _outputs_match(source, self, example):
+            raise ValueError(
+                "the outputs of model on lowrank's engine differ from those in PyTorch: does it "
+                "use weights or attributes of its convolutions, or random numbers?"
+            )
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Forward pass of the converted model, with the names of its arguments."""
+        return cast(Callable[..., Any], self.converted.forward)
+
+    def _convert(self) -> None:
+        plain = self._copy_of_source()
+        whole = nn.Sequential(plain) if is_conv(plain) else plain
+        traced = trace(whole) if self.is_traced and _has_fixed_arguments(whole) else None
+        if traced is None:
+            plain = self._copy_of_source()
+            self.converted = swap_for_inference(plain, self.threads, self.algorithm)
+        else:
+            self.converted = onto_engine(traced, self.threads, self.algorithm)
+
+    def _copy_of_source(self) -> nn.Module:
+        return copy_model(self.source, is_shared=True).eval().requires_grad_(False)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict of the PyTorch model."""
+        return self.source.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state dict of the PyTorch model, and run with its weights from now on."""
+        keys = self.source.load_state_dict(state_dict, strict, assign)
+        self._convert()
+        return keys
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Load the part of the state dict of a model that this one is in."""
+        own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        try:
+            keys = self.load_state_dict(own, strict=False)
+        except RuntimeError as error:  # sizes that differ
+            error_msgs.append(str(error))
+            return
+        missing_keys += [prefix + k for k in keys.missing_keys]
+        unexpected_keys += [prefix + k for k in keys.unexpected_keys]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.source._apply(fn, recurse)
+        self._convert()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_modules": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._convert()
+
+
+def _forget_converted(module: nn.Module, keys: Any) -> None:
+    """Take the parameters that only run off the keys that a state dict lacks."""
+    keys.missing_keys[:] = [k for k in keys.missing_keys if "converted" not in k.split(".")]
 
 
 def _has_fixed_arguments(model: nn.Module) -> bool:
@@ -121,5 +222,7 @@ def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if not a.is_floating_point() or not a.numel():
         return True  # for example an argmax, which rounding may change
-    atol = TOLERANCE * float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    # PyTorch rounds every layer of a half-precision model.
+    tolerance = max(TOLERANCE, HALF_ROUNDINGS * torch.finfo(a.dtype).eps)
+    atol = tolerance * float(a.abs().nan_to_num(0.0, 0.0, 0.0).max())
     return bool(torch.allclose(a, b, rtol=0.0, atol=atol, equal_nan=True))

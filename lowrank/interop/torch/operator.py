@@ -8,10 +8,12 @@ weights are PyTorch's convolutions.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +23,7 @@ from lowrank import engine
 from lowrank._typing import Ints
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Activation, Epilogue, Stage, abstract_weight
+from lowrank.engine.cpu import CpuPlan
 from lowrank.engine.padding import padded_indices
 from lowrank.interop.torch.chains import split_blocks
 
@@ -47,8 +50,29 @@ class Link(NamedTuple):
     activation: Activation
 
 
-def describe_stages(stages: Sequence[Stage], epilogues: Sequence[Epilogue]) -> str:
-    """Return the description of a chain that ``lowrank::chain`` takes, without its weights.
+class Description(NamedTuple):
+    """Description of a chain for ``lowrank::chain``, without its weights.
+
+    Attributes
+    ----------
+    text : str
+        All stages, in JSON.
+    stages : tuple of str
+        Each stage alone.
+    counts : tuple of int
+        Number of parameters of each stage: 2 with a bias.
+    can_split : bool
+        Whether stages can run one by one: no later one has a constant border other than zero.
+    """
+
+    text: str
+    stages: tuple[str, ...]
+    counts: tuple[int, ...]
+    can_split: bool
+
+
+def describe_stages(stages: Sequence[Stage], epilogues: Sequence[Epilogue]) -> Description:
+    """Return the description of a chain.
 
     Parameters
     ----------
@@ -59,45 +83,38 @@ def describe_stages(stages: Sequence[Stage], epilogues: Sequence[Epilogue]) -> s
 
     Returns
     -------
-    str
-        JSON.
-
-    Raises
-    ------
-    ValueError
-        If a later stage has a constant border other than zero.
+    Description
 
     Examples
     --------
-    >>>     >>> from lowrank import Geometry, Stage
+    >>> import numpy as np
+    >>> from lowrank import Geometry, Stage
     >>> from lowrank.core.stage import Epilogue
     >>> from lowrank.interop.torch.operator import describe_stages
     >>> stage = Stage(np.ones((8, 4, 3)), Geometry.of(1))
-    >>> describe_stages([stage], [Epilogue()])[:24]
+    >>> describe_stages([stage], [Epilogue()]).text[:24]
     '[{"weight": [8, 4, 3], "'
     """
-    for number, stage in enumerate(stages):
-        if number and _has_constant_border(stage.geometry):
-            raise ValueError(
-                f"padding_mode must not be constant after the first stage, got value "
-                f"{stage.geometry.value} in stage {number}"
-            )
-    return json.dumps(
-        [
-            {
-                "weight": stage.weight.shape, "geometry": asdict(stage.geometry),
-                "groups": stage.groups, "outer": stage.outer, "inner": stage.inner,
-                "shuffle": stage.shuffle, "transposed": stage.transposed,
-                "bias": epilogue.bias is not None, "activation": epilogue.activation,
-            }
-            for stage, epilogue in zip(stages, epilogues)
-        ]
-    )  # fmt: skip
+    entries = [
+        {
+            "weight": stage.weight.shape, "geometry": asdict(stage.geometry),
+            "groups": stage.groups, "outer": stage.outer, "inner": stage.inner,
+            "shuffle": stage.shuffle, "transposed": stage.transposed,
+            "bias": epilogue.bias is not None, "activation": epilogue.activation,
+        }
+        for stage, epilogue in zip(stages, epilogues)
+    ]  # fmt: skip
+    return Description(
+        json.dumps(entries),
+        tuple(json.dumps([entry]) for entry in entries),
+        tuple(1 + (epilogue.bias is not None) for epilogue in epilogues),
+        not any(_has_constant_border(stage.geometry) for stage in stages[1:]),
+    )
 
 
 @functools.lru_cache(4096)
 def read_stages(stages: str) -> tuple[Link, ...]:
-    """Return the links that :func:`describe_stages` has described."""
+    """Return the links of a text of a :class:`Description`."""
     return tuple(_read_link(**entry) for entry in json.loads(stages))
 
 
@@ -116,7 +133,7 @@ def _as_tuple(value: Any) -> Any:
 def run_chain(
     x: torch.Tensor,
     parameters: Sequence[torch.Tensor],
-    stages: str,
+    chain: Description,
     threads: int | None = None,
     algorithm: engine.Algorithm = "auto",
 ) -> torch.Tensor:
@@ -128,8 +145,8 @@ def run_chain(
         Input in any precision that PyTorch computes in; half precisions are computed in float32.
     parameters : sequence of torch.Tensor
         Weight of each stage, followed by its bias if it has one.
-    stages : str
-        What :func:`describe_stages` returned.
+    chain : Description
+        Description of the chain.
     threads : int, optional
         Number of threads; PyTorch's number at each call if not given.
     algorithm : str
@@ -146,6 +163,8 @@ def run_chain(
         If `x` is of no floating-point precision.
     ValueError
         If its shape does not fit.
+    NotImplementedError
+        If a transform of ``torch.func`` differentiates it.
 
     Examples
     --------
@@ -154,22 +173,28 @@ def run_chain(
     >>> from lowrank.core.stage import Epilogue
     >>> from lowrank.interop.torch.operator import describe_stages, run_chain
     >>> weight = torch.ones(4, 2, 3, requires_grad=True)
-    >>> stages = describe_stages(lowrank.dense(weight.detach().numpy()).stages, [Epilogue()])
-    >>> run_chain(torch.ones(1, 2, 5), [weight], stages).sum().backward()
+    >>> chain = describe_stages(lowrank.dense(weight.detach().numpy()).stages, [Epilogue()])
+    >>> run_chain(torch.ones(1, 2, 5), [weight], chain).sum().backward()
     >>> weight.grad[0, 0]
     tensor([3., 3., 3.])
     """
-    run = functools.partial(chain_operator, size=(), threads=threads or 0, algorithm=algorithm)
-    links = read_stages(stages)
+    options = (), threads or 0, algorithm
     tensors = [x, *parameters]
-    if len(links) > 1 and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        # One call per stage: autograd keeps what it would otherwise have to compute again.
-        given = iter(parameters)
-        for one in _split_description(stages):
-            (link,) = read_stages(one)
-            x = run(x, [next(given) for _ in range(1 + link.has_bias)], one)
-        return x
-    return cast(torch.Tensor, run(x, list(parameters), stages))
+    is_recorded = torch.compiler.is_compiling()
+    if not is_recorded and any(map(torch._C._functorch.is_gradtrackingtensor, tensors)):
+        raise NotImplementedError(
+            "torch.func does not differentiate lowrank::chain: use torch.autograd, or the PyTorch "
+            "model"
+        )
+    is_trained = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not (is_trained and chain.can_split):
+        return cast(torch.Tensor, chain_operator(x, list(parameters), chain.text, *options))
+    # One call per stage: autograd keeps what it would otherwise have to compute again.
+    start = 0
+    for stage, count in zip(chain.stages, chain.counts):
+        x = chain_operator(x, list(parameters[start : start + count]), stage, *options)
+        start += count
+    return x
 
 
 @functools.lru_cache(4096)
@@ -186,7 +211,7 @@ def _adjoint_description(stages: str) -> str:
         g = replace(g, output_padding=())
     elif g.padding_mode != "zeros":
         g = Geometry(g.stride, ((0, 0),) * g.ndim, g.dilation)
-    return describe_stages([replace(stage, geometry=g).adjoint()], [Epilogue()])
+    return describe_stages([replace(stage, geometry=g).adjoint()], [Epilogue()]).text
 
 
 def _run(
@@ -200,9 +225,10 @@ def _run(
     """Run the chain: the operator on the CPU."""
     shape = _output_shape(x, stages, size)
     dtype = _compute_dtype(x)
-    run = _plan(x, parameters, stages, tuple(size), threads or torch.get_num_threads(), algorithm)
+    threads = threads or torch.get_num_threads()
     y = torch.empty(shape, dtype=dtype)
-    run(x.detach().to(dtype).numpy(), y.numpy())
+    with _use_plan(x, parameters, stages, tuple(size), threads, algorithm) as run:
+        run(x.detach().to(dtype).numpy(), y.numpy())
     return y.to(x.dtype)
 
 
@@ -214,7 +240,7 @@ chain_operator = torch.library.custom_op(
 """Operator of a chain; `size` is the spatial size of the output of a last, transposed stage."""
 
 
-@chain_operator.register_fake
+@chain_operator.register_fake  # type: ignore[untyped-decorator]
 def _run_abstractly(
     x: torch.Tensor, parameters: Any, stages: str, size: Any, threads: int, algorithm: str
 ) -> torch.Tensor:
@@ -243,44 +269,90 @@ def _output_shape(x: torch.Tensor, stages: str, size: Sequence[int]) -> tuple[in
     return (x.shape[0], shape[0], *(size or shape[1:]))
 
 
-class _Kept(NamedTuple):
-    """A plan with copies of the weights that it holds, and their storages."""
+@dataclass
+class _Kept:
+    """A plan that is kept.
+
+    Attributes
+    ----------
+    run : engine.Runner
+        The plan.
+    parameters : list of torch.Tensor
+        Copies of the parameters that it holds.
+    arrays : list of torch.Tensor
+        Weights and biases in the memory that the plan was made from.
+    storages : list of StorageWeakRef
+        Memory of the parameters.
+    users : int
+        Number of calls that run it now.
+    """
 
     run: engine.Runner
-    weights: list[torch.Tensor]
+    parameters: list[torch.Tensor]
+    arrays: list[torch.Tensor]
     storages: list[StorageWeakRef]
+    users: int = 0
 
 
 _plans: dict[Any, _Kept] = {}
+_lock = threading.Lock()
 
 
-def _plan(
+@contextlib.contextmanager
+def _use_plan(
     x: torch.Tensor,
     parameters: Sequence[torch.Tensor],
     stages: str,
     size: Ints,
     threads: int,
     algorithm: engine.Algorithm,
-) -> engine.Runner:
-    """Return the plan for an input and weights: one that is kept, unless the weights changed.
+) -> Iterator[engine.Runner]:
+    """Yield a plan for an input and weights: one that is kept, updated if the weights changed.
 
-    Weights are compared, since PyTorch does not count all changes, such as those of `.data`.
+    Weights are compared, since PyTorch does not count all changes, such as those of ``.data``.
     """
     places = tuple(p.data_ptr() for p in parameters)
     key = stages, size, tuple(x.shape[1:]), _compute_dtype(x), threads, algorithm, places
-    kept = _plans.get(key)
-    if kept is not None and all(map(_is_same, parameters, kept.weights)):
-        return kept.run
-    if kept is None:
-        _drop_unused_plans()
-    weights = [p.detach().clone(memory_format=torch.contiguous_format) for p in parameters]
-    run = _make_plan(x, weights, stages, size, threads, algorithm)
-    _plans[key] = _Kept(run, weights, [StorageWeakRef(p.untyped_storage()) for p in parameters])
-    return run
+    with _lock:
+        kept = _plans.get(key)
+        if kept is None or not (
+            _has_weights(kept, parameters) or _update(kept, parameters, stages)
+        ):
+            if kept is None:
+                _drop_unused_plans()
+            kept = _plans[key] = _make_plan(x, parameters, stages, size, threads, algorithm)
+        kept.users += 1
+    try:
+        yield kept.run
+    finally:
+        with _lock:
+            kept.users -= 1
 
 
-def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.detach(), b)
+def _has_weights(kept: _Kept, parameters: Sequence[torch.Tensor]) -> bool:
+    return all(
+        a.dtype == b.dtype and torch.equal(a.detach(), b)
+        for a, b in zip(parameters, kept.parameters)
+    )
+
+
+def _update(kept: _Kept, parameters: Sequence[torch.Tensor], stages: str) -> bool:
+    """Write new weights to a plan; return False if that needs a new plan."""
+    links = read_stages(stages)
+    if kept.users or not all(_is_read_in_place(stage) for stage, _, _ in links):
+        return False
+    for old, new in zip(kept.parameters, parameters):
+        if old.dtype != new.dtype:
+            return False
+        old.copy_(new.detach())
+    for old, new in zip(kept.arrays, _as_arrays(links, kept.parameters, kept.arrays[0].dtype)):
+        old.copy_(new)
+    return isinstance(kept.run, CpuPlan) and kept.run.repack()
+
+
+def _is_read_in_place(stage: Stage) -> bool:
+    """Return whether a plan reads the memory of the weight again when it is packed again."""
+    return not stage.transposed or _mirrored(stage) is not None
 
 
 def _drop_unused_plans() -> None:
@@ -294,23 +366,70 @@ def _drop_unused_plans() -> None:
 
 def _make_plan(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    parameters: Sequence[torch.Tensor],
     stages: str,
     size: Ints,
     threads: int,
     algorithm: engine.Algorithm,
-) -> engine.Runner:
+) -> _Kept:
     dtype = _compute_dtype(x)
-    arrays = iter([w.to(dtype).numpy() for w in weights])
-    links, epilogues = [], []
-    for stage, has_bias, activation in read_stages(stages):
-        links.append(replace(stage, weight=next(arrays)))
-        epilogues.append(Epilogue(next(arrays) if has_bias else None, activation))
+    links = read_stages(stages)
+    copies = [p.detach().clone(memory_format=torch.contiguous_format) for p in parameters]
+    arrays = list(_as_arrays(links, copies, dtype))
+    views = [a.numpy() for a in arrays]
+    for view in views:
+        view.flags.writeable = False  # stages copy what may change, and `_update` writes to these
+    given = iter(views)
     shape = tuple(x.shape[1:])
-    if size:
-        links[-1] = _with_output_size(links[-1], shape[1:], size)
+    planned, epilogues = [], []
+    for stage, has_bias, activation in links:
+        if size:
+            stage = _with_output_size(stage, shape[1:], size)
+        stage = _mirrored(stage) or stage
+        planned.append(replace(stage, weight=next(given)))
+        epilogues.append(Epilogue(next(given) if has_bias else None, activation))
     name = str(dtype).removeprefix("torch.")
-    return engine.plan(links, shape, name, epilogues, threads, algorithm=algorithm)
+    run = engine.plan(planned, shape, name, epilogues, threads, algorithm=algorithm)
+    storages = [StorageWeakRef(p.untyped_storage()) for p in parameters]
+    return _Kept(run, copies, arrays, storages)
+
+
+def _as_arrays(
+    links: Sequence[Link], parameters: Sequence[torch.Tensor], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield the weights and biases as a plan takes them."""
+    given = iter(parameters)
+    for stage, has_bias, _ in links:
+        weight = next(given).to(dtype)
+        if _mirrored(stage) is not None:
+            weight = weight.unflatten(0, (stage.groups, -1)).swapaxes(1, 2).flatten(0, 1)
+            weight = weight.flip(list(range(2, weight.ndim))).contiguous()
+        yield weight
+        if has_bias:
+            yield next(given).to(dtype)
+
+
+def _mirrored(stage: Stage) -> Stage | None:
+    """Return a transposed stage of stride 1 as a plain one, with an abstract weight; or None.
+
+    Its weight has mirrored taps, and rows and columns in exchange.
+    """
+    g = stage.geometry
+    pads = tuple(
+        (e - 1 - before, e - 1 - after + added)
+        for (before, after), e, added in zip(g.padding, g.extent(stage.kernel), g.output_padding)
+    )
+    if (
+        not stage.transposed
+        or max(g.stride) > 1
+        or min(map(min, pads)) < 0
+        or stage.shuffle != (1, 1)
+    ):
+        return None
+    rows, columns, *kernel = stage.weight.shape
+    weight = abstract_weight((stage.groups * columns, rows // stage.groups, *kernel))
+    geometry = Geometry(g.stride, pads, g.dilation)
+    return replace(stage, weight=weight, geometry=geometry, transposed=False)
 
 
 def _with_output_size(stage: Stage, input_size: Ints, size: Ints) -> Stage:
@@ -331,11 +450,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     x, *parameters, output = ctx.saved_tensors
     stages, size, threads, algorithm = ctx.options
+    links = read_stages(stages)
+    for number, (stage, _, _) in enumerate(links):
+        if number and _has_constant_border(stage.geometry):
+            raise ValueError(
+                "gradients need a constant border to be zero after the first stage, got "
+                f"{stage.geometry.value} in stage {number}"
+            )
     needs_input, needs_parameters = ctx.needs_input_grad[:2]
     given = iter(zip(parameters, needs_parameters))
     steps = [
         (link, one, [next(given) for _ in range(1 + link.has_bias)])
-        for link, one in zip(read_stages(stages), _split_description(stages))
+        for link, one in zip(links, _split_description(stages))
     ]
     inputs = [x]
     for _, one, own in steps[:-1]:
@@ -446,7 +572,7 @@ def _has_constant_border(g: Geometry) -> bool:
 chain_operator.register_autograd(_backward, setup_context=_save)
 
 
-@chain_operator.register_vmap
+@chain_operator.register_vmap  # type: ignore[untyped-decorator]
 def _run_batched(
     info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, parameters: Any, *options: Any
 ) -> tuple[torch.Tensor, int]:

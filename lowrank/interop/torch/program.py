@@ -10,7 +10,13 @@ import torch
 from torch import fx, nn
 
 from lowrank.engine.program import Algorithm
-from lowrank.interop.torch.engine import evict_oldest, without_gradient
+from lowrank.interop.torch.engine import (
+    HALVES,
+    evict_oldest,
+    is_captured,
+    refuse_script,
+    without_gradient,
+)
 from lowrank.interop.torch.network import TensorProgram, UnsupportedNodesError, build_program
 from lowrank.interop.torch.partition import partition
 
@@ -44,7 +50,7 @@ class ProgramModule(nn.Module):  # type: ignore[misc]
         Parameters
         ----------
         inputs : torch.Tensor
-            Inputs of any strides, read in place.
+            Inputs of any strides, read in place.  Half precisions are computed in float32.
 
         Returns
         -------
@@ -58,11 +64,18 @@ class ProgramModule(nn.Module):  # type: ignore[misc]
         ValueError
             If gradients are required, or the shape does not fit.
         """
+        if is_captured():
+            return self.traced(*inputs)
+        given, dtype = inputs, getattr(inputs[0], "dtype", None)
+        if dtype in HALVES and all(getattr(x, "dtype", None) == dtype for x in inputs):
+            inputs = tuple(x.float() for x in inputs)
         plan = self.plan(inputs)
         if not isinstance(plan, TensorProgram):
-            return plan(*inputs)
+            return plan(*given)
         arrays, tensors = self.arrays(plan, inputs)
         plan.program.core(arrays, self.threads or torch.get_num_threads())
+        if inputs is not given:
+            tensors = [t.to(dtype) for t in tensors]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     def plan(self, inputs: Sequence[Any]) -> TensorProgram | nn.Module:
@@ -113,6 +126,9 @@ class ProgramModule(nn.Module):  # type: ignore[misc]
     def replace_part(self, part: fx.GraphModule) -> ProgramModule:
         """Return the module that runs a part of this one."""
         return ProgramModule(part, self.threads, self.algorithm)
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": {}}  # programs cannot be pickled

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
 
 from lowrank.engine.program import Algorithm
+from lowrank.factorization import Factorization
 from lowrank.interop.torch.chains import Bias, TiedLayer
 from lowrank.interop.torch.engine import EngineModule
 from lowrank.interop.torch.fusion import find_fused_nodes
-from lowrank.interop.torch.modules import from_sequence
+from lowrank.interop.torch.modules import call_hooks, from_sequence
 from lowrank.interop.torch.partition import partition
 from lowrank.interop.torch.program import ProgramModule
 
@@ -23,7 +25,11 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
         self.untraceable: set[str] = set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, TiedLayer | Bias) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, TiedLayer | Bias) or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if call_hooks(m):  # a trace would run them once, and never again
+            self.untraceable.add(module_qualified_name)
+        return bool(call_hooks(m))
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         last = next(iter(reversed(self.graph.nodes)))
@@ -39,18 +45,44 @@ class _Tracer(fx.Tracer):  # type: ignore[misc]
             return self.create_proxy("call_module", name, args, kwargs)
 
 
+class HookedModule(nn.Module):  # type: ignore[misc]
+    """A module whose hooks run, which is therefore in no program.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Module with hooks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
 def trace(model: nn.Module) -> fx.GraphModule | None:
     """Return a traced model, which shares the submodules of `model`; None if it has no trace.
 
     Submodules that cannot be traced are calls, and keep their convolutions.
     """
     tracer = _Tracer()
+    if call_hooks(model):  # which a graph does not have
+        return None
     try:
         graph = tracer.trace(model)
     except Exception:  # control flow that depends on tensors, or anything else in a model
         return None
     traced = fx.GraphModule(model, graph)
     traced.meta["untraceable"] = tracer.untraceable
+    for node in graph.nodes:
+        if node.op == "call_module" and call_hooks(traced.get_submodule(node.target)):
+            hooked = traced.get_submodule(node.target)
+            if node.target not in tracer.untraceable and not isinstance(hooked, HookedModule):
+                parent, _, leaf = node.target.rpartition(".")
+                setattr(traced.get_submodule(parent), leaf, HookedModule(hooked))
     return traced
 
 
@@ -63,7 +95,7 @@ def onto_engine(
     ----------
     traced : fx.GraphModule
         What :func:`trace` returned for a model in evaluation mode.  Submodules that cannot be
-        traced are rewritten with :func:`swap_modules`.
+        traced are rewritten with :func:`swap_for_inference`.
     threads : int or None
         Number of threads of the engine.
     algorithm : str
@@ -76,7 +108,7 @@ def onto_engine(
     graph = traced.graph
     for name in traced.meta["untraceable"]:
         parent, _, leaf = name.rpartition(".")
-        swapped = swap_modules(traced.get_submodule(name), threads, algorithm)
+        swapped = swap_for_inference(traced.get_submodule(name), threads, algorithm)
         setattr(traced.get_submodule(parent), leaf, swapped)
     for i, fused in enumerate(find_fused_nodes(traced)):
         name = f"lowrank_engine_{i}"
@@ -92,17 +124,17 @@ def onto_engine(
     return partition(traced, lambda part: ProgramModule(part, threads, algorithm))
 
 
-def swap_modules(model: nn.Module, threads: int | None, algorithm: Algorithm) -> nn.Module:
+def swap_modules(
+    model: nn.Module, make_module: Callable[[nn.Module, Factorization], nn.Module]
+) -> nn.Module:
     """Replace convolutions, and sequences of nothing but convolutions, in place.
 
     Parameters
     ----------
     model : nn.Module
         Model to change.
-    threads : int or None
-        Number of threads of the engine.
-    algorithm : str
-        ``"auto"`` or ``"direct"``, which never uses a fast algorithm.
+    make_module : callable
+        Function of a module and its chain that returns the replacement.
 
     Returns
     -------
@@ -114,9 +146,10 @@ def swap_modules(model: nn.Module, threads: int | None, algorithm: Algorithm) ->
     def swap(module: nn.Module) -> nn.Module:
         if module not in replacements:
             replacements[module] = module
-            f = from_sequence(list(module) if type(module) is nn.Sequential else [module])
+            is_sequence = type(module) is nn.Sequential and not call_hooks(module)
+            f = from_sequence(list(module) if is_sequence else [module])
             if f is not None:
-                replacements[module] = EngineModule([(f, "none")], threads, algorithm)
+                replacements[module] = make_module(module, f)
             else:
                 for name, child in module.named_children():
                     new = swap(child)
@@ -125,3 +158,9 @@ def swap_modules(model: nn.Module, threads: int | None, algorithm: Algorithm) ->
         return replacements[module]
 
     return swap(model)
+
+
+def swap_for_inference(model: nn.Module, threads: int | None, algorithm: Algorithm) -> nn.Module:
+    """Replace what :func:`swap_modules` does by modules without parameters."""
+    swapped = swap_modules(model, lambda _, f: EngineModule([(f, "none")], threads, algorithm))
+    return HookedModule(swapped) if call_hooks(swapped) else swapped
