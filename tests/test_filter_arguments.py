@@ -98,7 +98,7 @@ def bound_of(image, kernel, window, result, dtype, method):
     return bound
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_all_arguments_together(data):
     draw = data.draw
@@ -585,7 +585,7 @@ def test_lazy_data_arrays_stay_lazy(labelled, tmp_path):
         np.testing.assert_allclose(found, filters.correlate(labelled, kernel), rtol=1e-13)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_dask_arrays_take_the_same_arguments(data):
     da = pytest.importorskip("dask.array")
