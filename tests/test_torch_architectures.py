@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from asv_benchmarks import architectures, zoo  # noqa: E402
+from asv_benchmarks import architectures, zoo
 
 #: Of different kinds, and small.
 NAMES = (
