@@ -65,15 +65,17 @@ def test_gradient_and_hessian_match_scipy(rng, shape, mode):
     mode=st.sampled_from(MODES),
     truncate=st.sampled_from([2.0, 4.0, 5.5]),
     single=st.booleans(),
+    large=st.booleans(),
     draw=st.data(),
 )
-def test_any_derivatives_along_any_axes_match_scipy(ndim, mode, truncate, single, draw):
+def test_any_derivatives_along_any_axes_match_scipy(ndim, mode, truncate, single, large, draw):
     rng = np.random.default_rng(0)
     shape = [draw.draw(st.integers(12, 16)) for _ in range(ndim)]
-    shape[draw.draw(st.integers(0, ndim - 1))] *= draw.draw(st.sampled_from([1, 40]))
+    if large:
+        shape[-1] = 66_000 // int(np.prod(shape[:-1])) + 1
     axes = draw.draw(st.permutations(range(ndim)))[: draw.draw(st.integers(1, ndim))]
     n = len(axes)
-    orders = draw.draw(st.lists(st.tuples(*[st.integers(0, 3)] * n), min_size=1, max_size=6))
+    orders = draw.draw(st.lists(st.tuples(*[st.integers(0, 3)] * n), min_size=1, max_size=4))
     sigmas = draw.draw(st.lists(st.sampled_from([0.7, 1.0, 2.0]), min_size=n, max_size=n))
     x = rng.standard_normal(shape).astype(np.float32 if single else np.float64)
     signed = [a - ndim if draw.draw(st.booleans()) else a for a in axes]
@@ -221,7 +223,7 @@ def test_nan_and_infinities_stay_under_the_taps(rng, shape, value):
     reach[7:16, 11:20] = True
     clean = filters.hessian(np.where(np.isfinite(x), x, 0), 1.0)
     y = filters.hessian(x, 1.0)
-    np.testing.assert_array_equal(y[:, ~reach], clean[:, ~reach])
+    np.testing.assert_allclose(y[:, ~reach], clean[:, ~reach], **FLOAT64)
     slope = filters.gradient(x, 1.0)[0]
     assert np.isfinite(slope[11]).all()  # the middle tap of a first derivative is 0
     assert not np.isfinite(slope[10, 15])
@@ -337,6 +339,7 @@ def test_dask_arrays_are_lazy(rng, f, shape):
         ({"sigma": np.inf}, r"sigma must be above 0, got inf"),
         ({"sigma": [1.0, 2.0, 3.0]}, r"sigma must be one number, or one per axis, 2, got 3"),
         ({"sigma": [1.0, 0.1]}, r"sigma must be at least 0.125 with truncate 4 and spacing 1"),
+        ({"sigma": 1e9}, r"sigma must be at most 2.62e\+05 with truncate 4 and spacing 1"),
         ({"spacing": 0.0}, r"spacing must be above 0, got 0.0"),
         ({"spacing": [1.0]}, r"spacing must be one number, or one per axis, 2, got 1"),
         ({"spacing": np.nan}, r"spacing must be above 0"),
@@ -388,6 +391,7 @@ def test_wrong_types_get_one_sentence(f, options, message):
     ("call", "message"),
     [
         (lambda x: filters.gaussian_derivatives(x, 1, []), "orders must not be empty"),
+        (lambda x: filters.gaussian_derivatives(x, 1, None), "orders must be a sequence, got None"),
         (lambda x: filters.gaussian_derivatives(x, 1, (0, 1)), "orders must be sequences"),
         (lambda x: filters.gaussian_derivatives(x, 1, [(0, -1)]), "orders must not be negative"),
         (lambda x: filters.gaussian_derivatives(x, 1, [(0, 1, 1)]), "orders must have 2 entries"),
@@ -412,10 +416,38 @@ def test_eigenvalues_of_complex_or_lazy_matrices_are_refused():
         filters.symmetric_eigenvalues(da.zeros((3, 4)))
 
 
-def test_labelled_arrays_are_refused():
+def test_labelled_arrays_give_plain_ones(rng):
     xarray = pytest.importorskip("xarray")
-    with pytest.raises(TypeError, match="got a DataArray: pass its data"):
-        filters.hessian(xarray.DataArray(np.zeros((9, 9))), 1.0)
+    x = rng.random((20, 30))
+    for f in FUNCTIONS:
+        y = f(xarray.DataArray(x), 1.0)
+        assert type(y) is np.ndarray
+        np.testing.assert_array_equal(y, f(x, 1.0))
+
+
+class FileArray:
+    """Array of a file, which a conversion would read."""
+
+    shape, dtype = (20, 20), np.dtype(float)
+
+    def __array__(self, dtype=None, copy=None):
+        raise AssertionError("the file was read")
+
+
+def test_arrays_of_files_are_not_read():
+    x = np.zeros((20, 20))
+    calls = [lambda f=f: f(FileArray(), 1.0) for f in FUNCTIONS]
+    calls += [
+        lambda: filters.symmetric_eigenvalues(FileArray()),
+        lambda: filters.correlate_bank(FileArray(), [np.ones((3, 3))]),
+        lambda: filters.correlate_bank(x, [FileArray()]),
+        lambda: filters.normalised_correlate(FileArray(), np.ones((3, 3))),
+        lambda: filters.normalised_correlate(x, np.ones((3, 3)), mask=FileArray()),
+        lambda: filters.normalised_correlate(x, np.ones((3, 3)), weights=FileArray()),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"must be an array in memory.*numpy.asarray"):
+            call()
 
 
 def test_passes_that_derivatives_share_run_once():

@@ -39,8 +39,9 @@ def correlate_bank(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
-        Real, of any number of axes; bool counts as 0 and 1.  A Dask array gives a lazy one.
+    image : array_like, dask.array.Array or xarray.DataArray
+        Real, of any number of axes; bool counts as 0 and 1.  A Dask array gives a lazy one, a
+        DataArray an array without its names.
     kernels : sequence of array_like
         Filters over the same number of axes, of any sizes, as for :func:`correlate`.
     tolerance : float, optional

@@ -14,6 +14,8 @@ from lowrank.core.geometry import as_integers
 from lowrank.filters import arguments, bank, inputs
 from lowrank.filters.shared import KEPT, Factors
 
+MAX_RADIUS = 1 << 20  # samples: taps of all axes fit into a few megabytes
+
 
 def gaussian_derivatives(
     image: Any,
@@ -34,8 +36,9 @@ def gaussian_derivatives(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
-        Real, of any number of axes; bool counts as 0 and 1.  A Dask array gives a lazy one.
+    image : array_like, dask.array.Array or xarray.DataArray
+        Real, of any number of axes; bool counts as 0 and 1.  A Dask array gives a lazy one, a
+        DataArray an array without its names.
     sigma : float or sequence of float
         Standard deviation of the Gaussian in the unit of `spacing`, above 0: one for all axes, or
         one per axis.
@@ -69,8 +72,7 @@ def gaussian_derivatives(
     Raises
     ------
     TypeError
-        If `image` is complex, masked, on a GPU or an array of xarray or zarr, or an argument is
-        of another type.
+        If `image` is complex, masked, on a GPU or in a file, or an argument is of another type.
     ValueError
         If an argument is out of range, has another length than `axes`, or the truncated Gaussian
         has a single tap.
@@ -87,9 +89,10 @@ def gaussian_derivatives(
     these errors by 10**4.  Gaussians below 0.7 samples are sampled too coarsely: slopes are 14 %
     too small at 0.5.
 
-    Memory: the image in `dtype`, the result, and the intermediate results of a few planes, or of
-    one image per axis where the image is filtered pass by pass: up to 65,536 samples, last axis
-    shorter than 16, other axes than the last three, or factors longer than the image.
+    Memory: the image in `dtype`, the result, and a few planes.  Some images are filtered pass by
+    pass, on one thread, with an intermediate result per axis: those of up to 65,536 samples, with a
+    last axis shorter than 16, with other filtered axes than the last three, or shorter than the
+    Gaussian.
 
     Examples
     --------
@@ -143,10 +146,16 @@ def gaussian_taps(name: str, sigma: Any, spacing: Any, truncate: Any, orders: In
     sigmas = inputs.as_positive(name, sigma, n)
     distances = inputs.as_positive("spacing", spacing, n)
     for s, h in zip(sigmas, distances):
+        given = f"with truncate {reach:g} and spacing {h:g}, got {s!r}"
         if reach * s < 0.5 * h:
             raise ValueError(
-                f"{name} must be at least {0.5 * h / reach:.3g} with truncate {reach:g} and "
-                f"spacing {h:g}, got {s!r}: the Gaussian would have a single tap"
+                f"{name} must be at least {0.5 * h / reach:.3g} {given}: the Gaussian would have "
+                "a single tap"
+            )
+        if reach * s > MAX_RADIUS * h:
+            raise ValueError(
+                f"{name} must be at most {MAX_RADIUS * h / reach:.3g} {given}: the Gaussian would "
+                "have millions of taps"
             )
     return tuple(_line(s / h, order, h, reach) for s, h, order in zip(sigmas, distances, orders))
 
@@ -178,7 +187,7 @@ def gradient(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of any number of axes.
     sigma : float or sequence of float
         Standard deviation of the Gaussian in the unit of `spacing`, one for all axes or one per
@@ -244,7 +253,7 @@ def gradient_magnitude(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of any number of axes.
     sigma : float or sequence of float
         Standard deviation of the Gaussian in the unit of `spacing`, one for all axes or one per
@@ -309,7 +318,7 @@ def hessian(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of any number of axes.
     sigma : float or sequence of float
         Standard deviation of the Gaussian in the unit of `spacing`, one for all axes or one per
@@ -385,7 +394,7 @@ def gaussian_laplace(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of any number of axes.
     sigma : float or sequence of float
         Standard deviation of the Gaussian in the unit of `spacing`, one for all axes or one per

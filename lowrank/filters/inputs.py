@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ def as_samples(image: Any, dtype: Any = None) -> tuple[Array, np.dtype[Any]]:
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of at least one axis; bool counts as 0 and 1.
     dtype : dtype or None
         float32 or float64; by default float32 for float32, float16, bool and integers of up to 16
@@ -28,7 +28,7 @@ def as_samples(image: Any, dtype: Any = None) -> tuple[Array, np.dtype[Any]]:
     Returns
     -------
     image : ndarray or dask.array.Array
-        Image in its own dtype.
+        Image in its own dtype; the values of a DataArray.
     dtype : dtype
         dtype of the result.
 
@@ -42,10 +42,12 @@ def as_samples(image: Any, dtype: Any = None) -> tuple[Array, np.dtype[Any]]:
             "image must be a plain array, got a masked array: fill it, or call normalised_correlate"
         )
     if labelled.is_data_array(image):
-        raise TypeError("image must be a NumPy or Dask array, got a DataArray: pass its data")
+        image = labelled.values_of(image)
     if type(image).__module__.partition(".")[0] == "cupy":
         raise TypeError("image must be a NumPy or Dask array, got one of CuPy: call correlate")
-    if not chunked.is_dask_array(image):
+    if chunked.is_dask_array(image):
+        chunked.check_array("image", image)
+    else:
         image = arguments.as_array("image", image)
     if image.ndim == 0:
         raise ValueError("image must have at least one axis, got a single number")
@@ -101,6 +103,8 @@ def as_positive(name: str, value: Any, n: int) -> tuple[float, ...]:
 
 def as_sequence_of(name: str, value: Any) -> Sequence[Any]:
     """Return a sequence that is not empty."""
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence, got {value!r}")
     values = list(value)
     if not values:
         raise ValueError(f"{name} must not be empty")

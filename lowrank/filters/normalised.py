@@ -33,8 +33,9 @@ def normalised_correlate(
 
     Parameters
     ----------
-    image : array_like, numpy.ma.MaskedArray or dask.array.Array
-        Real, of any number of axes.  NaN counts as missing; bool counts as 0 and 1.
+    image : array_like, numpy.ma.MaskedArray, dask.array.Array or xarray.DataArray
+        Real, of any number of axes.  NaN counts as missing; bool counts as 0 and 1.  A Dask array
+        gives a lazy one, a DataArray an array without its names.
     kernel : array_like
         Filter without negative taps, as for :func:`correlate`.  Its scale does not matter.
     mask : array_like of bool, optional
@@ -159,7 +160,7 @@ def _scale(kernel: Any) -> tuple[Any, float]:
 
 def _as_mask(mask: Any, shape: Sequence[int]) -> Array:
     """Return a mask of the shape of an image."""
-    m = mask if chunked.is_dask_array(mask) else np.asarray(mask)
+    m = mask if chunked.is_dask_array(mask) else arguments.as_array("mask", mask)
     if m.dtype != bool:
         raise TypeError(f"mask must be bool, True where samples are missing, got {m.dtype}")
     return _broadcast("mask", m, shape)
@@ -173,7 +174,7 @@ def _as_weights(weights: Any, shape: Sequence[int], dtype: np.dtype[Any]) -> Arr
         raise TypeError(
             "weights must be a NumPy array, got a Dask array: give a mask, or no chunks"
         )
-    w = np.asarray(weights)
+    w = arguments.as_array("weights", weights)
     if w.dtype.kind not in "biuf":
         raise TypeError(f"weights must be real, got {w.dtype}")
     w = _broadcast("weights", w, shape).astype(np.float64)

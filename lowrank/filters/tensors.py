@@ -39,7 +39,7 @@ def structure_tensor(
 
     Parameters
     ----------
-    image : array_like or dask.array.Array
+    image : array_like, dask.array.Array or xarray.DataArray
         Real, of any number of axes.
     sigma : float or sequence of float
         Standard deviation of the Gaussian ahead of the gradient, in the unit of `spacing`: the
@@ -162,7 +162,7 @@ def symmetric_eigenvalues(elements: Any) -> Array:
     """
     if chunked.is_dask_array(elements):
         raise TypeError("elements must be a NumPy array, got a Dask array: use its map_blocks")
-    values = np.asarray(elements)
+    values = arguments.as_array("elements", elements)
     if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
         raise TypeError(f"elements must be real, got {values.dtype}")
     count = len(values) if values.ndim else 0
