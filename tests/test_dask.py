@@ -1,4 +1,7 @@
-"""Dask arrays have the bits of the whole array in memory; frontiers work in other processes."""
+"""Dask arrays have the bits of the whole array in memory; frontiers work in other processes.
+
+Outer products have the accuracy only: over whole images, samples of equal taps are added first.
+"""
 
 import pickle
 import subprocess
@@ -148,6 +151,21 @@ def test_nan_and_infinity_spread_as_in_the_whole_array(rng):
     assert_same_bits(conv, x, (1, 2, 9))
 
 
+def assert_same_filter(lazy, whole, image, kernel):
+    """Compare bits; for outer products the rounding of n taps and n sums, twice."""
+    result = lazy.compute()
+    assert result.dtype == whole.dtype
+    if filters.rank(kernel) > 1:
+        np.testing.assert_array_equal(result, whole, strict=True)
+        return
+    work = np.result_type(image, np.float32) if image.dtype.kind == "f" else np.dtype(np.float32)
+    size = float(np.abs(kernel).sum()) * max(float(np.abs(image.astype(float)).max()), 2.5)
+    bound = 4 * sum(kernel.shape) * np.finfo(work).eps * size
+    step = 1 if whole.dtype.kind in "iu" else 0  # between two integers
+    # Integers that saturate differ by no more.
+    assert np.abs(result.astype(float) - whole.astype(float)).max() <= bound + step
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_filter_has_the_bits_of_the_whole_image(data):
@@ -174,7 +192,7 @@ def test_filter_has_the_bits_of_the_whole_image(data):
     lazy = run(cut, kernel, **arguments)
     assert lazy.shape == shape
     assert lazy.dtype == image.dtype
-    np.testing.assert_array_equal(lazy.compute(), run(image, kernel, **arguments), strict=True)
+    assert_same_filter(lazy, run(image, kernel, **arguments), image, kernel)
 
 
 @pytest.mark.parametrize("kernel", ["gauss", "log", "dog", "unsharp", "sobel", "scharr", "prewitt"])
@@ -185,13 +203,15 @@ def test_classical_filters_have_the_bits_of_the_whole_image(kernel, rng):
         k = make(*scale, ndim=ndim)
         lazy = filters.correlate(da.from_array(image, chunks=25), k)
         assert lazy.npartitions > 4
-        np.testing.assert_array_equal(lazy.compute(), filters.correlate(image, k))
+        assert_same_filter(lazy, filters.correlate(image, k), image, k)
 
 
-def test_colour_image_has_the_bits_of_the_whole_image(rng):
+def test_colour_image_is_filtered_as_the_whole_image(rng):
     image = rng.integers(0, 256, (150, 170, 3), dtype=np.uint8)
     lazy = filters.filter_image(da.from_array(image, chunks=(60, 70, 3)), filters.gauss(2.0))
-    np.testing.assert_array_equal(lazy.compute(), filters.filter_image(image, filters.gauss(2.0)))
+    assert_same_filter(
+        lazy, filters.filter_image(image, filters.gauss(2.0)), image, filters.gauss(2.0)
+    )
 
 
 def test_transforms_are_not_used(rng):

@@ -92,4 +92,7 @@ class Passes:
         before: Sequence[int],
         border: str | Sequence[str],
         fill: float | Sequence[float] = 0.0,
+        threads: int = 1,
+        fork_join: float = 0.0,
     ) -> None: ...
+    def takes_integers(self, shape: Sequence[int], axes: Sequence[int]) -> bool: ...

@@ -79,7 +79,7 @@ cdef extern from "dispatch.h":
         const int32_t *row
         const int32_t *column
         int64_t before
-        double fill
+        double column_fill, row_fill
         int x_type, out_type
 
     ctypedef struct lr_kernels:

@@ -241,10 +241,13 @@ static int64_t size_of(int type, int64_t itemsize)
     return type == LR_PLAN_TYPE ? itemsize : type == LR_U8 || type == LR_I8 ? 1 : 2;
 }
 
-/* First row of a band: the last one ends with the image. */
-static int64_t first_of(int64_t rows, int64_t band, int64_t lanes)
+/* Filter a band of rows; the last one ends with the image, and does not write what others do. */
+static int band(const lr_image *image, const lr_kernels *kernels, const char *x, char *out, int64_t number,
+                void *scratch)
 {
-    return band * lanes + lanes <= rows ? band * lanes : rows - lanes;
+    const int64_t lanes = kernels->limits.lanes, start = number * lanes;
+    const int64_t first = start + lanes <= image->rows ? start : image->rows - lanes;
+    return kernels->image_band(image, x, out, first, start - first, scratch);
 }
 
 int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void *out, int64_t outer,
@@ -265,10 +268,9 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
     char *scratch = aligned_alloc(64, each * (size_t)threads);
     if (!scratch) return LR_NO_MEMORY;
     int all = 1;
-#define BAND(J, THREAD)                                                                                    \
-    kernels->image_band(image, (const char *)x + (J) / bands * samples * x_size,                           \
-                        (char *)out + (J) / bands * samples * out_size, first_of(image->rows, (J) % bands, lanes), \
-                        (J) % bands * lanes - first_of(image->rows, (J) % bands, lanes), scratch + each * (size_t)(THREAD))
+#define BAND(J, THREAD)                                                                              \
+    band(image, kernels, (const char *)x + (J) / bands * samples * x_size,                           \
+         (char *)out + (J) / bands * samples * out_size, (J) % bands, scratch + each * (size_t)(THREAD))
 #ifdef _OPENMP
     if (threads > 1) {
         lr_note_parallel_region();

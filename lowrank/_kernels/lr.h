@@ -99,7 +99,7 @@ typedef struct {
     lr_taps vertical, horizontal;
     const int32_t *row, *column; /* sample at each of n + taps - 1 positions, -1: fill */
     int64_t before;              /* taps ahead of the output along the rows */
-    double fill;
+    double column_fill, row_fill; /* border values of x, and of what is filtered along the rows */
     int x_type, out_type;
     int stream;   /* out exceeds the caches: whole rows use non-temporal stores */
     int64_t tile; /* columns at a time */

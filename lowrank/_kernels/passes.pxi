@@ -73,7 +73,8 @@ cdef class Passes:
             taps = list(values)
             self.line[k].taps = len(taps)
             self.line[k].parity = _parity(taps)
-            self.line[k].weight = self._keep(taps if self.line[k].parity == 0 else taps[:len(taps) // 2 + 1])
+            half = len(taps) // 2 + 1 if self.line[k].parity else len(taps)
+            self.line[k].weight = self._keep(taps[:half])
 
     cdef const void *_keep(self, weights):
         """Keep an array of weights; return its address."""
@@ -131,7 +132,9 @@ cdef class Passes:
                     self._describe(&p[k], k, &a, axes[k], before[k])
                     p[k].fill = value if follows else fill[k]
                     value = value * self.sums[k]
-                if self._filter_images(p, mode, follows, &a, &b, x_type, out_type, threads, fork_join):
+                if self._filter_images(
+                    p, mode, &a, &b, x_type, out_type, threads, fork_join
+                ):
                     return
                 if x_type != LR_PLAN_TYPE or out_type != LR_PLAN_TYPE:
                     raise TypeError(f"arrays of this shape must be {self.dtype} arrays")
@@ -152,9 +155,11 @@ cdef class Passes:
                 p[k].outer *= shape[i]
             for i in range(axes[k] + 1, len(shape)):
                 p[k].inner *= shape[i]
-        return self._plan_images(p, True, first) > 0
+        return self._plan_images(p, first) > 0
 
-    cdef int _describe(self, lr_pass *p, int64_t k, Py_buffer *a, int64_t axis, int64_t before) except -1:
+    cdef int _describe(
+        self, lr_pass *p, int64_t k, Py_buffer *a, int64_t axis, int64_t before
+    ) except -1:
         cdef int64_t i
         if not 0 <= axis < a.ndim:
             raise ValueError(f"axes must be between 0 and {a.ndim - 1}, got {axis}")
@@ -169,7 +174,7 @@ cdef class Passes:
         p.offset, p.weight = self.offset[k], self.weight[k]
         return 0
 
-    cdef int64_t _plan_images(self, const lr_pass *p, bint follows, int64_t *first) noexcept:
+    cdef int64_t _plan_images(self, const lr_pass *p, int64_t *first) noexcept:
         """Group passes into filters of images; `first` receives the first pass of each.
 
         Returns their number, or 0 if some pass cannot run so.
@@ -182,7 +187,7 @@ cdef class Passes:
             if p[k].n < lanes:
                 return 0
             if (
-                follows and k + 1 < self.count and p[k + 1].inner <= most and p[k + 1].n >= lanes
+                k + 1 < self.count and p[k + 1].inner <= most and p[k + 1].n >= lanes
                 and p[k].inner == p[k + 1].n * p[k + 1].inner
             ):
                 k += 2
@@ -193,13 +198,13 @@ cdef class Passes:
         return count
 
     cdef bint _filter_images(
-        self, const lr_pass *p, const int *mode, bint follows, Py_buffer *a, Py_buffer *b, int x_type,
+        self, const lr_pass *p, const int *mode, Py_buffer *a, Py_buffer *b, int x_type,
         int out_type, int threads, double fork_join,
     ) except -1:
         """Filter images, if the passes do; return whether that gave finite results."""
         cdef int64_t first[MAX_PASSES + 1]
-        cdef int64_t count = self._plan_images(p, follows, first)
-        cdef int64_t i, j, k, n = 0, outer
+        cdef int64_t count = self._plan_images(p, first)
+        cdef int64_t i, j, k, n = 0, outer, above, at
         cdef lr_image m
         cdef int32_t *table
         cdef char *other = NULL
@@ -223,25 +228,29 @@ cdef class Passes:
                 raise MemoryError(f"not enough memory to filter {size} samples")
             for i in range(count):
                 k, j = first[i], first[i + 1] - 1
-                m.fill = p[k].fill
+                m.column_fill, m.row_fill = p[k].fill, p[j].fill
                 m.x_type = x_type if i == 0 else LR_PLAN_TYPE
                 m.out_type = out_type if i == count - 1 else LR_PLAN_TYPE
-                m.vertical, m.horizontal, m.channels, m.before, outer = self.line[k], self.one, 1, 0, p[k].outer
-                m.rows, m.columns = p[k].n, p[k].inner
+                above, m.before, m.channels, outer = p[k].before, 0, 1, p[k].outer
+                m.vertical, m.rows = self.line[k], p[k].n
+                m.horizontal, m.columns = self.one, p[k].inner
                 if j > k:
-                    m.columns, m.channels, m.horizontal, m.before = p[j].n, p[j].inner, self.line[j], p[j].before
+                    m.horizontal, m.columns, m.channels = self.line[j], p[j].n, p[j].inner
+                    m.before = p[j].before
                 elif p[k].inner <= self.kernels.limits.colours:  # along the rows alone
-                    m.rows, m.columns, m.channels, outer = p[k].outer, p[k].n, p[k].inner, 1
-                    m.vertical, m.horizontal, m.before, j = self.one, self.line[k], p[k].before, -1
+                    above, m.before, m.channels, outer = 0, p[k].before, p[k].inner, 1
+                    m.vertical, m.rows = self.one, p[k].outer
+                    m.horizontal, m.columns = self.line[k], p[k].n
                 n = m.rows + m.vertical.taps - 1
                 for at in range(n):
-                    table[at] = _sample(at - p[k].before, m.rows, mode[k]) if j >= 0 else <int32_t>at
+                    table[at] = _sample(at - above, m.rows, mode[k])
                 for at in range(m.columns + m.horizontal.taps - 1):
-                    table[n + at] = _sample(at - m.before, m.columns, mode[k if j < 0 else j])
+                    table[n + at] = _sample(at - m.before, m.columns, mode[j])
                 m.row, m.column = table, table + n
                 target = b.buf if (count - i) % 2 else <void *>other
                 with nogil:
-                    status = lr_run_image(&m, self.kernels, source, target, outer, self.itemsize, threads, fork_join, &finite)
+                    status = lr_run_image(&m, self.kernels, source, target, outer, self.itemsize,
+                                          threads, fork_join, &finite)
                 if status == LR_NO_MEMORY:
                     raise MemoryError(f"not enough memory to filter {size} samples")
                 if not finite and x_type == LR_PLAN_TYPE == out_type:
@@ -252,7 +261,9 @@ cdef class Passes:
             free(other)
         return True
 
-    cdef int _filter_lines(self, lr_pass *p, const int *mode, const void *source, void *out) except -1:
+    cdef int _filter_lines(
+        self, lr_pass *p, const int *mode, const void *source, void *out
+    ) except -1:
         """Filter one pass after the other."""
         cdef int64_t i, k, longest = 0, most = 0, most_taps = 0
         cdef int64_t size = p[0].outer * p[0].n * p[0].inner
@@ -291,7 +302,10 @@ cdef class Passes:
         cdef int64_t i, step = v.itemsize
         cdef int kind = _type(v.format, self.itemsize)
         if kind < 0:
-            raise TypeError(f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit integers")
+            raise TypeError(
+                f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit "
+                "integers"
+            )
         for i in range(v.ndim - 1, -1, -1):
             if v.shape[i] > 1 and v.strides[i] != step:
                 raise ValueError(f"{name} must be C-contiguous")
