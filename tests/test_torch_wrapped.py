@@ -15,8 +15,10 @@ from torch import fx, nn  # noqa: E402
 from torch_models import is_close, make_batches, small_net, with_statistics  # noqa: E402
 from torch_models import single_thread as single_thread  # noqa: E402
 
-from lowrank.compress import make_plan  # noqa: E402
+from lowrank import demo  # noqa: E402
+from lowrank.compress import compress_model, make_plan  # noqa: E402
 from lowrank.interop.torch import TorchModel, compress, on_engine  # noqa: E402
+from lowrank.interop.weights import WeightsModel  # noqa: E402
 
 DATA = make_batches(1, 4, (8, 9, 9))
 
@@ -308,3 +310,25 @@ def test_plan_of_one_model_is_used_for_another_copy():
     result = compress(copy.deepcopy(model), DATA, plan=plan)
     with torch.no_grad():
         assert is_close(result.model(DATA[0]), half_of(model).model(DATA[0]))
+
+
+def test_pipeline_compares_the_outputs_of_models_that_can_be_run():
+    done = compress_model(TorchModel(plain(), DATA), macs=0.6, families=["channel_svd"])
+    assert done.output_error == pytest.approx(half_of(plain()).output_error, rel=1e-4)
+    assert np.isnan(compress_model(WeightsModel(demo.WEIGHTS), macs=0.5).output_error)
+
+
+class Logarithm(nn.Module):
+    """An output that is finite only where the sum of the inputs keeps its sign."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = plain()
+
+    def forward(self, x):
+        return torch.log(self.layers(x))
+
+
+def test_outputs_that_are_no_longer_finite_are_refused():
+    with pytest.raises(ValueError, match="finite where those of the original are"):
+        half_of(Logarithm())

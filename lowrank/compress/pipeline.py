@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lowrank import io
 from lowrank.compress import reconstruct
 from lowrank.compress.latency import NetworkClock, Timing, layer_latency
@@ -55,11 +57,15 @@ class CompressedLayers:
         Chains of the layers that changed, with their weights and biases.
     rows : tuple of LayerError
         Error of each, in the order in which they were fitted.
+    output_error : float
+        Relative RMS error of the outputs of the model on the first calibration batch; NaN without
+        data, or if no output is a floating-point array.
     """
 
     plan: CompressionPlan
     chains: dict[str, Factorization]
     rows: tuple[LayerError, ...]
+    output_error: float = math.nan
 
 
 def compress_model(
@@ -105,7 +111,8 @@ def compress_model(
     Raises
     ------
     ValueError
-        If the plan does not fit the model.
+        If the plan does not fit the model, or the compressed model has outputs on the first batch
+        that are not finite where those of the original are.
 
     Examples
     --------
@@ -181,7 +188,25 @@ def compress_model(
             warnings.warn(f"the network was not timed: {why}", stacklevel=2)
             latency = None
         plan = replace(plan, latency=latency or plan.latency)
-    return CompressedLayers(plan, chains, tuple(rows))
+    return CompressedLayers(plan, chains, tuple(rows), _output_error(model, chains))
+
+
+def _output_error(model: CompressibleModel, chains: Mapping[str, Factorization]) -> float:
+    """Run the compressed model on the first batch, and return the relative error of its outputs."""
+    missed = whole = 0.0
+    for a, b in zip(next(model.outputs({}), ()), next(model.outputs(chains), ())):
+        if a.shape != b.shape or a.dtype.kind != "f":
+            continue
+        known = np.isfinite(a)
+        x, y = a[known].astype(np.float64), b[known].astype(np.float64)
+        if not np.isfinite(y).all():
+            raise ValueError(
+                "outputs of the compressed model must be finite where those of the original are, "
+                "got NaN or infinity: allow a larger budget"
+            )
+        missed += float(np.square(y - x).sum())
+        whole += float(np.square(x).sum())
+    return math.sqrt(missed / whole) if whole else math.nan
 
 
 def _timing(plan: CompressionPlan) -> Timing:
