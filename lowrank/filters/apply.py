@@ -106,8 +106,9 @@ def correlate(
     time, without transforms.
 
     A Dask array gives a lazy array.  Its chunks overlap, and its bits are those of the whole
-    array in memory, by the fastest method that is not a transform.  Without `threads` a chunk
-    runs on one thread in a worker of a pool, and on all threads in the main thread.
+    array in memory (for outer products its accuracy), by the fastest method that is not a
+    transform.  Without `threads` a chunk runs on one thread in a worker of a pool, and on all
+    threads in the main thread.
 
     A DataArray keeps its names and coordinates, and is lazy if its data are of Dask.
 

@@ -172,10 +172,13 @@ def as_dtype(name: str, value: Any) -> np.dtype[Any]:
 
 
 def work_dtype(image: np.dtype[Any], kernel: Any = None, result: Any = None) -> np.dtype[Any]:
-    """Return the dtype of the computation: float32 if it holds all values, else float64."""
+    """Return the dtype of the computation: float32 if it holds all values, else float64.
+
+    Float32 rounds sums of large 16-bit integers by more than what decides between two results.
+    """
     if _precision("image", image) == np.float64:
         return np.dtype(np.float64)
-    if result is not None and _precision("dtype", result) == np.float64:
+    if _precision("dtype", image if result is None else result) == np.float64:
         return np.dtype(np.float64)
     if kernel is None:
         return np.dtype(np.float32)
@@ -188,7 +191,8 @@ def work_dtype(image: np.dtype[Any], kernel: Any = None, result: Any = None) -> 
 @functools.lru_cache(KEPT)
 def _precision(name: str, dtype: Any) -> np.dtype[Any]:
     if dtype.kind in "biu":
-        return np.dtype(np.float32 if dtype.itemsize <= 2 else np.float64)
+        most = 1 if name == "dtype" else 2  # bytes of results and of samples
+        return np.dtype(np.float32 if dtype.itemsize <= most else np.float64)
     if dtype.kind in "fc" and dtype.itemsize <= (8 if dtype.kind == "f" else 16):
         is_double = dtype.itemsize == (8 if dtype.kind == "f" else 16)
         return np.dtype(np.float64 if is_double else np.float32)

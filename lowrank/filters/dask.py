@@ -42,7 +42,8 @@ def correlate(
     -------
     dask.array.Array
         Lazy, with the shape of `image`.  Computed, it has the bits of the whole array filtered in
-        memory, by the fastest method that is not a transform.
+        memory, by the fastest method that is not a transform; for an outer product only its
+        accuracy, since passes over a whole image add samples of equal taps first.
 
     Raises
     ------
