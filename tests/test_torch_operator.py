@@ -19,14 +19,14 @@ from torch import nn  # noqa: E402
 from torch_models import compressed_net, is_close, with_statistics  # noqa: E402
 from torch_models import single_thread as single_thread  # noqa: E402
 
-from lowrank.interop.torch import EngineModule, on_engine  # noqa: E402
-from lowrank.interop.torch import operator as op  # noqa: E402
-from lowrank.interop.torch.chains import Bias, TiedLayer, to_module  # noqa: E402
-from lowrank.interop.torch.operator import (  # noqa: E402
-    chain_operator,
-    describe_stages,
-    run_chain,
+from lowrank.interop.torch import (  # noqa: E402
+    EngineModule,
+    on_engine,
+    plans,
 )
+from lowrank.interop.torch.chains import Bias, TiedLayer, to_module  # noqa: E402
+from lowrank.interop.torch.operator import chain_operator, run_chain  # noqa: E402
+from lowrank.interop.torch.plans import describe_stages  # noqa: E402
 
 # TorchScript, and what Inductor uses of it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -223,13 +223,13 @@ def test_plans_follow_the_weights(kind):
 def test_plans_of_weights_that_are_gone_are_dropped():
     stages, epilogues, shape = CHAINS["two stages"]
     chain = describe_stages(stages, epilogues)
-    before = set(op._plans)
+    before = set(plans._plans)
     parameters = parameters_of(stages, epilogues)
     run_chain(torch.randn(*shape), [p.detach() for p in parameters], chain)
-    (own,) = set(op._plans) - before
+    (own,) = set(plans._plans) - before
     del parameters
     run_chain(torch.randn(3, 3, 9, 9), parameters_of(stages, epilogues), chain)
-    assert own not in op._plans
+    assert own not in plans._plans
 
 
 def test_threads_share_plans_of_changing_weights():

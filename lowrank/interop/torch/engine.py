@@ -14,7 +14,8 @@ from torch import nn
 from lowrank.core.stage import Activation, Epilogue
 from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, compile_chains
-from lowrank.interop.torch.operator import describe_stages, run_chain
+from lowrank.interop.torch.operator import run_chain
+from lowrank.interop.torch.plans import describe_stages
 
 Links = tuple[tuple[Factorization, Activation], ...]
 MAX_PLANS = 32  # input shapes for which one module keeps plans

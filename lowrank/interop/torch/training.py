@@ -13,7 +13,8 @@ from lowrank.engine.program import Algorithm
 from lowrank.factorization import Factorization
 from lowrank.interop.torch.chains import Bias
 from lowrank.interop.torch.modules import is_conv
-from lowrank.interop.torch.operator import describe_stages, run_chain
+from lowrank.interop.torch.operator import run_chain
+from lowrank.interop.torch.plans import describe_stages
 from lowrank.interop.torch.tracing import swap_modules
 
 
