@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_clock import FakeMeasurements
 
-from lowrank import cli, demo, perfmodel
+from lowrank import cli, demo, io, perfmodel
 from lowrank.compress import CompressionPlan, reconstruct
 from lowrank.compress.plan import VERSION
 from lowrank.interop import files
@@ -535,3 +535,69 @@ def test_time_left_is_estimated_from_the_first_step_on():
     assert _TimeLeft().render(task) == "1:30 left"
     bar.update(task.id, completed=1.0)
     assert _TimeLeft().render(task) == ""
+
+
+def network(name, tmp_path, rng):
+    """Write a network with a convolution in the format of the ending; return the path."""
+    path, w = tmp_path / name, rng.standard_normal((8, 3, 3, 3)).astype(np.float32)
+    if path.suffix == ".onnx":
+        onnx = pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+            net (float[N, 3, 9, 9] x) => (float[N, 8, 7, 7] y) {y = Conv(x, w)}""")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+        path.write_bytes(model.SerializeToString())
+    elif path.suffix in (".keras", ".h5"):
+        from keras_models import L, keras
+
+        from lowrank.interop.keras import save
+
+        layers = [keras.Input((9, 9, 3)), L.Conv2D(8, 3, name="y", use_bias=False)]
+        model = keras.Sequential(layers)
+        model.layers[0].set_weights([w.transpose(2, 3, 1, 0)])
+        save(model, path)
+    elif path.suffix in (".pt", ".pth"):
+        torch = pytest.importorskip("torch")
+        torch.save({"y.weight": torch.tensor(w)}, path)
+    elif path.suffix == ".safetensors":
+        io.write_tensors(path, {"y.weight": w}, {})
+    else:
+        np.savez(path, **{"y.weight": w})
+    return path, w
+
+
+ENDINGS = ["onnx", "keras", "h5", "safetensors", "npz", "pt"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_inspect_and_approximate_read_what_compress_reads(tmp_path, rng, ending, lowrank):
+    path, w = network(f"net.{ending}", tmp_path, rng)
+    ((layer,), left_out) = files.read_layers(path)
+    assert (layer.name, left_out) == ("y", {})
+    np.testing.assert_array_equal(layer.conv.to_dense(), w)
+    code, out, err = lowrank("inspect", path, "--json")
+    assert (code, err) == (0, "")
+    (row,) = json.loads(out)["layers"]
+    assert row["layer"] == "y"
+    assert row["macs"] in (None, 7 * 7 * w.size)
+    size = () if layer.input_size else ("--input", "9x9")
+    words = ("--rank", "2", "--families", "spatial_svd", *size, "--json")
+    code, out, err = lowrank("approximate", path, *words)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["pick"]["rank"] == [2]
+    code, _, err = lowrank("approximate", path, "--layer", "z")
+    assert code == 2
+    assert "--layer must be one of y, got 'z'" in err
+
+
+@pytest.mark.parametrize("name", ["inspect", "approximate", "compress"])
+def test_existence_is_checked_before_the_ending(tmp_path, lowrank, name):
+    more = ["--macs", "0.5", "-o", tmp_path / "a.npz"] if name == "compress" else []
+    for file in ("gone.npz", "gone.onnx", "gone.keras", "gone.txt", "gone"):
+        path = tmp_path / file
+        assert lowrank(name, path, *more) == (2, "", f"lowrank: {path}: no such file\n")
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    code, _, err = lowrank(name, path, *more)
+    assert code == 2
+    assert f"{path}: the ending must be one of .onnx, .keras" in err

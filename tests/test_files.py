@@ -282,6 +282,7 @@ def test_layers_follow_the_description(tmp_path):
         ('{"conv_layers": [{"weight": "w", "padding_mode": "odd"}]}', "padding_mode"),
         ('{"conv_layers": [{"weight": "w", "in_size": [8]}]}', "in_size.*2 entries"),
         ('{"conv_layers": 3}', "does not describe"),
+        ('{"conv_layers": [{"weight": "w", "weight": "w"}]}', "'weight' is given twice"),
         ('{"conv_layers": [3]}', "does not describe"),
         ('{"conv_layers": [{"weight": 3}]}', "weight of entry 0.*got 3"),
         ('{"conv_layers": [{"weight": "w", "strides": 2}]}', "layer 'w': unknown key 'strides'"),

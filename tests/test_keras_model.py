@@ -107,7 +107,11 @@ MUST = {
     "attention": {"heads", "fc"}, "video": {"each/conv", "frames/net/c"},
 }  # fmt: skip
 FOR_MATRICES = ("identity", "channel_svd output", "channel_svd input")
-NOTHING = {("linear", "spatial_svd"), ("linear", "spatial_svd reversed"), *((w, "kronecker") for w in ("solid", "first", "video"))}
+NOTHING = {
+    ("linear", "spatial_svd"),
+    ("linear", "spatial_svd reversed"),
+    *((w, "kronecker") for w in ("solid", "first", "video")),
+}
 
 
 def cases(table):
@@ -436,6 +440,19 @@ def test_frozen_layers_stay_frozen_and_mixed_precision_mixed(rng):
     assert new.get_layer("b_0").compute_dtype == "float32"
     assert next(net.inputs(["a", "b"], {}))["b"][0].dtype == np.float32
     assert next(net.gradients(["a", "b"], 0))["a"][0].dtype == np.float32
+
+
+def test_quantized_layers_stay_and_inputs_may_be_given_by_name(rng):
+    inp = keras.Input((9, 9, 3))
+    x = L.Conv2D(8, 3, name="a")(inputs=inp)
+    model = keras.Model(inp, L.Dense(5, name="c")(L.Dense(6, name="b")(inputs=x)))
+    model.get_layer("c").quantize("int8")
+    net = KerasModel(model, calibration=[rng.standard_normal((2, 9, 9, 3))])
+    assert net.left_out == {"c": "it is quantized to int8"}
+    chains = {x.name: lr.channel_svd(x.conv, 3) for x in net.layers}
+    assert chains.keys() == {"a", "b"}
+    y = net.replaced(chains).predict(net._feeds[0][net._inputs[0].name], verbose=0)
+    assert relative(next(net.outputs(chains))[0], y) < ROUNDING
 
 
 def test_models_of_several_inputs_and_outputs(tmp_path, rng):

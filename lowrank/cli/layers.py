@@ -112,7 +112,8 @@ def _print_layers(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     params, macs = (sum(r[k] or 0 for r in rows) for k in ("params", "macs"))
     total = ("total", "", "", "", f"{params:,}", f"{macs:,}" if macs else "-")
     table.append((*total, *("" for _ in _COLUMNS)))
-    print(f"{file.name}: {len(rows)} layers; errors at half of the cost")
+    count = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}"
+    print(f"{file.name}: {count}; errors at half of the cost")
     print_table(head, table, left=3, optional=("input", "geometry"))
     if not macs:
         print("Give --input, such as 56x56, to see MACs.")

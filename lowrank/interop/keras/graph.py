@@ -10,6 +10,7 @@ import numpy as np
 from lowrank._typing import Array
 from lowrank.interop.keras.convolutions import is_convolution
 from lowrank.interop.keras.files import library
+from lowrank.interop.keras.runs import first_argument
 
 
 def is_graph(layer: Any) -> bool:
@@ -104,10 +105,13 @@ class _Copies:
                 heads[id(end)] = head
                 return end
 
-            def call(end: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+            def call(end: Any, *args: Any, **kwargs: Any) -> Any:
+                if not heads[id(end)]:
+                    return end(*args, **kwargs)
+                x = first_argument(args, kwargs)
                 for one in heads[id(end)]:
                     x = one(x)
-                return end(x, *args, **kwargs)
+                return end(x)
 
             return self._finish(
                 layer, keras.models.clone_model(layer, clone_function=last, call_function=call)

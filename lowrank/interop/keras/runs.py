@@ -77,15 +77,21 @@ def run(
             raise ValueError(f"Keras does not run the model: {one_line(why)}") from None
 
 
-def _call_in_turn(layers: Sequence[Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of a call of a layer, which may be given by name."""
+    return args[0] if args else kwargs["inputs"]
+
+
+def _call_in_turn(layers: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    x = first_argument(args, kwargs)
     for layer in layers:
         x = layer(x)
     return x
 
 
-def _call(record: Record, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    record(x)
-    return call(x, *args, **kwargs)
+def _call(record: Record, call: Any, *args: Any, **kwargs: Any) -> Any:
+    record(first_argument(args, kwargs))
+    return call(*args, **kwargs)
 
 
 def _activate(record: Record, activation: Any, x: Any) -> Any:

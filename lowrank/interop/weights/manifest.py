@@ -99,7 +99,8 @@ def read_manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
     check_exists(Path(about))
     form = "{'conv_layers': [{'weight': ...}]}"
     try:
-        manifest = json.loads(Path(about).read_text("utf-8"))
+        text = Path(about).read_text("utf-8")
+        manifest = json.loads(text, object_pairs_hook=_as_table)
     except (ValueError, RecursionError) as why:
         raise ValueError(f"{about}: does not describe layers, {form}: {one_line(why)}") from None
     entries = manifest.get("conv_layers") if isinstance(manifest, dict) else None
@@ -119,6 +120,15 @@ def read_manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
         _check_values(f"{about}: chain {name!r}", record, _CHAIN)
     _check_values(str(about), {k: v for k, v in manifest.items() if k in _FILE}, _FILE)
     return dict(manifest)
+
+
+def _as_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a table of JSON, or raise a ValueError if a key is given twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is given twice")
+    return table
 
 
 def layer_name(entry: Any) -> str:
