@@ -10,8 +10,15 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.core.arrays import as_native_order
+from lowrank.engine.machine import fork_join_seconds
 from lowrank.filters import choose, conversion
-from lowrank.filters.outer import OuterProduct, compile_outer, outer_chain, outer_passes
+from lowrank.filters.outer import (
+    OuterPasses,
+    OuterProduct,
+    compile_outer,
+    outer_chain,
+    outer_passes,
+)
 from lowrank.filters.request import (
     Call,
     CompiledFilter,
@@ -63,15 +70,11 @@ def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> Non
     passes = outer_passes(kernel.key, window, work.str)
     # Tiles of a plan would consist of halo where a factor is as long as its axis.
     is_long = any(2 * n > image.shape[a] for n, a in zip(window.taps, window.along))
-    light = is_long or image.size <= LIGHT_SAMPLES
-    if not light and passes.has_zeros and image.dtype.kind == "f":
-        light = not _is_finite(image)  # taps of zero are skipped
-    if light:
-        x = np.ascontiguousarray(image, work)
-        result = out if out.dtype == work and out.flags.carray else np.empty(out.shape, work)
-        passes.run(x, result, passes.axes, passes.before, passes.border, call.cval)
-        if result is not out:
-            out[...] = conversion.as_image(result, out.dtype)
+    if is_long or image.size <= LIGHT_SAMPLES or passes.takes_images(image.shape):
+        _run_passes(passes, image, call, out)
+        return
+    if passes.has_zeros and image.dtype.kind == "f" and not _is_finite(image):
+        _run_passes(passes, image, call, out)  # taps of zero are skipped
         return
     spatial = tuple(image.shape[a] for a in window.along)
     channels = image.size // math.prod(spatial)
@@ -79,6 +82,28 @@ def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> Non
     chain = outer_chain(kernel.key, window, work.str, call.cval)
     compiled = compile_outer(chain, work.str, spatial, channels, interleaved, call.threads)
     _run(CompiledFilter(*compiled), image, call, out, interleaved and channels == 1)
+
+
+def _run_passes(passes: OuterPasses, image: Array, call: Call, out: Array) -> None:
+    """Filter without a plan; integers as they are where the passes take them."""
+    if passes.takes_images(image.shape) and math.isfinite(call.cval):
+        x = conversion.as_engine_input(image, call.work)
+        dtype = conversion.result_dtype(out.dtype, call.work)
+    else:
+        dtype = call.work
+        x = image.astype(dtype, copy=False)
+    result = out if out.dtype == dtype and out.flags.carray else np.empty(out.shape, dtype)
+    threads, latency = call.threads or 0, 0.0
+    if image.size <= LIGHT_SAMPLES:
+        threads = 1  # a parallel region would take as long
+    elif threads != 1:
+        latency = fork_join_seconds()
+    passes.run(
+        np.ascontiguousarray(x), result, passes.axes, passes.before, passes.border, call.cval,
+        threads, latency,
+    )  # fmt: skip
+    if result is not out:
+        out[...] = conversion.as_image(result, out.dtype)
 
 
 def _run_planned(image: Array, kernel: Array, call: Call, out: Array) -> None:

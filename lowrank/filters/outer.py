@@ -184,6 +184,10 @@ class OuterPasses(NamedTuple):
     border: PaddingMode
     has_zeros: bool
 
+    def takes_images(self, shape: Ints) -> bool:
+        """Return whether the passes filter images of a shape by bands of rows, in one go."""
+        return len(self.axes) < 3 and self.run.takes_integers(shape, self.axes)
+
 
 @functools.lru_cache(KEPT)
 def outer_passes(key: tuple[bytes, ...], window: Window, dtype: str) -> OuterPasses:
