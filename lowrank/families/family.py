@@ -251,7 +251,7 @@ class Family:
         >>> import lowrank
         >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 4, 3, 3)))
         >>> [p.rank for p in lowrank.FAMILIES["tucker"].choose(conv, 0.5)]
-        [(4, 3)]
+        [(3, 3)]
         """
         if rank is None and max_error is None:
             raise TypeError(f"{self.name} needs a rank or max_error=")
