@@ -82,7 +82,7 @@
 #if LR_BYTES == 64
 #define LR_LOAD_F32(P) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(P))))
 #define LR_LOAD_F64(P) _mm512_cvtepi32_pd(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(P))))
-/* Of two values, min returns the second one if one is NaN, which converts to the smallest integer. */
+/* Minima return the second value if one is NaN, which converts to the smallest integer. */
 #define LR_STORE_F32(TO, VALUE) \
     _mm_storeu_si128((__m128i *)(TO), _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_setzero_si512(), \
         _mm512_cvtps_epi32(_mm512_min_ps(_mm512_set1_ps(255), (__m512)(VALUE))))))

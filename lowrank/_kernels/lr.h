@@ -86,7 +86,8 @@ typedef struct {
     double fill;
 } lr_pass;
 
-/* Taps of a filter along one axis of an image; parity 1: symmetric, -1: antisymmetric, else 0. */
+/* Taps of a filter along one axis of an image; an odd number of them may have a parity: 1 if they are
+ * symmetric, -1 if antisymmetric, else 0. */
 typedef struct {
     int64_t taps;
     int parity;

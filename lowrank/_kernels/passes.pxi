@@ -314,7 +314,9 @@ cdef class Passes:
 
 
 cdef int _parity(taps):
-    """Return 1 for symmetric taps, -1 for antisymmetric ones, else 0."""
+    """Return 1 for symmetric taps around a middle one, -1 for antisymmetric ones, else 0."""
+    if len(taps) % 2 == 0:
+        return 0
     if taps == taps[::-1]:
         return 1
     return -1 if taps == [-w for w in taps[::-1]] else 0
