@@ -239,9 +239,24 @@ class ReadsWeights(nn.Module):
         return x * self.conv.weight.sum()
 
 
-def test_model_that_reads_weights_of_its_layers_raises():
-    with pytest.raises(ValueError, match=r"outputs of model.*differ"):
-        on_engine(ReadsWeights(), torch.ones(1, 3, 4, 4))
+def test_model_may_read_weights_of_its_layers():
+    model, x = ReadsWeights(), torch.ones(1, 3, 4, 4)
+    with torch.inference_mode():
+        assert is_close(on_engine(model, x)(x), model(x))
+
+
+class AddsRandomNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x) + torch.rand_like(x)
+
+
+def test_model_with_random_outputs_raises():
+    with pytest.raises(ValueError, match=r"outputs of model.*differ.*random numbers"):
+        on_engine(AddsRandomNumbers(), torch.ones(1, 3, 4, 4))
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "direct"])

@@ -475,3 +475,22 @@ def test_tied_layers_and_trainable_layers_are_scripted():
     fast = on_engine(nn.Sequential(LAYERS["spatial_svd"]()), trainable=True)
     x = torch.randn(1, 8, 6, 6)
     assert is_close(torch.jit.script(fast)(x), fast(x))
+
+
+def test_models_may_read_their_layers_on_the_engine():
+    class Casts(nn.Module):
+        """A model that cannot be traced, and reads the type and the values of a weight."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, 3, padding=1, groups=4)
+
+        def forward(self, x, scale=None):
+            x = x.to(self.conv.weight.dtype)
+            return self.conv(x) + nn.functional.conv1d(x, self.conv.weight, groups=4, padding=1)
+
+    model, x = Casts().eval(), torch.randn(2, 4, 9)
+    for fast in (on_engine(model), on_engine(model, x), copy.deepcopy(on_engine(model))):
+        with torch.no_grad():
+            assert is_close(fast(x), model(x))
+        assert any(isinstance(m, EngineModule) for m in fast.modules())

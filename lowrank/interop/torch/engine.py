@@ -24,7 +24,29 @@ _CPU_DTYPES = (torch.float32, torch.float64)
 _GPU_DTYPES = (*_CPU_DTYPES, *HALVES)
 
 
-class EngineModule(nn.Module):  # type: ignore[misc]
+class StandIn(nn.Module):  # type: ignore[misc]
+    """A module in the place of a layer, with all attributes of the layer.
+
+    Attributes
+    ----------
+    layer : nn.Module
+        The layer, if there is one; no submodule.
+    """
+
+    def stand_in_for(self, layer: nn.Module) -> None:
+        """Set the layer."""
+        self.__dict__["layer"] = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "layer" not in self.__dict__:  # of no layer, or a copy that is being made
+                raise
+            return getattr(self.__dict__["layer"], name)
+
+
+class EngineModule(StandIn):
     """Consecutive convolutions, each with an optional activation, run by lowrank as one plan.
 
     Parameters

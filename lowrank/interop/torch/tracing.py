@@ -161,6 +161,11 @@ def swap_modules(
 
 
 def swap_for_inference(model: nn.Module, threads: int | None, algorithm: Algorithm) -> nn.Module:
-    """Replace what :func:`swap_modules` does by modules without parameters."""
-    swapped = swap_modules(model, lambda _, f: EngineModule([(f, "none")], threads, algorithm))
-    return HookedModule(swapped) if call_hooks(swapped) else swapped
+    """Replace what :func:`swap_modules` does; a model may still read attributes of the layers."""
+
+    def make_module(layer: nn.Module, f: Factorization) -> nn.Module:
+        module = EngineModule([(f, "none")], threads, algorithm)
+        module.stand_in_for(layer)
+        return module
+
+    return swap_modules(model, make_module)

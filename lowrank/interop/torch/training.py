@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,13 +12,14 @@ from lowrank.core.stage import Epilogue
 from lowrank.engine.program import Algorithm
 from lowrank.factorization import Factorization
 from lowrank.interop.torch.chains import Bias
+from lowrank.interop.torch.engine import StandIn
 from lowrank.interop.torch.modules import is_conv
 from lowrank.interop.torch.operator import run_chain
 from lowrank.interop.torch.plans import describe_stages
 from lowrank.interop.torch.tracing import swap_modules
 
 
-class EngineLayer(nn.Module):  # type: ignore[misc]
+class EngineLayer(StandIn):
     """A convolution or a chain of them, with its own parameters, on lowrank's engine.
 
     Names of parameters and all other attributes are those of the layer, and so is the state dict.
@@ -46,7 +47,7 @@ class EngineLayer(nn.Module):  # type: ignore[misc]
         super().__init__()
         # The same dictionaries: whatever changes or moves parameters here does so in the layer.
         self._parameters, self._modules = layer._parameters, layer._modules
-        self.__dict__["layer"] = layer
+        self.stand_in_for(layer)
         self.ndim, self.threads, self.algorithm = f.ndim, threads, algorithm
         self.chain = describe_stages(
             f.stages, [*[Epilogue()] * (len(f.stages) - 1), Epilogue(f.bias)]
@@ -74,14 +75,6 @@ class EngineLayer(nn.Module):  # type: ignore[misc]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return self.layer
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "layer" not in self.__dict__:  # a copy that is being made
-                raise
-            return getattr(self.__dict__["layer"], name)
 
     def extra_repr(self) -> str:
         """Return the layer that PyTorch prints for this module."""
