@@ -242,7 +242,7 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
         ),
         "sam": (
             "Sam", {"vision_config": {**_VISION, "output_channels": 32, "global_attn_indexes": [1],
-                                      "window_size": 2, "mlp_dim": 128},
+                                      "window_size": 2, "mlp_dim": 128, "num_pos_feats": 16},
                     "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "patch_size": 16,
                                               "image_embedding_size": 4},
                     "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64,
