@@ -104,7 +104,10 @@ extension = Extension(
     [str(KERNELS / "_core.pyx")],
     depends=[
         *HEADERS,
-        *(str(KERNELS / name) for name in ("isa.c", "program.pxi", "passes.pxi", *DRIVERS)),
+        *(
+            str(KERNELS / name)
+            for name in ("isa.c", "program.pxi", "passes.pxi", "boxes.pxi", *DRIVERS)
+        ),
     ],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

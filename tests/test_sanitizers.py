@@ -44,7 +44,8 @@ def test_kernels_pass_under_sanitizers(tmp_path):
     assert build.returncode == 0, build.stderr[-2000:]
     # A sanitized process that forks while threads run waits forever for their locks; its shadow
     # memory exceeds any limit of the address space.
-    files = [f"tests/test_{name}.py" for name in ("kernels", "passes", "channels_last", "program")]
+    names = "kernels", "passes", "boxes", "multirate", "channels_last", "program"
+    files = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", *files, "-k", "not forked and not lacked"]
     run = subprocess.run(
         command,

@@ -96,3 +96,42 @@ class Passes:
         fork_join: float = 0.0,
     ) -> None: ...
     def takes_integers(self, shape: Sequence[int], axes: Sequence[int]) -> bool: ...
+
+BOX_TYPES: dict[str, tuple[int, int]]
+
+def box(
+    x: Any,
+    out: Any,
+    dtype: str,
+    shape: Sequence[int],
+    down: tuple[int, int, str, float],
+    across: tuple[int, int, str, float],
+    *,
+    before: float = 1.0,
+    after: float = 1.0,
+    divisor: float = 1.0,
+    multiplier: int = 0,
+    shift: int = 0,
+    is_single: bool = False,
+    threads: int = 0,
+    seconds: float = 1.0,
+    fork_join: float = 0.0,
+    isa: str | None = None,
+) -> None: ...
+def resample(
+    x: Any,
+    out: Any,
+    dtype: str,
+    shape: Sequence[int],
+    starts: Sequence[int],
+    lists: Sequence[int],
+    weights: Any,
+    before: int,
+    border: str,
+    fill: float = 0.0,
+    *,
+    threads: int = 0,
+    seconds: float = 1.0,
+    fork_join: float = 0.0,
+    isa: str | None = None,
+) -> None: ...

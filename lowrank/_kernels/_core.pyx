@@ -82,6 +82,28 @@ cdef extern from "dispatch.h":
         double column_fill, row_fill
         int x_type, out_type
 
+    ctypedef struct lr_window:
+        int64_t width, before
+        const int32_t *border
+        double fill
+
+    ctypedef struct lr_box:
+        int64_t rows, columns, inner
+        lr_window down, across
+        double before, after, divisor
+        const int32_t *ends
+        int64_t strip
+        int type, is_single
+        int64_t multiplier, shift
+
+    ctypedef struct lr_resample:
+        int64_t lines, n, outputs, inner, taps, strip
+        const int32_t *border
+        const int64_t *start
+        const int64_t *list "list"
+        const void *weight
+        double fill
+
     ctypedef struct lr_kernels:
         lr_plane_limits limits
         void (*pass_ "pass")(const lr_pass *, const void *, void *, void *,
@@ -102,6 +124,10 @@ cdef extern from "dispatch.h":
     double lr_now() nogil
     int lr_run_image(lr_image *, const lr_kernels *, const void *, void *, int64_t, int64_t, int,
                      double, int *) noexcept nogil
+    int lr_run_box(const lr_isa *, const lr_kernels *, const lr_box *, const void *, void *, int64_t,
+                   int64_t, int, double, double) nogil
+    int lr_run_resample(const lr_kernels *, const lr_resample *, const void *, void *, int64_t,
+                        int64_t, int, double, double) nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,
                lr_step *, int *) nogil
 
@@ -480,3 +506,4 @@ cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
 
 include "program.pxi"
 include "passes.pxi"
+include "boxes.pxi"

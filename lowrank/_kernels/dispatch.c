@@ -17,6 +17,9 @@
 
 #include "dispatch.h"
 
+#define LR_BAND_WINDOWS 4 /* windows of a band of a box filter, at least: 1/4 of its sums are repeated */
+#define LR_BAND_ROWS 16   /* rows of a band without sums down, at least: a vector of lines */
+
 extern const lr_isa lr_baseline;
 #ifdef LR_HAVE_AVX2
 extern const lr_isa lr_avx2;
@@ -232,6 +235,14 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     return LR_OK;
 }
 
+/* Threads for tasks that take `seconds` on one, as many as save more than a fork takes. */
+static int worthwhile(int threads, int64_t tasks, double seconds, double fork_join)
+{
+    if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
+    if (threads > tasks) threads = (int)tasks;
+    return threads > 1 && seconds * (threads - 1) / threads >= fork_join ? threads : 1;
+}
+
 /* Seconds per byte of samples and tap, about: they decide on threads.  Loading and storing takes as
  * long as 8 taps. */
 #define LR_SECONDS_PER_TAP 6e-12
@@ -261,28 +272,94 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
     image->stream = 2 * outer * samples * out_size >= caches[2];
     const int64_t taps = image->vertical.taps + image->horizontal.taps;
     const double seconds = (double)(outer * samples * itemsize) * (double)(8 + taps) * LR_SECONDS_PER_TAP;
-    if (threads < 1 || threads > lr_max_threads()) threads = lr_max_threads();
-    if (threads > tasks) threads = (int)tasks;
-    if (threads > 1 && seconds * (threads - 1) / threads < fork_join) threads = 1;
+    threads = worthwhile(threads, tasks, seconds, fork_join);
     const size_t each = ((size_t)kernels->plan_image(image) + 63) / 64 * 64;
-    char *scratch = aligned_alloc(64, each * (size_t)threads);
+    char *scratch = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
     if (!scratch) return LR_NO_MEMORY;
     int all = 1;
-#define BAND(J, THREAD)                                                                              \
-    band(image, kernels, (const char *)x + (J) / bands * samples * x_size,                           \
-         (char *)out + (J) / bands * samples * out_size, (J) % bands, scratch + each * (size_t)(THREAD))
 #ifdef _OPENMP
-    if (threads > 1) {
-        lr_note_parallel_region();
-        /* Neighbouring bands share rows, so a thread takes several. */
-        const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) reduction(& : all)
-        for (int64_t j = 0; j < tasks; j++) all &= BAND(j, omp_get_thread_num());
-    } else
+    /* Neighbouring bands share rows, so a thread takes several. */
+    const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
+    if (threads > 1) lr_note_parallel_region();
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1) reduction(& : all)
 #endif
-        for (int64_t j = 0; j < tasks; j++) all &= BAND(j, 0);
-#undef BAND
+    for (int64_t j = 0; j < tasks; j++) {
+#ifdef _OPENMP
+        char *own = scratch + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
+#else
+        char *own = scratch;
+#endif
+        all &= band(image, kernels, (const char *)x + j / bands * samples * x_size,
+                    (char *)out + j / bands * samples * out_size, j % bands, own);
+    }
     free(scratch);
     *finite = all;
+    return LR_OK;
+}
+
+int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, const void *x, void *y,
+               int64_t images, int64_t itemsize, int threads, double seconds, double fork_join)
+{
+    int64_t caches[3];
+    lr_caches(caches);
+    const int64_t row = box->columns * box->inner * itemsize, size = box->rows * row;
+    /* Every band sums a window's rows again.  Without sums down, rows are independent. */
+    const int64_t least = box->down.width > 1 ? LR_BAND_WINDOWS * box->down.width : LR_BAND_ROWS;
+    threads = worthwhile(threads, images * (1 + (box->rows - 1) / least), seconds, fork_join);
+    /* Sums across read those down again: from L2, if a band has no more. */
+    int64_t rows = 1 + caches[1] / row;
+    const int64_t bands_of_threads = (threads + images - 1) / images;
+    const int64_t share = (box->rows + bands_of_threads - 1) / bands_of_threads;
+    if (rows < least) rows = least;
+    if (rows > share) rows = share;
+    /* Sums are cut at multiples of the width from the start of a band: those of the whole image, so that
+     * results do not depend on the number of threads. */
+    rows = (rows + box->down.width - 1) / box->down.width * box->down.width;
+    const int64_t bands = (box->rows + rows - 1) / rows, tasks = images * bands;
+    const size_t each = (size_t)((kernels ? kernels->box_bytes : isa->box_bytes)(box) + 63) / 64 * 64;
+    char *work = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
+    if (!work) return LR_NO_MEMORY;
+#ifdef _OPENMP
+    if (threads > 1) lr_note_parallel_region();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t j = 0; j < tasks; j++) {
+        const int64_t first = j % bands * rows, last = first + rows < box->rows ? first + rows : box->rows;
+#ifdef _OPENMP
+        char *own = work + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
+#else
+        char *own = work;
+#endif
+        (kernels ? kernels->box : isa->box)(box, (const char *)x + j / bands * size,
+                                            (char *)y + j / bands * size, first, last, own);
+    }
+    free(work);
+    return LR_OK;
+}
+
+int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void *x, void *y, int64_t images,
+                    int64_t itemsize, int threads, double seconds, double fork_join)
+{
+    const int64_t lanes = kernels->limits.lanes;
+    const int64_t strips = p->lines ? (p->lines + lanes - 1) / lanes : (p->inner + p->strip - 1) / p->strip;
+    const int64_t tasks = images * strips;
+    threads = worthwhile(threads, tasks, seconds, fork_join);
+    const size_t each = (size_t)(kernels->resample_bytes(p) + 63) / 64 * 64;
+    char *work = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
+    if (!work) return LR_NO_MEMORY;
+#ifdef _OPENMP
+    if (threads > 1) lr_note_parallel_region();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t j = 0; j < tasks; j++) {
+#ifdef _OPENMP
+        char *own = work + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
+#else
+        char *own = work;
+#endif
+        kernels->resample(p, (const char *)x + j / strips * p->n * p->inner * itemsize,
+                          (char *)y + j / strips * p->outputs * p->inner * itemsize, j % strips, own);
+    }
+    free(work);
     return LR_OK;
 }

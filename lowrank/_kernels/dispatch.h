@@ -26,4 +26,11 @@ int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels);
 int lr_run_program(const lr_program *program, const lr_kernels *kernels, const lr_array *arrays, int64_t batch,
                    int64_t itemsize, int threads, void **cache, double *seconds, int *used);
 
+/* Filter `images` by a box in bands of rows, on as many threads as save more than a fork takes.
+ * `kernels` is NULL for integers. */
+int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, const void *x, void *y,
+               int64_t images, int64_t itemsize, int threads, double seconds, double fork_join);
+int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void *x, void *y, int64_t images,
+                    int64_t itemsize, int threads, double seconds, double fork_join);
+
 #endif

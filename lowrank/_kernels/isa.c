@@ -122,6 +122,10 @@
 #define LR_SHORT_TILE 2048 /* samples of a row in image.inc, if the buffer holds rows */
 #define LR_TRANSPOSED_TILE 4096 /* samples of the buffer, if it is transposed: 16 KiB of L1 */
 #define LR_COPIED_TAPS 8 /* along columns, from which on rows are copied: more would evict each other */
+#define LR_RUN 4      /* vectors of a line that are copied at once ahead of a transpose */
+#define LR_PITCH 16   /* samples between rows of a ring: a cache line of float32 */
+#define LR_LINE_RUN 1024 /* samples whose sums across stay in L1 */
+#define LR_SHORT_BOX 16  /* samples of a window, at most, that is summed by sums of 2, 4, 8, ... of them */
 
 #define LR_TILES 64   /* tiles at a time, at most */
 #define LR_STRIP 64   /* pixels of a strip of a channels-last depthwise stage: 3 rows take 12 KiB of L1 */
@@ -189,14 +193,18 @@
 #define LR_STORE LR_STORE_F64
 #endif
 #include "type.inc"
+#include "box_integers.inc"
 
 const lr_isa LR_JOIN(lr, LR_ISA) = {
     {{LR_BYTES / 4, LR_ROWS, 8 * LR_BYTES / 4, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES,
       LR_COLOURS},
      pack_weights_f32, tile_f32, paths_f32, peak_f32, filter_pass_f32, plan_image_f32, image_band_f32,
+     resample_f32, resample_bytes_f32, filter_box_f32, filter_box_bytes_f32,
      LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
     {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES,
       LR_COLOURS},
      pack_weights_f64, tile_f64, paths_f64, peak_f64, filter_pass_f64, plan_image_f64, image_band_f64,
+     resample_f64, resample_bytes_f64, filter_box_f64, filter_box_bytes_f64,
      LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
+    filter_integers, filter_integers_bytes,
 };

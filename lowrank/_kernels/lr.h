@@ -106,6 +106,38 @@ typedef struct {
     int64_t tile; /* columns at a time */
 } lr_image;
 
+/* Sums of windows of neighbours along one axis; a width of 1 is none. */
+typedef struct {
+    int64_t width, before;   /* samples, and those of them ahead of the output */
+    const int32_t *border;   /* sample at each of n + width - 1 positions, -1: fill */
+    double fill;             /* border value of the pass's input */
+} lr_window;
+
+/* A box filter of images (rows, columns, inner); see box.inc and box_integers.inc. */
+typedef struct {
+    int64_t rows, columns, inner;
+    lr_window down, across;  /* along the rows' axis, and then along that of the columns */
+    double before, after;    /* factors of samples ahead of the sums, and of the sums */
+    double divisor;          /* of the sums, or 1 */
+    const int32_t *ends;     /* sample of a line at each of (width - 1) * inner places beyond its ends */
+    int64_t strip;           /* columns that are summed down at a time */
+    /* Integers only. */
+    int type;                /* LR_U8 or LR_U16, of x and out */
+    int is_single;           /* results are rounded correctly in float32 */
+    int64_t multiplier, shift; /* of sums of 16 bits: see box_integers.inc; multiplier 0: 32 bits */
+} lr_box;
+
+/* Weighted sums along the axis in the middle of (lines, n, inner), or of rows (n, inner) if lines is 0,
+ * `strip` columns at a time; see resample.inc. */
+typedef struct {
+    int64_t lines, n, outputs, inner, taps, strip;
+    const int32_t *border;   /* sample at each padded position, -1: fill */
+    const int64_t *start;    /* padded position of the first tap of each output */
+    const int64_t *list;     /* list of taps of each output */
+    const void *weight;      /* (lists, taps) */
+    double fill;
+} lr_resample;
+
 struct lr_op;
 struct lr_array;
 
@@ -151,6 +183,12 @@ typedef struct {
     void (*pass)(const lr_pass *pass, const void *x, void *y, void *line, const void **row);
     int64_t (*plan_image)(lr_image *image); /* chooses the tile; returns bytes of scratch */
     int (*image_band)(const lr_image *image, const void *x, void *out, int64_t first, int64_t skip, void *scratch);
+    /* One task of those of resample.inc, and the bytes of its workspace. */
+    void (*resample)(const lr_resample *p, const void *x, void *y, int64_t task, void *work);
+    int64_t (*resample_bytes)(const lr_resample *p);
+    /* Rows first to last of one image, and the bytes of its workspace. */
+    void (*box)(const lr_box *p, const void *x, void *y, int64_t first, int64_t last, void *work);
+    int64_t (*box_bytes)(const lr_box *p);
     /* Channels-last kernels: see program.h. */
     int64_t vectors;
     const int *pixels; /* most pixels of a block, by its vectors, from 1 */
@@ -162,6 +200,9 @@ typedef struct {
 
 typedef struct {
     lr_kernels f32, f64;
+    /* Box filters of 8- and 16-bit integers, as those of lr_kernels. */
+    void (*box)(const lr_box *p, const void *x, void *y, int64_t first, int64_t last, void *work);
+    int64_t (*box_bytes)(const lr_box *p);
 } lr_isa;
 
 #endif

@@ -24,6 +24,18 @@ cdef int32_t _sample(int64_t i, int64_t n, int mode) noexcept nogil:
     return <int32_t>i
 
 
+cdef int _check_contiguous(name, Py_buffer *v, dtype, int64_t itemsize, int kind) except -1:
+    """Raise unless a buffer is C-contiguous and of a dtype."""
+    cdef int64_t i, step = v.itemsize
+    if _type(v.format, itemsize) != kind:
+        raise TypeError(f"{name} must be a {dtype} array in native byte order")
+    for i in range(v.ndim - 1, -1, -1):
+        if v.shape[i] > 1 and v.strides[i] != step:
+            raise ValueError(f"{name} must be C-contiguous")
+        step *= v.shape[i]
+    return 0
+
+
 cdef class Passes:
     """An outer product of filters along single axes.
 
@@ -299,17 +311,13 @@ cdef class Passes:
         return 0
 
     cdef int _check(self, name, Py_buffer *v) except -1:
-        cdef int64_t i, step = v.itemsize
         cdef int kind = _type(v.format, self.itemsize)
         if kind < 0:
             raise TypeError(
                 f"{name} must be a {self.dtype} array in native byte order, or of 8- or 16-bit "
                 "integers"
             )
-        for i in range(v.ndim - 1, -1, -1):
-            if v.shape[i] > 1 and v.strides[i] != step:
-                raise ValueError(f"{name} must be C-contiguous")
-            step *= v.shape[i]
+        _check_contiguous(name, v, self.dtype, self.itemsize, kind)
         return kind
 
 

@@ -52,7 +52,9 @@ def correlate(
         Largest relative Frobenius error of the kernel that runs; round-off by default.
     method : str
         ``"auto"`` (the method predicted to be fastest within the tolerance, see
-        :func:`plan_filter`), ``"direct"``, ``"separable"`` or ``"fft"``.
+        :func:`plan_filter`), ``"direct"``, ``"separable"``, ``"fft"`` or, for Gaussians of sigma 6
+        or more, ``"multirate"``: in a time that does not depend on sigma, with the error that
+        :func:`lowrank.filters.multirate.kernel_error` gives.
     mode : str or sequence of str
         Border mode, one for all axes of the kernel or one per axis, by scipy.ndimage's names:
         ``"reflect"`` (``b a | a b c | c b``), ``"mirror"`` (``c b | a b c | b a``),
@@ -106,7 +108,7 @@ def correlate(
     time, without transforms.
 
     A Dask array gives a lazy array.  Its chunks overlap, and its bits are those of the whole
-    array in memory (for outer products its accuracy), by the fastest method that is not a
+    array in memory (for outer products its accuracy only), by the fastest method that is not a
     transform.  Without `threads` a chunk runs on one thread in a worker of a pool, and on all
     threads in the main thread.
 

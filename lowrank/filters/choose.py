@@ -22,7 +22,7 @@ from lowrank.filters import arguments
 from lowrank.filters.factors import outer_factors
 from lowrank.filters.window import as_convolution, as_window
 
-MethodName = Literal["auto", "direct", "separable", "fft"]
+MethodName = Literal["auto", "direct", "separable", "fft", "multirate"]
 
 GREY_LEVELS = 255.0  # largest sample, for the bounds in grey levels
 MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of their own
@@ -183,7 +183,8 @@ def choose_method(
     of the MACs alone, and transforms are left out.  An outer product runs by its factors unless
     another `method` is asked for.
     """
-    as_method(method)
+    if as_method(method) == "multirate":
+        raise ValueError(f"method must be auto, direct, separable or fft in a plan, got {method!r}")
     if rank is not None and method not in ("auto", "separable"):
         raise ValueError(f"method must be auto or separable if rank is given, got {method!r}")
     if not tolerance >= 0:

@@ -11,7 +11,7 @@ import numpy as np
 from lowrank._typing import Array
 from lowrank.core.arrays import as_native_order
 from lowrank.engine.machine import fork_join_seconds
-from lowrank.filters import choose, conversion
+from lowrank.filters import boxes, choose, conversion, multirate
 from lowrank.filters.outer import (
     OuterPasses,
     OuterProduct,
@@ -67,6 +67,19 @@ def correlate(
 def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> None:
     """Filter by the vectors of an outer product."""
     window, work = call.window, call.work
+    origins = [b - n // 2 for b, n in zip(window.before, window.taps)]
+    if multirate.is_chosen(image, kernel, call):
+        x = image.astype(work, copy=False)
+        y = multirate.filter_gaussian(
+            x, kernel.factors, window.along, origins, window.border, call.cval, call.threads
+        )
+        out[...] = conversion.as_image(y, out.dtype)
+        return
+    if boxes.filter_box(
+        image, out, window.along, window.taps, origins, window.border, call.cval,
+        kernel.equal_tap, work, call.threads,
+    ):  # fmt: skip
+        return
     passes = outer_passes(kernel.key, window, work.str)
     # Tiles of a plan would consist of halo where a factor is as long as its axis.
     is_long = any(2 * n > image.shape[a] for n, a in zip(window.taps, window.along))

@@ -14,7 +14,7 @@ from lowrank._kernels._core import Passes
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import Geometry
 from lowrank.factorization import Factorization
-from lowrank.filters import arguments, choose
+from lowrank.filters import arguments, boxes, choose
 from lowrank.filters.factors import outer_factors, outer_product
 from lowrank.filters.window import Window
 
@@ -95,6 +95,11 @@ class OuterProduct(NDArrayOperatorsMixin):
     def dtype(self) -> np.dtype[Any]:
         """float64."""
         return np.dtype(np.float64)
+
+    @functools.cached_property
+    def equal_tap(self) -> float | None:
+        """Tap of a box, whose taps are all equal, or None."""
+        return boxes.equal_tap(self.factors)
 
     @functools.cached_property
     def _values(self) -> Array:

@@ -15,6 +15,7 @@ from lowrank.filters.outer import OuterProduct, as_outer_product
 from lowrank.filters.window import Window, as_convolution
 
 CACHED_FILTERS = 256
+OUTER_METHODS = ("auto", "separable", "multirate")  # of outer products, by their factors
 SMALL = 1 << 14  # samples
 
 
@@ -43,7 +44,7 @@ class Call(NamedTuple):
 
     def as_outer_product(self, kernel: Array | OuterProduct) -> OuterProduct | None:
         """Return a kernel that is an outer product as one, if its factors may run."""
-        if self.rank not in (None, 1) or self.method not in ("auto", "separable"):
+        if self.rank not in (None, 1) or self.method not in OUTER_METHODS:
             return None
         if isinstance(kernel, OuterProduct):
             return kernel

@@ -11,7 +11,7 @@ import numpy as np
 from lowrank import engine
 from lowrank._typing import Array
 from lowrank.engine import dask as chunked
-from lowrank.filters import conversion, cpu, dask, gpu
+from lowrank.filters import conversion, cpu, dask, gpu, multirate
 from lowrank.filters.arguments import MAX_PLANNED_AXES
 from lowrank.filters.outer import OuterProduct
 from lowrank.filters.request import Call
@@ -53,6 +53,10 @@ def correlate(
     window = call.window
     shape = window.output_shape(image.shape)
     outer = call.as_outer_product(kernel)
+    if call.method == "multirate":
+        multirate.is_chosen(image, outer, call)  # or raises
+        if _backend(image) is not cpu.correlate:
+            raise ValueError("method must not be multirate for images that are no NumPy arrays")
     kernel = np.asarray(kernel) if outer is None else outer
     if 0 in shape:
         return np.empty_like(image, dtype, shape=shape) if out is None else out

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank import filters
 from lowrank._kernels._core import Passes
-from lowrank._typing import Array, Ints
+from lowrank._typing import Array
+from lowrank.filters import boxes
 from lowrank.ndimage.arguments import SCIPY, UnsupportedError, as_border, as_number, is_finite
 
 MAX_PASSES = 8  # of a call of the kernel
@@ -25,14 +26,6 @@ EXACT = 2.0**53  # below it, integers are float64 numbers
 PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME, PLANNED_LINES = 1 << 17, 5, 1 << 20, 9
 #: They are slower on three axes with more taps than this (by 1.3 for 65 on 128^3 in float64).
 LONGEST_ON_VOLUMES = 48
-#: Windows of as many bytes are sums of sums, 101 taps in the time of 15.  Where a planned filter
-#: would run, windows of as many samples are.
-WIDE_BYTES, WIDE_PLANNED = 160, 64
-CHUNK = 1 << 15  # samples whose sums stay in the cache
-MIN_WIDTH = 32  # contiguous samples of a chunk
-PADDING = {
-    "symmetric": "symmetric", "reflect": "reflect", "replicate": "edge", "circular": "wrap",
-}  # fmt: skip
 
 
 class Pass(NamedTuple):
@@ -134,18 +127,11 @@ def _check(x: Array, output: Array, passes: Sequence[Pass], cval: float) -> None
             raise UnsupportedError
     if not output.flags.writeable or len(passes) > MAX_PASSES:
         raise UnsupportedError
-    if len(passes) == 1 and _is_running_sum(passes[0], x.ndim, _work_dtype(x, output, passes)):
-        raise UnsupportedError
     # SciPy multiplies NaN by taps of zero, which the kernels skip, casts it to integers, and
     # carries it to the end of a line in running sums.
     is_sensitive = output.dtype.kind != "f" or any(p.has_zeros or p.size for p in passes)
     if is_sensitive and not (math.isfinite(cval) and is_finite(x)):
         raise UnsupportedError
-
-
-def _is_running_sum(p: Pass, ndim: int, work: np.dtype[Any]) -> bool:
-    """Return whether SciPy's running sums are the fastest: of wide windows along the last axis."""
-    return p.size * work.itemsize >= WIDE_BYTES and p.axis == ndim - 1
 
 
 def _run_real(x: Array, output: Array, passes: Sequence[Pass], cval: float) -> None:
@@ -177,18 +163,10 @@ def _work_dtype(x: Array, output: Array, passes: Sequence[Pass]) -> np.dtype[Any
 
 def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> None:
     """Filter between contiguous arrays of the dtype of the computation."""
-    if _run_planned(x, out, passes, cval):
+    if _are_windows(passes):
+        _sum_windows(x, out, passes, cval)
         return
-    wide = WIDE_BYTES // x.itemsize
-    if any(p.size >= wide for p in passes):
-        for p in passes:
-            if _is_running_sum(p, x.ndim, x.dtype):
-                p.run_scipy(x, out, cval)
-            elif p.size >= wide:
-                _run_wide(x, out, p, cval)
-            else:
-                _run_float(x.copy() if x is out else x, out, [p], cval)
-            x = out
+    if _run_planned(x, out, passes, cval):
         return
     run = _compile(tuple(p.key for p in passes), x.dtype.name)
     fills, scale = [], 1.0  # arrays between passes have not been divided yet
@@ -220,7 +198,7 @@ def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> b
         return False
     if len(axes) == 3 and longest > LONGEST_ON_VOLUMES:
         return False
-    if any(p.size >= WIDE_PLANNED or len(p.weights) > x.shape[p.axis] for p in passes):
+    if any(len(p.weights) > x.shape[p.axis] for p in passes):
         return False
     if borders == {"constant"} and cval:  # a planned filter responds to the border of x
         sums = [(abs(float(p.weights.sum()) - 1), len(p.weights)) for p in passes[:-1]]
@@ -237,80 +215,21 @@ def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> b
     return True
 
 
-def _run_wide(x: Array, out: Array, p: Pass, cval: float) -> None:
-    """Store the means of a wide window, sums of sums of neighbours, in `out`, which may be `x`.
-
-    Sums are exact for integers, and samples that have left the window leave no rounding errors
-    behind, as they do in running sums.
-    """
-    n = x.shape[p.axis]
-    after = p.size - 1 - p.before
-    index = np.arange(n)
-    if p.border != "constant":
-        index = np.pad(index, (p.before, after), PADDING[p.border])  # type: ignore[call-overload]
-    sums = _WindowSums(p, x.dtype.name)
-    shape = math.prod(x.shape[: p.axis]), n, math.prod(x.shape[p.axis + 1 :])
-    for source, target in _chunks(x.reshape(shape), out.reshape(shape)):
-        padded = sums.input(len(source), n + p.size - 1, source.shape[2])
-        padded[:, p.before : p.before + n] = source
-        for at in (slice(p.before), slice(p.before + n, None)):
-            padded[:, at] = cval if p.border == "constant" else source[:, index[at]]
-        np.divide(sums.compute(n), p.divisor, out=target)
+def _are_windows(passes: Sequence[Pass]) -> bool:
+    """Return whether passes are the means of windows, along different axes, that sums are for."""
+    is_wide = sum(p.size for p in passes) >= boxes.LEAST_TAPS
+    return is_wide and all(p.size for p in passes) and len({p.axis for p in passes}) == len(passes)
 
 
-class _WindowSums:
-    """Sums of a window along the middle of three axes, scaled by the taps of a pass."""
-
-    def __init__(self, p: Pass, dtype: str) -> None:
-        *factors, self.remainder = _split_window(p.size)
-        self.reach, scale, lines = 1, float(p.weights[0]), []
-        for k, factor in enumerate(factors):
-            line = np.zeros((factor - 1) * self.reach + 1)
-            line[:: self.reach] = _power_of_two(factor) if k + 1 < len(factors) else scale
-            scale /= line[0]
-            self.reach *= factor
-            lines.append(line)
-        self.axes, self.zeros = [1] * len(lines), [0] * len(lines)
-        self.run = Passes(lines, dtype)
-        self.run_rest = Passes([np.full(self.remainder or 1, float(p.weights[0]))], dtype)
-        self.buffers = np.empty((3, 0), dtype)
-
-    def input(self, *shape: int) -> Array:
-        """Return the array for the next samples, which is used again."""
-        size = math.prod(shape)
-        if self.buffers.shape[1] < size:
-            self.buffers = np.empty((3, size), self.buffers.dtype)
-        self.padded, self.sums, self.rest = (b[:size].reshape(shape) for b in self.buffers)
-        return self.padded
-
-    def compute(self, n: int) -> Array:
-        """Return the sums of n windows of the samples."""
-        # The border is of no effect: sums whose windows cross the end are dropped.
-        self.run(self.padded, self.sums, self.axes, self.zeros, "replicate")
-        total = self.sums[:, :n]
-        if self.remainder:
-            self.run_rest(self.padded, self.rest, [1], [0], "replicate")
-            total += self.rest[:, self.reach :][:, :n]
-        return total
-
-
-def _chunks(x: Array, out: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield corresponding parts of two arrays with three axes, whole along the middle one."""
-    outer, n, inner = x.shape
-    lines = max(1, CHUNK // n)  # along the middle axis
-    width, depth = min(inner, max(lines, MIN_WIDTH)), max(1, lines // inner)
-    for o in range(0, outer, depth):
-        for i in range(0, inner, width):
-            part = slice(o, o + depth), slice(None), slice(i, i + width)
-            yield x[part], out[part]
-
-
-@functools.lru_cache(KEPT)
-def _split_window(size: int) -> Ints:
-    """Return three factors and a remainder, with the fewest taps: their product + it = size."""
-    each = range(2, max(3, math.isqrt(size)))
-    splits = ((a, b, size // (a * b), size % (a * b)) for a in each for b in each if a * b <= size)
-    return min(splits, key=sum)
+def _sum_windows(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> None:
+    """Store the means of windows in `out`: passes along different axes."""
+    before = math.prod(float(p.weights[0]) for p in passes)
+    windows, fill = [], cval
+    for p in sorted(passes, key=lambda p: p.axis):
+        windows.append(boxes.Window(p.axis, p.size, p.before, p.border, fill))
+        fill = cval * before * math.prod(w.size for w in windows)
+    divisor = math.prod(p.divisor for p in passes)
+    boxes.sum_windows(x, out, windows, boxes.Scale(before, 1.0, divisor))
 
 
 def _run_truncated(x: Array, p: Pass, cval: float, dtype: np.dtype[Any]) -> Array:

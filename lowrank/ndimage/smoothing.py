@@ -225,8 +225,8 @@ def uniform_filter1d(
 
     Notes
     -----
-    Wide windows are summed in three steps, of about 3 size^(1/3) additions, or by SciPy's running
-    sums along the last axis.
+    Wide windows take the same time at any size.  Nothing is subtracted: samples that have left the
+    window leave no rounding errors behind, as they do in SciPy's running sums.
 
     Examples
     --------
