@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from asv_benchmarks import architectures, zoo
 
-#: Of different kinds, and small.
+#: Small networks of different kinds.
 NAMES = (
     "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5",
     "torchvision:lraspp_mobilenet_v3_large", "torchvision:squeezenet1_1",
