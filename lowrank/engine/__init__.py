@@ -175,7 +175,7 @@ def max_threads() -> int:
 
 def is_on_gpu(x: object) -> bool:
     """Return whether `x` is an array on a GPU."""
-    return is_array(x) and not isinstance(x, np.ndarray)
+    return not isinstance(x, np.ndarray) and is_array(x)
 
 
 def device_context(x: Any) -> AbstractContextManager[Any]:

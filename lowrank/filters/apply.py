@@ -9,12 +9,11 @@ import numpy as np
 
 from lowrank import engine
 from lowrank._typing import Array
-from lowrank.core.geometry import as_integers
 from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, choose, conversion, labelled, run
 from lowrank.filters.outer import OuterProduct
-from lowrank.filters.request import Call
-from lowrank.filters.window import Padding, as_window
+from lowrank.filters.request import Call, as_call
+from lowrank.filters.window import Padding
 
 MAX_COLOURS = 4  # of a picture
 
@@ -298,19 +297,15 @@ def _filter(
     is_complex = kernel.dtype.kind == "c"
     if is_complex and not flip:
         kernel = kernel.conj()
-    window = as_window(kernel.shape, image.ndim, axes, origin, mode, padding, flip)
     if flip:
         kernel = kernel.flipped() if isinstance(kernel, OuterProduct) else np.flip(kernel)
     dtype = arguments.as_result_dtype(dtype, out, image, is_complex)
     is_complex = is_complex or image.dtype.kind == "c"
-    fill = arguments.as_number("cval", cval, image.dtype.kind == "c")
-    if rank is not None:
-        (rank,) = as_integers("rank", rank, 1)
-    call = Call(
-        window, fill.real, arguments.work_dtype(image.dtype, kernel, dtype), rank,
-        arguments.as_tolerance(tolerance, rank), choose.as_method(method),
-        arguments.as_threads(threads),
+    call, imaginary = as_call(
+        kernel, image.ndim, image.dtype, dtype, flip, rank, tolerance, method, mode, cval, origin,
+        axes, padding, threads,
     )  # fmt: skip
+    window = call.window
     if out is not None and out.shape != window.output_shape(image.shape):
         raise ValueError(
             f"out must have the shape of the result, {window.output_shape(image.shape)}, got "
@@ -318,7 +313,7 @@ def _filter(
         )
     with np.errstate(all="ignore"), engine.device_context(image):
         if is_complex or dtype.kind == "c":
-            result = _filter_parts(image, kernel, call, fill.imag, dtype, out)
+            result = _filter_parts(image, kernel, call, imaginary, dtype, out)
         else:
             result = run.correlate(image, kernel, call, dtype, out)
     return result if given is None else labelled.as_data_array(given, result, window)

@@ -171,21 +171,22 @@ def as_dtype(name: str, value: Any) -> np.dtype[Any]:
     return dtype
 
 
-def work_dtype(image: np.dtype[Any], kernel: Any = None, result: Any = None) -> np.dtype[Any]:
+def work_dtype(image: np.dtype[Any], fits_single: bool = True, result: Any = None) -> np.dtype[Any]:
     """Return the dtype of the computation: float32 if it holds all values, else float64.
 
-    Float32 rounds sums of large 16-bit integers by more than what decides between two results.
+    `fits_single` tells that it holds those of the kernel.  Float32 rounds sums of large 16-bit
+    integers by more than what decides between two results.
     """
-    if _precision("image", image) == np.float64:
+    if _precision("image", image) == np.float64 or not fits_single:
         return np.dtype(np.float64)
-    if _precision("dtype", image if result is None else result) == np.float64:
-        return np.dtype(np.float64)
-    if kernel is None:
-        return np.dtype(np.float32)
+    return _precision("dtype", image if result is None else result)
+
+
+def fits_single(kernel: Any) -> bool:
+    """Return whether the largest tap of a kernel is a normal number in float32, or zero."""
     largest = getattr(kernel, "largest", None)
     largest = float(np.abs(kernel).max()) if largest is None else largest
-    is_within = not largest or SINGLE[0] < largest < SINGLE[1]
-    return np.dtype(np.float32 if is_within else np.float64)
+    return not largest or SINGLE[0] < largest < SINGLE[1]
 
 
 @functools.lru_cache(KEPT)

@@ -23,6 +23,7 @@ from lowrank.filters.factors import outer_factors
 from lowrank.filters.window import as_convolution, as_window
 
 MethodName = Literal["auto", "direct", "separable", "fft", "multirate"]
+METHODS: tuple[str, ...] = get_args(MethodName)
 
 GREY_LEVELS = 255.0  # largest sample, for the bounds in grey levels
 MIN_CHANNEL_AXIS = 64  # interleaved channels that run as a spatial axis of their own
@@ -156,8 +157,8 @@ class FilterPlan:
 
 def as_method(method: Any) -> MethodName:
     """Return the name of a method; raise for others."""
-    if method not in get_args(MethodName):
-        raise ValueError(f"method must be one of {', '.join(get_args(MethodName))}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     name: MethodName = method
     return name
 

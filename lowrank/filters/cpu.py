@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.core.arrays import as_native_order
-from lowrank.engine.machine import fork_join_seconds
+from lowrank.engine.machine import least_saving
 from lowrank.filters import boxes, choose, conversion, multirate
 from lowrank.filters.outer import (
     OuterPasses,
@@ -67,27 +67,28 @@ def correlate(
 def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> None:
     """Filter by the vectors of an outer product."""
     window, work = call.window, call.work
-    origins = [b - n // 2 for b, n in zip(window.before, window.taps)]
     if multirate.is_chosen(image, kernel, call):
         x = image.astype(work, copy=False)
         y = multirate.filter_gaussian(
-            x, kernel.factors, window.along, origins, window.border, call.cval, call.threads
+            x, kernel.factors, window.along, window.origins, window.border, call.cval, call.threads
         )
         out[...] = conversion.as_image(y, out.dtype)
         return
-    if boxes.filter_box(
-        image, out, window.along, window.taps, origins, window.border, call.cval,
+    if kernel.equal_tap is not None and boxes.filter_box(
+        image, out, window.along, window.taps, window.origins, window.border, call.cval,
         kernel.equal_tap, work, call.threads,
     ):  # fmt: skip
         return
     passes = outer_passes(kernel.key, window, work.str)
+    if passes.takes_images(image.shape):
+        _run_passes(passes, image, call, out, math.isfinite(call.cval))
+        return
     # Tiles of a plan would consist of halo where a factor is as long as its axis.
     is_long = any(2 * n > image.shape[a] for n, a in zip(window.taps, window.along))
-    if is_long or image.size <= LIGHT_SAMPLES or passes.takes_images(image.shape):
-        _run_passes(passes, image, call, out)
-        return
-    if passes.has_zeros and image.dtype.kind == "f" and not _is_finite(image):
-        _run_passes(passes, image, call, out)  # taps of zero are skipped
+    # Taps of zero are skipped.
+    spreads = passes.has_zeros and image.dtype.kind == "f" and not _is_finite(image)
+    if is_long or image.size <= LIGHT_SAMPLES or spreads:
+        _run_passes(passes, image, call, out, False)
         return
     spatial = tuple(image.shape[a] for a in window.along)
     channels = image.size // math.prod(spatial)
@@ -97,9 +98,11 @@ def run_outer(image: Array, kernel: OuterProduct, call: Call, out: Array) -> Non
     _run(CompiledFilter(*compiled), image, call, out, interleaved and channels == 1)
 
 
-def _run_passes(passes: OuterPasses, image: Array, call: Call, out: Array) -> None:
-    """Filter without a plan; integers as they are where the passes take them."""
-    if passes.takes_images(image.shape) and math.isfinite(call.cval):
+def _run_passes(
+    passes: OuterPasses, image: Array, call: Call, out: Array, as_integers: bool
+) -> None:
+    """Filter without a plan, and without conversion of integers if asked for."""
+    if as_integers:
         x = conversion.as_engine_input(image, call.work)
         dtype = conversion.result_dtype(out.dtype, call.work)
     else:
@@ -110,7 +113,7 @@ def _run_passes(passes: OuterPasses, image: Array, call: Call, out: Array) -> No
     if image.size <= LIGHT_SAMPLES:
         threads = 1  # a parallel region would take as long
     elif threads != 1:
-        latency = fork_join_seconds()
+        latency = least_saving()
     passes.run(
         np.ascontiguousarray(x), result, passes.axes, passes.before, passes.border, call.cval,
         threads, latency,

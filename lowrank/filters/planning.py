@@ -10,9 +10,9 @@ import numpy as np
 
 from lowrank.core.geometry import as_integers
 from lowrank.filters import arguments
-from lowrank.filters.choose import FilterPlan, MethodName, as_method
-from lowrank.filters.request import Call
-from lowrank.filters.window import Padding, as_window
+from lowrank.filters.choose import FilterPlan, MethodName
+from lowrank.filters.request import as_call
+from lowrank.filters.window import Padding
 
 
 def plan_filter(
@@ -99,14 +99,12 @@ def plan_filter(
     (channels,) = as_integers("batch", batch, 1)
     if channels < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    window = as_window(k.shape, len(sizes), axes, origin, mode, padding)
-    if rank is not None:
-        (rank,) = as_integers("rank", rank, 1)
-    call = Call(
-        window, arguments.as_real("cval", cval),
-        arguments.work_dtype(arguments.as_dtype("dtype", dtype), k), rank,
-        arguments.as_tolerance(tolerance, rank), as_method(method), arguments.as_threads(threads),
+    kind = arguments.as_dtype("dtype", dtype)
+    call, _ = as_call(
+        k, len(sizes), kind, kind, False, rank, tolerance, method, mode,
+        arguments.as_real("cval", cval), origin, axes, padding, threads,
     )  # fmt: skip
+    window = call.window
     window.output_shape(sizes)  # raises for images that are too short
     padded = sizes
     if not call.is_native:

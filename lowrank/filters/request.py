@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank._typing import Array, Ints, PaddingMode
+from lowrank.core.geometry import as_integers
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 from lowrank.filters.outer import OuterProduct, as_outer_product
-from lowrank.filters.window import Window, as_convolution
+from lowrank.filters.window import Window, as_convolution, as_window
 
 CACHED_FILTERS = 256
 OUTER_METHODS = ("auto", "separable", "multirate")  # of outer products, by their factors
 SMALL = 1 << 14  # samples
+PLAIN = {str, int, float, complex}  # types of arguments whose checks are kept
 
 
 class Call(NamedTuple):
@@ -61,6 +63,43 @@ class Call(NamedTuple):
             arguments.round_off(kernel, self.work), self.method, w.before, w.border,
             self.cval, self.threads,
         )  # fmt: skip
+
+
+def as_call(
+    kernel: Array | OuterProduct,
+    ndim: int,
+    dtype: np.dtype[Any],
+    result: np.dtype[Any],
+    flip: bool,
+    *options: Any,
+) -> tuple[Call, float]:
+    """Check the arguments of a call; return them, and the imaginary part of the border value.
+
+    The image has `ndim` axes; `options` are rank, tolerance, method, mode, cval, origin, axes,
+    padding and threads of :func:`lowrank.filters.correlate`.  The latest calls are kept: checks
+    would take longer than the filter of a small image.
+    """
+    key = (kernel.shape, arguments.fits_single(kernel), ndim, dtype, result, flip, *options)
+    if not all(o is None or type(o) in PLAIN for o in options):
+        return _as_call.__wrapped__(*key)  # equal sequences may have items of other types
+    return _as_call(*key)
+
+
+@functools.lru_cache(CACHED_FILTERS, typed=True)
+def _as_call(
+    taps: Ints, fits_single: bool, ndim: int, dtype: np.dtype[Any], result: np.dtype[Any],
+    flip: bool, rank: Any, tolerance: Any, method: Any, mode: Any, cval: Any, origin: Any,
+    axes: Any, padding: Any, threads: Any,
+) -> tuple[Call, float]:  # fmt: skip
+    window = as_window(taps, ndim, axes, origin, mode, padding, flip)
+    fill = arguments.as_number("cval", cval, dtype.kind == "c")
+    if rank is not None:
+        (rank,) = as_integers("rank", rank, 1)
+    work = arguments.work_dtype(dtype, fits_single, result)
+    tolerance = arguments.as_tolerance(tolerance, rank)
+    method = choose.as_method(method)
+    call = Call(window, fill.real, work, rank, tolerance, method, arguments.as_threads(threads))
+    return call, fill.imag
 
 
 class FilterRequest(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from lowrank import engine
 from lowrank._typing import Array
 from lowrank.engine import dask as chunked
 from lowrank.filters import conversion, cpu, dask, gpu, multirate
@@ -79,9 +78,11 @@ def correlate(
 
 
 def _backend(image: Array) -> Backend:
+    if isinstance(image, np.ndarray):
+        return cpu.correlate
     if chunked.is_dask_array(image):
         return dask.correlate
-    return gpu.correlate if engine.is_on_gpu(image) else cpu.correlate
+    return gpu.correlate
 
 
 def _correlate_factors(

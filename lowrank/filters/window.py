@@ -54,6 +54,11 @@ class Window(NamedTuple):
     is_same: bool
     padding: str
 
+    @property
+    def origins(self) -> Ints:
+        """Shift along each axis of the kernel, as in scipy.ndimage."""
+        return tuple(b - n // 2 for b, n in zip(self.before, self.taps))
+
     @classmethod
     def of(
         cls, along: Ints, taps: Ints, before: Ints, borders: Borders, padding: str = "same"
