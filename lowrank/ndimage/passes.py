@@ -12,6 +12,7 @@ import numpy as np
 from lowrank import filters
 from lowrank._kernels._core import Passes
 from lowrank._typing import Array
+from lowrank.engine.machine import least_saving
 from lowrank.filters import boxes
 from lowrank.ndimage.arguments import SCIPY, UnsupportedError, as_border, as_number, is_finite
 
@@ -20,12 +21,10 @@ KEPT = 256  # latest filters that are kept
 EPS = float(np.finfo(np.float64).eps)
 SINGLE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 EXACT = 2.0**53  # below it, integers are float64 numbers
-#: Planned filters of two and three axes are faster on arrays and taps from these sizes on: 0.6 of
-#: the time for 17 taps on 512^2 and 128^3, 0.8 for 3 taps on 128^3.  One pass is from more taps on
-#: (0.5 to 0.8 for 17), and never along the last axis.
-PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME, PLANNED_LINES = 1 << 17, 5, 1 << 20, 9
-#: They are slower on three axes with more taps than this (by 1.3 for 65 on 128^3 in float64).
-LONGEST_ON_VOLUMES = 48
+PARALLEL_SAMPLES = 1 << 16  # of arrays that a parallel region may be worth while for
+#: Planned filters along three axes are faster on arrays and taps from these sizes on: 0.6 of the
+#: time for 17 taps on 128^3, 0.8 for 3 taps, but 1.3 for 65 taps in float64.
+PLANNED_SAMPLES, PLANNED_TAPS, PLANNED_VOLUME, LONGEST_ON_VOLUMES = 1 << 17, 5, 1 << 20, 48
 
 
 class Pass(NamedTuple):
@@ -166,15 +165,16 @@ def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> Non
     if _are_windows(passes):
         _sum_windows(x, out, passes, cval)
         return
-    if _run_planned(x, out, passes, cval):
-        return
     run = _compile(tuple(p.key for p in passes), x.dtype.name)
+    axes, before = [p.axis for p in passes], [p.before for p in passes]
+    if len(passes) == 3 and _run_planned(x, out, passes, cval):
+        return
     fills, scale = [], 1.0  # arrays between passes have not been divided yet
     for p in passes:
         fills.append(cval * scale)
         scale *= p.divisor
-    axes, before = [p.axis for p in passes], [p.before for p in passes]
-    run(x, out, axes, before, [p.border for p in passes], fills)
+    threads, saving = (1, 0.0) if x.size < PARALLEL_SAMPLES else (0, least_saving())
+    run(x, out, axes, before, [p.border for p in passes], fills, threads, saving)
     if scale != 1:
         out /= scale
 
@@ -186,21 +186,15 @@ def _compile(weights: tuple[bytes, ...], dtype: str) -> Passes:
 
 def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> bool:
     """Filter by a planned filter if it is faster and the same function; return whether it is."""
-    if x.size < PLANNED_SAMPLES:
-        return False
     longest = max(np.count_nonzero(p.weights) for p in passes)
-    borders, axes = {p.border for p in passes}, sorted({p.axis for p in passes})
-    if len(axes) == 1:
-        is_faster = longest >= PLANNED_LINES and axes[0] < x.ndim - 1
-    else:
-        is_faster = longest >= PLANNED_TAPS or x.size >= PLANNED_VOLUME
-    if not is_faster or len(borders) > 1 or not len(axes) == len(passes) <= 3:
+    least_taps = PLANNED_TAPS if x.size < PLANNED_VOLUME else 1
+    if x.size < PLANNED_SAMPLES or not least_taps <= longest <= LONGEST_ON_VOLUMES:
         return False
-    if len(axes) == 3 and longest > LONGEST_ON_VOLUMES:
+    if len({p.border for p in passes}) > 1 or len({p.axis for p in passes}) < 3:
         return False
     if any(len(p.weights) > x.shape[p.axis] for p in passes):
         return False
-    if borders == {"constant"} and cval:  # a planned filter responds to the border of x
+    if passes[0].border == "constant" and cval:  # a planned filter responds to the border of x
         sums = [(abs(float(p.weights.sum()) - 1), len(p.weights)) for p in passes[:-1]]
         if any(error > EPS * taps for error, taps in sums):
             return False
@@ -208,6 +202,7 @@ def _run_planned(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> b
     kernel = filters.OuterProduct([p.weights for p in in_order])
     origin = [p.before - len(p.weights) // 2 for p in in_order]
     mode = passes[0].mode
+    axes = [p.axis for p in in_order]
     filters.correlate(x, kernel, mode=mode, cval=cval, origin=origin, axes=axes, out=out)
     divisor = math.prod(p.divisor for p in passes)
     if divisor != 1:
