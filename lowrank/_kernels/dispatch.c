@@ -235,6 +235,24 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     return LR_OK;
 }
 
+/* Workspace of the calling thread. */
+static char *slice(char *work, size_t each, int threads)
+{
+#ifdef _OPENMP
+    return threads > 1 ? work + each * (size_t)omp_get_thread_num() : work;
+#else
+    (void)each, (void)threads;
+    return work;
+#endif
+}
+
+/* Workspaces of all threads, or NULL. */
+static char *workspaces(int64_t bytes, int threads, size_t *each)
+{
+    *each = (size_t)(bytes + 63) / 64 * 64;
+    return *each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, *each * (size_t)threads);
+}
+
 /* Threads for tasks that take `seconds` on one, as many as save more than a fork takes. */
 static int worthwhile(int threads, int64_t tasks, double seconds, double fork_join)
 {
@@ -273,8 +291,8 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
     const int64_t taps = image->vertical.taps + image->horizontal.taps;
     const double seconds = (double)(outer * samples * itemsize) * (double)(8 + taps) * LR_SECONDS_PER_TAP;
     threads = worthwhile(threads, tasks, seconds, fork_join);
-    const size_t each = ((size_t)kernels->plan_image(image) + 63) / 64 * 64;
-    char *scratch = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
+    size_t each;
+    char *scratch = workspaces(kernels->plan_image(image), threads, &each);
     if (!scratch) return LR_NO_MEMORY;
     int all = 1;
 #ifdef _OPENMP
@@ -284,11 +302,7 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1) reduction(& : all)
 #endif
     for (int64_t j = 0; j < tasks; j++) {
-#ifdef _OPENMP
-        char *own = scratch + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
-#else
-        char *own = scratch;
-#endif
+        char *own = slice(scratch, each, threads);
         all &= band(image, kernels, (const char *)x + j / bands * samples * x_size,
                     (char *)out + j / bands * samples * out_size, j % bands, own);
     }
@@ -316,8 +330,8 @@ int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, 
      * results do not depend on the number of threads. */
     rows = (rows + box->down.width - 1) / box->down.width * box->down.width;
     const int64_t bands = (box->rows + rows - 1) / rows, tasks = images * bands;
-    const size_t each = (size_t)((kernels ? kernels->box_bytes : isa->box_bytes)(box) + 63) / 64 * 64;
-    char *work = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
+    size_t each;
+    char *work = workspaces((kernels ? kernels->box_bytes : isa->box_bytes)(box), threads, &each);
     if (!work) return LR_NO_MEMORY;
 #ifdef _OPENMP
     if (threads > 1) lr_note_parallel_region();
@@ -325,11 +339,7 @@ int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, 
 #endif
     for (int64_t j = 0; j < tasks; j++) {
         const int64_t first = j % bands * rows, last = first + rows < box->rows ? first + rows : box->rows;
-#ifdef _OPENMP
-        char *own = work + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
-#else
-        char *own = work;
-#endif
+        char *own = slice(work, each, threads);
         (kernels ? kernels->box : isa->box)(box, (const char *)x + j / bands * size,
                                             (char *)y + j / bands * size, first, last, own);
     }
@@ -344,19 +354,15 @@ int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void 
     const int64_t strips = p->lines ? (p->lines + lanes - 1) / lanes : (p->inner + p->strip - 1) / p->strip;
     const int64_t tasks = images * strips;
     threads = worthwhile(threads, tasks, seconds, fork_join);
-    const size_t each = (size_t)(kernels->resample_bytes(p) + 63) / 64 * 64;
-    char *work = each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, each * (size_t)threads);
+    size_t each;
+    char *work = workspaces(kernels->resample_bytes(p), threads, &each);
     if (!work) return LR_NO_MEMORY;
 #ifdef _OPENMP
     if (threads > 1) lr_note_parallel_region();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
 #endif
     for (int64_t j = 0; j < tasks; j++) {
-#ifdef _OPENMP
-        char *own = work + each * (size_t)(threads > 1 ? omp_get_thread_num() : 0);
-#else
-        char *own = work;
-#endif
+        char *own = slice(work, each, threads);
         kernels->resample(p, (const char *)x + j / strips * p->n * p->inner * itemsize,
                           (char *)y + j / strips * p->outputs * p->inner * itemsize, j % strips, own);
     }
