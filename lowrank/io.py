@@ -6,14 +6,14 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowrank._typing import Array, Ints
+from lowrank.core.files import atomic_write
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
@@ -332,17 +332,3 @@ def check_expansion(path: Path, size: int) -> None:
     limit = _EXPANSION * path.stat().st_size + _SPARE
     if size > limit:
         raise ValueError(f"the archive must expand to at most {limit} bytes, got {size}")
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path to write to, which replaces `path` if the block succeeds."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target}: there is no folder {target.parent}")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)

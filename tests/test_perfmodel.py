@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from lowrank.core.stage import Epilogue, abstract_weight
 from lowrank.engine import costs, cpu, fourier, machine
 from lowrank.families import FAMILIES, applicable
 from lowrank.perfmodel import calibration, features, store
-from lowrank.perfmodel.coefficients import RUNTIMES, _count
+from lowrank.perfmodel.coefficients import RUNTIMES, _count, shipped
 from lowrank.perfmodel.features import Work
 from lowrank.perfmodel.runtimes import is_installed
 from lowrank.perfmodel.workloads import FFTWorkload, workloads
@@ -363,6 +364,8 @@ def test_predictions_are_counted_once(conv, monkeypatch):
         lambda text: text.replace('"active"', '"dormant"'),
         lambda text: text.replace('"passive": 5e-05', '"passive": 0'),
         lambda text: text.replace('"threads": 2', '"threads": -3'),
+        lambda text: text.replace('"threads": 2', '"threads": 1e999'),
+        lambda text: "[" * 100_000,
     ],
     ids=[
         "cut off",
@@ -376,25 +379,45 @@ def test_predictions_are_counted_once(conv, monkeypatch):
         "policy",
         "latency",
         "threads",
+        "infinite",
+        "deep",
     ],
 )
-def test_damaged_or_foreign_file_is_renamed_and_replaced(cache, conv, damage):
+def test_damaged_or_foreign_file_is_set_aside(cache, conv, damage):
     perfmodel.calibrate()
     good = perfmodel.path().read_text()
     bad = damage(good)
     assert bad != good
     perfmodel.path().write_text(bad)
-    with pytest.warns(
-        UserWarning, match="is not a calibration of this machine .* calibrating again"
-    ):
+    assert machine.fork_join_seconds() > 0
+    with pytest.warns(UserWarning, match="is not a calibration of this machine .* renamed to"):
         found = perfmodel.current()
-    assert found.calibrated
-    assert len(cache) == 2
+    assert found is shipped()
     assert perfmodel.path().with_suffix(".bad").read_text() == bad
-    assert perfmodel.path().read_text() == good
+    assert not perfmodel.path().exists()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        perfmodel.current()
+        assert perfmodel.current() is shipped()
+    perfmodel.calibrate()
+    assert perfmodel.path().read_text() == good
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda file: file.write_bytes(b"\xff\xfe")])
+def test_unreadable_file_that_cannot_be_moved_gives_shipped_coefficients(cache, monkeypatch, make):
+    perfmodel.path().parent.mkdir(parents=True)
+    make(perfmodel.path())
+
+    def refuse(*_):
+        raise PermissionError(30, "Read-only file system", str(perfmodel.path()))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert machine.fork_join_seconds() > 0
+    with pytest.warns(UserWarning, match="not a calibration of this machine .* ignored"):
+        assert perfmodel.current() is shipped()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no second warning
+        assert perfmodel.current() is shipped()
+    assert perfmodel.path().exists()
 
 
 @pytest.mark.parametrize("given", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -2}])

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,14 @@ def calibrate_quickly(runtime: str) -> None:
             "('lowrank calibrate' is more accurate)",
             file=sys.stderr,
         )
-        perfmodel.calibrate(quick=True, runtimes=[runtime])
+        try:
+            perfmodel.calibrate(quick=True, runtimes=[runtime])
+        except OSError as error:  # a cache folder that cannot be written must not stop a command
+            warnings.warn(
+                f"the calibration is not kept ({error.filename}: {error.strerror}): times are "
+                "those of the machine on which lowrank was made",
+                stacklevel=2,
+            )
 
 
 def parse_algorithm(text: str) -> engine.Algorithm:

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lowrank._typing import Array, Ints
+from lowrank.core.files import atomic_write
 from lowrank.interop.weights import read_weights
-from lowrank.io import atomic_write
 
 TIFF_ENDINGS = (".tif", ".tiff")
 _PNG = b"\x89PNG\r\n\x1a\n"

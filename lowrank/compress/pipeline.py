@@ -21,6 +21,7 @@ from lowrank.compress.options import fit_option
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.planning import make_plan
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
+from lowrank.core.files import atomic_write
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.metric import Metric
@@ -297,7 +298,6 @@ class _Store:
 
     def write(self, name: str, number: int, f: Factorization, error: float) -> None:
         path = self._path(name, number)
-        path.with_suffix(".error").write_text(repr(error))
-        part = path.with_suffix(".part.safetensors")
-        io.save(part, {"layer": f})
-        os.replace(part, path)
+        with atomic_write(path.with_suffix(".error")) as part:
+            part.write_text(repr(error), "utf-8")
+        io.save(path, {"layer": f})

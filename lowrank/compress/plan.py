@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank import io
 from lowrank.compress.latency import Latency
 from lowrank.compress.model import OmittedLayer
 from lowrank.core import tables
 from lowrank.core.cost import AXES, Cost
+from lowrank.core.files import atomic_write
 from lowrank.selection.budget import format_budget, parse_budget
 from lowrank.selection.candidates import Candidate
 from lowrank.selection.tables import PREDICTED, SLOWER
@@ -313,7 +313,7 @@ class CompressionPlan:
         path : path
             File to write; an existing one is replaced.
         """
-        with io.atomic_write(path) as part:
+        with atomic_write(path) as part:
             part.write_text(self.to_json() + "\n", "utf-8")
 
 

@@ -89,12 +89,11 @@ def least_saving() -> float:
 @functools.lru_cache(4)
 def _stored_latencies(file: Path, modified: int) -> dict[WaitPolicy, float]:
     """Return the latencies in `file`, last modified at `modified`, or the shipped ones."""
-    for text in (file.read_text() if modified else "", shipped_calibration()):
-        try:
-            return read_latencies(json.loads(text)["fork_join"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a damaged file is reported where coefficients are read
-    raise ValueError("the calibration shipped with lowrank has no fork/join latencies")
+    try:
+        return read_latencies(json.loads(file.read_text() if modified else "")["fork_join"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        # A damaged file is reported where coefficients are read.
+        return read_latencies(json.loads(shipped_calibration())["fork_join"])
 
 
 def read_latencies(entry: Any) -> dict[WaitPolicy, float]:

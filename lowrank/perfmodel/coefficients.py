@@ -359,7 +359,7 @@ class PerformanceModel:
             machine = str(data["cpu"]), str(data["isa"]), int(data["threads"])
             latencies = read_latencies(data["fork_join"])
             return cls(*machine, MappingProxyType(coefficients), MappingProxyType(latencies))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a calibration: {error!r}") from None
 
 

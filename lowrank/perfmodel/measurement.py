@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
+from lowrank.core.files import atomic_write
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import machine, onnx
 from lowrank.perfmodel.runtimes import (
@@ -351,7 +351,7 @@ def _read(file: Path) -> dict[str, float]:
             raise ValueError("times must be positive numbers")
     except OSError:  # not there, or not to be read: then it cannot be written, either
         return {}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         _warn_once("file", f"{file} is not a file of measured times ({error}): measuring anew")
         return {}
     return dict(found)
@@ -361,10 +361,9 @@ def _add(file: Path, found: dict[str, float]) -> None:
     """Add results to a file, which other processes may have extended meanwhile."""
     merged = {**_read(file), **found}
     newest = dict(list(merged.items())[-MAX_ENTRIES:])
-    temporary = file.with_suffix(f".{os.getpid()}")  # replaced at once: nobody reads half a file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(newest, indent=0))
-        temporary.replace(file)
+        with atomic_write(file) as part:
+            part.write_text(json.dumps(newest, indent=0), "utf-8")
     except OSError as error:
         _warn_once("file", f"measured times are not kept: {error}")

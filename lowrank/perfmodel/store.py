@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lowrank._kernels import _core
+from lowrank.core.files import atomic_write
 from lowrank.engine import machine
 from lowrank.factorization import Factorization
 from lowrank.perfmodel import calibration
@@ -106,9 +106,8 @@ def calibrate(
     if earlier is not None:
         model = replace(model, coefficients={**earlier.coefficients, **model.coefficients})
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")  # replaced at once: nobody reads half a file
-    temporary.write_text(model.to_json())
-    temporary.replace(file)
+    with atomic_write(file) as part:
+        part.write_text(model.to_json(), "utf-8")
     _read_cached.cache_clear()
     return model
 
@@ -125,8 +124,8 @@ def current() -> PerformanceModel:
     Warns
     -----
     UserWarning
-        If the file is damaged or another machine's: it is set aside and this machine is
-        calibrated again.
+        If the file cannot be read, is damaged or another machine's: it is set aside if possible,
+        and the model of the machine on which the package was made is returned.
 
     Examples
     --------
@@ -139,18 +138,7 @@ def current() -> PerformanceModel:
         modified = file.stat().st_mtime_ns
     except OSError:
         return shipped()
-    try:
-        return _read_cached(file, modified)
-    except (ValueError, OSError) as error:
-        aside = file.with_suffix(".bad")
-        warnings.warn(
-            f"{file} is not a calibration of this machine ({error}): renamed to {aside.name}; "
-            "calibrating again, which takes about a minute",
-            stacklevel=2,
-        )
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            file.replace(aside)
-        return calibrate()
+    return _read_cached(file, modified)
 
 
 def predict(
@@ -206,8 +194,22 @@ def predict(
 
 @functools.lru_cache(4)
 def _read_cached(file: Path, modified: int) -> PerformanceModel:
-    """Read `file`, last modified at `modified`."""
-    return _read(file)
+    """Read `file`, last modified at `modified`; warn once and set it aside if that fails."""
+    try:
+        return _read(file)
+    except (ValueError, OSError) as error:
+        aside = file.with_suffix(".bad")
+        try:
+            file.replace(aside)
+            what = f"renamed to {aside.name}"
+        except OSError:  # another process was faster, or nothing can be written
+            what = "ignored"
+        warnings.warn(
+            f"{file} is not a calibration of this machine ({error}): {what}; times are those of "
+            "the machine on which lowrank was made until 'lowrank calibrate' measures this one",
+            stacklevel=3,
+        )
+        return shipped()
 
 
 def _read(file: Path) -> PerformanceModel:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank._typing import Array
 from lowrank.core import chain_algebra, tables
+from lowrank.core.files import atomic_write
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES
 from lowrank.selection import Candidate, Frontier
@@ -322,5 +323,5 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=150, metadata=METADATA[path.suffix.lower()])
+    with matplotlib.rc_context(STYLE), atomic_write(path) as part:
+        figure.savefig(part, dpi=150, metadata=METADATA[path.suffix.lower()])

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.metadata import version
 
-from lowrank import io
 from lowrank.core import tables
+from lowrank.core.files import atomic_write
 from lowrank.report import charts
 from lowrank.report.comparison import Comparison, LayerComparison
 from lowrank.report.style import STYLE
@@ -43,7 +43,7 @@ def save(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     >>> path.read_text("utf-8")[:15]
     '<!doctype html>'
     """
-    with io.atomic_write(path) as part:
+    with atomic_write(path) as part:
         part.write_text(render(comparison), "utf-8")
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import io
+from lowrank.core.files import atomic_write
 from lowrank.interop.common import check_exists, one_line
 
 ENDINGS = (".keras", ".h5", ".hdf5")
@@ -149,16 +149,10 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     ending = _check_ending(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: no folder {path.parent}")
-    # A folder beside the target is on the same disk, where a move is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        part = Path(folder, f"model{ending}")
-        with _quietly():
-            model.save(part)
-        os.replace(part, path)
+    with atomic_write(path) as part, _quietly():
+        lower = part.with_suffix(ending)  # Keras knows no other spelling
+        model.save(lower)
+        os.replace(lower, part)
 
 
 @contextmanager

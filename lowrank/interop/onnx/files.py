@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.core.files import atomic_write_all
 from lowrank.engine.onnx import library as library
 from lowrank.interop.common import check_exists, one_line
 
@@ -288,8 +288,6 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     """
     onnx = library()
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: no folder {path.parent}")
     tensors = list(model.graph.initializer)
     if any(map(is_external, tensors)):
         raise ValueError(f"{path}: values of the model are in other files: read them first")
@@ -298,9 +296,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         external = True
     new = _copy_without(model, "graph")
     new.graph.CopyFrom(_copy_without(model.graph, "initializer"))
-    # A folder beside the target is on the same disk, where a move is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file, data_file = Path(folder, path.name), Path(folder, path.name + ".data")
+    with atomic_write_all(path.with_name(path.name + ".data"), path) as (data_file, file):
         if external:
             with open(data_file, "xb") as data:
                 for tensor in tensors:
@@ -318,9 +314,6 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: not a valid ONNX model: {one_line(why)}") from None
         except ValueError as why:
             raise ValueError(f"{path}: {why}") from None
-        if external:
-            os.replace(data_file, path.with_name(data_file.name))
-        os.replace(file, path)
 
 
 def _as_external(tensor: Any, data: Any, location: str) -> Any:

@@ -16,6 +16,7 @@ from lowrank import io
 from lowrank._typing import Array, Ints
 from lowrank.compress.model import Chains, Layer
 from lowrank.core.cost import stage_costs
+from lowrank.core.files import atomic_write_all
 from lowrank.factorization import Factorization
 from lowrank.interop.common import check_chains
 from lowrank.interop.weights.manifest import layer_name, read_manifest
@@ -241,11 +242,7 @@ class WeightsFile:
         path = Path(path)
         ending = _check_ending(path)
         manifest = path.with_suffix(".json")
-        for target in (path, manifest):
-            if target.is_dir():
-                raise IsADirectoryError(f"{target}: is a folder")
-        # Both files are written in full before either replaces an older one.
-        with io.atomic_write(manifest) as text, io.atomic_write(path) as body:
+        with atomic_write_all(manifest, path) as (text, body):
             text.write_text(json.dumps(self.manifest, indent=1, allow_nan=False), "utf-8")
             if ending == ".safetensors":
                 io.write_tensors(body, self.tensors, self.metadata)
