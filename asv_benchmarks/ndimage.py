@@ -3,18 +3,14 @@
     OMP_NUM_THREADS=1 python -m asv_benchmarks.ndimage [--only WORD] [--seconds S] [--json]
 
 Images of 512^2 and volumes of 128^3, float32 and float64, on one thread; medians of interleaved
-calls that allocate their results.  The last lines are the geometric mean and the slowest function,
-with the targets: 10 and 1.
+calls that allocate their results.  The last line has the geometric mean and the slowest function.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import math
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,11 +19,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 
 from asv_benchmarks.benchmarks.timing import measure_seconds
+from asv_benchmarks.filter_targets import report
+from asv_benchmarks.filter_work import Row
 from lowrank import ndimage
 from lowrank.ndimage.arguments import NAMES, SCIPY
 
 SHAPES = (512, 512), (128, 128, 128)
-MEAN, LEAST = 10.0, 1.0
 RNG = np.random.default_rng(0)
 #: Arguments of every function after the input, without weights.
 CALLS: dict[str, list[dict[str, Any]]] = {
@@ -47,7 +44,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def rows(only: str, seconds: float) -> Iterator[dict[str, Any]]:
+def rows(only: str, seconds: float) -> Iterator[Row]:
     """Measure every function whose name contains a word."""
     for shape in SHAPES:
         for dtype in ("float32", "float64"):
@@ -64,15 +61,9 @@ def rows(only: str, seconds: float) -> Iterator[dict[str, Any]]:
                     ours, theirs = measure_seconds(calls, seconds)
                     values = [f"{k}={v}" for k, v in kwargs.items() if np.ndim(v) == 0]
                     values += [f"{np.shape(v)} taps" for v in given.values() if np.ndim(v)]
-                    yield {
-                        "function": name,
-                        "arguments": ", ".join(values),
-                        "shape": shape,
-                        "dtype": dtype,
-                        "ours_s": ours,
-                        "scipy_s": theirs,
-                        "speedup": theirs / ours,
-                    }
+                    size = "x".join(map(str, shape))
+                    text = f"{' '.join([name, *values])}, {size} {dtype}"
+                    yield Row("lowrank.ndimage", text, 1, ours, "SciPy", theirs)
 
 
 def main() -> None:
@@ -82,25 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="time per row")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = []
-    for row in rows(given.only, given.seconds):
-        found.append(row)
-        if not given.json:
-            size = "x".join(map(str, row["shape"]))
-            print(
-                f"{row['function']:28}{row['arguments']:20}{size:14}{row['dtype']:9}"
-                f"{row['ours_s'] * 1e3:9.2f} ms{row['scipy_s'] * 1e3:9.2f} ms"
-                f"{row['speedup']:8.1f}x",
-                flush=True,
-            )
-    if given.json:
-        json.dump(found, sys.stdout, indent=1)
-        return
-    mean = math.exp(sum(math.log(r["speedup"]) for r in found) / len(found))
-    least = min(found, key=lambda r: r["speedup"])
-    name = f"{least['function']} {least['arguments']}"
-    print(f"geometric mean {mean:.1f}x (target {MEAN:g}x)")
-    print(f"least {least['speedup']:.1f}x, {name} (target {LEAST:g}x)")
+    report(rows(given.only, given.seconds), given.json)
 
 
 if __name__ == "__main__":

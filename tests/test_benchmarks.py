@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from asv_benchmarks import gate, publish, worker  # noqa: E402
+from asv_benchmarks import filter_targets, filter_work, gate, publish, worker  # noqa: E402
 from asv_benchmarks.benchmarks import SUITES, compat, tables  # noqa: E402
 
 #: Start of the names of functions that asv runs as benchmarks.
@@ -109,6 +109,61 @@ def test_tables_hold_our_time_and_the_peers():
     assert volumes.track_ours_over_peer(table, name, "SciPy") == row["lowrank"] / row["SciPy"]
     with pytest.raises(NotImplementedError):
         volumes.setup(table, name, "OpenCV")
+
+
+#: Filters to compare, with sizes that take milliseconds.
+SMALL_FILTERS = {
+    "first": lambda: filter_work.first_rows({2: (3,), 3: (5,)}, {2: (16, 16), 3: (8, 8, 8)}, 1),
+    "crops": lambda: filter_work.crop_rows((24, 30), 0.0),
+    "outer products": lambda: filter_work.outer_product_rows(1, sides=(32,), taps=(3,), seconds=0),
+    "boxes": lambda: filter_work.box_rows(2, ((32, 32), (16, 16, 3)), (3,), 0.0),
+    "uniform": lambda: filter_work.uniform_rows(((32, 32), (8, 8, 8)), (3,), 0.0),
+    "Gaussians": lambda: filter_work.gaussian_rows(1, (64, 64), (5.0, 20.0), 0.0),
+    "tensors": lambda: filter_work.tensor_rows(2, (8, 8, 8), (1.0,), 0.0),
+    "ndimage": lambda: filter_targets.ndimage_rows("laplace", 0.0),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_FILTERS)
+def test_filters_are_measured_for_a_target(name):
+    if name in ("crops", "outer products", "boxes"):
+        pytest.importorskip("cv2")
+    if name == "tensors":
+        pytest.importorskip("skimage")
+    rows = list(SMALL_FILTERS[name]())
+    assert {row.target for row in rows} - {""} <= set(filter_targets.TARGETS)
+    assert any(row.target for row in rows)
+    assert all(row.ours > 0 and row.theirs > 0 for row in rows)
+    assert len({(row.target, row.work, row.peer) for row in rows}) == len(rows)
+
+
+def test_targets_are_missed_by_their_mean_or_by_one_row():
+    def verdict(*ratios, target="uint8 outer products"):
+        rows = [filter_work.Row(target, str(r), 1, 1.0, "peer", r) for r in ratios]
+        (line,) = filter_targets.summarize([*rows, filter_work.Row("", "", 1, 1.0, "", 0.1)])
+        return line.rsplit(": ", 1)[1]
+
+    assert verdict(0.9, 2.0) == "met"
+    assert verdict(0.89, 9.0) == "MISSED"  # one row below 0.9
+    assert verdict(1.1, 1.19) == "MISSED"  # mean below 1.2
+    assert verdict(0.1, target="Hessian, structure tensor: 1 thread") == "no target"
+
+
+def test_targets_are_printed_or_written_as_json(capsys):
+    rows = list(SMALL_FILTERS["uniform"]())
+    filter_targets.report(rows, as_json=False)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows)
+    assert last.startswith("boxes")
+    filter_targets.report(rows, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert [row["ratio"] for row in found] == [row.ratio for row in rows]
+
+
+def test_filter_targets_refuse_names_that_match_nothing(capsys):
+    with pytest.raises(SystemExit):
+        filter_targets.main(["--only", "nothing"])
+    assert "--only matches no name, got 'nothing'" in capsys.readouterr().err
 
 
 def test_a_missing_feature_is_not_applicable():

@@ -5,11 +5,13 @@ import statistics
 import time
 
 
-def measure_seconds(calls, seconds, sample=1e-3, warm_up=1, wait=lambda: None):
+def measure_seconds(calls, seconds, sample=1e-3, warm_up=1, wait=lambda: None, rewarm=False):
     """Return the median seconds per call, measured interleaved.
 
     A sample takes at least `sample` seconds; there are at least five per call, or three where they
     exceed five times the budget `seconds`.  `wait` blocks until an asynchronous call has finished.
+    With `rewarm` one call without a time precedes every sample, so that all find their own data in
+    the caches.
     """
     repeats, times = [], [[] for _ in calls]
     for call in calls:
@@ -25,6 +27,8 @@ def measure_seconds(calls, seconds, sample=1e-3, warm_up=1, wait=lambda: None):
         5 if elapsed < 5 * seconds else 3
     ):
         for call, n, samples in zip(calls, repeats, times):
+            if rewarm:
+                call()
             wait()
             start = time.perf_counter()
             for _ in range(n):
