@@ -11,7 +11,7 @@ from lowrank.compress.model import CompressibleModel
 from lowrank.interop import weights
 from lowrank.interop.common import check_exists
 from lowrank.interop.weights import ENDINGS as WEIGHTS
-from lowrank.interop.weights import StoredLayer
+from lowrank.interop.weights import StoredLayer, WeightsFile
 
 #: Endings of networks that can be opened; a network is written in the format of the original.
 ENDINGS = (".onnx", ".keras", ".h5", ".hdf5", ".safetensors", ".npz")
@@ -236,7 +236,9 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     2
     """
     ending = _ending(Path(path))
-    if ending == ".onnx":
+    if isinstance(model, WeightsFile):  # whose endings are its own to check
+        model.save(path)
+    elif ending == ".onnx":
         from lowrank.interop import onnx
 
         onnx.save(model, path)
