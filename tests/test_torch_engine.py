@@ -323,3 +323,29 @@ def test_trained_networks_match_pytorch_on_the_engine(data, name):
         for model in (case.model, net.replaced(chains)):
             # Instance norms divide by deviations of near-constant channels and amplify rounding.
             assert is_close(on_engine(model)(x), model(x), terms=10000)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, image, shift):
+        return self.conv(image) + shift
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_example_of_several_arguments(is_named):
+    image, shift = torch.rand(2, 3, 8, 8), torch.rand(2, 4, 6, 6)
+    example = {"shift": shift, "image": image} if is_named else (image, shift)
+    model = TwoInputs()
+    fast = on_engine(model, example)
+    assert fast.is_traced
+    with torch.inference_mode():
+        assert torch.allclose(fast(image, shift), model(image, shift), atol=1e-5)
+
+
+@pytest.mark.parametrize("example", [(), {}, 3])
+def test_example_without_tensors(example):
+    with pytest.raises(TypeError, match="example must be a tensor, a tuple"):
+        on_engine(TwoInputs(), example)

@@ -261,8 +261,8 @@ def _put(items: Any, change: Callable[[Any], Any], put: Callable[[Any, Any], Non
 
 #: Settings of a layer that models read; those of the convolution that a chain represents.
 _SIZES = (
-    "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride",
-    "padding", "dilation", "transposed", "output_padding", "groups", "padding_mode",
+    "in_features", "out_features", "nx", "nf", "in_channels", "out_channels", "kernel_size",
+    "stride", "padding", "dilation", "transposed", "output_padding", "groups", "padding_mode",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.engine import ALGORITHMS
 from lowrank.engine.program import Algorithm
-from lowrank.interop.torch.batches import tensors_in
+from lowrank.interop.torch.batches import run_model, tensors_in
 from lowrank.interop.torch.copies import check_model, copy_model
 from lowrank.interop.torch.modules import is_conv
 from lowrank.interop.torch.tracing import onto_engine, swap_for_inference, trace
@@ -24,7 +24,7 @@ HALF_ROUNDINGS = 16  # of outputs in half precision, in units of its epsilon
 
 def on_engine(
     model: nn.Module,
-    example: torch.Tensor | None = None,
+    example: torch.Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     threads: int | None = None,
     algorithm: Algorithm = "auto",
     trainable: bool = False,
@@ -42,8 +42,9 @@ def on_engine(
     model : nn.Module
         Model, traced by :mod:`torch.fx`; convolutions in parts that cannot be traced are replaced
         one by one.  It is not changed.
-    example : torch.Tensor, optional
-        Batch of inputs.  Programs are built for its shape at once, and the outputs of the copy are
+    example : torch.Tensor, tuple or mapping, optional
+        Batch of inputs: the argument of the model, a tuple of arguments, or a mapping of arguments
+        by name.  Programs are built for its shape at once, and the outputs of the copy are
         compared with those of `model`: if the traced copy differs, convolutions are replaced one
         by one.
     threads : int, optional
@@ -68,7 +69,7 @@ def on_engine(
     Raises
     ------
     TypeError
-        If `model` is not a module of Python.
+        If `model` is not a module of Python, or `example` holds no tensor.
     ValueError
         If `algorithm` is unknown, weights have no values, or the outputs of the copy on `example`
         differ from those of `model`.
@@ -89,6 +90,11 @@ def on_engine(
     check_model(model)
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    if example is not None and not tensors_in(example):
+        raise TypeError(
+            "example must be a tensor, a tuple of arguments or a mapping of arguments by name, got "
+            f"{type(example).__qualname__} without a tensor"
+        )
     if trainable:
         return swap_for_training(copy_model(model), threads, algorithm)
     source = copy_model(model).eval().requires_grad_(False)
@@ -104,7 +110,7 @@ class EngineModel(nn.Module):  # type: ignore[misc]
     ----------
     source : nn.Module
         PyTorch model in evaluation mode, which has the parameters.
-    example : torch.Tensor, optional
+    example : torch.Tensor, tuple or mapping, optional
         See :func:`on_engine`.
     threads : int, optional
         Number of threads of the engine.
@@ -120,7 +126,7 @@ class EngineModel(nn.Module):  # type: ignore[misc]
     def __init__(
         self,
         source: nn.Module,
-        example: torch.Tensor | None = None,
+        example: torch.Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
         threads: int | None = None,
         algorithm: Algorithm = "auto",
     ) -> None:
@@ -207,14 +213,19 @@ def _has_fixed_arguments(model: nn.Module) -> bool:
     return all(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
-def _outputs_match(model: nn.Module, converted: nn.Module, example: torch.Tensor) -> bool:
+def _outputs_match(model: nn.Module, converted: nn.Module, example: Any) -> bool:
     with torch.no_grad():
-        expected = tensors_in(copy_model(model).eval()(example))
+        expected = tensors_in(_call(copy_model(model).eval(), example))
         try:
-            outputs = tensors_in(converted(example))
+            outputs = tensors_in(_call(converted, example))
         except Exception:
             return False
     return len(expected) == len(outputs) and all(map(_is_close, expected, outputs))
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    """Call a model with a tuple of arguments, a mapping of them by name, or one argument."""
+    return model(*example) if isinstance(example, tuple) else run_model(model, example)
 
 
 def _is_close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from lowrank._typing import Array
 from lowrank.compress.model import Chains, Layer, Samples
 from lowrank.factorization import Factorization
+from lowrank.interop.torch.attention import Attention
 from lowrank.interop.torch.batches import (
     Batches,
     Run,
@@ -37,6 +38,7 @@ from lowrank.interop.torch.copies import (
     with_sizes,
 )
 from lowrank.interop.torch.modules import copy_to_array, from_layer, to_numpy
+from lowrank.interop.torch.plain import find_plain_layers, put_plain_layers
 from lowrank.interop.torch.runtimes import Call, network_call
 from lowrank.interop.torch.survey import survey
 from lowrank.interop.torch.verification import verify
@@ -121,11 +123,14 @@ class TorchModel:
         self.run: Run = run or run_model
         self.original = model
         self._model = copy_model(model).eval().requires_grad_(False)
-        self._compressed = copy_model(self._model)
         self._installed: dict[str, Any] = {}  # chains in the compressed copy
         self.batches = len(self.data)
         example = first_examples(self.data.first, 1)
         try:
+            self._plain, self._model = find_plain_layers(
+                self._model, lambda m: self._run(m, example)
+            )
+            self._compressed = copy_model(self._model)
             found = survey(self._model, model, lambda m: self._run(m, example))
         except Exception as cause:
             raise run_error(self.data.first, cause) from cause
@@ -372,6 +377,14 @@ class TorchModel:
             as attributes, such as ``out_features``.
         """
         model = copy_model(self.original)
+        if chains:
+            # All attention, as a transformer may pass other tensors on if one layer is PyTorch's.
+            used = {
+                name: plain
+                for name, plain in self._plain.items()
+                if name in chains or isinstance(plain, Attention)
+            }
+            model = put_plain_layers(model, used)
         for name, f in chains.items():
             new = _stand_in(f, model.get_submodule(name), tied)
             for member in self._members[name]:
@@ -397,8 +410,9 @@ class TorchModel:
         ValueError
             See :func:`lowrank.interop.torch.verification.verify`.
         """
+        original = put_plain_layers(copy_model(self.original), self._plain)
         return verify(
-            compressed, self.original, chains, self._members,
+            compressed, original, chains, self._members,
             lambda m: self._run(m, self.data.first),
         )  # fmt: skip
 

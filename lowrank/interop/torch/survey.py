@@ -6,27 +6,26 @@ while it runs one example, and then run again with every layer wrapped as its re
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank.interop.torch.attention import Attention
 from lowrank.interop.torch.batches import tensors_in
+from lowrank.interop.torch.comparison import difference, repeatable
 from lowrank.interop.torch.copies import (
     copy_model,
     held_tensors,
     is_plain,
     replace_module,
-    run_eagerly,
     with_sizes,
 )
 from lowrank.interop.torch.modules import LAYERS, obstacle
 
-TOLERANCE = 1e-3  # relative to the largest output; GPUs may add in another order in every run
 _READERS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  # by paths not always taken
 _CALLED = "it is called past its hooks, or its weight is used outside of its own call"
 
@@ -79,7 +78,7 @@ def survey(model: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any
     }
     reasons = {name: reason for name, m in found.items() if (reason := obstacle(m))}
     for parent in model.modules():
-        if isinstance(parent, _READERS):
+        if isinstance(parent, _READERS) and not _has_plain_attention(parent):
             for name, m in found.items():
                 if any(m is child for child in parent.children()):
                     reasons.setdefault(name, f"{type(parent).__name__} reads its weight")
@@ -106,6 +105,11 @@ def survey(model: nn.Module, original: nn.Module, run: Callable[[nn.Module], Any
             outside[name] = f"{kind} computes a product with a weight that is in no layer"
     macs = {n: watch.macs.get(n, 0) for n in outside if n in watch.macs or n not in watch.calls}
     return Survey(tuple(one[0] for one in kept), {one[0]: one for one in kept}, outside, macs)
+
+
+def _has_plain_attention(module: nn.Module) -> bool:
+    """Return whether a transformer layer calls its modules, as its attention tells it to."""
+    return isinstance(getattr(module, "self_attn", None), Attention)
 
 
 def _first(names: Iterable[str], reasons: Mapping[str, str]) -> str:
@@ -342,7 +346,7 @@ class _Probe:
         with repeatable():
             again = tensors_in(run(copy_model(model, True)))
         # Outputs that differ anyway, such as those of noise, cannot be compared.
-        self.is_repeatable = _differ(self.reference, again) == ""
+        self.is_repeatable = difference(self.reference, again) == ""
 
     def admit(
         self, kept: list[tuple[str, ...]], groups: list[tuple[str, ...]]
@@ -389,37 +393,6 @@ class _Probe:
                 return "the model also holds it outside of its modules, such as in an object"
             if counts.get(group[0], 0) != sum(self.calls.get(name, 0) for name in group):
                 return "the model does not call what stands in for it, as if it checked its type"
-        if self.is_repeatable and (difference := _differ(self.reference, output)):
-            return f"the output changes if its type does ({difference})"
+        if self.is_repeatable and (found := difference(self.reference, output)):
+            return f"the output changes if its type does ({found})"
         return ""
-
-
-def _differ(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> str:
-    """Return how outputs differ by more than rounding; "" if they do not."""
-    if len(a) != len(b):
-        return f"{len(b)} tensors instead of {len(a)}"
-    for x, y in zip((t.detach() for t in a), (t.detach() for t in b)):
-        if x.shape != y.shape or x.dtype != y.dtype:
-            return f"{y.dtype} {tuple(y.shape)} instead of {x.dtype} {tuple(x.shape)}"
-        if not x.is_floating_point() or not x.numel():
-            if not torch.equal(x, y):
-                return "other integers"
-            continue
-        scale = float(x.abs().nan_to_num(0.0, 0.0, 0.0).max())
-        if not torch.allclose(x, y, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True):
-            return "other values"
-    return ""
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Run without gradients, eagerly, and with the same random numbers every time.
-
-    Yields
-    ------
-    None
-    """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), run_eagerly():
-        torch.manual_seed(0)
-        yield

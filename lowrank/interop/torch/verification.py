@@ -11,8 +11,8 @@ from torch import nn
 
 from lowrank.factorization import Factorization
 from lowrank.interop.torch.batches import tensors_in
+from lowrank.interop.torch.comparison import repeatable
 from lowrank.interop.torch.copies import copy_model
-from lowrank.interop.torch.survey import repeatable
 
 #: Relative error of outputs from which a model does something else than planned: rounding in
 #: half precision, through many layers, stays below.
