@@ -82,8 +82,42 @@ class SamePadding(nn.Conv2d):
 
     def forward(self, x):
         pads = [(-(-n // 2) - 1) * 2 + 3 - n for n in x.shape[-2:]]
-        x = functional.pad(x, [0, pads[1], 0, pads[0]])
+        x = functional.pad(x, [p for n in pads[::-1] for p in (n // 2, n - n // 2)])
         return functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class CausalConv(nn.Conv1d):
+    """Dilated convolution that pads in front alone, as in WaveNet."""
+
+    def forward(self, x):
+        return super().forward(functional.pad(x, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
+
+
+class CausalPlanes(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(functional.pad(x, (1, 2, 3, 0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "pads"),
+    [
+        (CausalConv(8, 16, 3, dilation=4), (3, 8, 20), (8, 0)),
+        (CausalConv(8, 8, 2, groups=8), (3, 8, 20), (1, 0)),
+        (CausalPlanes(8, 16, 3, 2, padding=1), (3, 8, 9, 9), (1, 2, 3, 0)),
+    ],
+)
+def test_convolutions_behind_zeros_are_layers(layer, shape, pads):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(layer, nn.ReLU()), torch.randn(shape)
+    net = TorchModel(model, [x])
+    (found,) = net.layers
+    assert found.name == "0.conv"
+    assert not net.left_out
+    small = net.replaced({"0.conv": found.conv})
+    assert small[0].pad.padding == pads
+    other = torch.randn(*shape[:2], *(n + 3 for n in shape[2:]))
+    assert torch.allclose(small(other), model(other), atol=1e-5)
+    assert net.verify(small, {"0.conv": found.conv}) < 1e-5
 
 
 LAYERS = {
@@ -127,11 +161,17 @@ def test_chains_replace_such_layers(name):
     assert type(net.replaced({})[0]) is type(model[0])
 
 
-@pytest.mark.parametrize("make", [lambda: DynamicConv(8, 8, 3, padding=1), SamePadding])
-def test_layers_that_depend_on_the_input_are_left_out(make):
-    layer = SamePadding(8, 8, 3, 2) if make is SamePadding else make()
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (DynamicConv(8, 8, 3, padding=1), 12),
+        (SamePadding(8, 8, 3, 2), 12),
+        (SamePadding(8, 8, 3, 2), 13),
+    ],
+)
+def test_layers_that_depend_on_the_input_are_left_out(layer, size):
     model = nn.Sequential(layer, nn.Conv2d(8, 8, 3))
-    net = TorchModel(model, [torch.randn(2, 8, 12, 12)])
+    net = TorchModel(model, [torch.randn(2, 8, size, size)])
     assert [one.name for one in net.layers] == ["1"]
     assert "has its own forward" in net.left_out["0"]
     assert net.left_out_macs["0"] > 0

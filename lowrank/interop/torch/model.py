@@ -382,7 +382,8 @@ class TorchModel:
             used = {
                 name: plain
                 for name, plain in self._plain.items()
-                if name in chains or isinstance(plain, Attention)
+                if isinstance(plain, Attention)
+                or any(layer == name or layer.startswith(f"{name}.") for layer in chains)
             }
             model = put_plain_layers(model, used)
         for name, f in chains.items():

@@ -1,24 +1,29 @@
 """Plain layers for modules that compute what a layer does in another way.
 
 Subclasses that compute their weights (weight standardization, equalized learning rates), linear
-layers of other classes (``Conv1D`` of transformers) and attention with weights but no layers of its
+layers of other classes (``Conv1D`` of transformers), convolutions behind zeros of their own
+(causal ones) and attention with weights but no layers of its
 own: each is called, and a plain layer that computes the same stands in for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.interop.torch.attention import Attention, linear
 from lowrank.interop.torch.batches import tensors_in
-from lowrank.interop.torch.chains import TRANSPOSED_CONVS
+from lowrank.interop.torch.chains import PADDING_MODULES, TRANSPOSED_CONVS
 from lowrank.interop.torch.comparison import difference, repeatable
 from lowrank.interop.torch.copies import (
     HOOKS,
@@ -33,6 +38,7 @@ _CONV_SETTINGS = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
     "padding_mode",
 )  # fmt: skip
+_MOST_SHIFTS = 4096  # positions of an input within a padded one that are compared
 
 
 def find_plain_layers(
@@ -50,7 +56,7 @@ def find_plain_layers(
     Returns
     -------
     layers : dict of str to nn.Module
-        nn.Linear, convolutions and :class:`Attention`.
+        nn.Linear, convolutions, sequences of a ``pad`` and a ``conv``, and :class:`Attention`.
     model : nn.Module
         Model in which they stand in; `model` itself if there are none.
     """
@@ -181,15 +187,21 @@ def _plain(module: nn.Module, args: list[Any]) -> nn.Module | None:
         return None
     (x,) = args
     # Weights that depend on the input, as those of dynamic convolutions, differ on another one.
-    other = torch.randn_like(x) * (x.std() + 1) + x.mean()
+    inputs = [x, torch.randn_like(x) * (x.std() + 1) + x.mean()]
+    is_linear = not isinstance(module, LAYERS) or isinstance(module, nn.Linear)
     try:
-        expected = [module(t.clone()) for t in (x, other)]
+        if not is_linear:  # padding that depends on the size does so within a stride
+            ndim = module.weight.ndim - 2
+            lead, space = x.shape[: x.ndim - ndim], x.shape[x.ndim - ndim :]
+            inputs += [
+                torch.randn(*lead, *(n + i for n in space), dtype=x.dtype, device=x.device)
+                for i in range(1, max(module.stride) + 1)
+            ]
+        expected = [module(t.clone()) for t in inputs]
         if not all(torch.is_tensor(y) for y in expected):
             return None
-        is_linear = not isinstance(module, LAYERS) or isinstance(module, nn.Linear)
-        layers = _linears(module, x.shape[-1]) if is_linear else _convolutions(module, x)
-        for plain in layers:
-            if all(not difference([y], [plain(t)]) for y, t in zip(expected, (x, other))):
+        for plain in _linears(module, x.shape[-1]) if is_linear else _convolutions(module, x):
+            if all(not difference([y], [plain(t)]) for y, t in zip(expected, inputs)):
                 return plain.eval()
     except Exception:  # a module with another meaning of its weight
         return None
@@ -209,31 +221,61 @@ def _linears(module: Any, columns: int) -> Iterator[nn.Module]:
 
 
 class _Convolutions(TorchDispatchMode):  # type: ignore[misc]
-    """Weights and biases of the convolutions that run."""
+    """Arguments of the convolutions that run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.found: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.convolution.default:
-            self.found.append((args[1], args[2]))
+            self.found.append(args)
         return func(*args, **(kwargs or {}))
 
 
 def _convolutions(module: Any, x: torch.Tensor) -> Iterator[nn.Module]:
-    """Yield the convolution with the weight that a module has computed."""
+    """Yield the convolution with the weight that a module has computed, also behind zeros."""
     with _Convolutions() as run:
         module(x.clone())
-    for weight, bias in run.found:
+    for y, weight, bias, stride, padding, dilation, is_transposed, _, groups in run.found:
         if weight.shape != module.weight.shape:
             continue
         kind = next(k for k in LAYERS if isinstance(module, k))
         settings = {name: getattr(module, name) for name in _CONV_SETTINGS}
         if isinstance(module, TRANSPOSED_CONVS):
             settings["output_padding"] = module.output_padding
-        plain = kind(**settings, bias=bias is not None).to(weight.device, weight.dtype)
-        plain.weight.data = weight.detach().clone()
-        if bias is not None:
-            plain.bias.data = bias.detach().clone()
-        yield plain
+        yield _convolution(kind, settings, weight, bias)
+        pads = None if is_transposed else _find_zeros(x, y, weight.ndim - 2)
+        if pads is not None:
+            settings |= {
+                "stride": stride, "padding": padding, "dilation": dilation, "groups": groups,
+                "padding_mode": "zeros",
+            }  # fmt: skip
+            pad = PADDING_MODULES["constant"][weight.ndim - 3](pads, 0.0)
+            conv = _convolution(kind, settings, weight, bias)
+            yield nn.Sequential(OrderedDict(pad=pad, conv=conv))
+
+
+def _convolution(
+    kind: Any, settings: Mapping[str, Any], weight: torch.Tensor, bias: torch.Tensor | None
+) -> nn.Module:
+    layer: nn.Module = kind(**settings, bias=bias is not None).to(weight.device, weight.dtype)
+    layer.weight.data = weight.detach().clone()
+    if bias is not None:
+        layer.bias.data = bias.detach().clone()
+    return layer
+
+
+def _find_zeros(x: torch.Tensor, y: torch.Tensor, ndim: int) -> tuple[int, ...] | None:
+    """Return the zeros around `x` in `y`, from the last axis on; None if it is not in there."""
+    y = y if x.ndim == y.ndim else y[0]
+    if x.ndim != y.ndim or x.shape[:-ndim] != y.shape[:-ndim]:
+        return None
+    totals = [b - a for a, b in zip(x.shape[-ndim:], y.shape[-ndim:])][::-1]
+    if min(totals) < 0 or math.prod(t + 1 for t in totals) > _MOST_SHIFTS:
+        return None
+    for before in itertools.product(*(range(t + 1) for t in totals)):
+        pads = tuple(p for b, t in zip(before, totals) for p in (b, t - b))
+        if torch.equal(functional.pad(x, pads), y):
+            return pads
+    return None
