@@ -1,6 +1,7 @@
 """`lowrank filter` on files: formats, sample types, pages, alpha, damage and failing writes."""
 
 import json
+import os
 import re
 import resource
 import struct
@@ -495,6 +496,48 @@ def test_json_holds_what_was_done(run, rng):
     assert record["notes"] == ["alpha kept"]
 
 
+@pytest.mark.parametrize(
+    ("words", "is_resampled"),
+    [
+        ("--method multirate", True),
+        ("--tolerance 0.001", True),
+        ("--tolerance 0.001 --convolve --origin 2,-3", True),
+        ("", False),
+        ("--tolerance 0.001 --method separable", False),
+    ],
+)
+def test_resampled_gaussians_are_named(run, done, rng, words, is_resampled):
+    values = samples(rng, (300, 310))
+    Image.fromarray(values).save("a.png")
+    command = ["a.png", "--kernel", "gauss", "--sigma", "20", *words.split()]
+    assert ("multirate, kernel error 0.00025" in done(*command)) is is_resampled
+    _, out, _ = run(*command, "--json")
+    record = json.loads(out)
+    assert (record["method"] == "multirate") is is_resampled
+    assert (record["error"] > 1e-4) is is_resampled
+    shift = (2, -3) if "--origin" in words else 0
+    method = "multirate" if is_resampled else "separable"
+    expected = filters.convolve(values, filters.gauss(20.0), method=method, origin=shift)
+    np.testing.assert_array_equal(np.asarray(opened("a.gauss.png")), expected)
+
+
+def test_boxes_are_said_to_be_sums_of_windows(done, rng):
+    values = samples(rng, (100, 120))
+    Image.fromarray(values).save("a.png")
+    assert "box 31x31, sums of windows" in done("a.png", "--kernel", "box", "--size", "31")
+    expected = filters.correlate(values, filters.box(31))
+    np.testing.assert_array_equal(np.asarray(opened("a.box.png")), expected)
+    assert "box 31x31, direct" in done(
+        "a.png", "--kernel", "box", "--size", "31", "--method", "direct"
+    )
+
+
+def test_the_first_line_tells_the_shift(done, rng):
+    Image.fromarray(samples(rng, (40, 50))).save("a.png")
+    assert "gauss 17x17, origin 0,-1, " in done("a.png", "--kernel", "gauss", "--origin", "0,-1")
+    assert "origin" not in done("a.png", "--kernel", "gauss", "--origin", "0,0")
+
+
 # Mistakes, damage and failing writes
 
 
@@ -506,6 +549,10 @@ def test_json_holds_what_was_done(run, rng):
         ("a.png --kernel gauss --axes 0,2", "--axes must be different and between -2 and 1"),
         ("a.png --kernel gauss --axes y,x", "--axes must be.*'y,x'"),
         ("a.png --kernel gauss --origin 99", "origin must be between -8 and 8"),
+        ("a.png --kernel gaussian", "--kernel must be one of.*'gaussian': did you mean gauss"),
+        ("a.png --kernel sobl", "--kernel must be one of.*'sobl': did you mean sobel"),
+        ("a.png --kernel disk --method multirate", "method must not be multirate for this kernel"),
+        ("a.png --kernel gauss --sigma 8 --method multirate --tolerance 1e-6", "tolerance must be"),
         ("a.png --kernel gauss --ndim 3", "--kernel must have at most the 2 axes.*got 3"),
         ("a.png --kernel gauss --ndim 1", "--axes must be given.*1 axes.*Y,X"),
         ("a.png --kernel gauss --output-dtype float32", "--output-dtype.*uint8, uint16 for .png"),
@@ -532,6 +579,46 @@ def test_mistakes_get_one_sentence(run, rng, words, message):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert re.search(message, err), err
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """Return what C libraries have printed to the standard error stream."""
+    path = tmp_path / "stderr.txt"
+    saved = os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    yield path.read_text
+    os.dup2(saved, 2)
+    os.close(saved)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "group3", "group4", "jpeg", "packbits"])
+def test_damage_that_libtiff_prints_gets_one_sentence(done, run, rng, stream, compression):
+    values = samples(rng, (200, 300))
+    image = Image.fromarray(values)
+    if compression.startswith("group"):
+        image = image.convert("1")
+    image.save("a.tif", compression=compression)
+    done("a.tif", "--kernel", "gauss")
+    with open("a.tif", "rb") as file:
+        data = bytearray(file.read())
+    damages = 0
+    for start in range(200, len(data) - 1000, len(data) // 8):
+        broken = data.copy()
+        for i in range(start, start + 60):
+            broken[i] ^= 0x5A
+        with open("b.tif", "wb") as file:
+            file.write(broken)
+        code, out, err = run("b.tif", "--kernel", "gauss")
+        assert code in (0, 2)
+        if code:
+            damages += 1
+            assert out == ""
+            assert err.count("\n") == 1
+            assert "b.tif: damaged, or not a readable picture: " in err
+        assert stream() == ""
+    assert damages or compression not in ("tiff_lzw", "group4")  # others may decode it
 
 
 @pytest.mark.parametrize("kind", ["png", "png16", "jpg", "tif", "stack.tif", "zip.tif", "npy"])

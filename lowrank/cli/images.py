@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from lowrank import filters
-from lowrank._typing import Ints
+from lowrank._typing import Array, Ints
 from lowrank.cli.console import AsJson, app, check_output, parse_numbers, print_json, typer
 from lowrank.cli.pictures import (
     TIFF_ENDINGS,
@@ -29,6 +30,7 @@ from lowrank.cli.samples import (
     scaled_alpha,
     work_dtype,
 )
+from lowrank.filters import boxes, multirate, request
 from lowrank.interop.weights import read_weights
 from lowrank.report import figures
 
@@ -88,7 +90,11 @@ def filter_image(
         float | None, typer.Option(help="Largest relative error of the kernel [round-off].")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="auto (predicted to be fastest), direct, separable or fft.")
+        str,
+        typer.Option(
+            help="auto (predicted to be fastest), direct, separable, fft, or multirate: Gaussians "
+            "of sigma 6 or more in a time that does not depend on sigma; --tolerance admits it."
+        ),
     ] = "auto",
     mode: Annotated[
         str, typer.Option(help=f"Border mode: {', '.join(filters.MODES)}.")
@@ -164,15 +170,18 @@ def filter_image(
         work = np.delete(work, alpha, samples)
     shape = tuple(values.shape[a] for a in along)
     correlated = np.flip(taps) if convolve else taps
+    shift = parse_numbers("--origin", origin)
     options: dict[str, Any] = {
-        "rank": rank, "tolerance": tolerance, "method": method, "mode": mode, "cval": cval
+        "rank": rank, "tolerance": tolerance, "mode": mode, "cval": cval, "origin": shift
     }  # fmt: skip
+    unplanned = _unplanned(work, taps, convolve, along, method, options)
+    planned = options | {"method": "auto" if method == "multirate" else method}
     dtype = np.float64 if work_dtype(work) == np.float64 else np.float32
     batch = work.size // max(math.prod(shape), 1)
-    plan = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **options)
+    plan = filters.plan_filter(correlated, shape, dtype=dtype, batch=batch, **planned)
     chain = plan.choice.chain
     run = filters.convolve if convolve else filters.correlate
-    result = run(work, taps, axes=along, origin=parse_numbers("--origin", origin), **options)
+    result = run(work, taps, axes=along, **(options | {"method": method}))
     notes = [*picture.notes]
     if kept is None:
         scale = Scale.of(out, values, result, sums_to_zero)
@@ -195,14 +204,14 @@ def filter_image(
         "shape": list(values.shape),
         "kernel": kernel,
         "taps": list(taps.shape),
-        "method": plan.choice.method,
-        "family": chain.family,
-        "variant": chain.variant,
-        "rank": None if chain.family == "dense" else chain.rank[0],
+        "method": unplanned.method if unplanned else plan.choice.method,
+        "family": None if unplanned else chain.family,
+        "variant": None if unplanned else chain.variant,
+        "rank": None if unplanned or chain.family == "dense" else chain.rank[0],
         "kernel_rank": None if spectrum is None else int((spectrum > 1e-6 * spectrum[0]).sum()),
-        "error": chain.error(correlated[None, None]),
-        "stages": [list(s.weight.shape) for s in chain.stages],
-        "macs": macs,
+        "error": unplanned.error if unplanned else chain.error(correlated[None, None]),
+        "stages": [] if unplanned else [list(s.weight.shape) for s in chain.stages],
+        "macs": None if unplanned else macs,
         "dense_macs": dense_macs,
         "methods": [
             {
@@ -226,12 +235,14 @@ def filter_image(
     size = "x".join(map(str, taps.shape))
     is_page = len(along) == values.ndim - (samples >= 0) and samples not in along
     where = "" if is_page else f" along axes {','.join(map(str, along))}"
-    done = f"{kernel} {size}{where}, {plan.choice.name}"
+    where += f", origin {origin}" if np.any(shift) else ""
+    done = f"{kernel} {size}{where}, {unplanned or plan.choice.name}"
     print(f"{image}: {picture}, {values.dtype} -> {out}, {result.dtype}: {done}", *notes, sep="; ")
     if spectrum is not None:
         print(f"rank of the kernel: {record['kernel_rank']}")
-    print(plan)
-    if chain.family != "dense":
+    if not unplanned:
+        print(plan)
+    if not unplanned and chain.family != "dense":
         passes = " -> ".join("x".join(map(str, s.weight.shape)) for s in chain.stages)
         print(f"passes: {passes}, {dense_macs / macs:.2f}x fewer MACs")
     if plot is not None:
@@ -267,11 +278,43 @@ def _kernel(kernel: str, options: dict[str, Any]) -> Any:
         except (ValueError, TypeError) as why:  # the message begins with the name of the option
             raise ValueError(f"--{why}") from None
     if not kernel.endswith(".npy"):
+        near = [n for n in Name if n in kernel] or get_close_matches(kernel, list(Name), 1)
+        hint = f": did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"--kernel must be one of {', '.join(Name)}, or a .npy file, got {kernel!r}"
+            f"--kernel must be one of {', '.join(Name)}, or a .npy file, got {kernel!r}{hint}"
         )
     (taps,) = read_weights(kernel).values()
     return taps
+
+
+class _Unplanned(NamedTuple):
+    """Method that runs without a plan, and the relative error of the kernel that it runs."""
+
+    method: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.method}, kernel error {self.error:.2g}" if self.error else self.method
+
+
+def _unplanned(
+    work: Array, taps: Any, convolve: bool, along: Ints, method: str, options: dict[str, Any]
+) -> _Unplanned | None:
+    """Return the method that filters an image without a plan, or None if the plan runs."""
+    call, _ = request.as_call(
+        taps, work.ndim, work.dtype, work.dtype, convolve, options["rank"], options["tolerance"],
+        method, options["mode"], options["cval"], options["origin"], along, "same", None,
+    )  # fmt: skip
+    outer = call.as_outer_product(taps)
+    if multirate.is_chosen(work, outer, call) and outer is not None:
+        return _Unplanned("multirate", multirate.kernel_error(outer.factors) or 0.0)
+    window = call.window
+    if outer is not None and boxes.takes_image(
+        work, window.along, window.taps, window.origins, window.border, call.cval, outer.equal_tap,
+        call.work,
+    ):  # fmt: skip
+        return _Unplanned("sums of windows", 0.0)
+    return None
 
 
 def _axes(axes: str | None, picture: Picture, ndim: int) -> Ints:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import struct
+import tempfile
 import tokenize
 import warnings
 import zlib
@@ -254,11 +256,35 @@ def _read_tiff(path: Path) -> Picture:
     return Picture(values, axes, alpha, tuple(notes), metadata)
 
 
+@contextmanager
+def _strict_libtiff() -> Iterator[None]:
+    """Raise for damage that libtiff prints to the standard error stream, and decodes all the same.
+
+    Pillow has no other access to these messages.
+    """
+    with tempfile.TemporaryFile() as printed:
+        try:
+            stream = os.dup(2)
+        except OSError:  # closed, so that nothing is printed
+            yield
+            return
+        try:
+            os.dup2(printed.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stream, 2)
+            os.close(stream)
+            printed.seek(0)
+            lines = printed.read().decode(errors="replace").splitlines()
+        if lines:
+            raise ValueError(lines[0].removeprefix("tempfile.tif: ").rstrip("."))
+
+
 def _decode_by_pillow(path: Path, series: Any, why: str) -> Array:
     """Decode the pages that tifffile cannot, if Pillow keeps their sample type."""
     image = _pillow()
     pages = []
-    with image.open(path) as opened:
+    with _strict_libtiff(), image.open(path) as opened:
         for index in range(opened.n_frames):
             opened.seek(index)
             pages.append(np.array(opened))

@@ -130,12 +130,9 @@ def filter_box(
     bool
         Whether `out` has the result.
     """
-    if tap is None or not image.size:
-        return False
-    plan = _plan(
-        image.shape, image.dtype.newbyteorder("=").char, tuple(axes), tuple(sizes), tuple(origins),
-        border, cval, tap, work.char,
-    )  # fmt: skip
+    plan = _plan_image(
+        image, out.dtype == image.dtype, axes, sizes, origins, border, cval, tap, work
+    )
     if plan is None:
         return False
     x = np.ascontiguousarray(image, plan.dtype)
@@ -149,6 +146,35 @@ def filter_box(
     if result is not out:
         out[...] = conversion.as_image(result, out.dtype)
     return True
+
+
+def takes_image(
+    image: Array,
+    axes: Sequence[int],
+    sizes: Sequence[int],
+    origins: Sequence[int],
+    border: str,
+    cval: float,
+    tap: float | None,
+    work: np.dtype[Any],
+) -> bool:
+    """Return whether :func:`filter_box` filters an image into results of its dtype.
+
+    Its other arguments are described there.
+    """
+    return _plan_image(image, True, axes, sizes, origins, border, cval, tap, work) is not None
+
+
+def _plan_image(
+    image: Array, keeps_dtype: bool, axes: Sequence[int], sizes: Sequence[int],
+    origins: Sequence[int], border: str, cval: float, tap: float | None, work: np.dtype[Any],
+) -> _Plan | None:  # fmt: skip
+    if tap is None or not image.size:
+        return None
+    return _plan(
+        image.shape, image.dtype.newbyteorder("=").char, tuple(axes), tuple(sizes), tuple(origins),
+        border, cval, tap, work.char, keeps_dtype,
+    )  # fmt: skip
 
 
 class _Plan(NamedTuple):
@@ -171,15 +197,19 @@ def _plan(
     cval: float,
     tap: float,
     work: str,
+    keeps_dtype: bool,
 ) -> _Plan | None:
-    """Plan a box filter of images of a shape and dtype; None if it is faster by its taps."""
+    """Plan a box filter of images of a shape and dtype; None if it is faster by its taps.
+
+    Sums of integers are rounded to the dtype of the image, so that results have to keep it.
+    """
     dtype, windows = np.dtype(given), []
     for axis, size, origin in sorted(zip(axes, sizes, origins)):
         if size > 1:
             windows.append(Window(axis, size, size // 2 + origin, border, cval))
     if not windows:
         return None
-    if dtype in (np.uint8, np.uint16):
+    if keeps_dtype and dtype in (np.uint8, np.uint16):
         plan = _plan_integers(dtype, shape, windows, Scale.exact(tap))
         if plan is not None:
             return plan
