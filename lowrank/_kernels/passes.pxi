@@ -113,6 +113,12 @@ cdef class Passes:
             Number of threads, at most.
         fork_join : float
             Latency of a parallel region in seconds, which threads have to save.
+
+        Returns
+        -------
+        bool
+            False if an array holds integers and a sum is not finite: then taps of zero may have
+            spread it, and `out` is not to be used.
         """
         cdef int mode[MAX_PASSES]
         cdef double value = 0.0
@@ -137,20 +143,22 @@ cdef class Passes:
                 if a.ndim != b.ndim or any(a.shape[i] != b.shape[i] for i in range(a.ndim)):
                     raise ValueError("out must have the shape of x")
                 if a.len == 0:
-                    return
+                    return True
                 if _overlap(&a, &b):
                     raise ValueError("out must not overlap x")
                 for k in range(self.count):
                     self._describe(&p[k], k, &a, axes[k], before[k])
                     p[k].fill = value if follows else fill[k]
                     value = value * self.sums[k]
-                if self._filter_images(
+                found = self._filter_images(
                     p, mode, &a, &b, x_type, out_type, threads, fork_join
-                ):
-                    return
+                )
+                if found:
+                    return found == 1
                 if x_type != LR_PLAN_TYPE or out_type != LR_PLAN_TYPE:
                     raise TypeError(f"arrays of this shape must be {self.dtype} arrays")
                 self._filter_lines(p, mode, a.buf, b.buf)
+                return True
             finally:
                 PyBuffer_Release(&b)
         finally:
@@ -209,11 +217,15 @@ cdef class Passes:
                 return 0
         return count
 
-    cdef bint _filter_images(
+    cdef int _filter_images(
         self, const lr_pass *p, const int *mode, Py_buffer *a, Py_buffer *b, int x_type,
         int out_type, int threads, double fork_join,
     ) except -1:
-        """Filter images, if the passes do; return whether that gave finite results."""
+        """Filter images; return 1 for finite results, 0 if lines have to be filtered.
+
+        Lines cannot be filtered if arrays hold integers: then 2 stands for results that are not
+        finite.
+        """
         cdef int64_t first[MAX_PASSES + 1]
         cdef int64_t count = self._plan_images(p, first)
         cdef int64_t i, j, k, n = 0, outer, above, at
@@ -225,7 +237,7 @@ cdef class Passes:
         cdef int status = LR_OK, finite = 1
         cdef int64_t size = a.len // a.itemsize
         if count == 0:
-            return False
+            return 0
         first[count] = self.count
         for i in range(count):
             k = first[i]
@@ -265,13 +277,13 @@ cdef class Passes:
                                           threads, fork_join, &finite)
                 if status == LR_NO_MEMORY:
                     raise MemoryError(f"not enough memory to filter {size} samples")
-                if not finite and x_type == LR_PLAN_TYPE == out_type:
-                    return False
+                if not finite:
+                    return 0 if x_type == LR_PLAN_TYPE == out_type else 2
                 source = target
         finally:
             free(table)
             free(other)
-        return True
+        return 1
 
     cdef int _filter_lines(
         self, lr_pass *p, const int *mode, const void *source, void *out

@@ -28,6 +28,9 @@ from lowrank.filters.request import (
 )
 
 LIGHT_SAMPLES = 1 << 16  # of images that a plan would take longer than the filter
+#: Seconds that a parallel region of a filter saves at least: on a busy machine it may wait for
+#: milliseconds.
+LEAST_SAVING = 2e-4
 
 
 def correlate(
@@ -109,16 +112,16 @@ def _run_passes(
         dtype = call.work
         x = image.astype(dtype, copy=False)
     result = out if out.dtype == dtype and out.flags.carray else np.empty(out.shape, dtype)
-    threads, latency = call.threads or 0, 0.0
-    if image.size <= LIGHT_SAMPLES:
-        threads = 1  # a parallel region would take as long
-    elif threads != 1:
-        latency = least_saving()
-    passes.run(
+    threads, saving = 1, 0.0
+    if image.size > LIGHT_SAMPLES and call.threads != 1:
+        threads, saving = call.threads or 0, max(least_saving(), LEAST_SAVING)
+    is_done = passes.run(
         np.ascontiguousarray(x), result, passes.axes, passes.before, passes.border, call.cval,
-        threads, latency,
+        threads, saving,
     )  # fmt: skip
-    if result is not out:
+    if not is_done:
+        _run_passes(passes, image, call, out, False)
+    elif result is not out:
         out[...] = conversion.as_image(result, out.dtype)
 
 

@@ -96,9 +96,13 @@ class OuterProduct(NDArrayOperatorsMixin):
         """float64."""
         return np.dtype(np.float64)
 
-    @functools.cached_property
+    @property
     def equal_tap(self) -> float | None:
         """Tap of a box, whose taps are all equal, or None."""
+        return self._equal_tap
+
+    @functools.cached_property
+    def _equal_tap(self) -> float | None:
         return boxes.equal_tap(self.factors)
 
     @functools.cached_property

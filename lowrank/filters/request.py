@@ -93,6 +93,8 @@ def _as_call(
 ) -> tuple[Call, float]:  # fmt: skip
     window = as_window(taps, ndim, axes, origin, mode, padding, flip)
     fill = arguments.as_number("cval", cval, dtype.kind == "c")
+    if "constant" not in window.borders:
+        fill = 0.0  # not used, and need not be finite
     if rank is not None:
         (rank,) = as_integers("rank", rank, 1)
     work = arguments.work_dtype(dtype, fits_single, result)

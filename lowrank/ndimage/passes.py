@@ -14,6 +14,7 @@ from lowrank._kernels._core import Passes
 from lowrank._typing import Array
 from lowrank.engine.machine import least_saving
 from lowrank.filters import boxes
+from lowrank.filters.cpu import LEAST_SAVING
 from lowrank.ndimage.arguments import SCIPY, UnsupportedError, as_border, as_number, is_finite
 
 MAX_PASSES = 8  # of a call of the kernel
@@ -173,7 +174,7 @@ def _run_float(x: Array, out: Array, passes: Sequence[Pass], cval: float) -> Non
     for p in passes:
         fills.append(cval * scale)
         scale *= p.divisor
-    threads, saving = (1, 0.0) if x.size < PARALLEL_SAMPLES else (0, least_saving())
+    threads, saving = (1, 0.0) if x.size < PARALLEL_SAMPLES else (0, max(least_saving(), LEAST_SAVING))
     run(x, out, axes, before, [p.border for p in passes], fills, threads, saving)
     if scale != 1:
         out /= scale
