@@ -393,7 +393,8 @@ def test_another_network_or_other_data_are_not_resumed(net, tmp_path):
     )
     for kept in tmp_path.rglob("*.error"):
         kept.write_text("")  # as if cut off
-    compress.compress_model(net, plan, folder=tmp_path)
+    with pytest.warns(UserWarning, match="damaged .* renamed to"):
+        compress.compress_model(net, plan, folder=tmp_path)
 
 
 def test_a_plan_edited_by_hand_is_counted_anew(net):

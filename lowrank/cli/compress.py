@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from lowrank.cli.console import (
     share_bars,
     typer,
 )
+from lowrank.cli.interruption import describe_interruption
 from lowrank.cli.scripts import load_function
 from lowrank.compress import (
     FAST_FAMILIES,
@@ -46,7 +47,9 @@ from lowrank.compress import (
     make_plan,
 )
 from lowrank.compress.options import AXES
+from lowrank.compress.statistics import Progress
 from lowrank.core import tables
+from lowrank.core.files import set_aside
 from lowrank.interop import files
 from lowrank.selection import parse_budget
 
@@ -134,6 +137,13 @@ def plan(
         Path | None,
         typer.Option("--out", "-o", help="Write the plan as JSON, for compress --plan."),
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Store the options of finished layers here; the same command resumes from them.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose a family and rank per layer within a budget, without changing the network.
@@ -145,7 +155,8 @@ def plan(
     arguments = options.arguments()
     net, _ = _open(model, options.calibrate)
     try:
-        result = _make_plan(net, arguments)
+        with describe_interruption(lambda: _kept(resume, resume)), share_bars() as step:
+            result = _make_plan(net, arguments, resume, step)
     except NothingToCompressError as error:
         _exit_unchanged(str(error), as_json)
     if out is not None:
@@ -219,26 +230,23 @@ def compress(
         run = {"passes": passes, "refit": refit, "plan": chosen and chosen.to_json(), **arguments}
         key = files.fingerprint(net, model, calibrate) + json.dumps(run, sort_keys=True)
         folder = resume / hashlib.sha256(key.encode()).hexdigest()[:16]
+        if folder.exists() and not folder.is_dir():
+            set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
     before = None if score is None else score(model)
-    try:
-        if chosen is None:
-            chosen = _resume_plan(net, arguments, folder)
-    except NothingToCompressError as error:
-        _exit_unchanged(str(error), as_json)
-    if not chosen.changed:
-        _exit_unchanged("the network is within the budget already", as_json)
-    try:
-        with share_bars() as step:
-            result = compress_model(
-                net, chosen, passes=passes, refit=refit, folder=folder,
-                timed=not options.no_measure, progress=step,
-            )  # fmt: skip
-            files.save(net.replaced(result.chains), out)
-    except KeyboardInterrupt:
-        if resume is not None:
-            print("interrupted: run the same command to resume", file=sys.stderr)
-        raise
+    with describe_interruption(lambda: _kept(resume, folder)), share_bars() as step:
+        try:
+            if chosen is None:
+                chosen = _resume_plan(net, arguments, folder, step)
+        except NothingToCompressError as error:
+            _exit_unchanged(str(error), as_json)
+        if not chosen.changed:
+            _exit_unchanged("the network is within the budget already", as_json)
+        result = compress_model(
+            net, chosen, passes=passes, refit=refit, folder=folder,
+            timed=not options.no_measure, progress=step,
+        )  # fmt: skip
+        files.save(net.replaced(result.chains), out)
     scores, failure = None, None
     if score is not None and before is not None:
         try:
@@ -289,22 +297,39 @@ def _parse_cap(text: str) -> tuple[str, float]:
     return name, cap.value
 
 
-def _make_plan(net: CompressibleModel, arguments: dict[str, Any]) -> CompressionPlan:
+def _kept(resume: Path | None, folder: Path | None) -> str:
+    """Return what an interrupted run leaves for ``--resume``, in one sentence."""
+    if resume is None or folder is None:
+        return "interrupted: nothing was written; --resume FOLDER keeps finished layers"
+    if (folder / "plan.json").exists():
+        what, count = "the plan and the fits of", len(list(folder.glob("*/*.safetensors")))
+    else:
+        what, count = "the options of", len(list(folder.glob("options-*.json")))
+    layers = "1 layer" if count == 1 else f"{count} layers"
+    return f"interrupted: {resume} keeps {what} {layers}; run the same command to resume"
+
+
+def _make_plan(
+    net: CompressibleModel, arguments: dict[str, Any], folder: Path | None, step: Progress
+) -> CompressionPlan:
     """Make a plan, with a calibration before if times have to be predicted."""
     if arguments.get("seconds") is not None:
         calibrate_quickly(arguments["runtime"])
-    with share_bars() as step:
-        return make_plan(net, progress=step, **arguments)
+    return make_plan(net, folder=folder, progress=step, **arguments)
 
 
 def _resume_plan(
-    net: CompressibleModel, arguments: dict[str, Any], folder: Path | None
+    net: CompressibleModel, arguments: dict[str, Any], folder: Path | None, step: Progress
 ) -> CompressionPlan:
     """Return the plan of an interrupted run, or make one."""
     path = None if folder is None else folder / "plan.json"
     if path is not None and path.exists():
-        return _read_plan(path)
-    plan = _make_plan(net, arguments)
+        try:
+            return _read_plan(path)
+        except (ValueError, OSError) as error:
+            aside = set_aside(path)
+            warnings.warn(f"{error}: renamed to {aside.name}; planning anew", stacklevel=2)
+    plan = _make_plan(net, arguments, folder, step)
     if path is not None:
         plan.save(path)
     return plan

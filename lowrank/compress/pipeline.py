@@ -21,7 +21,7 @@ from lowrank.compress.options import fit_option
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.planning import make_plan
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
-from lowrank.core.files import atomic_write
+from lowrank.core.files import atomic_write, set_aside
 from lowrank.core.stage import Stage
 from lowrank.factorization import Factorization
 from lowrank.metric import Metric
@@ -126,7 +126,7 @@ def compress_model(
     if plan is None:
         settings = {k: budget[k] for k in ("gradients", "seed") if k in budget}
         statistics = budget.setdefault("statistics", LayerStatistics(model, **settings))
-        plan = make_plan(model, progress=progress, **budget)
+        plan = make_plan(model, folder=folder, progress=progress, **budget)
     elif budget:
         raise TypeError(f"a plan has its budget: {', '.join(budget)} cannot be given with it")
     else:
@@ -293,7 +293,13 @@ class _Store:
         path = self._path(name, number)
         try:
             return io.load(path)["layer"], float(path.with_suffix(".error").read_text())
-        except (OSError, ValueError):  # missing, or cut off while it was written
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError) as why:
+            for file in (path, path.with_suffix(".error")):
+                if file.exists():
+                    aside = set_aside(file)
+            warnings.warn(f"{path}: damaged ({why}): renamed to {aside.name}", stacklevel=2)
             return None
 
     def write(self, name: str, number: int, f: Factorization, error: float) -> None:

@@ -235,11 +235,12 @@ class CompressionPlan:
         str
         """
         entries = [
-            f"{_text(name)}: {_text(_as_dict(c) | {'dense': _as_dict(self.dense[name])})}"
+            f"{_text(name)}: "
+            + _text(candidate_as_dict(c) | {"dense": candidate_as_dict(self.dense[name])})
             for name, c in self.layers.items()
         ]
         fronts = [
-            f"{_text(name)}: [{_lines((_text(_as_dict(c)) for c in front), 3)}]"
+            f"{_text(name)}: [{_lines((_text(candidate_as_dict(c)) for c in front), 3)}]"
             for name, front in self.alternatives.items()
         ]
         omitted = [f"{_text(n)}: {_text(x._asdict())}" for n, x in self.left_out.items()]
@@ -278,19 +279,19 @@ class CompressionPlan:
             read = json.loads(text)
             if read["version"] != VERSION:
                 raise ValueError(f"version must be {VERSION}, got {read['version']}")
-            layers = {str(name): _candidate(e) for name, e in read["layers"].items()}
-            dense = {str(name): _candidate(e["dense"]) for name, e in read["layers"].items()}
+            layers = {str(name): read_candidate(e) for name, e in read["layers"].items()}
+            dense = {str(name): read_candidate(e["dense"]) for name, e in read["layers"].items()}
             latency = _read_latency(read.get("latency"))
             limits = {
                 str(a): parse_budget(a, v).amount(_dense_amount(a, dense, latency))
                 for a, v in read["limits"].items()
             }
             alternatives = {
-                str(name): tuple(map(_candidate, front))
+                str(name): tuple(map(read_candidate, front))
                 for name, front in dict(read.get("alternatives", {})).items()
             }
             loss, gap = (math.nan if read[k] is None else float(read[k]) for k in ("loss", "gap"))
-            about = dict(read["about"])
+            about = _read_about(read["about"])
             left_out = {
                 str(name): OmittedLayer(
                     str(x["reason"]), None if x["macs"] is None else _integer("macs", x["macs"])
@@ -315,6 +316,20 @@ class CompressionPlan:
         """
         with atomic_write(path) as part:
             part.write_text(self.to_json() + "\n", "utf-8")
+
+
+def _read_about(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a plan was made, with the values that runs and notes need."""
+    about = dict(read)
+    for name in ("batch", "seed"):
+        about[name] = _integer(name, about[name])
+    if about["threads"] is not None:
+        about["threads"] = _integer("threads", about["threads"])
+    about["runtime"] = str(about["runtime"])
+    for name, kind in (("factored", dict), ("wide", list), ("without_gradient", list)):
+        if not isinstance(about.get(name, kind()), kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got {about[name]!r:.80}")
+    return about
 
 
 def _dense_amount(axis: str, dense: Mapping[str, Candidate], latency: Latency | None) -> float:
@@ -343,7 +358,7 @@ def _read_latency(read: Mapping[str, Any] | None) -> Latency | None:
     )  # fmt: skip
 
 
-def _as_dict(c: Candidate) -> dict[str, Any]:
+def candidate_as_dict(c: Candidate) -> dict[str, Any]:
     """Return a candidate as plain values, without what is not known."""
     values = {
         "family": c.family, "variant": c.variant, "rank": list(c.rank), "error": c.error,
@@ -354,7 +369,8 @@ def _as_dict(c: Candidate) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v == v and v != math.inf}
 
 
-def _candidate(e: Mapping[str, Any]) -> Candidate:
+def read_candidate(e: Mapping[str, Any]) -> Candidate:
+    """Return the candidate that :func:`candidate_as_dict` wrote, without its weights."""
     return Candidate(
         str(e["family"]),
         str(e["variant"]),

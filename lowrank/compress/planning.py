@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from typing import Any
 
 from threadpoolctl import threadpool_limits
@@ -14,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from lowrank import perfmodel
 from lowrank._kernels import _core
 from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
+from lowrank.compress.kept_options import KeptOptions
 from lowrank.compress.latency import NetworkClock, Timing, layer_latency
 from lowrank.compress.model import CompressibleModel, Layer, OmittedLayer, omitted_layers
 from lowrank.compress.optimise import allocate
@@ -21,6 +25,7 @@ from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.requests import check_request, read_requests, requested_options
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
+from lowrank.metric import Metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
 
@@ -50,6 +55,7 @@ def make_plan(
     measure: bool = True,
     seed: int = 0,
     statistics: LayerStatistics | None = None,
+    folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CompressionPlan:
     """Choose a family, variant and rank for every layer of a model within budgets.
@@ -93,6 +99,8 @@ def make_plan(
     statistics : LayerStatistics, optional
         Statistics of the same model, shared by plans of several budgets; with a seed and
         gradients of their own.
+    folder : path, optional
+        Folder for the options of finished layers, from which interrupted planning continues.
     progress : callable, optional
         Called with the name of the step and the share of it that is done.
 
@@ -144,9 +152,27 @@ def make_plan(
         raise ValueError("statistics must be those of the model that is planned")
     metrics, absolute = statistics.metrics(free, progress)
 
+    kept = None
+    if folder is not None:
+        settings = (
+            version("lowrank"), perfmodel.current().to_json(), names, axes, timing, absolute,
+            bool(model.batches), len(free), sorted((capped or {}).items()),
+        )  # fmt: skip
+        kept = KeptOptions(folder, settings)
+
     def options_of(layer: Layer) -> list[Candidate]:
         is_free = layer.name in metrics
         metric = metrics[layer.name] if is_free else white_metric(layer)
+        # Layers with requests are fitted again: few candidates, which take no time.
+        store = kept if is_free and layer.name not in requests else None
+        found = None if store is None else store.read(layer, metric)
+        if found is None:
+            found = fitted_options(layer, metric, is_free)
+            if store is not None:
+                store.write(layer, metric, found)
+        return found
+
+    def fitted_options(layer: Layer, metric: Metric, is_free: bool) -> list[Candidate]:
         request = requests.get(layer.name)
         if request is not None and (request.rank is not None or request.family == "dense"):
             return requested_options(
@@ -163,7 +189,7 @@ def make_plan(
 
     options: dict[str, list[Candidate]] = {}
     # Fits are many small products: one layer per thread is faster than several threads per product.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_core.max_threads()) as pool:
+    with threadpool_limits(1, user_api="blas"), _impatient_pool() as pool:
         for i, (layer, found) in enumerate(zip(counted, pool.map(options_of, counted)), start=1):
             options[layer.name] = found
             if progress is not None:
@@ -222,6 +248,16 @@ def make_plan(
         latency,
         omitted,
     )
+
+
+@contextmanager
+def _impatient_pool() -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads whose running fits nobody waits for after an error or Ctrl-C."""
+    pool = ThreadPoolExecutor(_core.max_threads())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _select_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -76,6 +77,23 @@ def atomic_write_all(*paths: str | os.PathLike[str]) -> Iterator[tuple[Path, ...
         _replace(paths, parts, targets, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that it is out of the way and not lost.
+
+    Parameters
+    ----------
+    path : Path
+        File or folder.
+
+    Returns
+    -------
+    Path
+        Its new name, which no other file has.
+    """
+    names = (path.with_name(f"{path.name}.bad{n or ''}") for n in itertools.count())
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def _replace(
