@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Factorization]:
             "lowrank.dense(weight) makes a convolution of a tensor"
         )
     try:
-        record = json.loads(metadata[_RECORD])
+        record = json.loads(metadata[_RECORD], object_pairs_hook=_as_object)
         version, layers = record["format"], record["layers"].items()
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: the metadata of the chains is damaged") from None
     if version != FORMAT:
         raise ValueError(
@@ -245,9 +245,10 @@ def read_tensors(
     if len(data) < 8 or length > min(len(data) - 8, _LONGEST_HEADER):
         raise ValueError(f"{path}: not a safetensors file, or cut short")
     try:
-        header = json.loads(data[8 : 8 + length].decode())
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file: its header is not JSON") from None
+        header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_as_object)
+    except (ValueError, RecursionError) as why:
+        why_not = str(why) if isinstance(why, _RepeatedKeyError) else "its header is not JSON"
+        raise ValueError(f"{path}: not a safetensors file: {why_not}") from None
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: not a safetensors file: its header is not a JSON object")
@@ -259,18 +260,33 @@ def read_tensors(
         if first != end or last > len(body):
             raise ValueError(f"{path}: tensor {name!r} is outside the data, or overlaps another")
         end = last
-        tensors[name] = _decode(body[first:last], dtype, shape, raw)
+        try:
+            tensors[name] = _decode(body[first:last], dtype, shape, raw)
+        except (ValueError, OverflowError) as why:  # too many axes, or too long ones without values
+            raise ValueError(f"{path}: tensor {name!r}: {why}") from None
     if end != len(body):
         raise ValueError(f"{path}: {len(body) - end} bytes belong to no tensor")
     # In the order of the header: that of the data follows from alignment.
     return {name: tensors[name] for name in header}, {str(k): str(v) for k, v in metadata.items()}
 
 
+class _RepeatedKeyError(ValueError):
+    """A key that a JSON object has twice, of which readers take different values."""
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise _RepeatedKeyError(f"its header has {twice!r:.80} twice")
+    return found
+
+
 def _data_offsets(item: tuple[str, Any]) -> tuple[int, int]:
     """Return the data offsets of a header entry; (0, 0) if it is damaged, to be refused later."""
     try:
         first, last = item[1]["data_offsets"]
-        return operator.index(first), operator.index(last)
+        return _as_integer("data_offsets", first), _as_integer("data_offsets", last)
     except (LookupError, TypeError, ValueError):
         return 0, 0
 
@@ -278,12 +294,12 @@ def _data_offsets(item: tuple[str, Any]) -> tuple[int, int]:
 def _parse_entry(path: Any, name: str, entry: Any) -> tuple[str, Ints, tuple[int, int]]:
     """Return dtype, shape and offsets of a tensor, checked against each other."""
     try:
-        dtype, shape = entry["dtype"], tuple(operator.index(n) for n in entry["shape"])
-        first, last = (operator.index(n) for n in entry["data_offsets"])
+        dtype, shape = entry["dtype"], tuple(_as_integer("shape", n) for n in entry["shape"])
+        first, last = (_as_integer("data_offsets", n) for n in entry["data_offsets"])
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{path}: the header's entry of tensor {name!r} is damaged") from None
-    if dtype not in _DTYPES:
-        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype}, which cannot be read")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {dtype!s:.80}, which cannot be read")
     size = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
     if min(shape, default=0) < 0 or not 0 <= first <= last or last - first != size:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,7 @@ def damaged_errors(path: Path, what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as why:
-        if isinstance(why, OSError) and why.errno is not None:
-            raise  # of the disk, not of the contents
+        if isinstance(why, OSError) and why.errno not in (None, errno.EINVAL):
+            # Of the disk, not of the contents, as positions before the start of a file are.
+            raise OSError(why.errno, why.strerror, why.filename or os.fspath(path)) from None
         raise ValueError(f"{path}: {what}: {one_line(why)}") from None
