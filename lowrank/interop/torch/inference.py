@@ -13,7 +13,7 @@ from lowrank.engine import ALGORITHMS
 from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.batches import run_model, tensors_in
 from lowrank.interop.torch.copies import check_model, copy_model
-from lowrank.interop.torch.modules import is_conv
+from lowrank.interop.torch.modules import call_hooks, is_conv
 from lowrank.interop.torch.tracing import onto_engine, swap_for_inference, trace
 from lowrank.interop.torch.training import swap_for_training
 
@@ -147,8 +147,9 @@ class EngineModel(nn.Module):  # type: ignore[misc]
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """Forward pass of the converted model, with the names of its arguments."""
-        return cast(Callable[..., Any], self.converted.forward)
+        """Forward pass of the converted model, with the names of its arguments and its hooks."""
+        has_hooks = bool(call_hooks(self.converted))
+        return cast(Callable[..., Any], self.converted if has_hooks else self.converted.forward)
 
     def _convert(self) -> None:
         plain = self._copy_of_source()
