@@ -37,9 +37,17 @@ from lowrank.filters.separability import separate as separate
 from lowrank.filters.tensors import structure_tensor as structure_tensor
 from lowrank.filters.tensors import symmetric_eigenvalues as symmetric_eigenvalues
 
+#: Functions of :mod:`lowrank.ndimage` that are not here under the same name.
+SCIPY_NAMES = {
+    "correlate1d", "convolve1d", "gaussian_filter", "gaussian_filter1d",
+    "gaussian_gradient_magnitude", "laplace", "uniform_filter", "uniform_filter1d",
+}  # fmt: skip
+
 
 def __getattr__(name: str) -> NoReturn:
     known = [n for n in globals() if not n.startswith("_")]
     near = [n for n in known if n in name] or get_close_matches(name, known, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
+    if name in SCIPY_NAMES:
+        hint = f": did you mean lowrank.ndimage.{name}?"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

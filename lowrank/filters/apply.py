@@ -92,8 +92,9 @@ def correlate(
 
     Notes
     -----
-    float16, float32, bool and integers of 8 and 16 bits are computed in float32 if the result is
-    one of these, too; all else is in float64, which rounds integers beyond 2^53, as SciPy does.
+    float16, float32, bool and integers of 8 and 16 bits are computed in float32, unless the result
+    has 16-bit integers, or is wider; all else is computed in float64, which rounds integers beyond
+    2^53, as SciPy does.
     Parts of complex images and kernels are filtered one by one.
 
     A Fourier transform spreads round-off over its block: in float32 samples below about 1e-6 of

@@ -31,7 +31,7 @@ def plan_filter(
     batch: int = 1,
     threads: int | None = None,
 ) -> FilterPlan:
-    """Compare the methods for a filter, and show which one :func:`correlate` runs.
+    """Compare the methods for a filter, and show which one :func:`correlate` plans.
 
     Parameters
     ----------
@@ -74,6 +74,9 @@ def plan_filter(
 
     Notes
     -----
+    Some filters need no plan, and are not in the table: outer products along one or two axes run by
+    bands of rows, boxes by sums of windows, and wide Gaussians with a `tolerance` by resampling.
+
     Times are predictions of :mod:`lowrank.perfmodel`.  The bound in grey levels holds for every
     image with values from 0 to 255: it is 255 times the larger of the sums of the positive and
     of the negative part of the kernel's error, and images of 0 and 255 attain it.
@@ -91,6 +94,8 @@ def plan_filter(
     ['direct', 'fft', 'separable']
     """
     k = arguments.as_kernel(kernel)
+    if np.ndim(shape) != 1:
+        raise ValueError(f"shape must be the sizes of the image's axes, got {np.ndim(shape)} axes")
     sizes = as_integers("shape", shape, np.size(shape))
     if min(sizes, default=1) < 1:
         raise ValueError(f"shape must be at least 1 along every axis, got {sizes}")
