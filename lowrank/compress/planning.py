@@ -12,8 +12,6 @@ from fnmatch import fnmatchcase
 from importlib.metadata import version
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from lowrank import perfmodel
 from lowrank._kernels import _core
 from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
@@ -25,6 +23,7 @@ from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.requests import check_request, read_requests, requested_options
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
+from lowrank.core.blas import one_blas_thread
 from lowrank.metric import Metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
@@ -189,7 +188,7 @@ def make_plan(
 
     options: dict[str, list[Candidate]] = {}
     # Fits are many small products: one layer per thread is faster than several threads per product.
-    with threadpool_limits(1, user_api="blas"), _impatient_pool() as pool:
+    with one_blas_thread(), _impatient_pool() as pool:
         for i, (layer, found) in enumerate(zip(counted, pool.map(options_of, counted)), start=1):
             options[layer.name] = found
             if progress is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowrank._typing import Array, Ints
+from lowrank.core.blas import one_blas_thread
 from lowrank.factorization import Factorization
 from lowrank.families import weighted
 from lowrank.families.rank_choice import (
@@ -128,8 +129,8 @@ class Family:
         ((1,), 0.0)
         """
         if metric is None:
-            return self.sweep_white(conv, variant)
-        return weighted.sweep(self.sweep_white, conv, variant, metric)
+            return _on_one_blas_thread(self.sweep_white(conv, variant))
+        return _on_one_blas_thread(weighted.sweep(self.sweep_white, conv, variant, metric))
 
     def fit(
         self,
@@ -172,6 +173,10 @@ class Family:
             If `rank`, `variant` or `max_error` is not possible, or neither `rank` nor `max_error`
             is given.
 
+        Notes
+        -----
+        BLAS runs on one thread meanwhile: results do not depend on the number of threads.
+
         Examples
         --------
         >>> import numpy as np
@@ -189,6 +194,18 @@ class Family:
         >>> fit.error(fitted.stages) < fit.error(plain.stages)
         True
         """
+        with one_blas_thread():
+            return self._fit(conv, rank, variant, metric, refine, max_error)
+
+    def _fit(
+        self,
+        conv: Factorization,
+        rank: int | float | Sequence[int] | None,
+        variant: str | None,
+        metric: Metric | None,
+        refine: bool,
+        max_error: float | None,
+    ) -> Factorization:
         if rank is None or is_share(rank):
             share = None if rank is None else float(rank)
             point = self.choose(conv, share, variant, metric, max_error=max_error)[0]
@@ -292,3 +309,14 @@ class Family:
             return variants[0] if variant is None else variant
         # A fit may accept variants that a sweep does not try (Kronecker splits); it refuses others.
         return self.fit_white(conv, (1,), variant).variant
+
+
+def _on_one_blas_thread(points: Iterable[SweepPoint]) -> Iterator[SweepPoint]:
+    """Yield the points of a sweep, each computed with BLAS on one thread."""
+    remaining = iter(points)
+    while True:
+        with one_blas_thread():
+            point = next(remaining, None)
+        if point is None:
+            return
+        yield point

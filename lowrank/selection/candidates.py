@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank import perfmodel
 from lowrank._typing import Ints
+from lowrank.core.blas import one_blas_thread
 from lowrank.core.cost import AXES, Cost, chain_cost, speed_up_efficiency
 from lowrank.core.stage import Stage, is_abstract
 from lowrank.factorization import Factorization
@@ -132,9 +133,11 @@ class Candidate:
             raise ValueError(f"{self.name} was read from a file without its convolution")
         if self._point is None:
             return self._conv
+        with one_blas_thread():
+            stages = self._point.build()
         return replace(
             self._conv,
-            stages=self._point.build(),
+            stages=stages,
             family=self.family,
             variant=self.variant,
             rank=self.rank,
