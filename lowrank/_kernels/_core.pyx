@@ -124,8 +124,8 @@ cdef extern from "dispatch.h":
     double lr_now() nogil
     int lr_run_image(lr_image *, const lr_kernels *, const void *, void *, int64_t, int64_t, int,
                      double, int *) noexcept nogil
-    int lr_run_box(const lr_isa *, const lr_kernels *, const lr_box *, const void *, void *, int64_t,
-                   int64_t, int, double, double) nogil
+    int lr_run_box(const lr_isa *, const lr_kernels *, const lr_box *, const void *, void *,
+                   int64_t, int64_t, int, double, double) nogil
     int lr_run_resample(const lr_kernels *, const lr_resample *, const void *, void *, int64_t,
                         int64_t, int, double, double) nogil
     int lr_run(const lr_plan *, const lr_kernels *, lr_arrays *, int64_t, int64_t, int, void **,

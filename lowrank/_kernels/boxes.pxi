@@ -47,7 +47,8 @@ cdef class _Arrays:
 cdef object _border(name, int64_t n, int64_t before, int64_t after, border):
     """Return the table of the sample at each padded position."""
     if border not in BORDERS:
-        raise ValueError(f"{name} must have one of the borders {', '.join(BORDERS)}, got {border!r}")
+        known = ", ".join(BORDERS)
+        raise ValueError(f"{name} must have one of the borders {known}, got {border!r}")
     cdef int mode = BORDERS.index(border)
     cdef int64_t i
     table = bytearray(4 * (n + before + after))
