@@ -224,7 +224,7 @@ def test_transforms_are_not_used(rng):
     np.testing.assert_array_equal(lazy.compute(), whole)
     with pytest.raises(ValueError, match="method must be auto, direct or separable"):
         filters.correlate(da.from_array(image), disk, method="fft")
-    with pytest.raises(ValueError, match="method must not be multirate for images that are no NumPy"):
+    with pytest.raises(ValueError, match="multirate for images that are no NumPy"):
         filters.correlate(da.from_array(image), filters.gauss(9.0), method="multirate")
 
 
