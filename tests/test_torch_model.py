@@ -107,11 +107,13 @@ class Tokens(nn.Module):
         return self.layer(self.norm(self.linear(self.table(x))))
 
 
-def test_integer_inputs_work_and_layers_inside_transformers_are_skipped():
+def test_integer_inputs_work_with_layers_inside_transformers():
     model = Tokens().eval()
     data = [torch.randint(0, 20, (4, 6)) for _ in range(2)]
     net = TorchModel(model, data)
-    assert [x.name for x in net.layers] == ["linear"]
+    names = [x.name for x in net.layers]
+    assert "linear" in names
+    assert len(names) % 6 == 1  # four projections and two linear layers per block
     (g,) = next(net.gradients(["linear"], 0))["linear"]
     assert g.shape == (4, 16, 6)
     assert np.abs(g).max() > 0
@@ -125,10 +127,10 @@ class Standardised(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight / self.weight.norm(), self.bias)
 
 
-def test_subclass_with_its_own_forward_is_not_a_layer():
+def test_subclass_that_computes_its_weight_is_a_layer():
     model = nn.Sequential(Standardised(3, 8, 3), nn.Conv2d(8, 8, 3))
     x = torch.randn(2, 3, 8, 8)
-    assert list(layers(model, x)) == ["1"]
+    assert list(layers(model, x)) == ["0", "1"]
     with torch.inference_mode():
         assert is_close(on_engine(model)(x), model(x))
 
