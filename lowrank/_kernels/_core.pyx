@@ -118,6 +118,7 @@ cdef extern from "dispatch.h":
     int lr_isa_count() nogil
     const char *lr_isa_name(int) nogil
     const lr_isa *lr_isa_table(int) nogil
+    int lr_guard_forks() nogil
     int lr_max_threads() nogil
     double lr_fork_join(int) nogil
     void lr_caches(int64_t *) nogil
@@ -259,6 +260,10 @@ cdef _fill_sizes(lr_stage *s, spec, sizes):
     s.channel, s.buffer = sizes.channel, sizes.buffer
     s.activation = ACTIVATIONS.index(spec.activation)
     s.source = s.destination = s.padded_columns = NULL
+
+
+if lr_guard_forks():
+    raise MemoryError("no memory to register what forked children do")
 
 
 def max_threads():

@@ -104,16 +104,36 @@ void lr_caches(int64_t sizes[3])
 }
 
 #ifdef _OPENMP
-/* GNU's OpenMP hangs in a forked child if the parent ran a parallel region: the child runs serially. */
-static int ran_parallel_region, is_forked_child;
-static void in_child(void) { is_forked_child = ran_parallel_region; }
+/* GNU's OpenMP hangs in a forked child if its parent ran a parallel region, of this library or of
+ * any other that shares the runtime, such as PyTorch: forked children run serially. */
+static int is_forked_child;
+static void in_child(void) { is_forked_child = 1; }
+
+/* Whether this process was forked and has not called exec since, if Linux tells. */
+static int was_forked(void)
+{
+    unsigned flags = 0;
+#ifdef __linux__
+    char line[1024];
+    FILE *file = fopen("/proc/self/stat", "r");
+    if (file) {
+        line[fread(line, 1, sizeof line - 1, file)] = 0;
+        fclose(file);
+        const char *end = strrchr(line, ')'); /* of the name, which may contain anything */
+        if (end && sscanf(end + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) flags = 0;
+    }
+#endif
+    return (flags & 0x40) != 0; /* PF_FORKNOEXEC of include/linux/sched.h */
+}
 #endif
 
-void lr_note_parallel_region(void)
+int lr_guard_forks(void)
 {
 #ifdef _OPENMP
-    if (!__atomic_exchange_n(&ran_parallel_region, 1, __ATOMIC_RELAXED))
-        pthread_atfork(NULL, NULL, in_child);
+    is_forked_child = was_forked();
+    return pthread_atfork(NULL, NULL, in_child);
+#else
+    return 0;
 #endif
 }
 
@@ -151,7 +171,6 @@ double lr_fork_join(int threads)
 #ifdef _OPENMP
     enum { WARM_UP = 5, FORKS = 101 };
     const double pause = 1e-4; /* seconds of work before each fork */
-    lr_note_parallel_region();
     double times[FORKS];
     for (int i = -WARM_UP; i < FORKS; i++) {
         int joined = 0;
@@ -217,7 +236,6 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     *used = threads;
 #ifdef _OPENMP
     if (threads > 1) {
-        lr_note_parallel_region();
         const int64_t kinds = plan->stages * LR_STEPS + 1;
         /* Neighbouring tiles share input rows, so a thread takes several; 8 chunks per thread balance. */
         const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
@@ -298,7 +316,6 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
 #ifdef _OPENMP
     /* Neighbouring bands share rows, so a thread takes several. */
     const int64_t chunk = tasks / (8 * threads) > 1 ? tasks / (8 * threads) : 1;
-    if (threads > 1) lr_note_parallel_region();
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads) if (threads > 1) reduction(& : all)
 #endif
     for (int64_t j = 0; j < tasks; j++) {
@@ -334,7 +351,6 @@ int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, 
     char *work = workspaces((kernels ? kernels->box_bytes : isa->box_bytes)(box), threads, &each);
     if (!work) return LR_NO_MEMORY;
 #ifdef _OPENMP
-    if (threads > 1) lr_note_parallel_region();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
 #endif
     for (int64_t j = 0; j < tasks; j++) {
@@ -358,7 +374,6 @@ int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void 
     char *work = workspaces(kernels->resample_bytes(p), threads, &each);
     if (!work) return LR_NO_MEMORY;
 #ifdef _OPENMP
-    if (threads > 1) lr_note_parallel_region();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
 #endif
     for (int64_t j = 0; j < tasks; j++) {

@@ -18,8 +18,8 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
 /* Filter `outer` images; `finite` receives whether all results are. */
 int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void *out, int64_t outer,
                  int64_t itemsize, int threads, double fork_join, int *finite);
-/* Call it before a parallel region: a child of this process then runs serially. */
-void lr_note_parallel_region(void);
+/* Call it once, before all others: forked children then run serially.  Returns 0 or an errno. */
+int lr_guard_forks(void);
 int lr_limits(const lr_kernels *kernels, int64_t *limits); /* lanes, vectors, most pixels by vectors */
 int64_t lr_scratch(const lr_op *op, const lr_kernels *kernels);
 /* `seconds` is NULL or has shape (threads, operations). */

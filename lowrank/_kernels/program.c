@@ -110,7 +110,6 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
         return LR_OK;
     }
 #ifdef _OPENMP
-    lr_note_parallel_region();
     barrier all = {0, 0, 0};
     int64_t next = 0;
     const int64_t alone = batch / threads * threads; /* images that single threads take */
