@@ -14,7 +14,7 @@ LIMIT = 120  # seconds: a hang, not a slow machine
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 is_linux = sys.platform == "linux"
 
-#: What a script has: an engine run whose result is compared, and threads of a library.
+#: Start of a script: an engine run whose result is compared, and threads of a library.
 HEAD = """
 import os, sys
 import numpy as np
