@@ -10,6 +10,7 @@ import pytest
 from fake_clock import FakeMeasurements
 
 from lowrank import cli, demo, io, perfmodel
+from lowrank.cli import interruption
 from lowrank.compress import CompressionPlan, reconstruct
 from lowrank.compress.plan import VERSION
 from lowrank.interop import files
@@ -25,6 +26,7 @@ QUICK = ("--families", "spatial_svd,channel_svd")
 def lowrank(monkeypatch, capsys, tmp_path):
     """Run a command in a temporary folder; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interruption, "end_process", lambda: None)  # it is that of the tests
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["lowrank", *map(str, words)])
@@ -385,7 +387,8 @@ def test_wrong_arguments_give_one_line_and_no_file(lowrank, tmp_path, words, mes
     }
     dense = cost | {"family": "dense", "variant": "", "rank": [], "error": 0, "bound": 0}
     entry |= {"dense": dense}
-    plan = {"version": VERSION, "limits": {}, "loss": 0, "gap": 0, "about": {}, "layers": {}}
+    about = {"batch": 1, "seed": 0, "threads": None, "runtime": "lowrank"}
+    plan = {"version": VERSION, "limits": {}, "loss": 0, "gap": 0, "about": about, "layers": {}}
     texts = {
         "plan": json.dumps(plan),
         "broken": json.dumps(plan)[:-9],

@@ -23,14 +23,19 @@ import sys, time
 from lowrank.cli import main
 import {module} as module
 
-original, calls = module.{name}, []
+original, calls, ended = module.{name}, [], []
 
 def slow(*args, **options):
     calls.append(0)
     if len(calls) > {finished}:
+        while len(ended) < {finished}:  # on another thread
+            time.sleep(0.01)
+        time.sleep(2)  # until these are kept
         print("in the middle", flush=True)
         {wait}
-    return original(*args, **options)
+    found = original(*args, **options)
+    ended.append(0)
+    return found
 
 module.{name} = slow
 main()
@@ -67,7 +72,7 @@ def command(tmp_path):
 def _run(folder, *words):
     found = subprocess.run(
         [sys.executable, "-m", "lowrank.cli", *words], cwd=folder, capture_output=True, text=True,
-        timeout=START, check=False,
+        timeout=START, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     return found.stderr

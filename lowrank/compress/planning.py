@@ -154,8 +154,9 @@ def make_plan(
     kept = None
     if folder is not None:
         settings = (
-            version("lowrank"), perfmodel.current().to_json(), names, axes, timing, absolute,
-            bool(model.batches), len(free), sorted((capped or {}).items()),
+            version("lowrank"), perfmodel.current().to_json(), names, axes, timing,
+            _core.max_threads(), absolute, bool(model.batches), len(free),
+            sorted((capped or {}).items()),
         )  # fmt: skip
         kept = KeptOptions(folder, settings)
 
