@@ -55,7 +55,8 @@ class CompressionPlan:
     >>> from lowrank.compress import CompressionPlan
     >>> from lowrank.selection import Candidate
     >>> dense = Candidate("dense", "", (), 0.0, 0.0, Cost(10, 5, 20, 20, 10), loss=0.0)
-    >>> plan = CompressionPlan({"conv": dense}, {"conv": dense}, {}, 0.0, 0.0, {})
+    >>> about = {"batch": 1, "seed": 0, "threads": None, "runtime": "lowrank"}
+    >>> plan = CompressionPlan({"conv": dense}, {"conv": dense}, {}, 0.0, 0.0, about)
     >>> CompressionPlan.from_json(plan.to_json()).layers["conv"].cost == dense.cost
     True
     """
