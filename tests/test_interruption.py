@@ -57,6 +57,8 @@ def command(tmp_path):
             [sys.executable, "-c", code, *words], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            # Jobs in the background of a shell ignore it, and so do their children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             assert process.stdout.readline() == "in the middle\n", process.stderr.read()
@@ -64,6 +66,7 @@ def command(tmp_path):
             _, err = process.communicate(timeout=END)
         finally:
             process.kill()
+            process.communicate()
         return process.returncode, err
 
     return interrupt
