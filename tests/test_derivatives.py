@@ -353,7 +353,7 @@ def test_dask_arrays_are_lazy(rng, f, shape):
         ({"mode": "zero"}, r"mode must be one of"),
         ({"mode": ["reflect"]}, r"mode must be one name, or one per axis, 2, got 1"),
         ({"mode": 3}, r"mode must be one of"),
-        ({"cval": np.nan}, r"cval must be finite"),
+        ({"mode": "constant", "cval": np.nan}, r"cval must be finite"),
         ({"threads": 0}, r"threads must be at least 1, got 0"),
         ({"image": np.float64(3)}, r"image must have at least one axis"),
     ],
@@ -456,3 +456,9 @@ def test_passes_that_derivatives_share_run_once():
     tree = shared.as_tree(kernels)
     below = [node for child in tree.values() for node in child.values()]
     assert (len(tree), len(below), sum(map(len, below))) == (3, 6, 6)
+
+
+def test_a_border_value_that_is_not_used_need_not_be_finite(rng):
+    x = rng.random((20, 30))
+    expected = filters.hessian(x, 1.0, mode="nearest")
+    np.testing.assert_array_equal(filters.hessian(x, 1.0, mode="nearest", cval=np.nan), expected)

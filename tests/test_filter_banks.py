@@ -147,7 +147,7 @@ def test_threads_do_not_change_bits(rng):
         ({"dtype": np.complex64}, r"dtype must be float32 or float64, got complex64"),
         ({"mode": ["reflect"]}, r"mode must be one name, or one per axis, 2, got 1"),
         ({"tolerance": -1}, r"tolerance must be at least 0"),
-        ({"cval": np.inf}, r"cval must be finite"),
+        ({"mode": "constant", "cval": np.inf}, r"cval must be finite"),
         ({"threads": -1}, r"threads must be at least 1"),
         ({"axes": (0, 0)}, r"axes must be different"),
     ],

@@ -2,6 +2,7 @@
 
 BORDERS = ("constant", "symmetric", "reflect", "replicate", "circular")
 DEF MAX_PASSES = 8
+DEF MAX_LINES = 1 << 30  # rows or columns of an image, whose positions are 32-bit integers
 
 
 cdef int32_t _sample(int64_t i, int64_t n, int mode) noexcept nogil:
@@ -204,14 +205,15 @@ cdef class Passes:
         while k < self.count:
             first[count] = k
             count += 1
-            if p[k].n < lanes:
+            if not lanes <= p[k].n < MAX_LINES:
                 return 0
             if (
-                k + 1 < self.count and p[k + 1].inner <= most and p[k + 1].n >= lanes
+                k + 1 < self.count and p[k + 1].inner <= most
+                and lanes <= p[k + 1].n < MAX_LINES
                 and p[k].inner == p[k + 1].n * p[k + 1].inner
             ):
                 k += 2
-            elif p[k].inner >= lanes or (p[k].inner <= most and p[k].outer >= lanes):
+            elif lanes <= (p[k].outer if p[k].inner <= most else p[k].inner) < MAX_LINES:
                 k += 1
             else:
                 return 0
@@ -242,7 +244,9 @@ cdef class Passes:
         for i in range(count):
             k = first[i]
             j = first[i + 1] - 1
-            outer = p[j].n + p[j].width if j > k else max(p[k].inner, p[k].outer)
+            # Columns alone need no table: their positions are never those of a border.
+            is_flat = j == k and p[k].inner > self.kernels.limits.colours
+            outer = p[j].n + p[j].width if j > k else 0 if is_flat else p[k].outer
             n = max(n, p[k].n + p[k].width + outer)
         table = <int32_t *>malloc(n * sizeof(int32_t))
         if count > 1:
@@ -268,9 +272,10 @@ cdef class Passes:
                 n = m.rows + m.vertical.taps - 1
                 for at in range(n):
                     table[at] = _sample(at - above, m.rows, mode[k])
-                for at in range(m.columns + m.horizontal.taps - 1):
-                    table[n + at] = _sample(at - m.before, m.columns, mode[j])
                 m.row, m.column = table, table + n
+                if m.horizontal.taps > 1:
+                    for at in range(m.columns + m.horizontal.taps - 1):
+                        table[n + at] = _sample(at - m.before, m.columns, mode[j])
                 target = b.buf if (count - i) % 2 else <void *>other
                 with nogil:
                     status = lr_run_image(&m, self.kernels, source, target, outer, self.itemsize,

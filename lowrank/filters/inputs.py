@@ -84,10 +84,12 @@ def as_border(mode: Any, cval: Any, n: int) -> Border:
     names = [mode] * n if isinstance(mode, str) or np.ndim(mode) == 0 else list(mode)
     if len(names) != n:
         raise ValueError(f"mode must be one name, or one per axis, {n}, got {len(names)}")
-    value = arguments.as_real("cval", cval)
+    borders, value = tuple(map(arguments.as_padding_mode, names)), arguments.as_real("cval", cval)
+    if "constant" not in borders:
+        value = 0.0  # not used, and need not be finite
     if not math.isfinite(value):
         raise ValueError(f"cval must be finite, got {cval!r}")
-    return Border(tuple(map(arguments.as_padding_mode, names)), value)
+    return Border(borders, value)
 
 
 def as_positive(name: str, value: Any, n: int) -> tuple[float, ...]:
