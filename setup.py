@@ -104,10 +104,8 @@ extension = Extension(
     [str(KERNELS / "_core.pyx")],
     depends=[
         *HEADERS,
-        *(
-            str(KERNELS / name)
-            for name in ("isa.c", "program.pxi", "passes.pxi", "boxes.pxi", *DRIVERS)
-        ),
+        *map(str, sorted(KERNELS.glob("*.pxi"))),
+        *(str(KERNELS / name) for name in ("isa.c", *DRIVERS)),
     ],
 )
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})

@@ -25,7 +25,11 @@ from lowrank.interop.torch import (  # noqa: E402
     plans,
 )
 from lowrank.interop.torch.chains import Bias, TiedLayer, to_module  # noqa: E402
-from lowrank.interop.torch.operator import chain_operator, run_chain  # noqa: E402
+from lowrank.interop.torch.operator import (  # noqa: E402
+    chain_operator,
+    gradient_operator,
+    run_chain,
+)
 from lowrank.interop.torch.plans import describe_stages  # noqa: E402
 
 # TorchScript, and what Inductor uses of it.
@@ -91,6 +95,18 @@ CHAINS = {
         [stage((4, 2, 3), 1, 2, [(1, 0)], 3, output_padding=2, groups=2, outer=2, inner=3,
                shuffle=(2, 3), transposed=True)], [Epilogue()], (2, 24, 5),
     ),
+    "many samples": (
+        [stage((4, 3, 3, 1), 2, 1, [1, 0]), stage((5, 4, 1, 3), 2, [1, 2], [0, 1])],
+        [Epilogue(bias(4), "relu"), Epilogue(bias(5))], (2, 3, 24, 47),
+    ),
+    "many samples with a border": (
+        [stage((4, 3, 3), 1, 2, [(2, 1)], 2, padding_mode="reflect")], [Epilogue(bias(4))],
+        (2, 3, 517),
+    ),
+    "many samples, transposed": (
+        [stage((4, 2, 3), 1, 2, [(1, 0)], output_padding=1, transposed=True)], [Epilogue(bias(2))],
+        (2, 4, 299),
+    ),
     "three axes": (
         [stage((4, 2, 1, 3, 1), 3, [1, 2, 1], [0, 1, 0]),
          stage((2, 4, 3, 1, 1), 3, [2, 1, 1], [1, 0, 0])],
@@ -126,6 +142,17 @@ def test_operator_passes_opcheck(name):
     chain = describe_stages(stages, epilogues)
     arguments = x, parameters_of(stages, epilogues), chain.text, [], 1, "auto"
     found = torch.library.opcheck(chain_operator, arguments)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_weight_gradients_pass_opcheck(name):
+    stages, epilogues, shape = CHAINS[name]
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    one = describe_stages(stages[:1], epilogues[:1]).text
+    parameters = parameters_of(stages[:1], epilogues[:1])
+    grad = torch.randn_like(chain_operator(x, parameters, one, [], 1, "direct"))
+    found = torch.library.opcheck(gradient_operator, (x, grad.requires_grad_(), one, 1))
     assert set(found.values()) == {"SUCCESS"}
 
 

@@ -135,3 +135,18 @@ def resample(
     fork_join: float = 0.0,
     isa: str | None = None,
 ) -> None: ...
+def weight_gradient(
+    x: Any,
+    grad: Any,
+    weight: Any,
+    bias: Any,
+    taps: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    *,
+    threads: int = 0,
+    seconds: float = 1.0,
+    fork_join: float = 0.0,
+    isa: str | None = None,
+) -> None: ...

@@ -512,3 +512,4 @@ cdef void _range(Py_buffer *v, int64_t *low, int64_t *high) noexcept:
 include "program.pxi"
 include "passes.pxi"
 include "boxes.pxi"
+include "gradient.pxi"

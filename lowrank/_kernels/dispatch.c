@@ -384,3 +384,37 @@ int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void 
     free(work);
     return LR_OK;
 }
+
+#define LR_SUMS_BYTES (64 << 20) /* of all slices of a gradient, at most */
+
+int lr_run_gradient(lr_gradient *p, const lr_kernels *kernels, const lr_array *x, const lr_array *g, void *weight,
+                    void *bias, int64_t itemsize, int threads, double seconds, double fork_join)
+{
+    const int64_t bytes = kernels->plan_gradient(p), sums = (p->sums * itemsize + 63) / 64 * 64;
+    /* Slices do not depend on the number of threads, and so the order of the sums does not. */
+    int64_t slices = LR_SUMS_BYTES / sums;
+    if (slices < 2) slices = 2;
+    if (slices > LR_SLICES) slices = LR_SLICES;
+    if (slices > p->items) slices = p->items > 1 ? p->items : 1;
+    threads = worthwhile(threads, slices, seconds, fork_join);
+    size_t each;
+    p->sums = sums / itemsize;
+    char *work = workspaces(bytes, threads, &each), *all = aligned_alloc(64, (size_t)(sums * slices));
+    if (!work || !all) {
+        free(work), free(all);
+        return LR_NO_MEMORY;
+    }
+    memset(work, 0, each * (size_t)threads);
+    memset(all, 0, (size_t)(sums * slices));
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t s = 0; s < slices; s++) {
+        char *own = slice(work, each, threads);
+        for (int64_t i = p->items * s / slices; i < p->items * (s + 1) / slices; i++)
+            kernels->gradient(p, x, g, i, all + s * sums, own);
+    }
+    kernels->finish_gradient(p, all, slices, weight, bias);
+    free(work), free(all);
+    return LR_OK;
+}

@@ -33,4 +33,8 @@ int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, 
 int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void *x, void *y, int64_t images,
                     int64_t itemsize, int threads, double seconds, double fork_join);
 
+/* `bias` may be NULL. */
+int lr_run_gradient(lr_gradient *p, const lr_kernels *kernels, const lr_array *x, const lr_array *g, void *weight,
+                    void *bias, int64_t itemsize, int threads, double seconds, double fork_join);
+
 #endif

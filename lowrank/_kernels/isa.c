@@ -128,6 +128,7 @@
 #define LR_SHORT_BOX 16  /* samples of a window, at most, that is summed by sums of 2, 4, 8, ... of them */
 
 #define LR_TILES 64   /* tiles at a time, at most */
+#define LR_GRADIENT_BYTES 393216 /* of packed rows that an item of a gradient reads: well inside L2 */
 #define LR_STRIP 64   /* pixels of a strip of a channels-last depthwise stage: 3 rows take 12 KiB of L1 */
 
 #define LR_SINGLE
@@ -200,11 +201,11 @@ const lr_isa LR_JOIN(lr, LR_ISA) = {
       LR_COLOURS},
      pack_weights_f32, tile_f32, paths_f32, peak_f32, filter_pass_f32, plan_image_f32, image_band_f32,
      resample_f32, resample_bytes_f32, filter_box_f32, filter_box_bytes_f32,
-     LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32},
+     LR_VECTORS, most_pixels_f32, scratch_f32, run_op_f32, plan_gradient_f32, gradient_f32, finish_gradient_f32},
     {{LR_BYTES / 8, LR_ROWS, 8 * LR_BYTES / 8, LR_MAX_REMAINDER, LR_PACKED_CHANNELS, LR_MAX_STAGES,
       LR_COLOURS},
      pack_weights_f64, tile_f64, paths_f64, peak_f64, filter_pass_f64, plan_image_f64, image_band_f64,
      resample_f64, resample_bytes_f64, filter_box_f64, filter_box_bytes_f64,
-     LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64},
+     LR_VECTORS, most_pixels_f64, scratch_f64, run_op_f64, plan_gradient_f64, gradient_f64, finish_gradient_f64},
     filter_integers, filter_integers_bytes,
 };

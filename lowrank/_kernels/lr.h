@@ -140,6 +140,7 @@ typedef struct {
 
 struct lr_op;
 struct lr_array;
+struct lr_gradient;
 
 /* Where a stage reads its input; see path.inc for the decision. */
 enum {
@@ -196,6 +197,10 @@ typedef struct {
     void (*run_op)(const struct lr_op *op, const struct lr_array *arrays, void *arena, void *scratch,
                    int64_t image, int64_t first, int64_t last, int64_t begin, int64_t end, int64_t from,
                    int64_t to);
+    int64_t (*plan_gradient)(struct lr_gradient *p); /* chooses the items; returns bytes of workspace */
+    void (*gradient)(const struct lr_gradient *p, const struct lr_array *x, const struct lr_array *g, int64_t item,
+                     void *sums, void *work);
+    void (*finish_gradient)(const struct lr_gradient *p, const void *sums, int64_t slices, void *weight, void *bias);
 } lr_kernels;
 
 typedef struct {

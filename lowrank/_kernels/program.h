@@ -9,6 +9,7 @@
 
 #include "lr.h"
 
+#define LR_SLICES 8   /* of the items of a gradient, at most, with sums of their own */
 #define LR_UNITS 4    /* units per thread, at least, so that uneven ones balance */
 
 /* Kinds of operations. */
@@ -98,5 +99,14 @@ typedef struct lr_array {
     void *data;
     int64_t strides[5];
 } lr_array;
+
+/* Gradient of the weight of a dense convolution; see cl_gradient.inc. */
+typedef struct lr_gradient {
+    int64_t batch, in_channels, channels; /* channels: of the output */
+    int64_t in_size[LR_AXES], size[LR_AXES], taps[LR_AXES], stride[LR_AXES], dilation[LR_AXES], before[LR_AXES];
+    /* Chosen by plan_gradient. */
+    int64_t rows, ranges; /* rows of an item, ranges of rows of a plane */
+    int64_t items, sums;  /* items in all, elements of the sums */
+} lr_gradient;
 
 #endif

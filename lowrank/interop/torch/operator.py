@@ -3,13 +3,13 @@
 The operator takes tensors and a JSON description of the stages, so that graphs that
 ``torch.compile`` and ``torch.export`` capture hold no Python object.  Plans are kept per
 description, shape and weights.  Gradients of inputs are adjoint chains on the engine, gradients of
-weights are PyTorch's convolutions.
+weights the operator ``lowrank::weight_gradient``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,8 +18,6 @@ import torch
 from lowrank import engine
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
-from lowrank.engine.padding import padded_indices
-from lowrank.interop.torch.chains import split_blocks
 from lowrank.interop.torch.plans import (
     Description,
     compute_dtype,
@@ -29,6 +27,7 @@ from lowrank.interop.torch.plans import (
     split_description,
     use_plan,
 )
+from lowrank.interop.torch.weight_gradients import reached, unpad, weight_gradient
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SIX = 6.0  # upper bound of ReLU6
@@ -199,11 +198,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
             passes = (y > 0) & (y < _SIX) if link.activation == "relu6" else y > 0
             grad = grad * passes
         own_grads: list[torch.Tensor | None] = [None] * (1 + len(bias))
-        if bias and bias[0][1]:
+        if needs_weight:
+            both = gradient_operator(inputs[number], grad, one, threads)
+            own_grads = [g.to(p.dtype) for g, (p, _) in zip(both, [(weight, True), *bias])]
+        elif bias:
             axes = [0, *range(2, grad.ndim)]
             own_grads[1] = grad.to(compute_dtype(x)).sum(axes).to(bias[0][0].dtype)
-        if needs_weight:
-            own_grads[0] = _weight_gradient(link.stage, weight, inputs[number], grad)
         found = own_grads + found
         if number or needs_input:
             grad = _input_gradient(
@@ -221,74 +221,79 @@ def _input_gradient(
     g = stage.geometry
     size: list[int] = []
     if stage.transposed:
-        grad = _reached(stage, grad)
+        grad = reached(stage, grad)
     elif g.padding_mode == "zeros":
         size = list(x.shape[2:])
     else:
         size = [n + a + b for n, (a, b) in zip(x.shape[2:], g.padding)]
     adjoint = _adjoint_description(description)
     result = chain_operator(grad, [weight], adjoint, size, threads, algorithm)
-    return cast(torch.Tensor, result if g.padding_mode == "zeros" else _unpad(result, g, x.shape))
+    return cast(torch.Tensor, result if g.padding_mode == "zeros" else unpad(result, g, x.shape))
 
 
-def _weight_gradient(
-    stage: Stage, weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor
-) -> torch.Tensor:
-    """Return the gradient of the weight of a stage, by PyTorch's convolutions."""
-    g, source = stage.geometry, x
-    if stage.transposed:  # the adjoint of a plain stage, which reads `grad` and writes `x`
-        source, grad = _reached(stage, grad), x
+def _gradient(
+    x: torch.Tensor, grad: torch.Tensor, stages: str, threads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ((stage, _, _),) = read_stages(stages)
+    return weight_gradient(stage, x, grad, threads or torch.get_num_threads())
+
+
+gradient_operator = torch.library.custom_op(
+    "lowrank::weight_gradient", _gradient, mutates_args=(), device_types="cpu",
+    schema="(Tensor x, Tensor grad, str stages, int threads) -> (Tensor, Tensor)",
+)  # fmt: skip
+"""Operator of the gradients of a stage's weight and bias, from its input and output's gradient."""
+
+
+@gradient_operator.register_fake  # type: ignore[untyped-decorator]
+def _gradient_abstractly(
+    x: torch.Tensor, grad: torch.Tensor, stages: str, threads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ((stage, _, _),) = read_stages(stages)
     dtype = compute_dtype(x)
-    source, grad = source.to(dtype), grad.to(dtype)
-    pads = [a for a, _ in g.padding]
-    if g.padding_mode != "zeros" or any(a != b for a, b in g.padding):
-        source, pads = _pad(source, g), [0] * g.ndim
-    source = split_blocks(source, g.ndim, stage.outer, stage.inner, stage.shuffle)
-    grad = split_blocks(grad, g.ndim, stage.outer, stage.inner, (1, 1))
-    _, found, _ = torch.ops.aten.convolution_backward(
-        grad, source, weight.to(dtype), None, g.stride, pads, g.dilation, False, [0] * g.ndim,
-        stage.groups, [False, True, False],
+    return (
+        x.new_empty(stage.weight.shape, dtype=dtype), x.new_empty(grad.shape[1], dtype=dtype)
     )  # fmt: skip
-    return cast(torch.Tensor, found.to(weight.dtype))
 
 
-def _reached(stage: Stage, grad: torch.Tensor) -> torch.Tensor:
-    """Return the part of a transposed stage's output gradient that depends on its input."""
-    g = stage.geometry
-    for axis, (added, step) in enumerate(zip(g.output_padding, g.stride), 2):
-        if added >= step:
-            grad = grad.narrow(axis, 0, grad.shape[axis] - added + step - 1)
-    return grad
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, grad, ctx.stages, ctx.threads = inputs
+    ctx.save_for_backward(x, grad)
 
 
-def _pad(x: torch.Tensor, g: Geometry) -> torch.Tensor:
-    """Return an input with the padding of a geometry."""
-    if g.padding_mode in ("zeros", "constant"):
-        pads = [n for pair in reversed(g.padding) for n in pair]
-        return torch.nn.functional.pad(x, pads, value=g.value if has_constant_border(g) else 0.0)
-    for axis, index in _tables(g, x.shape):
-        x = x.index_select(axis, index)
-    return x
+def _differentiate_gradient(
+    ctx: Any, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradient is bilinear: its own gradients are the stage, and the adjoint, with `weight`."""
+    x, grad = ctx.saved_tensors
+    ((stage, _, _),) = read_stages(ctx.stages)
+    one = describe_stages([stage], [Epilogue()]).text
+    by_x = by_grad = None
+    if ctx.needs_input_grad[0]:
+        by_x = _input_gradient(stage, one, weight, x, grad, ctx.threads, "auto")
+    if ctx.needs_input_grad[1]:
+        size = grad.shape[2:] if stage.transposed else ()
+        y = chain_operator(x, [weight], one, size, ctx.threads, "auto")
+        by_grad = (y + bias.reshape(-1, *[1] * stage.geometry.ndim)).to(grad.dtype)
+    return by_x, by_grad, None, None
 
 
-def _unpad(grad: torch.Tensor, g: Geometry, shape: Sequence[int]) -> torch.Tensor:
-    """Return the gradient of an input from that of its padded copy."""
-    if g.padding_mode == "constant":
-        pads = [-n for pair in reversed(g.padding) for n in pair]
-        return torch.nn.functional.pad(grad, pads)
-    for axis, index in _tables(g, shape):
-        size = [*grad.shape]
-        size[axis] = shape[axis]
-        grad = grad.new_zeros(size).index_add(axis, index, grad)
-    return grad
+gradient_operator.register_autograd(_differentiate_gradient, setup_context=_save_gradient)
 
 
-def _tables(g: Geometry, shape: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the padded axes, and the input sample at each padded position."""
-    for axis, (before, after) in enumerate(g.padding, 2):
-        if before or after:
-            index = padded_indices(int(shape[axis]), before, after, g.padding_mode, 1)
-            yield axis, torch.tensor(index.tolist())
+@gradient_operator.register_vmap  # type: ignore[untyped-decorator]
+def _gradient_batched(
+    info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, grad: torch.Tensor, *options: Any
+) -> tuple[Any, tuple[int, int]]:
+    """Compute the gradients one by one."""
+    results = [
+        gradient_operator(
+            *(t if d is None else t.select(d, i) for t, d in zip((x, grad), in_dims)), *options
+        )
+        for i in range(info.batch_size)
+    ]
+    weights, biases = zip(*results)
+    return (torch.stack(weights), torch.stack(biases)), (0, 0)
 
 
 chain_operator.register_autograd(_backward, setup_context=_save)
