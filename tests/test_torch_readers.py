@@ -53,11 +53,6 @@ def compressed(model, x=X, **options):
     return result
 
 
-class ReadsDtype(Net):
-    def middle(self, x):
-        return self.layer(x.to(self.layer.weight.dtype))
-
-
 class UsesWeight(Net):
     def middle(self, x):
         return nn.functional.conv_transpose2d(self.layer(x), self.layer.weight, padding=1)
@@ -181,8 +176,7 @@ class WeightInDict(Net):
 
 
 READERS = [
-    InVmap, Decays,
-    ReadsDtype, UsesWeight, UsesWeightAlone, ReadsNorm, ChecksType, CatchesErrors, OutputSize,
+    InVmap, Decays, UsesWeight, UsesWeightAlone, ReadsNorm, ChecksType, CatchesErrors, OutputSize,
     CallsForward, CallsInner, FunctionalCall, ReadsStateDict, ReadsParameters, InObject, InPartial,
     InClosure, WeightInList, WeightInDict,
 ]  # fmt: skip
@@ -207,6 +201,19 @@ class ReadsSizes(Net):
     def middle(self, x):
         y = self.layer(x)[:, : self.layer.out_channels]
         return y + self.layer.kernel_size[0] + self.layer.groups
+
+
+class ReadsDtype(Net):
+    def middle(self, x):
+        weight = self.layer.weight
+        assert weight.ndim == 4
+        return self.layer(x.to(weight.device, weight.dtype))[:, : weight.shape[0]]
+
+
+class ChecksDtypeOfTensor(Net):  # as the feed-forward layers of T5 do
+    def middle(self, x):
+        is_tensor = isinstance(self.layer.weight, torch.Tensor)
+        return self.layer(x.to(self.layer.weight.dtype) if is_tensor else x)
 
 
 class InList(Net):
@@ -321,7 +328,8 @@ class Stateful(Net):
 
 SAFE = [
     DictKeys, InSet, Children, ReadsDevice,
-    ReadsSizes, InList, InDict, PlainAttribute, Twice, CopiesLayer, Keyword, Checkpointed, Autocast,
+    ReadsSizes, ReadsDtype, ChecksDtypeOfTensor, InList, InDict, PlainAttribute, Twice,
+    CopiesLayer, Keyword, Checkpointed, Autocast,
 ]  # fmt: skip
 
 

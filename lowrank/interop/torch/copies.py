@@ -266,6 +266,42 @@ _SIZES = (
 )  # fmt: skip
 
 
+class WeightSettings:
+    """All but the values of the weight that a chain has replaced, for models that read these.
+
+    Any other use, such as one of its values, raises an error, so that the layer is not replaced.
+
+    Parameters
+    ----------
+    chain : nn.Module
+        Chain in the place of the layer.
+    shape : torch.Size
+        Shape of the weight of the layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from lowrank.interop.torch.copies import WeightSettings
+    >>> weight = WeightSettings(nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 3)), torch.Size((3, 4)))
+    >>> weight.dtype, weight.device, weight.shape, weight.ndim
+    (torch.float32, device(type='cpu'), torch.Size([3, 4]), 2)
+    """
+
+    def __init__(self, chain: nn.Module, shape: torch.Size) -> None:
+        self._chain, self.shape, self.ndim = chain, shape, len(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights of the chain."""
+        return next(self._chain.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights of the chain."""
+        return next(self._chain.parameters()).device
+
+
 def with_sizes(chain: nn.Sequential, like: nn.Module) -> nn.Sequential:
     """Give a chain the sizes and settings of the layer that it replaces, and return it.
 
@@ -279,9 +315,10 @@ def with_sizes(chain: nn.Sequential, like: nn.Module) -> nn.Sequential:
     Returns
     -------
     nn.Sequential
-        `chain`, with attributes such as ``out_features``.
+        `chain`, with attributes such as ``out_features`` and ``weight.dtype``.
     """
     for name in _SIZES:
         if hasattr(like, name):
             setattr(chain, name, getattr(like, name))
+    chain.weight = WeightSettings(chain, like.weight.shape)
     return chain

@@ -374,7 +374,7 @@ class TorchModel:
         -------
         nn.Module
             Ordinary, trainable modules, in the mode of the original, with the sizes of the layers
-            as attributes, such as ``out_features``.
+            as attributes, such as ``out_features``, and the type, device and shape of ``weight``.
         """
         model = copy_model(self.original)
         if chains:
