@@ -5,9 +5,10 @@
 
 Weights are random, of low rank, so that exact chains exist within the budget of 70 % of the MACs.
 Each architecture runs in a process of its own, with a small input, two families and no gradients:
-LAYERS_TRIED layers, spread over the network, are compressed, none larger than LARGEST.  Checked are
-the output of the compressed model, its deep copy, the saved and loaded model, its ONNX export in
-onnxruntime and its copy on the engine.  Results are appended to FILE, and architectures in it are
+LAYERS_TRIED layers, spread over the network, are compressed, none larger than LARGEST if others
+are smaller.  Checked are the output of the compressed model, its deep copy, the saved and loaded
+model, its ONNX export in onnxruntime (by PyTorch's older exporter, or by the newer one where that
+fails) and its copy on the engine.  Results are appended to FILE, and architectures in it are
 not run again; --retry runs those that have failed.  --table only prints the results.  The exit code
 is 1 if fewer than SHARE of the architectures pass.
 """
@@ -26,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,9 @@ def check(case: Case) -> dict[str, Any]:
     def run_compress() -> None:
         nonlocal small
         layers = TorchModel(model, [x]).layers
-        fit = [layer.name for layer in layers if _is_small(layer.conv.stages[0].weight.shape)]
+        matrices = {layer.name: _matrix(layer.conv.stages[0].weight.shape) for layer in layers}
+        limits = _limits(matrices.values())
+        fit = [name for name, matrix in matrices.items() if _is_within(matrix, limits)]
         tried = {fit[i * len(fit) // LAYERS_TRIED] for i in range(LAYERS_TRIED)} if fit else ()
         others = [layer.name for layer in layers if layer.name not in tried]
         small = compress(
@@ -131,20 +134,25 @@ def check(case: Case) -> dict[str, Any]:
 
 def reduce_ranks(model: nn.Module) -> nn.Module:
     """Give the weights of dense layers a low rank, in place, and batch norms random statistics."""
+    weights: list[torch.Tensor] = []
     for module in model.modules():
-        weight = getattr(module, "weight", None)
         if isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1:
-            matrix = weight.detach().reshape(_matrix(weight.shape))
-            if _is_small(weight.shape):
-                u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-                rank = max(1, int(RANK * len(s)))
-                gain = (s.square().sum() / s[:rank].square().sum()).sqrt()
-                low = (u[:, :rank] * (gain * s[:rank])) @ vh[:rank]
-                with torch.no_grad():
-                    weight.copy_(low.reshape(weight.shape))
+            weights.append(module.weight)
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            weights += module.in_proj_weight.chunk(3)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2.0)
+    limits = _limits(_matrix(weight.shape) for weight in weights)
+    for weight in weights:
+        matrix = weight.detach().reshape(_matrix(weight.shape))
+        if _is_within(matrix.shape, limits):
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            rank = max(1, int(RANK * len(s)))
+            gain = (s.square().sum() / s[:rank].square().sum()).sqrt()
+            low = (u[:, :rank] * (gain * s[:rank])) @ vh[:rank]
+            with torch.no_grad():
+                weight.copy_(low.reshape(weight.shape))
     return model
 
 
@@ -154,9 +162,16 @@ def _matrix(shape: Any) -> tuple[int, int]:
     return rows, torch.Size(rest).numel()
 
 
-def _is_small(shape: Any) -> bool:
-    matrix = _matrix(shape)
-    return 1 < min(matrix) <= LARGEST and max(matrix) <= LONGEST
+def _limits(matrices: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return LARGEST and LONGEST, or the sides of the smallest matrix if none is within them."""
+    sides = [(min(m), max(m)) for m in matrices if min(m) > 1]
+    if not sides or any(_is_within(m, (LARGEST, LONGEST)) for m in sides):
+        return LARGEST, LONGEST
+    return min(sides)
+
+
+def _is_within(matrix: tuple[int, ...], limits: tuple[int, int]) -> bool:
+    return 1 < min(matrix) <= limits[0] and max(matrix) <= limits[1]
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
@@ -207,15 +222,20 @@ def _check_onnx(model: nn.Module, small: nn.Module, x: Any) -> str | None:
     """Compare an ONNX export in onnxruntime; return why the original model has none."""
     import onnxruntime
 
-    try:
-        exported = _export(small, x)
-    except Exception:
+    errors: list[str] = []
+    for export in (_export, _export_dynamo):
         try:
-            _export(model, x)
-        except Exception as error:
-            first = str(error).strip().split("\n", 1)[0]
-            return f"n/a, as PyTorch does not export the original: {first[:120]}"
-        raise
+            exported = export(small, x)
+            break
+        except Exception as of_small:
+            try:
+                export(model, x)
+            except Exception as error:
+                errors.append(str(error).strip().split("\n", 1)[0][:120])
+            else:
+                raise of_small
+    else:
+        return f"n/a, as PyTorch does not export the original: {'; '.join(errors)}"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = onnxruntime.InferenceSession(exported, options, ["CPUExecutionProvider"])
@@ -236,15 +256,29 @@ def _inputs(x: Any) -> list[torch.Tensor]:
 
 
 def _export(model: nn.Module, x: Any) -> bytes:
-    names = list(x) if isinstance(x, Mapping) else None
+    """Return an export by a trace."""
     file = io.BytesIO()
-    inputs = tuple(_inputs(x))
     with torch.no_grad():
         torch.onnx.export(
-            _Flat(model, names).eval(), inputs, file, dynamo=False, opset_version=17,
-            input_names=[f"x{i}" for i in range(len(inputs))],
+            _flat(model, x), tuple(_inputs(x)), file, dynamo=False, opset_version=17,
+            input_names=[f"x{i}" for i in range(len(_inputs(x)))],
         )  # fmt: skip
     return file.getvalue()
+
+
+def _export_dynamo(model: nn.Module, x: Any) -> bytes:
+    """Return an export by torch.export, which needs onnxscript."""
+    with torch.no_grad():
+        program = torch.onnx.export(
+            _flat(model, x), tuple(_inputs(x)), dynamo=True, verbose=False,
+            input_names=[f"x{i}" for i in range(len(_inputs(x)))],
+        )  # fmt: skip
+    exported: bytes = program.model_proto.SerializeToString()
+    return exported
+
+
+def _flat(model: nn.Module, x: Any) -> nn.Module:
+    return _Flat(model, list(x) if isinstance(x, Mapping) else None).eval()
 
 
 class _Results(NamedTuple):
@@ -269,6 +303,7 @@ def run_alone(case: Case, seconds: float) -> dict[str, Any]:
     """Check an architecture in a process of its own."""
     command = [sys.executable, "-m", "asv_benchmarks.architectures", "--one", case.name]
     failed = {"name": case.name, "family": case.family, "trace": {}, "seconds": seconds}
+    start = time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -277,6 +312,7 @@ def run_alone(case: Case, seconds: float) -> dict[str, Any]:
     if done.returncode or not lines:
         words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         failed["trace"] = {"make": done.stderr[-2500:]}
+        failed["seconds"] = round(time.perf_counter() - start, 1)
         return failed | {"checks": {"compress": words[:300]}}
     row: dict[str, Any] = json.loads(lines[-1])
     return row

@@ -55,7 +55,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "maxvit_t": {"input_size": (224, 224)},
     "vit_b_32": {"image_size": 64},
 }
-_SIZES = {"maxvit_t": 224, "alexnet": 224, "vgg11": 224, "vgg16_bn": 224, "inception_v3": 128}
+_SIZES = {"maxvit_t": 224, "inception_v3": 128, "s3d": 224}  # whose layers need more
 _DETECTION = (
     "fasterrcnn_resnet50_fpn fasterrcnn_mobilenet_v3_large_fpn retinanet_resnet50_fpn "
     "fcos_resnet50_fpn ssd300_vgg16 ssdlite320_mobilenet_v3_large"
@@ -107,8 +107,28 @@ _TIMM = {
 _IMAGE = 64
 
 
+def _library(name: str) -> Any:
+    """Import a module of torchvision, or of a library that imports torchvision itself.
+
+    Its wheels on PyPI are for CUDA.  Beside PyTorch for CPUs their operators cannot be loaded, and
+    the import ends at those whose schemas it expects: these are declared.  The models here call
+    none.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:  # transformers does without
+        pass
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}",
+                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            )
+    return importlib.import_module(name)
+
+
 def _torchvision(name: str, size: int) -> Made:
-    models = importlib.import_module("torchvision.models")
+    models = _library("torchvision.models")
     options = _OPTIONS.get(name, {})
     if name in ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50",
                 "lraspp_mobilenet_v3_large"):  # fmt: skip
@@ -117,26 +137,27 @@ def _torchvision(name: str, size: int) -> Made:
 
 
 def _detection(name: str) -> Made:
-    models = importlib.import_module("torchvision.models")
+    models = _library("torchvision.models")
     model = models.get_model(name, weights=None, weights_backbone=None)
     size = 300 if name.startswith("ssd") else 96
     return model.backbone, torch.randn(1, 3, size, size)
 
 
 def _video(name: str) -> Made:
-    models = importlib.import_module("torchvision.models")
-    return models.get_model(name, weights=None), torch.randn(1, 3, 16, 64, 64)
+    models = _library("torchvision.models")
+    size = _SIZES.get(name, 64)
+    return models.get_model(name, weights=None), torch.randn(1, 3, 16, size, size)
 
 
 def _raft() -> Made:
-    models = importlib.import_module("torchvision.models")
+    models = _library("torchvision.models")
     model = models.get_model("raft_small", weights=None)
     return model, {"image1": torch.randn(1, 3, 128, 128), "image2": torch.randn(1, 3, 128, 128)}
 
 
 def _timm(name: str) -> Made:
     """Return a model for a small image if its constructor and its layers allow one."""
-    timm = importlib.import_module("timm")
+    timm = _library("timm")
     attempts: list[dict[str, Any]] = [{"img_size": _IMAGE}, {"img_size": 2 * _IMAGE}, {}]
     for options in attempts:
         try:
@@ -253,7 +274,7 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
 
 
 def _transformer(name: str) -> Made:
-    transformers = importlib.import_module("transformers")
+    transformers = _library("transformers")
     prefix, settings, inputs = _transformers_cases()[name]
     model = getattr(transformers, f"{prefix}Model")(
         getattr(transformers, f"{prefix}Config")(**settings)
