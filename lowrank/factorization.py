@@ -19,6 +19,7 @@ from lowrank.core.arrays import as_floating, as_read_only, from_tensor
 from lowrank.core.cost import Cost, chain_cost, chain_shapes, stage_costs
 from lowrank.core.geometry import Geometry, as_integers
 from lowrank.core.stage import Activation, Epilogue, Stage
+from lowrank.core.threads import as_threads
 from lowrank.engine import dask as chunked
 
 KEPT_PLANS = 16  # of calls of chains, which do not compile
@@ -655,8 +656,7 @@ def compile_chains(
     first = parts[0][0]
     dtype = np.result_type(*(f.dtype for f, _ in parts)) if dtype is None else dtype
     dtype = engine.as_precision(dtype, first.stages[0].weight)
-    if threads is not None:
-        (threads,) = as_integers("threads", threads, 1)
+    threads = as_threads(threads)
     stages: list[Stage] = []
     epilogues: list[Epilogue] = []
     for f, activation in parts:

@@ -354,7 +354,7 @@ def test_dask_arrays_are_lazy(rng, f, shape):
         ({"mode": ["reflect"]}, r"mode must be one name, or one per axis, 2, got 1"),
         ({"mode": 3}, r"mode must be one of"),
         ({"mode": "constant", "cval": np.nan}, r"cval must be finite"),
-        ({"threads": 0}, r"threads must be at least 1, got 0"),
+        ({"threads": 0}, r"threads must be between 1 and 2147483647, got 0"),
         ({"image": np.float64(3)}, r"image must have at least one axis"),
     ],
 )

@@ -148,7 +148,7 @@ def test_threads_do_not_change_bits(rng):
         ({"mode": ["reflect"]}, r"mode must be one name, or one per axis, 2, got 1"),
         ({"tolerance": -1}, r"tolerance must be at least 0"),
         ({"mode": "constant", "cval": np.inf}, r"cval must be finite"),
-        ({"threads": -1}, r"threads must be at least 1"),
+        ({"threads": -1}, r"threads must be between 1 and 2147483647"),
         ({"axes": (0, 0)}, r"axes must be different"),
     ],
 )

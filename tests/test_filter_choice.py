@@ -173,7 +173,7 @@ def test_filter_image_rejects_other_than_pictures(rng):
         ({"rank": 99}, "rank"),
         ({"rank": 1, "method": "fft"}, "method must be auto or separable"),
         ({"batch": 0}, "batch must be at least 1"),
-        ({"threads": -1}, "threads must be at least 1"),
+        ({"threads": -1}, "threads must be between 1 and 2147483647"),
     ],
 )
 def test_invalid_plan_arguments_are_rejected(options, message):

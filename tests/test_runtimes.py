@@ -387,7 +387,7 @@ def test_ends_of_a_network_are_subtracted(timed):
     [
         ({"runtime": "warp"}, r"runtime must be one of lowrank, .* got 'warp'"),
         ({"runtime": "lowrank", "batch": 0}, "batch must be at least 1, got 0"),
-        ({"runtime": "lowrank", "threads": 0}, "threads must be at least 1, got 0"),
+        ({"runtime": "lowrank", "threads": 0}, "threads must be between 1 and 2147483647, got 0"),
     ],
 )
 def test_wrong_arguments(given, message):

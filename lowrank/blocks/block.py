@@ -12,8 +12,8 @@ from lowrank import engine
 from lowrank._typing import Array
 from lowrank.blocks.program import BlockPlan, plan_block
 from lowrank.core.cost import Cost
-from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Activation
+from lowrank.core.threads import as_threads
 from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, as_input, compile_chains
 
@@ -201,8 +201,7 @@ class Block:
                 "on a GPU, parts must be chains, each followed by relu or relu6 at most: compile "
                 "the chains of this block one by one"
             )
-        if threads is not None:
-            (threads,) = as_integers("threads", threads, 1)
+        threads = as_threads(threads)
         engine.check_options(algorithm, threads)
         if dtype is None:
             dtype = np.result_type(*(f.dtype for f in self.chains))

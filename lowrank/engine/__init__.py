@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.threads import as_threads
 
 #: Integer types that plans also read and write; results are rounded to nearest and saturated.
 INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
@@ -19,7 +20,6 @@ INTEGERS = tuple(np.dtype(t) for t in (np.uint8, np.int8, np.uint16, np.int16))
 Algorithm = Literal["auto", "direct"]
 #: Algorithms of a plan: fast ones where they pay and their error is small, or direct sums alone.
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
-MOST_THREADS = 2**31 - 1  # of an int in C
 
 _MODULES = {"numpy": "lowrank.engine.cpu", "cupy": "lowrank.engine.cuda.plan"}
 #: Precisions that plans compute in, by the library of the weights.
@@ -110,8 +110,7 @@ def check_options(algorithm: object, threads: int | None) -> None:
     """Raise unless these are an algorithm and a number of threads."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"threads must be between 1 and {MOST_THREADS}, got {threads}")
+    as_threads(threads)
 
 
 def check_array(name: str, x: object, stages: Sequence[Stage]) -> None:

@@ -29,8 +29,8 @@ from lowrank import engine
 from lowrank._typing import Array, Ints, trailing
 from lowrank.core.arrays import as_floating
 from lowrank.core.cost import chain_shapes
-from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.threads import as_threads
 
 _CACHED_PLANS = 32  # most chunks of an array share one plan, those at its ends have their own
 
@@ -113,6 +113,7 @@ def run(f: Chain, x: Any, *, threads: int | None = None) -> Any:
     True
     """
     check_array("x", x)
+    threads = as_threads(threads)
     ndim, channels = f.stages[0].geometry.ndim, f.stages[0].in_channels
     if x.ndim != ndim + 2:
         raise ValueError(f"x must be (batch, channels, and {ndim} spatial axes), got {x.shape}")
@@ -232,8 +233,6 @@ def _plan(
             output_padding=tuple(more for _, _, more in axes),
         )
         stages.append(replace(stage, geometry=g))
-    if threads is not None:
-        (threads,) = as_integers("threads", threads, 1)
     epilogues = [*(Epilogue() for _ in stages[1:]), Epilogue(f.bias)]
     return engine.plan(stages, shape, dtype, epilogues, threads)
 

@@ -22,6 +22,7 @@ from lowrank._kernels import _core
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core import reference
 from lowrank.core.geometry import as_integers
+from lowrank.core.threads import as_threads
 from lowrank.engine import INTEGERS
 
 GROUP_POINTS = 2**18  # per call: enough to hide its overhead, few enough for the caches
@@ -219,11 +220,7 @@ def plan(
     block = _block(block, taps)
     before = [t // 2 for t in taps] if before is None else before
     axes = tuple(_axis(n, t, b, a, mode) for n, t, b, a in zip(sizes, taps, block, before))
-    if threads is None:
-        threads = _core.max_threads()
-    (threads,) = as_integers("threads", threads, 1)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    threads = as_threads(threads) or _core.max_threads()
     # In float64, so that only the images are rounded; the new axis is that of blocks in a group.
     spectrum = np.conj(_scipy_fft().rfftn(kernel.astype(np.float64), block))
     spectrum = spectrum.astype(np.result_type(dtype, np.complex64))[..., None, :]

@@ -226,16 +226,6 @@ def as_axes(axes: Sequence[int] | None, image_ndim: int, kernel_ndim: int) -> In
     return wrapped
 
 
-def as_threads(threads: Any) -> int | None:
-    """Return a number of threads, at least 1, or None."""
-    if threads is None:
-        return None
-    (count,) = as_integers("threads", threads, 1)
-    if count < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    return count
-
-
 def as_tolerance(tolerance: Any, rank: int | None) -> float | None:
     """Return the tolerance as a float; raise if a rank is given as well."""
     if tolerance is None:

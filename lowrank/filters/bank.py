@@ -12,6 +12,7 @@ from lowrank import engine
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.threads import as_threads
 from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, inputs, shared
 from lowrank.filters.apply import correlate
@@ -103,7 +104,7 @@ def correlate_bank(
     along = arguments.as_axes(axes, x.ndim, counts[0])
     border = inputs.as_border(mode, cval, len(along))
     tolerance = arguments.as_tolerance(tolerance, None)
-    threads = arguments.as_threads(threads)
+    threads = as_threads(threads)
     if any(k.dtype.kind == "c" for k in given):  # a correlation conjugates them
         parts = [np.real(k) for k in given] + [-np.imag(k) for k in given]
         values = _filter_each(x, parts, along, border, tolerance, dtype, threads)

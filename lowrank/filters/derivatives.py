@@ -11,7 +11,8 @@ import numpy as np
 
 from lowrank._typing import Array, Ints
 from lowrank.core.geometry import as_integers
-from lowrank.filters import arguments, bank, inputs
+from lowrank.core.threads import as_threads
+from lowrank.filters import bank, inputs
 from lowrank.filters.shared import KEPT, Factors
 
 MAX_RADIUS = 1 << 20  # samples: taps of all axes fit into a few megabytes
@@ -107,7 +108,7 @@ def gaussian_derivatives(
     along = inputs.as_filtered_axes(axes, x.ndim)
     n = len(along)
     border = inputs.as_border(mode, cval, n)
-    threads = arguments.as_threads(threads)
+    threads = as_threads(threads)
     wanted = [as_integers("orders", o, n) for o in inputs.as_sequence_of("orders", orders)]
     if n > 1 and any(np.ndim(o) == 0 for o in orders):
         raise ValueError(f"orders must be sequences of one order per axis, {n}, got {orders!r}")

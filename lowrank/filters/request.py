@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import as_integers
+from lowrank.core.threads import as_threads
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, choose
 from lowrank.filters.outer import OuterProduct, as_outer_product
@@ -100,7 +101,7 @@ def _as_call(
     work = arguments.work_dtype(dtype, fits_single, result)
     tolerance = arguments.as_tolerance(tolerance, rank)
     method = choose.as_method(method)
-    call = Call(window, fill.real, work, rank, tolerance, method, arguments.as_threads(threads))
+    call = Call(window, fill.real, work, rank, tolerance, method, as_threads(threads))
     return call, fill.imag
 
 

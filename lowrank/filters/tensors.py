@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.core.threads import as_threads
 from lowrank.engine import dask as chunked
 from lowrank.filters import arguments, bank, inputs
 from lowrank.filters.derivatives import first_orders, gaussian_taps
@@ -98,7 +99,7 @@ def structure_tensor(
     along = inputs.as_filtered_axes(axes, x.ndim)
     n = len(along)
     border = inputs.as_border(mode, cval, n)
-    threads = arguments.as_threads(threads)
+    threads = as_threads(threads)
     kernels = [gaussian_taps("sigma", sigma, spacing, truncate, o) for o in first_orders(n)]
     smooth = [gaussian_taps("rho", rho, spacing, truncate, (0,) * n)]
     pairs = list(itertools.combinations_with_replacement(range(n), 2))

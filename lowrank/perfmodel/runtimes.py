@@ -19,6 +19,7 @@ from lowrank._typing import Array
 from lowrank.core.cost import chain_shapes
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.threads import as_threads
 from lowrank.engine import channels_last, onnx, pytorch
 from lowrank.engine.program import Unsupported
 
@@ -55,12 +56,7 @@ def version(runtime: str) -> str:
 def available_threads(threads: int | None) -> int:
     """Return the number of threads of a run: at most what OpenMP offers."""
     available = _core.max_threads()
-    if threads is None:
-        return available
-    (threads,) = as_integers("threads", threads, 1)
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    return min(threads, available)
+    return min(as_threads(threads) or available, available)
 
 
 def check_batch(batch: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.core.stage import Activation, Epilogue
+from lowrank.core.threads import as_threads
 from lowrank.engine import Algorithm, Runner
 from lowrank.factorization import Factorization, compile_chains
 from lowrank.interop.torch.operator import run_chain
@@ -78,7 +79,7 @@ class EngineModule(StandIn):
     ) -> None:
         super().__init__()
         self.links: Links = tuple(links)
-        self.threads, self.algorithm = threads, algorithm
+        self.threads, self.algorithm = as_threads(threads), algorithm
         self._register_weights()
         # Two caches: one look-up by the whole shape is the fastest, and a runner serves every
         # batch size.  Values are (runner, output shape).

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowrank.engine import ALGORITHMS
+from lowrank.engine import check_options
 from lowrank.engine.program import Algorithm
 from lowrank.interop.torch.batches import run_model, tensors_in
 from lowrank.interop.torch.copies import check_model, copy_model
@@ -88,8 +88,7 @@ def on_engine(
     True
     """
     check_model(model)
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+    check_options(algorithm, threads)
     if example is not None and not tensors_in(example):
         raise TypeError(
             "example must be a tensor, a tuple of arguments or a mapping of arguments by name, got "

@@ -18,6 +18,7 @@ import torch
 from lowrank import engine
 from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
+from lowrank.core.threads import as_threads
 from lowrank.interop.torch.plans import (
     Description,
     compute_dtype,
@@ -82,7 +83,7 @@ def run_chain(
     >>> weight.grad[0, 0]
     tensor([3., 3., 3.])
     """
-    options = (), threads or 0, algorithm
+    options = (), as_threads(threads) or 0, algorithm
     tensors = [x, *parameters]
     is_recorded = torch.compiler.is_compiling()
     if not is_recorded and any(map(torch._C._functorch.is_gradtrackingtensor, tensors)):
