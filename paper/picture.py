@@ -1,15 +1,13 @@
-"""Picture of the landing page and the README, drawn from the paper's tables.
+"""Pictures of the README and the landing page: a chain, and times beside other libraries.
 
-    python picture.py [../docs/picture.svg]
+    python picture.py [../docs/picture.svg]     also ../docs/picture-phone.svg, for narrow screens
 
-Left: a chain.  Middle: error of each family against measured time, with lower bounds.  Right:
-accuracy of a whole network against time, on lowrank and in PyTorch.
+Times are those of the README's table, relative to the fastest other library.
 """
 
-import csv
 import hashlib
+import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import style
@@ -19,33 +17,36 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from lowrank.report import figures
 
 HERE = Path(__file__).parent
-TABLES = [HERE / "data" / f"{name}.csv" for name in ("error_against_seconds", "accuracy_resnet")]
-LAYER = "ResNet-20 layer3.1.conv2"
-SHOWN = (
-    "spatial_svd", "tucker", "cp3", "network_decoupling", "tensor_train", "channel_svd output",
-)  # fmt: skip
+RESULTS = HERE / "data" / "headline.json"
+#: Compressed networks, and the networks as they were, whose fastest other library counts as 1.
+ORIGINALS = {
+    "ResNet-20 compressed to 70 % of its time": "ResNet-20, 32²",
+    "ResNet-18 at half of its MACs": "ResNet-18, 224²",
+    "style transfer at half of its MACs": "style transfer, 256²",
+}
 
 
 def main(target=HERE.parent / "docs" / "picture.svg"):
-    layers, network = map(read, TABLES)
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(9.6, 3.0), width_ratios=(1.15, 1, 1)
-    )
-    chain(left)
-    families(middle, [r for r in layers if r["layer"] == LAYER and style.curve(r) in SHOWN])
-    accuracy(right, network)
-    about = figures.METADATA[".svg"] | {"Description": f"of tables {digest()}"}
+    target = Path(target)
+    draw(target, (9.6, 3.8), {"ncols": 2, "width_ratios": (1, 1.25)})
+    phone = target.with_stem(f"{target.stem}-phone")
+    draw(phone, (4.2, 7.6), {"nrows": 2, "height_ratios": (1.1, 2)})
+
+
+def draw(target, size, layout):
+    figure, (first, second) = plt.subplots(figsize=size, **layout)
+    chain(first)
+    times(second, json.loads(RESULTS.read_text())["rows"], is_narrow="nrows" in layout)
+    figure.legend(*second.get_legend_handles_labels(), frameon=False, fontsize=6.5, ncols=5,
+                  loc="outside lower right", handletextpad=0.1, columnspacing=1)  # fmt: skip
+    about = figures.METADATA[".svg"] | {"Description": f"of results {digest()}"}
     figure.savefig(target, metadata=about, transparent=False)
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    plt.close(figure)
 
 
 def digest():
-    """Return a digest of the tables, which identifies an outdated picture."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in TABLES)).hexdigest()[:16]
+    """Return a digest of the results, which identifies an outdated picture."""
+    return hashlib.sha256(RESULTS.read_bytes()).hexdigest()[:16]
 
 
 def chain(axes):
@@ -78,47 +79,41 @@ def block(axes, x, y, w, h, top, below, colour):
     axes.text(x + w / 2, y + h / 2, f"{top}\n{below}", ha="center", va="center", fontsize=6.5)
 
 
-def families(axes, rows):
-    """Draw error against time; a thin line goes down to the lower bound of the variant and rank."""
-    for family in SHOWN:
-        colour, mark = style.LOOK[family]
-        some = sorted((float(r["seconds"]), float(r["error"]), float(r["bound"])) for r in rows
-                      if style.curve(r) == family)  # fmt: skip
-        for seconds, error, bound in some:
-            axes.plot([seconds] * 2, [bound, error], color=colour, linewidth=0.5, alpha=0.6)
-        axes.plot([s[0] for s in some], [s[1] for s in some], mark, color=colour, label=family,
-                  markersize=4)  # fmt: skip
-    axes.axvline(1, color="0.5", linewidth=0.6, linestyle=":")
-    axes.set(xscale="log", ylim=(0, 1), xlabel="measured time / dense", ylabel="relative error")
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2) if style.within(axes.get_xlim(), t)]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+def times(axes, rows, is_narrow):
+    """Draw the times of every row, relative to the fastest other library.
+
+    Names are beside the axes, or above the marks if it is narrow.
+    """
+    names = list(rows)
+    for y, name in enumerate(names):
+        others = {k: c["ms"] for k, c in rows[name].items() if k != "lowrank"}
+        dense = rows[ORIGINALS.get(name, name)]
+        unit = min(c["ms"] for k, c in dense.items() if k != "lowrank")
+        ours = rows[name]["lowrank"]["ms"] / unit
+        axes.plot([ours, 1], [y, y], color=style.LIBRARIES["lowrank"][0], linewidth=5, alpha=0.25,
+                  solid_capstyle="butt")  # fmt: skip
+        for library, ms in others.items():
+            colour, mark = style.LIBRARIES[library]
+            axes.plot(ms / unit, y, mark, color=colour, markersize=4)
+        axes.plot(ours, y, "o", color=style.LIBRARIES["lowrank"][0], markersize=5)
+        axes.annotate(f"{1 / ours:.1f}×", (ours, y), (-6, 0), textcoords="offset points",
+                      ha="right", va="center", fontsize=7)  # fmt: skip
+        if is_narrow:
+            axes.annotate(name, (0, y), (2, 7), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", fontsize=7, va="center")  # fmt: skip
+    axes.axvline(1, color="0.4", linewidth=0.7)
+    axes.set(xscale="log", xlim=(0.006, 30), ylim=(len(names) - 0.4, -0.9))
+    axes.set_xlabel("time / fastest other library (networks: exact)")
+    axes.set_yticks([] if is_narrow else range(len(names)), [] if is_narrow else names)
+    axes.set_xticks([0.02, 0.1, 0.5, 1, 5, 20], ["0.02", "0.1", "0.5", "1", "5", "20"])
     axes.minorticks_off()
-    axes.set_title("errors and their lower bounds")
-    axes.grid(alpha=0.25, linewidth=0.4)
-    axes.legend(frameon=False, fontsize=6.5, ncols=2, loc="upper right")
-
-
-def accuracy(axes, rows):
-    points = defaultdict(list)
-    for r in rows:
-        for who in ("lowrank", "torch"):
-            points[r["method"], who].append((float(r[f"{who}_1"]), float(r["accuracy"])))
-    for who, name, where in (("lowrank", "lowrank", (0, 5)), ("torch", "PyTorch", (0, 5))):
-        colour, mark = style.LIBRARIES[name]
-        axes.plot(*zip(*sorted(points["optimised, on data", who])), color=colour, marker=mark,
-                  markersize=4, label=f"optimised and fitted on data, {name}")  # fmt: skip
-        at = points["dense", who][0]
-        axes.plot(*at, "*", color=colour, markersize=7)
-        axes.annotate("dense", at, where, textcoords="offset points", fontsize=6.5, ha="center",
-                      color=colour)  # fmt: skip
-    plain = sorted(points["uniform spatial_svd", "lowrank"])
-    axes.plot(*zip(*plain), color="0.6", marker="s", markersize=3, linewidth=0.6,
-              label="uniform rank share, lowrank")  # fmt: skip
-    axes.set(ylim=(0, 100), xlim=(0, None), ylabel="top-1, %",
-             xlabel="time per image / PyTorch's dense network")  # fmt: skip
-    axes.set_title("ResNet-20, without fine-tuning")
-    axes.grid(alpha=0.25, linewidth=0.4)
-    axes.legend(frameon=False, fontsize=6.5, loc="center right")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.4)
+    axes.set_title("time of a call on two cores")
+    drawn = {library for name in names for library in rows[name]}
+    for library in sorted(drawn, key=list(style.LIBRARIES).index):
+        colour, mark = style.LIBRARIES[library]
+        axes.plot([], [], mark, color=colour, markersize=4, label=library)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ LIBRARIES = {
     "PyTorch, channels last": ("#e69f00", "^"),
     "SciPy": ("#009e73", "D"),
     "OpenCV": ("#cc79a7", "v"),
-    "onnxruntime": ("#56b4e9", "D"),
+    "onnxruntime": ("#56b4e9", "P"),
 }
 #: Colour and marker per curve.  The variants of channel_svd reduce different channels.
 LOOK = {

@@ -138,11 +138,12 @@ def test_typesetting_without_typst_names_the_package_to_install(tmp_path):
     assert "pip install" in process.stderr
 
 
-def test_the_picture_shows_the_committed_tables():
+def test_pictures_show_the_committed_results():
     pytest.importorskip("matplotlib")
     process = subprocess.run(
         [sys.executable, "-c", "import picture; print(picture.digest())"],
         cwd=PAPER, env=os.environ | {"PYTHONPATH": str(PAPER)}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    assert f"of tables {process.stdout.strip()}" in (ROOT / "docs" / "picture.svg").read_text()
+    for name in ("picture.svg", "picture-phone.svg"):
+        assert f"of results {process.stdout.strip()}" in (ROOT / "docs" / name).read_text()

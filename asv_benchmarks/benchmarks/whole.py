@@ -31,27 +31,39 @@ def inputs(case: Any, batch: int) -> Any:
 
 def calls(models: Mapping[str, Any], x: Any, threads: int) -> dict[str, Callable[[], object]]:
     """Return calls of networks on `x`: in PyTorch's two layouts, onnxruntime and the engine."""
-    from torch.fx.experimental.optimization import fuse  # warns of what PyTorch deprecates
-
     from lowrank.interop.torch import on_engine
 
     found: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
-        # Copies share the weights of linear layers, which are half a gigabyte in VGG-16.
-        shared = {id(p): p for p in model.parameters() if p.ndim == 2}
-        folded = fuse(copy.deepcopy(model, shared).eval(), inplace=True)
-        found[f"torch {name} NCHW"] = lambda m=folded: m(x)
-        if x.ndim in (4, 5):
-            layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-            shared = {id(p): p for p in folded.parameters() if p.ndim == 2}
-            other = copy.deepcopy(folded, shared).to(memory_format=layout)
-            given = x.contiguous(memory_format=layout)
-            found[f"torch {name} NHWC"] = lambda m=other, x=given: m(x)
+        folded = folded_copy(model)
+        for layout, call in torch_calls(folded, x).items():
+            found[f"torch {name} {layout}"] = call
         if onnxruntime is not None:
             run = onnxruntime_call(onnx_model(folded, x), x.numpy(), threads)
             found[f"onnxruntime {name}"] = run
         runtime = on_engine(model, x, threads)
         found[f"engine {name}"] = lambda m=runtime: m(x)
+    return found
+
+
+def folded_copy(model: Any) -> Any:
+    """Return a copy with folded batch norms, which shares the weights of linear layers."""
+    from torch.fx.experimental.optimization import fuse  # warns of what PyTorch deprecates
+
+    # Those of VGG-16 take half a gigabyte.
+    shared = {id(p): p for p in model.parameters() if p.ndim == 2}
+    return fuse(copy.deepcopy(model, shared).eval(), inplace=True)
+
+
+def torch_calls(folded: Any, x: Any) -> dict[str, Callable[[], object]]:
+    """Return calls of a folded network in PyTorch, by layout."""
+    found: dict[str, Callable[[], object]] = {"NCHW": lambda: folded(x)}
+    if x.ndim in (4, 5):
+        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        shared = {id(p): p for p in folded.parameters() if p.ndim == 2}
+        other = copy.deepcopy(folded, shared).to(memory_format=layout)
+        given = x.contiguous(memory_format=layout)
+        found["NHWC"] = lambda: other(given)
     return found
 
 
