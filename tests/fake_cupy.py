@@ -2,8 +2,9 @@
 
 It rejects what CuPy rejects (mixing with NumPy arrays, implicit copies to the CPU, arrays on
 another device than the current one), and errors that a GPU does not report: arguments of another
-type than the kernel's, accesses outside arrays, barriers that not all threads reach; see
-cuda_shim.h.
+type than the kernel's, arrays of another stream that are not waited for, accesses outside arrays,
+barriers that not all threads reach; see cuda_shim.h.  Where CuPy is installed, every call is bound
+to CuPy's signature.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
+import inspect
 import itertools
 import mmap
 import re
@@ -48,15 +51,69 @@ class _Hooks(SimpleNamespace):
         self.devices = 2
         self.allocations = None  # number that succeed before one raises OutOfMemoryError
         self.compile_error = None  # message of the next compilation
-        self.is_capturing = False  # a graph
         self.count_error = None  # CUDA status when devices are counted
+        self.capture_error = None  # CUDA status when a graph is made
+        self.missing = set()  # libraries that cannot be loaded, or "headers"
         self.launches = collections.deque(maxlen=10000)  # of Launch
+        self.is_dry = False  # launches do nothing: the rest is the host's work
 
 
 hooks = _Hooks()
 hooks.reset()
 Launch = collections.namedtuple("Launch", "name grid block shared device stream")
 _thread = threading.local()  # the current device, and the current stream of each device
+
+
+# --- signatures -----------------------------------------------------------------------------------
+
+try:
+    real = importlib.import_module("cupy")
+except ImportError:
+    real = None
+
+
+@functools.cache
+def signature_of(path):
+    """Return the signature that CuPy has for a dotted name, or None if it states none.
+
+    Compiled functions state theirs, with types of C, in the first line of their documentation.
+    """
+    found = real
+    for name in path.split(".")[1:]:
+        found = getattr(found, name)
+    with contextlib.suppress(ValueError, TypeError):
+        return _without_self(inspect.signature(found).parameters.values())
+    line = re.match(r"[\w.]+\((.*)\)( -> .*)?$", (found.__doc__ or "").partition("\n")[0])
+    if line is None:
+        return None
+    parameters, kind = [], inspect.Parameter.POSITIONAL_OR_KEYWORD
+    for word in filter(None, line[1].split(", ")):
+        declared, has_default, _ = word.partition("=")
+        name = declared.split()[-1]
+        if name == "/":
+            continue
+        if name.startswith("*"):
+            star = (
+                inspect.Parameter.VAR_KEYWORD if "**" in name else inspect.Parameter.VAR_POSITIONAL
+            )
+            if name != "*":
+                parameters.append(inspect.Parameter(name.strip("*"), star))
+            kind = inspect.Parameter.KEYWORD_ONLY
+            continue
+        default = None if has_default else inspect.Parameter.empty
+        parameters.append(inspect.Parameter(name, kind, default=default))
+    return _without_self(parameters)
+
+
+def _without_self(parameters):
+    return inspect.Signature([p for p in parameters if p.name != "self"])
+
+
+def _bind(path, args, kwargs):
+    """Raise as CuPy does if it lacks a function or its arguments; nothing without CuPy."""
+    signature = signature_of(path) if real is not None else None
+    if signature is not None:
+        signature.bind(*args, **kwargs)
 
 
 # --- cupy.cuda ------------------------------------------------------------------------------------
@@ -94,36 +151,27 @@ def _device_count():
 
 class Device:
     def __init__(self, device=None):
-        self.id = _current() if device is None else int(getattr(device, "id", device))
+        self.id = _current() if device is None else int(device)
         self._before = []
 
     def use(self):
         if not 0 <= self.id < _device_count():
             raise CUDARuntimeError(101)
         _thread.device = self.id
+        return self
 
     def __enter__(self):
         self._before.append(_current())
-        self.use()
-        return self
+        return self.use()
 
     def __exit__(self, *_):
         _thread.device = self._before.pop()
 
-    def __eq__(self, other):
-        return isinstance(other, Device) and self.id == other.id
-
-    def __hash__(self):
-        return hash(self.id)
-
     def __int__(self):
         return self.id
 
-    def __repr__(self):
-        return f"<CUDA Device {self.id}>"
-
     def synchronize(self):
-        pass
+        _host.update(_clocks)
 
     compute_capability = "80"
     mem_info = (MEMORY // 2, MEMORY)
@@ -138,13 +186,29 @@ def _current():
     return getattr(_thread, "device", 0)
 
 
+# Order of work: number of operations of each stream, and those that are known to be over before the
+# next operation of a stream, or of the host, begins.
+_clocks, _host = collections.defaultdict(int), collections.defaultdict(int)
+
+
 class Stream:
     _pointers = itertools.count(4096, 16)
 
     def __init__(self, null=False, non_blocking=False, ptds=False):
         self.ptr = 0 if null else next(self._pointers)
-        self.device_id = _current()
+        self.device_id = -1 if null else _current()
+        self.is_non_blocking = non_blocking
+        self.known = collections.Counter()
+        self.captured = None  # operations of the graph that is captured
         self._before = []
+
+    @classmethod
+    def from_external(cls, obj):
+        version, pointer = obj.__cuda_stream__()
+        assert version == 0
+        stream = cls(null=not pointer, non_blocking=True)
+        stream.ptr = pointer
+        return stream
 
     def use(self):
         _streams()[_current()] = self
@@ -154,7 +218,7 @@ class Stream:
         self._before.append(_stream())
         return self.use()
 
-    def __exit__(self, *_):
+    def __exit__(self, *args):
         _streams()[_current()] = self._before.pop()
 
     def record(self, event=None):
@@ -163,14 +227,40 @@ class Stream:
         return event
 
     def synchronize(self):
-        pass
+        assert self.captured is None
+        _host[self.ptr] = _clocks[self.ptr]
 
     def wait_event(self, event):
-        pass
+        self.known |= event.known
 
-    @property
-    def done(self):
-        return True
+    def sees(self, made):
+        """Return whether an operation (stream, number) is over before the next of this one."""
+        stream, number = made
+        both = {stream.ptr, self.ptr}
+        blocking = 0 in both and not (stream.is_non_blocking or self.is_non_blocking)
+        return (
+            len(both) == 1 or blocking or max(self.known[stream.ptr], _host[stream.ptr]) >= number
+        )
+
+    def begin_capture(self, mode=None):
+        if not self.ptr:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        self.captured = []
+
+    def end_capture(self):
+        operations, self.captured = self.captured, None
+        if hooks.capture_error is not None:
+            raise CUDARuntimeError(hooks.capture_error)
+        return Graph(operations)
+
+
+class Graph:
+    def __init__(self, operations):
+        self._operations = operations
+
+    def launch(self, stream=None):
+        for operation in self._operations:
+            operation(stream or _stream())
 
 
 def _streams():
@@ -179,8 +269,22 @@ def _streams():
     return _thread.streams
 
 
-def _stream():
-    return _streams().get(_current(), Stream.null)
+def _stream(device_id=-1):
+    return _streams().get(_current() if device_id < 0 else device_id, Stream.null)
+
+
+def _submit(operation, stream=None):
+    """Run an operation, or record it while its stream is captured."""
+    stream = stream or _stream()
+    if stream.captured is None:
+        operation(stream)
+    else:
+        stream.captured.append(operation)
+
+
+def _is_capturing(stream):
+    assert stream == _stream().ptr
+    return _stream().captured is not None
 
 
 Stream.null = Stream(null=True)
@@ -188,22 +292,21 @@ Stream.null = Stream(null=True)
 
 class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
-        self.time = None
+        self.known = collections.Counter()
+        self.disable_timing = disable_timing
 
     def record(self, stream=None):
+        stream = stream or _stream()
+        self.known = stream.known | {stream.ptr: _clocks[stream.ptr]}
         self.time = time.perf_counter()
 
     def synchronize(self):
         pass
 
-    @property
-    def done(self):
-        return True
 
-
-def _elapsed(start, end):
+def _elapsed(start_event, end_event):
     """Return milliseconds."""
-    return (end.time - start.time) * 1e3
+    return (end_event.time - start_event.time) * 1e3
 
 
 def _module(name, **members):
@@ -217,21 +320,40 @@ runtime = _module(
     CUDARuntimeError=CUDARuntimeError,
     getDeviceCount=_device_count,
     getDevice=_current,
-    setDevice=lambda number: Device(number).use(),
-    getDeviceProperties=lambda number: {"name": b"none", "major": 8, "minor": 0},
-    streamIsCapturing=lambda stream: hooks.is_capturing,
+    setDevice=lambda device: Device(device).use(),
+    getDeviceProperties=lambda device: {"name": b"none", "major": 8, "minor": 0, "l2CacheSize": 1},
+    streamIsCapturing=_is_capturing,
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
-    deviceSynchronize=lambda: None,
-    is_hip=False,
 )
-cuda = _module(
-    "cupy.cuda",
+
+
+class _Cuda(types.ModuleType):
+    """The module cupy.cuda, which loads libraries at the first use."""
+
+    def __getattr__(self, name):
+        if name not in LIBRARIES:
+            raise AttributeError(f"module 'cupy.cuda' has no attribute {name!r}")
+        if name in hooks.missing and name != "nvrtc":
+            raise ImportError(f"lib{name}.so: cannot open shared object file")
+        return LIBRARIES[name]
+
+
+class CNumpyArray:
+    """An argument that is passed by value."""
+
+    def __init__(self, v):
+        self.val = v
+
+
+cuda = _Cuda("cupy.cuda")
+vars(cuda).update(
     runtime=runtime,
     device=_module("cupy.cuda.device", get_cublas_handle=lambda: 1, Device=Device),
     driver=_module("cupy.cuda.driver", CUDADriverError=CUDADriverError),
     memory=_module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError),
     compiler=_module("cupy.cuda.compiler", CompileException=CompileException),
+    function=_module("cupy.cuda.function", CNumpyArray=CNumpyArray),
     Device=Device,
     Stream=Stream,
     Event=Event,
@@ -241,54 +363,63 @@ cuda = _module(
 )
 
 
-@functools.lru_cache
 def get_default_memory_pool():
-    return SimpleNamespace(
-        used_bytes=lambda: 0,
-        total_bytes=lambda: 0,
-        free_all_blocks=lambda: None,
-        get_limit=lambda: 0,
-    )
+    return SimpleNamespace(free_all_blocks=lambda stream=None: None)
 
 
 # --- cuBLAS ---------------------------------------------------------------------------------------
 
 
-def _matrix(pointer, columns, rows, kind):
+def _matrix(pointer, columns, rows, pitch, kind):
     """Return a column-major matrix as an array (rows, columns)."""
     dtype = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}[kind]
-    size = np.dtype(dtype).itemsize * rows * columns
+    size = np.dtype(dtype).itemsize * ((columns - 1) * pitch + rows)
     held = np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype)
-    return held.reshape(columns, rows).T
+    return np.lib.stride_tricks.as_strided(
+        held, (rows, columns), (held.itemsize, pitch * held.itemsize)
+    )
 
 
 def _gemm(
-    handle, transa, transb, m, n, k, alpha, a, kind_a, lda, stride_a, b, kind_b, ldb, stride_b,
-    beta, c, kind_c, ldc, stride_c, many, compute, algo,
+    handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
+    beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
 ):  # fmt: skip
-    """Multiply contiguous column-major matrices, none transposed."""
+    """Multiply column-major matrices, none transposed."""
     assert (handle, transa, transb, algo) == (1, 0, 0, -1)
-    assert (lda, ldb, ldc) == (m, k, m)
-    assert kind_a == kind_b == kind_c
-    assert compute == (70 if kind_a == 1 else 68)
-    total = ctypes.c_double if kind_a == 1 else ctypes.c_float
+    assert lda >= m
+    assert ldb >= k
+    assert ldc >= m
+    assert Atype == Btype == Ctype
+    assert computeType in {0: (68, 77), 1: (70,)}.get(Atype, (68,))
+    total = ctypes.c_double if Atype == 1 else ctypes.c_float
     assert (total.from_address(alpha).value, total.from_address(beta).value) == (1, 0)
-    wide = np.float64 if kind_a == 1 else np.float32
-    size = {0: 4, 1: 8, 2: 2, 14: 2}[kind_a]
-    for i in range(many):
-        x = _matrix(a + i * stride_a * size, k, m, kind_a).astype(wide)
-        y = _matrix(b + i * stride_b * size, n, k, kind_b).astype(wide)
-        _matrix(c + i * stride_c * size, n, m, kind_c)[...] = x @ y
+    wide = np.float64 if Atype == 1 else np.float32
+    size = {0: 4, 1: 8, 2: 2, 14: 2}[Atype]
+
+    def multiply(stream):
+        for i in range(0 if hooks.is_dry else batchCount):
+            x = _matrix(A + i * strideA * size, k, m, lda, Atype).astype(wide)
+            y = _matrix(B + i * strideB * size, n, k, ldb, Btype).astype(wide)
+            _matrix(C + i * strideC * size, n, m, ldc, Ctype)[...] = x @ y
+
+    _submit(multiply)
 
 
-LIBRARIES = [
-    _module("cupy_backends"),
-    _module("cupy_backends.cuda"),
-    _module("cupy_backends.cuda.libs"),
-    _module("cupy_backends.cuda.libs.nvrtc"),
-    _module("cupy_backends.cuda.libs.cusolver"),
-    _module("cupy_backends.cuda.libs.cublas", gemmStridedBatchedEx=_gemm),
-]
+def _nvrtc_version():
+    if "nvrtc" in hooks.missing:
+        raise RuntimeError("Failure finding libnvrtc.so")
+    return 13, 0
+
+
+LIBRARIES = {
+    "cublas": _module("cupy_backends.cuda.libs.cublas", gemmStridedBatchedEx=_gemm),
+    "cusolver": _module("cupy_backends.cuda.libs.cusolver"),
+    "nvrtc": _module("cupy_backends.cuda.libs.nvrtc", getVersion=_nvrtc_version),
+}
+PATHFINDER = _module(
+    "cuda.pathfinder",
+    find_nvidia_header_directory=lambda libname: None if "headers" in hooks.missing else "include",
+)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -301,9 +432,11 @@ _C.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _unwritten(shape, dtype):
-    """Return an array of NaN or arbitrary integers that ends at a protected page."""
+    """Return an aligned array of NaN or arbitrary integers that ends before a protected page."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    stream = _stream()
+    assert stream.captured is None, "memory is allocated while a graph is captured"
     if hooks.allocations is not None:
         hooks.allocations -= 1
         if hooks.allocations < 0:
@@ -315,8 +448,10 @@ def _unwritten(shape, dtype):
     start = _C.mmap(None, room + mmap.PAGESIZE, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if start in (None, ctypes.c_void_p(-1).value) or _C.mprotect(start + room, mmap.PAGESIZE, 0):
         raise OSError(ctypes.get_errno(), "no memory for an array")
-    held = (ctypes.c_char * size).from_address(start + room - size)
+    held = (ctypes.c_char * size).from_address(start + room - -(-size // 16) * 16)
     weakref.finalize(held, _C.munmap, start, room + mmap.PAGESIZE).atexit = False
+    _clocks[stream.ptr] += 1
+    held.made = stream, _clocks[stream.ptr]
     ctypes.memset(held, 0x5B if dtype.kind in "iub" else 0xFF, size)
     return np.ndarray(shape, dtype, held)
 
@@ -335,13 +470,7 @@ def _placed(a):
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-class _Flags:
-    def __init__(self, flags):
-        self.c_contiguous, self.f_contiguous = flags.c_contiguous, flags.f_contiguous
-        self.owndata = flags.owndata
-
-    def __getitem__(self, name):
-        return getattr(self, name.lower())
+MemoryPointer = collections.namedtuple("MemoryPointer", "ptr device_id")
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
@@ -350,7 +479,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     __array_priority__ = 100
 
     def __init__(self, held, device):
-        self._held, self._device = held, device
+        self._held, self._device, self._data = held, device, None
 
     shape = property(lambda self: self._held.shape)
     dtype = property(lambda self: self._held.dtype)
@@ -359,7 +488,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     itemsize = property(lambda self: self._held.itemsize)
     nbytes = property(lambda self: self._held.nbytes)
     strides = property(lambda self: self._held.strides)
-    flags = property(lambda self: _Flags(self._held.flags))
+    flags = property(lambda self: self._held.flags)
     device = property(lambda self: Device(self._device))
     T = property(lambda self: ndarray(self._held.T, self._device))
     real = property(lambda self: ndarray(self._held.real, self._device))
@@ -367,11 +496,17 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
 
     @property
     def data(self):
-        return SimpleNamespace(ptr=self._pointer, device_id=self._device, device=self.device)
+        if self._data is None:
+            self._data = MemoryPointer(self._held.ctypes.data if self.size else 0, self._device)
+        return self._data
 
-    @property
-    def _pointer(self):
-        return self._held.ctypes.data if self.size else 0
+    def check_order(self, stream, what):
+        """Raise unless this array was made before what `stream` does next."""
+        held = self._held
+        while isinstance(held.base, np.ndarray):
+            held = held.base
+        made = getattr(held.base, "made", None)
+        assert made is None or stream.sees(made), f"{what} is used before another stream made it"
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -382,12 +517,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if method not in ("__call__", "reduce", "outer"):
             return NotImplemented
-        return _call(getattr(ufunc, method), inputs, kwargs)
+        return _call(f"cupy.{ufunc.__name__}", getattr(ufunc, method), inputs, kwargs)
 
     def __array_function__(self, function, kinds, args, kwargs):
         if not all(issubclass(k, (ndarray, np.ndarray)) for k in kinds):
             return NotImplemented
-        return _call(function, args, kwargs, views=function.__name__ in VIEWS)
+        name = f"{function.__module__.replace('numpy', 'cupy', 1)}.{function.__name__}"
+        return _call(name, function, args, kwargs, views=function.__name__ in VIEWS)
 
     def __dlpack__(self, **kwargs):
         return self._held.__dlpack__(**kwargs)
@@ -436,6 +572,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         return self.copy()
 
     def get(self, stream=None, order="C", out=None, blocking=True):
+        self.check_order(_stream(), "the array")
+        _stream().synchronize()
         if out is None:
             return np.array(self._held, order=order)
         out[...] = self._held
@@ -468,14 +606,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         _opened(self).fill(_opened(value))
 
 
-#: Arguments of NumPy's methods that CuPy's lack.
-REFUSED = {"initial", "where", "correction"}
-
-
 def _method(name):
     def method(self, *args, **kwargs):
-        if name in METHODS and REFUSED & kwargs.keys():
-            raise TypeError(f"{name}() got an unexpected keyword argument")
+        _bind(f"cupy.ndarray.{name}", args, kwargs)
         held = self._held if name in VIEWS else _opened(self)
         device = self._device if name in VIEWS else None
         out = kwargs.get("out")
@@ -513,6 +646,7 @@ def _opened(value, views=False):
                 f"Array device must be same as the current device: array device = {value._device} "
                 f"while current = {_current()}"
             )
+        assert views or _stream().captured is None, "arrays are computed while a graph is captured"
         return value._held
     if isinstance(value, np.ndarray) and value.ndim:
         raise TypeError(f"Unsupported type {type(value)}")
@@ -540,9 +674,8 @@ def _closed(value, device=None):
     return value
 
 
-def _call(function, args, kwargs, views=False):
-    if "device" in kwargs:  # an argument that CuPy lacks
-        raise TypeError(f"{function.__name__}() got an unexpected keyword argument 'device'")
+def _call(path, function, args, kwargs, views=False):
+    _bind(path, args, kwargs)
     first = next((a._device for a in args if isinstance(a, ndarray)), None)
     result = function(*_opened(args, views), **_opened(kwargs, views))
     out = kwargs.get("out")
@@ -600,16 +733,16 @@ def get_array_module(*args):
     return sys.modules[__name__] if any(isinstance(a, ndarray) for a in args) else np
 
 
-def _wrapped(owner, name):
+def _wrapped(owner, name, path="cupy"):
     found = getattr(owner, name)
     if isinstance(found, types.ModuleType):
-        return _Namespace(found)
+        return _Namespace(found, f"{path}.{name}")
     if isinstance(found, type) or not callable(found):
         return found  # dtypes, constants
 
     @functools.wraps(found, assigned=("__name__", "__doc__"), updated=())
     def function(*args, **kwargs):
-        return _call(found, args, kwargs, views=name in VIEWS)
+        return _call(f"{path}.{name}", found, args, kwargs, views=name in VIEWS)
 
     return function
 
@@ -617,11 +750,11 @@ def _wrapped(owner, name):
 class _Namespace:
     """The linalg, fft or random module."""
 
-    def __init__(self, owner):
-        self._owner = owner
+    def __init__(self, owner, path):
+        self._owner, self._path = owner, path
 
     def __getattr__(self, name):
-        return _wrapped(self._owner, name)
+        return _wrapped(self._owner, name, self._path)
 
 
 def __getattr__(name):
@@ -714,12 +847,13 @@ class RawKernel:
 
     def __init__(self, code, name):
         self.name = name
-        self._launcher, self._kinds = _built[code, name]
+        self.launcher, self.kinds = _built[code, name]
         self._shared = {}  # by device
         plain = re.escape(name.partition("<")[0])
         bound = re.search(rf"__launch_bounds__\((\d+)\)\s*{plain}\(", code)
         if bound:
             self.max_threads_per_block = int(bound[1])
+        self.kernel = Function(self)
 
     @property
     def max_dynamic_shared_size_bytes(self):
@@ -731,53 +865,76 @@ class RawKernel:
             raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
         self._shared[_current()] = size
 
-    def __call__(self, grid, block, args, *, shared_mem=0, stream=None):
+    def __call__(self, grid, block, args, **kwargs):
+        self.kernel(grid, block, args, **kwargs)
+
+
+class Function:
+    """A kernel on the current device."""
+
+    def __init__(self, raw):
+        self._raw = raw
+
+    def __call__(self, grid, block, args, shared_mem=0, stream=None):
+        if hooks.is_dry:
+            return
+        raw, used = self._raw, stream or _stream()
         assert isinstance(grid, tuple)
         assert isinstance(block, tuple)
         sizes = [(ctypes.c_uint * 3)(*(*s, 1, 1)[:3]) for s in (grid, block)]
         limits = (2**31 - 1, 65535, 65535), (1024, 1024, 64)
         if (
             any(not 1 <= n <= top for s, tops in zip(sizes, limits) for n, top in zip(s, tops))
-            or np.prod(sizes[1]) > self.max_threads_per_block
-            or shared_mem > self.max_dynamic_shared_size_bytes
+            or np.prod(sizes[1]) > raw.max_threads_per_block
+            or shared_mem > raw.max_dynamic_shared_size_bytes
         ):
             raise CUDADriverError(
-                f"CUDA_ERROR_INVALID_VALUE: {self.name} {grid} {block} {shared_mem}"
+                f"CUDA_ERROR_INVALID_VALUE: {raw.name} {grid} {block} {shared_mem}"
             )
-        assert len(args) == len(self._kinds), (
-            f"{self.name} takes {len(self._kinds)} arguments, got {len(args)}"
+        assert len(args) == len(raw.kinds), (
+            f"{raw.name} takes {len(raw.kinds)} arguments, got {len(args)}"
         )
-        values = [self._value(i, a, k) for i, (a, k) in enumerate(zip(args, self._kinds))]
+        values = [
+            _value(a, kind, f"argument {i} of {raw.name}, of kind {kind}")
+            for i, (a, kind) in enumerate(zip(args, raw.kinds))
+        ]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(v.ctypes.data for v in values))
-        used = stream or _stream()
-        hooks.launches.append(Launch(self.name, grid, block, shared_mem, _current(), used.ptr))
-        with _lock:  # shared memory is static: one kernel at a time
-            wrong = self._launcher(*sizes, ctypes.c_size_t(shared_mem), pointers)
-        if wrong:
-            odd = [
-                i for i, a in enumerate(args) if isinstance(a, ndarray) and not a.flags.c_contiguous
-            ]
-            hint = f"; not contiguous are the arguments {odd}" if odd else ""
-            raise AssertionError(f"{self.name}: {wrong.decode()}{hint}")
+        arrays = {i: a for i, a in enumerate(args) if isinstance(a, ndarray)}
+        strided = [i for i, a in arrays.items() if not a.flags.c_contiguous]
+        device = _current()
 
-    def _value(self, number, given, kind):
-        """Return one argument as an array of one value; check it against the parameter's kind."""
-        what = f"argument {number} of {self.name}, of kind {kind}"
-        if isinstance(given, ndarray):
-            assert kind[0] == "p", f"{what}: got an array"
-            assert _kind(given.dtype) == kind[1], f"{what}: got an array of {given.dtype}"
-            assert given._device == _current(), f"{what}: got an array of another device"
-            return np.array([given._pointer], np.uint64)
-        assert isinstance(given, np.generic), f"{what}: got {type(given)}"
-        if kind[0] == "p":
-            assert given.dtype in (np.intp, np.uint64), f"{what}: got {given.dtype}"
-        else:
-            assert _kind(given.dtype) == kind[1], f"{what}: got {given.dtype}"
-        return np.array([given])
+        def launch(on, values=values):
+            for i, a in arrays.items():
+                a.check_order(on, f"argument {i} of {raw.name}")
+            hooks.launches.append(Launch(raw.name, grid, block, shared_mem, device, on.ptr))
+            with _lock:  # shared memory is static: one kernel at a time
+                wrong = raw.launcher(*sizes, ctypes.c_size_t(shared_mem), pointers)
+            hint = f"; not contiguous are the arguments {strided}" if strided else ""
+            assert not wrong, f"{raw.name}: {wrong.decode()}{hint}"
+
+        _submit(launch, used)
+
+
+def _value(given, kind, what):
+    """Return one argument as an array of one value; check it against the parameter's kind."""
+    if isinstance(given, ndarray):
+        assert kind[0] == "p", f"{what}: got an array"
+        assert _kind(given.dtype) == kind[1], f"{what}: got an array of {given.dtype}"
+        assert given._device == _current(), f"{what}: got an array of another device"
+        return np.array([given.data.ptr], np.uint64)
+    if isinstance(given, int):
+        given = np.int64(given)
+    value = np.asarray(given.val if isinstance(given, CNumpyArray) else given)
+    assert value.size == 1, f"{what}: got {type(given)}"
+    if kind[0] == "p":
+        assert value.dtype in (np.intp, np.uint64), f"{what}: got {value.dtype}"
+    else:
+        assert _kind(value.dtype) == kind[1], f"{what}: got {value.dtype}"
+    return value.reshape(1).copy()
 
 
 def _kind(dtype):
-    known = {"int32": "i", "int64": "l", "float32": "f", "float64": "d"}
+    known = {"int32": "i", "int64": "l", "float32": "f", "float64": "d", "uint8": "b"}
     return known.get(dtype.name, "h" if dtype.itemsize == 2 else "?")
 
 
@@ -792,7 +949,7 @@ def installed(devices=2):
     package = lowrank.engine.cuda
 
     def imports_cupy(name):
-        return name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends") or (
+        return name.partition(".")[0] in ("cupy", "cupyx", "cupy_backends", "cuda") or (
             name.startswith(f"{package.__name__}.") and name != f"{package.__name__}.steps"
         )
 
@@ -808,8 +965,7 @@ def installed(devices=2):
     sys.modules["cupy"] = this
     for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
         sys.modules[module.__name__] = module
-    for module in LIBRARIES:
-        sys.modules[module.__name__] = module
+    sys.modules["cuda"], sys.modules["cuda.pathfinder"] = _module("cuda"), PATHFINDER
     hooks.reset()
     hooks.devices = devices
     vars(_thread).clear()

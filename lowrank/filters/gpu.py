@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def correlate(
     x = xp.ascontiguousarray(xp.moveaxis(image, window.along, last))
     # Channels become a batch.
     batch = x.reshape(-1, 1, *x.shape[-k:]).astype(call.work, copy=False)
-    run = _compile(chain, x.shape[-k:], call.work.name, engine.device_of(image))
+    run = _compile(chain, x.shape[-k:], call.work.name, engine.device_of(image), xp)
     out[...] = conversion.as_image(
         xp.moveaxis(run(batch).reshape(x.shape), last, window.along), dtype
     )
@@ -47,5 +48,8 @@ def correlate(
 
 
 @functools.lru_cache(CACHED_FILTERS)
-def _compile(chain: Factorization, spatial: Ints, dtype: str, device: str) -> engine.Runner:
+def _compile(
+    chain: Factorization, spatial: Ints, dtype: str, device: str, xp: ModuleType
+) -> engine.Runner:
+    """Return a plan for a device of `xp`: the module of the arrays, which tests replace."""
     return chain.astype(np.dtype(dtype)).to(device).compile(spatial)

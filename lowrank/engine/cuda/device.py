@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,18 @@ except ImportError as missing:
         "or cupy-cuda12x[ctk] where the driver is of CUDA 12"
     ) from missing
 
+#: Oldest major version of CuPy: before, wheels of pip did not find the libraries of pip.
+OLDEST_CUPY = 14
 #: CUDA libraries that plans and decompositions call.
 LIBRARIES = ("nvrtc", "cublas", "cusolver")
+#: Status that means out of memory, by the class of CuPy's error.
+_OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3, "CUSOLVERError": 2}
 
 
 def check_device() -> None:
     """Raise NoGPU unless a GPU can be used; the message says what is missing."""
+    if int(cupy.__version__.partition(".")[0]) < OLDEST_CUPY:
+        raise NoGPU(f"CuPy must be {OLDEST_CUPY} or newer, got {cupy.__version__}")
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -42,14 +49,30 @@ def check_device() -> None:
         ) from error
     if not count:
         raise NoGPU("there is no GPU: CuPy finds a driver, but no device")
+    missing = missing_libraries()
+    if missing:
+        cuda = cupy.cuda.runtime.runtimeGetVersion() // 1000  # that CuPy was built for
+        raise NoGPU(
+            f"CUDA's {' and '.join(missing)} cannot be loaded: pip install 'cupy-cuda{cuda}x[ctk]'"
+        )
+
+
+@functools.cache
+def missing_libraries() -> tuple[str, ...]:
+    """Return the CUDA libraries that cannot be loaded, and ``"headers"`` if there are none."""
+    missing = []
     for name in LIBRARIES:
         try:
-            importlib.import_module(f"cupy_backends.cuda.libs.{name}")
-        except ImportError as error:
-            raise NoGPU(
-                f"CUDA's library {name} is missing: pip install 'cupy-cuda13x[ctk]', or "
-                "'cupy-cuda12x[ctk]' where the driver is of CUDA 12"
-            ) from error
+            # The attribute, not the module of this name: it loads the libraries of pip's wheels.
+            library = getattr(cupy.cuda, name)
+            if name == "nvrtc":  # loaded by its first call
+                library.getVersion()
+        except (ImportError, OSError, RuntimeError):
+            missing.append(name)
+    # CuPy passes these to every compilation, and finds them by this package.
+    if importlib.import_module("cuda.pathfinder").find_nvidia_header_directory("cudart") is None:
+        missing.append("headers")
+    return tuple(missing)
 
 
 def _cause(message: str) -> str:
@@ -65,11 +88,14 @@ def _cause(message: str) -> str:
 
 def device_id(array: Any) -> int:
     """Return the number of the device that holds a CuPy array."""
-    return int(array.device.id)
+    return int(array.data.device_id)
 
 
 def to_device(array: Any, device: str) -> Any:
-    """Copy a NumPy or CuPy array to a device such as ``"cuda"`` or ``"cuda:1"``."""
+    """Copy a NumPy or CuPy array to a device such as ``"cuda"`` or ``"cuda:1"``.
+
+    The copy is complete on return: any stream may read it.
+    """
     check_device()
     name, _, number = device.partition(":")
     count = cupy.cuda.runtime.getDeviceCount()
@@ -79,10 +105,13 @@ def to_device(array: Any, device: str) -> Any:
         raise ValueError(f"there is no {device}: this machine has {count} GPUs")
     with cupy.cuda.Device(int(number) if number else None), explain_out_of_memory(array.nbytes):
         if isinstance(array, np.ndarray):
-            return cupy.asarray(np.ascontiguousarray(array))
-        if device_id(array) == cupy.cuda.Device().id:
-            return array.copy()
-        return cupy.asarray(array.get())  # through the host: peer access need not be available
+            found = cupy.asarray(np.ascontiguousarray(array))
+        elif device_id(array) == cupy.cuda.runtime.getDevice():
+            found = array.copy()
+        else:
+            found = cupy.asarray(array.get())  # through the host: peer access may be unavailable
+        cupy.cuda.get_current_stream().synchronize()
+        return found
 
 
 def to_host(array: Any) -> Array:
@@ -92,10 +121,20 @@ def to_host(array: Any) -> Array:
 
 @contextmanager
 def explain_out_of_memory(needed: int) -> Iterator[None]:
-    """Turn CuPy's out-of-memory error into a MemoryError that says how much is free."""
+    """Turn errors of CuPy and CUDA about memory into one that says how much is free."""
     try:
         yield
-    except cupy.cuda.memory.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        raise_memory_error(error, needed)
+        raise
+
+
+def raise_memory_error(error: Exception, needed: int) -> None:
+    """Raise MemoryError if `error` is that a GPU has too little memory; return otherwise."""
+    status = _OUT_OF_MEMORY.get(type(error).__name__)
+    is_status = status is not None and getattr(error, "status", None) == status
+    if is_status or isinstance(error, cupy.cuda.memory.OutOfMemoryError):
+        cupy.get_default_memory_pool().free_all_blocks()  # libraries do not allocate from it
         free, total = cupy.cuda.Device().mem_info
         raise MemoryError(
             f"the GPU has {free / 2**20:.0f} of {total / 2**20:.0f} MiB free, and about "

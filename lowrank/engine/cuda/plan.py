@@ -11,26 +11,30 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from lowrank._typing import Array, Ints
+from lowrank._typing import Ints
 from lowrank.core import reference
 from lowrank.core.cost import chain_shapes, stage_costs
 from lowrank.core.geometry import as_integers
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.core.tables import format_count
-from lowrank.engine import INTEGERS, StepProfile, array_api
+from lowrank.engine import INTEGERS, StepProfile
 from lowrank.engine.cuda import device as _device  # first: it explains a missing CuPy
 from lowrank.engine.cuda import direct, gemm, steps
 from lowrank.engine.cuda.bound_stage import BoundStage, Run
 from lowrank.engine.description import OperationRow, operation_table
 
 cupy = _device.cupy
+_runtime, _current_stream = cupy.cuda.runtime, cupy.cuda.get_current_stream  # looked up once
 MAX_BATCH_SIZES = 8  # (stream, batch) pairs that a plan keeps buffers for
+MAX_GRAPHS = 4  # pairs of input and output addresses that a plan keeps graphs for, per stream
+ALIGNMENT = 16  # bytes of the widest loads and stores
+ARRAY_CODE = "array code"  # kind of a step that allocates: it cannot be captured
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,12 +49,28 @@ class PlannedStep:
     scratch_size: Callable[[int], int] = lambda batch: 0  # elements for a batch
 
 
+@dataclass(slots=True, eq=False)
+class Buffers:
+    """Intermediate arrays, scratch memory and graphs for one stream and batch size.
+
+    Graphs have the addresses and sizes of input and output as keys; None stands for a graph that is
+    captured when its arrays come a second time.
+    """
+
+    between: list[Any]
+    scratch: Any
+    graphs: dict[tuple[int, ...], Any] | None = None  # None: steps are launched one by one
+    is_captured: bool = False  # a graph of the caller holds the addresses
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CudaPlan:
     """A chain planned for one input shape, precision and device.
 
     Runs go to the current stream and do not wait for it.  A plan keeps its buffers per stream and
-    batch size; two threads that use one stream at once need a plan each.
+    batch size; two threads that use one stream at once need a plan each.  A plan of several
+    launches is captured into a CUDA graph when it runs a second time on the same arrays, and
+    replayed from then on.
     """
 
     steps: tuple[PlannedStep, ...]
@@ -58,36 +78,106 @@ class CudaPlan:
     out_shape: Ints
     dtype: Any
     device: int
-    buffers: dict[tuple[int, int], list[Any]] = field(default_factory=dict)  # by stream and batch
-    captured: set[tuple[int, int]] = field(default_factory=set)  # graphs hold their addresses
+    reads: tuple[Any, ...]  # types that the first step reads, and the last one writes, in place
+    writes: tuple[Any, ...]
+    accepts: tuple[Any, ...]
+    uploaded: Any  # event: weights and tables are on the device
+    buffers: dict[tuple[int, int], Buffers] = field(default_factory=dict)  # by stream and batch
 
     def __call__(self, x: Any, out: Any = None) -> Any:
         """Run the plan on `x`, (batch, channels, *spatial); see Factorization.compile."""
-        self._check(x, out)
-        needed = len(x) * math.prod(self.out_shape) * int(self.dtype.itemsize)
-        with cupy.cuda.Device(self.device), _device.explain_out_of_memory(needed):
-            source = cupy.ascontiguousarray(x).astype(self.dtype, copy=False)
-            y = out
-            if out is None or out.dtype != self.dtype or not out.flags.c_contiguous:
-                y = cupy.empty((len(x), *self.out_shape), self.dtype)
-            if _device.is_capturing() and (source.data.ptr != x.data.ptr or y is not out):
-                raise ValueError(
-                    "while a graph is captured x and out must be given, C-contiguous and "
-                    f"{self.dtype}: temporary arrays are freed before the graph runs"
-                )
-            if len(x):
-                self._run(source, y)
-            if out is None or y is out:
-                return y
-            out[...] = _saturate(y, out.dtype) if out.dtype in INTEGERS else y
-            return out
+        self._check("x", x, self.in_shape, x)
+        if out is not None:
+            self._check("out", out, self.out_shape, x)
+        if _runtime.getDevice() == self.device:
+            return self._call(x, out)
+        with cupy.cuda.Device(self.device):
+            return self._call(x, out)
 
-    def _run(self, x: Any, y: Any, after_step: Callable[[], object] | None = None) -> None:
-        *between, scratch = self._get_buffers(len(x))
-        for step, (source, target) in zip(self.steps, pairwise([x, *between, y])):
-            step.run(source, target, scratch)
+    def _call(self, x: Any, out: Any) -> Any:
+        batch = x.shape[0]
+        try:
+            is_read = _is_in_place(x, self.reads)
+            is_written = out is not None and _is_in_place(out, self.writes)
+            stream = _current_stream().ptr
+            if not (is_read and is_written) and _runtime.streamIsCapturing(stream):
+                raise ValueError(
+                    "while a graph is captured x and out must be given, C-contiguous, aligned to "
+                    f"{ALIGNMENT} bytes and {self.dtype}: copies are freed before the graph runs"
+                )
+            source = x if is_read else x.astype(self.dtype, "C")
+            y = out if is_written else cupy.empty((batch, *self.out_shape), self.dtype)
+            if batch:
+                buffers = self.buffers.get((stream, batch)) or self._allocate(stream, batch)
+                if buffers.graphs is None:
+                    self._launch(buffers, source, y)
+                else:
+                    self._replay(buffers, source, y, stream)
+        except (MemoryError, RuntimeError) as error:
+            item = self.dtype.itemsize
+            _device.raise_memory_error(error, batch * math.prod(self.out_shape) * item)
+            raise
+        if out is None or is_written:
+            return y
+        out[...] = _saturate(y, out.dtype) if out.dtype in INTEGERS else y
+        return out
+
+    def _launch(
+        self, buffers: Buffers, x: Any, y: Any, after_step: Callable[[], object] | None = None
+    ) -> None:
+        last = len(self.steps) - 1
+        for number, step in enumerate(self.steps):
+            target = y if number == last else buffers.between[number]
+            step.run(x, target, buffers.scratch)
+            x = target
             if after_step is not None:
                 after_step()
+
+    def _replay(self, buffers: Buffers, x: Any, y: Any, stream: int) -> None:
+        """Launch the graph of these arrays; the first time run the steps, the second capture."""
+        graphs = buffers.graphs
+        if _runtime.streamIsCapturing(stream):
+            buffers.is_captured = True
+            graphs = None
+        if graphs is None:
+            self._launch(buffers, x, y)
+            return
+        key = x.data.ptr, y.data.ptr, x.nbytes, y.nbytes
+        graph = graphs.get(key)
+        if graph is None and key in graphs:
+            graph = graphs[key] = self._capture(buffers, x, y)
+        if graph is not None:
+            graph.launch()
+            return
+        if buffers.graphs is not None:
+            graphs[key] = None
+            if len(graphs) > MAX_GRAPHS:
+                del graphs[next(iter(graphs))]
+        self._launch(buffers, x, y)
+
+    def _capture(self, buffers: Buffers, x: Any, y: Any) -> Any:
+        """Return a graph of the steps, or None with a warning; nothing runs.
+
+        It is captured on a stream of its own, as the default stream cannot be.
+        """
+        stream = cupy.cuda.Stream(non_blocking=True)
+        try:
+            with stream:
+                stream.begin_capture()
+                try:
+                    self._launch(buffers, x, y)
+                finally:
+                    graph = stream.end_capture()
+        except RuntimeError as error:
+            buffers.graphs = None
+            warnings.warn(
+                f"the plan cannot be captured into a CUDA graph ({_first_line(error)}): its steps "
+                "are launched one by one",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return None
+        return graph
 
     def breakdown(self, x: Any, out: Any = None, *, repeat: int = 5) -> tuple[StepProfile, ...]:
         """Profile the median of `repeat` runs on `x` by the GPU's clock; waits for the GPU."""
@@ -96,7 +186,7 @@ class CudaPlan:
             raise ValueError(f"repeat must be at least 1, got {repeat}")
         self(x, out)
         with cupy.cuda.Device(self.device):
-            source = cupy.ascontiguousarray(x).astype(self.dtype, copy=False)
+            source = x if _is_in_place(x, self.reads) else x.astype(self.dtype, "C")
             y = cupy.empty((len(x), *self.out_shape), self.dtype)
             runs = [self._timed_run(source, y) for _ in range(repeat)]
         runs.sort(key=lambda run: sum(run[0]))
@@ -140,61 +230,62 @@ class CudaPlan:
             events.append(cupy.cuda.Event())
             events[-1].record()
 
+        key = _current_stream().ptr, len(x)
+        buffers = self.buffers.get(key) or self._allocate(*key)
         record()
         start = time.perf_counter()
         if len(x):
-            self._run(x, y, record)
+            self._launch(buffers, x, y, record)
         events[-1].synchronize()
         wall_time = time.perf_counter() - start
         return [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)], wall_time
 
-    def _get_buffers(self, batch: int) -> list[Any]:
-        """Return the intermediate arrays and scratch memory of this batch on this stream."""
-        key = cupy.cuda.get_current_stream().ptr, batch
-        buffers = self.buffers.get(key)
-        capturing = _device.is_capturing()
-        if buffers is None:
-            if capturing:
-                raise RuntimeError(
-                    f"run the plan once on this stream with {batch} examples before a graph is "
-                    "captured: that allocates its buffers"
-                )
-            buffers = [cupy.empty((batch, *s.out_shape), self.dtype) for s in self.steps[:-1]]
-            buffers.append(cupy.empty(max(s.scratch_size(batch) for s in self.steps), self.dtype))
-            evictable = [k for k in self.buffers if k not in self.captured]
-            if len(evictable) >= MAX_BATCH_SIZES:
-                self.buffers.pop(evictable[0], None)
-            self.buffers[key] = buffers
-        if capturing:
-            self.captured.add(key)
+    def _allocate(self, stream: int, batch: int) -> Buffers:
+        """Make the buffers of this batch on the current stream, which then has the weights."""
+        if _runtime.streamIsCapturing(stream):
+            raise RuntimeError(
+                f"run the plan once on this stream with {batch} examples before a graph is "
+                "captured: that allocates its buffers"
+            )
+        _current_stream().wait_event(self.uploaded)
+        between = [cupy.empty((batch, *s.out_shape), self.dtype) for s in self.steps[:-1]]
+        scratch = cupy.empty(max(s.scratch_size(batch) for s in self.steps), self.dtype)
+        buffers = Buffers(between, scratch)
+        names = [s.name for s in self.steps]
+        if ARRAY_CODE not in names and (len(names) > 1 or scratch.size):
+            buffers.graphs = {}
+        evictable = [k for k, b in self.buffers.items() if not b.is_captured]
+        if len(evictable) >= MAX_BATCH_SIZES:
+            self.buffers.pop(evictable[0], None)
+        self.buffers[stream, batch] = buffers
         return buffers
 
-    def _check(self, x: Any, out: Any) -> None:
-        for name, a, shape in (("x", x, self.in_shape), ("out", out, self.out_shape)):
-            if a is None and name == "out":
-                continue
-            if not isinstance(a, cupy.ndarray):
-                raise TypeError(
-                    f"{name} must be a CuPy array, as the weights are on cuda:{self.device}, got "
-                    f"{type(a).__qualname__}: cupy.asarray, or f.to('cpu')"
-                )
-            on = _device.device_id(a)
-            if on != self.device:
-                raise ValueError(
-                    f"{name} is on cuda:{on} but the weights are on cuda:{self.device}"
-                )
-            if a.dtype != self.dtype and a.dtype not in INTEGERS:
-                raise TypeError(
-                    f"{name} must be {self.dtype} or 8- or 16-bit integers, got {a.dtype}"
-                )
-            if self.dtype.itemsize == 2 and a.dtype.itemsize == 2 and a.dtype in INTEGERS:
+    def _check(self, name: str, a: Any, shape: Ints, x: Any) -> None:
+        """Raise unless `a`, which is x or out, has a fitting type, device, precision and shape."""
+        if not isinstance(a, cupy.ndarray):
+            raise TypeError(
+                f"{name} must be a CuPy array, as the weights are on cuda:{self.device}, got "
+                f"{type(a).__qualname__}: cupy.asarray, or f.to('cpu')"
+            )
+        if a.data.device_id != self.device:
+            raise ValueError(
+                f"{name} is on cuda:{a.data.device_id} but the weights are on cuda:{self.device}"
+            )
+        if a.dtype not in self.accepts:
+            if a.dtype in INTEGERS:
                 raise TypeError(
                     f"{self.dtype} cannot represent all values of {a.dtype}: use float32"
                 )
-            if a.shape[1:] != shape or (name == "out" and len(a) != len(x)):
-                raise ValueError(
-                    f"{name} must have shape (batch, {', '.join(map(str, shape))}), got {a.shape}"
-                )
+            raise TypeError(f"{name} must be {self.dtype} or 8- or 16-bit integers, got {a.dtype}")
+        if a.shape[1:] != shape or (a is not x and a.shape[:1] != x.shape[:1]):
+            raise ValueError(
+                f"{name} must have shape (batch, {', '.join(map(str, shape))}), got {a.shape}"
+            )
+
+
+def _is_in_place(a: Any, dtypes: tuple[Any, ...]) -> bool:
+    """Return whether kernels can access an array as it is."""
+    return a.dtype in dtypes and a.flags.c_contiguous and a.data.ptr % ALIGNMENT == 0
 
 
 def _saturate(values: Any, dtype: Any) -> Any:
@@ -214,8 +305,6 @@ def plan(
 ) -> CudaPlan:
     """Plan `stages`, whose weights are on a GPU, for inputs of `shape` = (channels, *spatial)."""
     del threads, algorithm  # the GPU decides, and kernels there add up products directly
-    if interleaved != 1:
-        raise ValueError(f"interleaved must be 1 on a GPU, got {interleaved}")
     dtype = np.dtype(dtype)
     devices = [_device.device_id(stage.weight) for stage in stages]
     device = devices[0]
@@ -225,71 +314,55 @@ def plan(
             f"whole chain with f.to('cuda:{device}')"
         )
     shapes = chain_shapes(stages, shape)
-    borders: list[Array | None] = [None] * len(stages)
     weight_bytes = sum(s.weight.nbytes for s in stages)
     with cupy.cuda.Device(device), _device.explain_out_of_memory(weight_bytes):
-        if stages[0].geometry.value:
-            on_host = [replace(s, weight=_device.to_host(s.weight)) for s in stages]
-            borders = array_api.border_values(on_host)
-        chain = [
-            BoundStage(*bound) for bound in zip(stages, epilogues, shapes, shapes[1:], borders)
-        ]
+        chain = [BoundStage(*bound) for bound in zip(stages, epilogues, shapes, shapes[1:])]
         try:
-            planned = _plan_steps(chain, dtype)
+            planned = _plan_steps(chain, dtype, interleaved)
         except cupy.cuda.compiler.CompileException as error:
+            if interleaved > 1:
+                raise
             warnings.warn(
-                f"the kernels could not be compiled ({str(error).splitlines()[0]}): chains run in "
+                f"the kernels could not be compiled ({_first_line(error)}): chains run in "
                 "plain CuPy code, which is slow",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            planned = (_array_api_step(chain, dtype),)
-    return CudaPlan(planned, tuple(shape), tuple(shapes[-1]), dtype, device)
+            run = direct.array_code(chain, dtype)
+            planned = (PlannedStep(ARRAY_CODE, tuple(stages), run, shapes[0], shapes[-1]),)
+        uploaded = cupy.cuda.Event(disable_timing=True)
+        uploaded.record()
+    has_bytes = dtype == np.float32
+    reads, writes = (
+        (dtype, np.dtype(np.uint8)) if has_bytes and step.name in steps.READS_BYTES else (dtype,)
+        for step in (planned[0], planned[-1])
+    )
+    no_shorts = dtype.itemsize == 2
+    accepted = (dtype, *(t for t in INTEGERS if not (no_shorts and t.itemsize == 2)))
+    in_shape, out_shape = ((*s[:-1], s[-1] * interleaved) for s in (shapes[0], shapes[-1]))
+    return CudaPlan(planned, in_shape, out_shape, dtype, device, reads, writes, accepted, uploaded)
 
 
-def _plan_steps(chain: Sequence[BoundStage], dtype: Any) -> tuple[PlannedStep, ...]:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _plan_steps(
+    chain: Sequence[BoundStage], dtype: Any, interleaved: int
+) -> tuple[PlannedStep, ...]:
     """Partition a chain into steps and build each."""
     sum_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     no_epilogue = [b.epilogue.bias is None and b.epilogue.activation == "none" for b in chain]
     shared = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-    stages = [bound.stage for bound in chain]
     planned = []
-    for step in steps.partition(stages, chain[0].in_shape, sum_dtype.itemsize, no_epilogue, shared):
+    for step in steps.partition(
+        [bound.stage for bound in chain], chain[0].in_shape, sum_dtype.itemsize, no_epilogue,
+        shared, tensor_cores=gemm.uses_tensor_cores(dtype), interleaved=interleaved,
+    ):  # fmt: skip
         part = chain[step.first : step.first + step.stage_count]
-        run, scratch_size = _build(step, part, dtype, sum_dtype)
-        part_stages = tuple(bound.stage for bound in part)
-        shapes = step.in_shape, step.out_shape
-        planned.append(PlannedStep(step.kind, part_stages, run, *shapes, scratch_size))
+        run, scratch_size = direct.build(step, part, dtype, sum_dtype, interleaved)
+        stages = tuple(bound.stage for bound in part)
+        planned.append(
+            PlannedStep(step.kind, stages, run, step.in_shape, step.out_shape, scratch_size)
+        )
     return tuple(planned)
-
-
-def _build(
-    step: steps.KernelStep, part: Sequence[BoundStage], dtype: Any, sum_dtype: Any
-) -> tuple[Run, Callable[[int], int]]:
-    if step.kind == "matrix product":
-        return gemm.matrix_product(part[0], dtype, sum_dtype)
-    if step.kind == "filter":
-        run = direct.filter_passes(part, step, dtype, sum_dtype)
-    elif step.kind == "depthwise + pointwise":
-        run = direct.separable(part[0], part[1], dtype, sum_dtype)
-    elif step.kind == "depthwise":
-        run = direct.depthwise(part[0], dtype, sum_dtype)
-    else:
-        run = direct.dense(part[0], dtype, sum_dtype)
-    return run, lambda batch: 0
-
-
-def _array_api_step(chain: Sequence[BoundStage], dtype: Any) -> PlannedStep:
-    """Build all stages in plain array code, for machines without a compiler."""
-    stages = tuple(bound.stage for bound in chain)
-    weights = [cupy.ascontiguousarray(bound.weight).astype(dtype) for bound in chain]
-    on_host = tuple(replace(s, weight=_device.to_host(s.weight)) for s in stages)
-    epilogues = []
-    for bound in chain:
-        bias, activation = bound.epilogue
-        epilogues.append(Epilogue(None if bias is None else _device.to_host(bias), activation))
-
-    def run(x: Any, y: Any, _: Any) -> None:
-        y[...] = array_api.run(on_host, x, weights, epilogues, cupy)
-
-    return PlannedStep("plain", stages, run, chain[0].in_shape, chain[-1].out_shape)

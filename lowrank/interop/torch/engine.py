@@ -245,22 +245,26 @@ def without_gradient(x: torch.Tensor) -> torch.Tensor:
     return x.detach()
 
 
+class _CurrentStream:
+    """PyTorch's current stream, by the protocol that PyTorch has since 2.9 only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
 def _run_on_gpu(run: Runner, x: torch.Tensor, y: torch.Tensor) -> None:
     """Run a CuPy plan on PyTorch's memory and in PyTorch's current stream."""
     cupy = importlib.import_module("cupy")
-    stream = torch.cuda.current_stream(x.device)
 
     def as_cupy(t: torch.Tensor) -> Any:
-        if t.dtype == torch.bfloat16:  # DLPack import in CuPy does not support it
+        if t.dtype == torch.bfloat16:  # CuPy takes it only where ml_dtypes was imported before
             importlib.import_module("ml_dtypes")
             return cupy.from_dlpack(t.view(torch.int16)).view("bfloat16")
         return cupy.from_dlpack(t)
 
-    with cupy.cuda.Device(x.device.index):
-        from_external = getattr(cupy.cuda.Stream, "from_external", None)
-        if from_external is not None and hasattr(stream, "__cuda_stream__"):
-            cupy_stream = from_external(stream)
-        else:
-            cupy_stream = cupy.cuda.ExternalStream(stream.cuda_stream, x.device.index)
-        with cupy_stream:
-            run(as_cupy(x), as_cupy(y))
+    stream = _CurrentStream(x.device)
+    with cupy.cuda.Device(x.device.index), cupy.cuda.Stream.from_external(stream):
+        run(as_cupy(x), as_cupy(y))
