@@ -33,7 +33,7 @@ GROUPS = {
     "full": ["full"],
     "lint": ["test", "lint"],
     "paper": ["demo", "paper"],
-    "docs": ["demo", "docs"],
+    "docs": ["demo", "pages"],
     "bench": ["demo", "bench"],
 }
 

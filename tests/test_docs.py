@@ -1,10 +1,12 @@
 """Public names have numpydoc docstrings; the code blocks of README and docs run."""
 
 import ast
+import html
 import importlib.util
 import inspect
 import itertools
 import math
+import os
 import re
 import runpy
 import shutil
@@ -172,23 +174,166 @@ def test_commands_on_pages_exist(page):
             assert re.search(rf"dev\.py {words[2]}\b", (ROOT / "dev.py").read_text()), words
 
 
-@pytest.mark.full
-def test_pages_are_built_without_warnings(tmp_path):
-    for name in ("sphinx", "pydata_sphinx_theme", "myst_parser", "sphinx_gallery", "numpydoc"):
+#: Address of a repository that does not exist, from which the pages' links are made in tests.
+REPOSITORY = "https://example.org/lowrank"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Build the pages, without running the gallery; return their folder."""
+    needed = "sphinx", "pydata_sphinx_theme", "myst_parser", "sphinx_gallery", "sphinx_copybutton"
+    for name in (*needed, "numpydoc", "typer"):
         pytest.importorskip(name)
     if not (ROOT / "docs").exists():
         pytest.skip("no pages here")
     # A copy, since the gallery writes beside its scripts; a process, as it changes matplotlib.
-    ignored = shutil.ignore_patterns("_build", "auto_gallery")
-    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=ignored)
+    folder = tmp_path_factory.mktemp("site")
+    ignored = shutil.ignore_patterns("_build", "auto_gallery", "api")
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=ignored)
+    for name in ("README.md", "CHANGELOG.md", "paper/data/headline.json"):  # in parts of pages
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     options = ["-W", "--keep-going", "-q", "-D", "plot_gallery=0", "-b", "html"]
-    command = [sys.executable, "-m", "sphinx", *options, tmp_path / "docs", tmp_path / "html"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "sphinx", *options, folder / "docs", folder / "html"]
+    env = os.environ | {"LOWRANK_REPOSITORY": REPOSITORY}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert process.returncode == 0, process.stderr
-    made = {p: p.read_text() for p in (tmp_path / "html").rglob("*.html")}
-    assert "<math" in made[tmp_path / "html" / "theory" / "networks.html"]
+    return folder / "html"
+
+
+@pytest.mark.full
+def test_pages_are_built_without_warnings(site):
+    made = {p: p.read_text() for p in site.rglob("*.html")}
+    assert "<math" in made[site / "theory" / "networks.html"]
     elsewhere = re.compile(r"<(?:script|link|img)[^>]*(?:src|href)=\"(?:https?:)?//")
     assert [p.name for p, text in made.items() if elsewhere.search(text)] == []  # read offline
+
+
+@pytest.mark.full
+def test_links_between_built_pages_resolve(site):
+    made = {p: p.read_text() for p in site.rglob("*.html") if "_modules" not in p.parts}
+    targets = {p: set(re.findall(r"\bid=\"([^\"]+)\"", text)) for p, text in made.items()}
+    broken = []
+    for page, text in made.items():
+        for link in re.findall(r"<a\b[^>]*\bhref=\"([^\"]+)\"", text):
+            path, _, place = html.unescape(link).partition("#")
+            if "://" in path or path.startswith("mailto:"):
+                continue
+            target = (page.parent / path).resolve() if path else page
+            known = targets.get(target, {place})
+            if not target.exists() or (place and place not in known):
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert broken == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [
+        ("howto/calibrate", "docs/howto/calibrate.md"),
+        ("changelog", "CHANGELOG.md"),
+        ("auto_gallery/plot_filters", "docs/gallery/plot_filters.py"),
+        ("reference/lowrank", "docs/reference/lowrank.rst"),
+        ("reference/api/lowrank.approximate", "lowrank/selection/choice.py"),
+        ("reference/api/lowrank.Certificate-class", "lowrank/certify/bounds.py"),
+    ],
+)
+def test_pages_link_to_their_source(site, page, source):
+    text = (site / f"{page}.html").read_text()
+    assert f'href="{REPOSITORY}/edit/main/{source}"' in text
+    assert f'href="{REPOSITORY}"' in text
+    assert (ROOT / source).exists()
+
+
+@pytest.mark.full
+def test_command_line_page_lists_every_option(site):
+    from typer.main import get_command
+
+    from lowrank.cli.program import app
+
+    text = (site / "reference" / "command-line.html").read_text()
+    for name, command in get_command(app).commands.items():
+        for option in (o for p in command.params for o in p.opts if o.startswith("--")):
+            assert f'id="cmdoption-lowrank-{name}-{option.strip("-")}"' in text, (name, option)
+
+
+#: A page of every kind, which the test below opens.
+MAIN_PAGES = (
+    "index", "install", "tutorials/filters", "howto/index", "howto/platforms", "theory/networks",
+    "auto_gallery/index", "auto_gallery/plot_filters", "reference/index", "reference/lowrank",
+    "reference/api/lowrank.approximate", "reference/api/lowrank.Factorization",
+    "reference/command-line", "performance", "performance-log", "glossary", "changelog", "cite",
+    "architecture", "genindex", "search",
+)  # fmt: skip
+
+#: Pixels by which the page, or its text, is wider than its place.
+OVERFLOW = """() => Math.max(...[document.documentElement, document.querySelector("article")]
+    .filter(Boolean).map(e => e.scrollWidth - e.clientWidth))"""
+
+
+@pytest.mark.full
+def test_pages_open_in_a_browser(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = "chromium", "chromium-browser", "google-chrome"
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("Chromium is not installed")
+    faults = []
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        for width, scheme in itertools.product((390, 1280), ("light", "dark")):
+            size = {"width": width, "height": 900}
+            tab = chromium.new_page(viewport=size, color_scheme=scheme)
+            messages = []
+            tab.on("console", lambda m, messages=messages: messages.append(f"{m.type}: {m.text}"))
+            tab.on("pageerror", lambda e, messages=messages: messages.append(str(e)))
+            tab.on(
+                "requestfailed",
+                lambda r, messages=messages: messages.append(f"not loaded: {r.url}"),
+            )
+            for page in MAIN_PAGES:
+                tab.goto((site / f"{page}.html").as_uri())
+                if tab.evaluate("document.documentElement.dataset.theme") != scheme:
+                    messages.append("has another colour scheme")
+                if (pixels := tab.evaluate(OVERFLOW)) > 0:
+                    messages.append(f"is {pixels} pixels too wide")
+                faults += [f"{page}, {width} pixels, {scheme}: {fault}" for fault in messages]
+                messages.clear()
+        chromium.close()
+    assert faults == []
+
+
+def listed_names():
+    """Return the names in the tables of the reference, by module."""
+    found = {}
+    for page in (ROOT / "docs" / "reference").glob("lowrank*.rst"):
+        tables = re.findall(r"^   :toctree: api\n\n((?:   \w+\n)+)", page.read_text(), re.MULTILINE)
+        found[page.stem] = " ".join(tables).split()
+    return found
+
+
+def test_reference_lists_every_public_name():
+    listed = listed_names()
+    for module, names in listed.items():
+        assert len(names) == len({*names}), module
+        assert [n for n in names if not hasattr(importlib.import_module(module), n)] == []
+    modules = {"blocks", "filters", "ndimage", "perfmodel", "ranks", "weights"}
+    assert {*lowrank.__all__} - modules == {*listed["lowrank"]}
+    everywhere = {name for names in listed.values() for name in names}
+    public = {name.removeprefix("ndimage.") for name in PUBLIC}
+    assert {name for name in public if "." not in name} - everywhere == set()
+
+
+def test_citation_agrees_with_the_package():
+    page = (ROOT / "docs" / "cite.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[
+        1
+    ]
+    title = re.search(r'^title: "(.+)"$', citation, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in citation
+    assert f"version = {{{version}}}" in page
+    assert f"title   = {{{title}}}" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
