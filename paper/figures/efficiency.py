@@ -1,4 +1,4 @@
-"""Ratio of speed-up to MAC ratio, by kind of chain and library."""
+"""Draw the speed-up efficiency, by kind of chain and library."""
 
 import csv
 import statistics
@@ -28,23 +28,23 @@ def main(source, target):
                 kind = " ".join(name)
             if name[:2] == ["tensor", "train"]:
                 kind = "tensor train"
-            for shares, column in zip(kinds[kind], LIBRARIES):
-                if r[f"{column}_share"]:
-                    shares.append(float(r[f"{column}_share"]))
+            for found, column in zip(kinds[kind], LIBRARIES):
+                if r[f"{column}_efficiency"]:
+                    found.append(float(r[f"{column}_efficiency"]))
     figure, axes = plt.subplots(figsize=(style.COLUMN, 2.9))
     for i, every in enumerate(reversed(kinds.values())):
-        for shares, (library, shift) in zip(every, LIBRARIES.values()):
-            if not shares:
+        for found, (library, shift) in zip(every, LIBRARIES.values()):
+            if not found:
                 continue
             colour, mark = style.LIBRARIES[library]
-            axes.plot(shares, [i + shift] * len(shares), mark, color=colour, alpha=0.35,
+            axes.plot(found, [i + shift] * len(found), mark, color=colour, alpha=0.35,
                       markersize=2.5, markeredgewidth=0)  # fmt: skip
-            axes.plot(statistics.geometric_mean(shares), i + shift, mark, color=colour,
+            axes.plot(statistics.geometric_mean(found), i + shift, mark, color=colour,
                       markersize=4.2, label=library if i == len(kinds) - 1 else None)  # fmt: skip
     axes.axvline(1, color="0.4", linewidth=0.6)
     axes.set_yticks(range(len(kinds)), list(reversed(kinds)))
     axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, None), xlabel="speed-up over PyTorch's dense layer /\nMAC ratio")
+    axes.set(xlim=(0, None), xlabel="speed-up efficiency")
     axes.grid(axis="x", alpha=0.25, linewidth=0.4)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     style.save(figure, target)

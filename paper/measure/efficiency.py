@@ -1,8 +1,8 @@
-"""Speed-up over the dense layer divided by the MAC ratio, for ten kinds of chains.
+"""Speed-up efficiency of ten kinds of chains: speed-up over the dense layer by the MAC ratio.
 
-A share of 1 means that a chain with a third of the MACs takes a third of the time.  The dense
-layer is PyTorch's in its better layout (median over the rows of a layer); for `own_share` it is
-lowrank's.  Chains run on lowrank, in PyTorch's better layout and in onnxruntime; one thread,
+An efficiency of 1 means that a chain with a third of the MACs takes a third of the time.  The dense
+layer is PyTorch's in its better layout (median over the rows of a layer); for `own_efficiency` it
+is lowrank's.  Chains run on lowrank, in PyTorch's better layout and in onnxruntime; one thread,
 interleaved.
 """
 
@@ -51,7 +51,7 @@ def rows():
 def main(target):
     tables.require_torch().set_num_threads(1)
     header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank",
-              "torch_share", "onnxruntime_share", "lowrank_share", "own_share"]  # fmt: skip
+              *(f"{who}_efficiency" for who in ("torch", "onnxruntime", "lowrank", "own"))]  # fmt: skip
     tables.write(target, header, rows())
 
 
