@@ -56,8 +56,12 @@ def test_every_family_says_what_is_wrong_with_a_limit(name):
         public(name)(conv)
     with pytest.raises(ValueError, match="max_error must be a number"):
         public(name)(conv, max_error=-1)
-    with pytest.raises(ValueError, match="max_error must be a number"):
-        public(name)(conv, max_error="small")
+    for limit in ("small", True, float("nan"), None, 0.5j):
+        with pytest.raises((TypeError, ValueError), match="max_error"):
+            public(name)(conv, max_error=limit)
+    for rank in (True, (True, 2), "2", 2 + 0j):
+        with pytest.raises(TypeError, match="integers, or a share of the parameters"):
+            public(name)(conv, rank)
     with pytest.raises(ValueError, match=r"rank must be at least 0.* for .*, got 0.0001"):
         public(name)(conv, 1e-4)
     for rank in (1.0, 1.5, 0.0, -0.5, float("nan")):

@@ -408,10 +408,10 @@ def test_subclasses_of_functional_models_are_cloned(rng):
 def test_sizes_that_the_model_leaves_open(rng):
     inp = keras.Input((None, None, 3))
     model = keras.Model(inp, L.Conv2D(4, 3, padding="same", strides=2, name="a")(inp))
-    assert "input size is not known" in KerasModel(model).left_out["a"]
-    assert KerasModel(model, input_shape=(9, 8, 3)).layers[0].input_size == (9, 8)
-    with pytest.raises(ValueError, match=r"input_shape must fit.*got \(9, 8, 4\)"):
-        KerasModel(model, input_shape=(9, 8, 4))
+    assert "has no fixed size" in KerasModel(model).left_out["a"]
+    assert KerasModel(model, input_size=(9, 8)).layers[0].input_size == (9, 8)
+    with pytest.raises(ValueError, match=r"input size must be 2 positive numbers.*got \(9, 8, 4\)"):
+        KerasModel(model, input_size=(9, 8, 4))
     net = KerasModel(model, calibration=[np.zeros((2, 7, 6, 3), np.float32)])
     assert net.layers[0].input_size == (7, 6)
     new = net.replaced({"a": lr.spatial_svd(net.layers[0].conv, 2)})

@@ -627,15 +627,6 @@ def test_other_layers_are_named(rng):
     assert "shape (1, 1, 4, 4)" in net.left_out["many"]
 
 
-def test_free_sizes_need_calibration_data(rng):
-    w, x = arrays(rng, (4, 3, 3, 3), (2, 3, 9, 7))
-    node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
-    model = model_of([node], {"x": ["N", 3, "h", "w"]}, weights={"w": w})
-    assert OnnxModel(model, [x]).layers[0].input_size == (9, 7)
-    with pytest.raises(ValueError, match="'conv': its input has no fixed size: give calibration"):
-        OnnxModel(model)
-
-
 def test_chains_that_do_not_fit_are_refused(rng):
     model, _ = small_net(rng)
     net = OnnxModel(model)

@@ -10,6 +10,8 @@ import pytest
 import lowrank as lr
 from lowrank import demo
 from lowrank import io as tensors_io
+from lowrank.compress import make_plan
+from lowrank.interop.files import open_model, read_layers
 from lowrank.interop.weights import WeightsFile, WeightsModel, layers, read_weights
 
 
@@ -231,6 +233,94 @@ def test_damaged_manifests_are_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"about\.json|two layers") as why:
         WeightsModel(demo.WEIGHTS, manifest=about)
     assert "\n" not in str(why.value)
+
+
+CONTRADICTIONS = [
+    ({"stride": [2, 2], "strides": 2}, "unknown key 'strides'"),
+    ({"in_size": [0, 9]}, r"in_size must be at least 1 per axis, got \(0, 9\)"),
+    ({"in_size": [9, -1]}, r"in_size must be at least 1 per axis, got \(9, -1\)"),
+    ({"in_size": [1, 1], "padding": 0}, "kernel must not be larger"),
+    ({"out_size": [5, 6]}, r"out_size must be \[4, 5\].*got \[5, 6\]"),
+    ({"out_size": 5}, r"out_size must be \[4, 5\].*got 5"),
+    ({"macs": 8640 + 1}, "macs must be 8640, .*got 8641"),
+    ({"macs": True}, "macs must be an integer, got True"),
+    ({"shape": [8, 6, 3]}, r"shape must be \[8, 6, 3, 3\], that of the tensor"),
+    ({"groups": True}, "groups must be an integer, got True"),
+    ({"left": 2}, "left must be 1 without 'of', .*got 2"),
+    ({"right": 3}, "right must be 1 without 'of', .*got 3"),
+    ({"shuffle": [2, 3]}, r"shuffle must be 1 without 'of', .*got \[2, 3\]"),
+    ({"transposed": 0}, "transposed must be true or false, got 0"),
+    ({"bias": "g.weight"}, r"bias must have shape \(8,\)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), CONTRADICTIONS)
+def test_contradictions_in_a_manifest_are_named(described, changed, words):
+    about = described.with_suffix(".json")
+    manifest = json.loads(about.read_text())
+    entry = manifest["conv_layers"][0] | {"padding": 0, "macs": None}
+    manifest["conv_layers"][0] = entry | {"shuffle": [1, 1], "left": 1, "right": None}
+    about.write_text(json.dumps(manifest))
+    assert len(WeightsModel(described).layers) == 4
+    manifest["conv_layers"][0] = entry | changed
+    about.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"net\.json: layer 'a'.*{words}") as why:
+        WeightsModel(described)
+    assert "\n" not in str(why.value)
+
+
+def test_chains_of_no_layer_are_named(described):
+    net = WeightsModel(described)
+    file = net.replaced({"a": lr.channel_svd(net.layers[0].conv, 2)})
+    file.manifest["chains"]["b"] = file.manifest["chains"]["a"]
+    file.save(described)
+    with pytest.raises(ValueError, match="chains must name layers of several stages, a, got 'b'"):
+        WeightsModel(described)
+
+
+def test_macs_of_layers_that_are_chains_already(described, tmp_path):
+    net = WeightsModel(described)
+    f = lr.channel_svd(net.layers[0].conv, 2)
+    net.replaced({"a": f}).save(tmp_path / "small.safetensors")
+    again = WeightsModel(tmp_path / "small.safetensors")
+    assert again.left_out == {"a": "it is a chain already"}
+    assert again.left_out_macs == {"a": f.cost((9, 11)).macs}
+    text = repr(make_plan(again, macs=0.5, families=["channel_svd"]))
+    own = sum(x.cost.macs for x in again.layers)
+    share = f.cost((9, 11)).macs
+    assert f"a ({share / (own + share):.1%} of the MACs): it is a chain already" in text
+
+
+def test_matrices_are_layers(tmp_path, rng):
+    w, b = rng.standard_normal((5, 8)).astype(np.float32), np.ones(5, np.float32)
+    np.savez(tmp_path / "net.npz", **{"fc.weight": w, "fc.bias": b})
+    net = WeightsModel(tmp_path / "net.npz")
+    (layer,) = net.layers
+    assert (layer.name, layer.input_size, layer.cost.macs) == ("fc", (1,), w.size)
+    f = lr.channel_svd(layer.conv, 2)
+    net.replaced({"fc": f}).save(tmp_path / "small.npz")
+    after = read_weights(tmp_path / "small.npz")
+    assert {n: t.shape for n, t in after.items()} == {
+        "fc.0.weight": (2, 8), "fc.1.weight": (5, 2), "fc.bias": (5,),
+    }  # fmt: skip
+    np.testing.assert_array_equal(
+        WeightsModel(tmp_path / "small.npz").chains["fc"].to_dense(), f.to_dense()
+    )
+
+
+def test_input_sizes_of_layers_that_have_no_manifest(tmp_path, rng):
+    arrays = {
+        "conv.weight": rng.standard_normal((8, 6, 3, 3)),
+        "fc.weight": rng.standard_normal((5, 8)),
+    }
+    path = tmp_path / "net.npz"
+    np.savez(path, **arrays)
+    found = read_layers(path, input_size=(9, 7)).layers
+    assert [(x.name, x.input_size) for x in found] == [("conv", (9, 7)), ("fc", (1,))]
+    with pytest.raises(ValueError, match=r"spatial axes as a layer, 1 or 2, got \(9, 7, 5\)"):
+        read_layers(path, input_size=(9, 7, 5))
+    with pytest.raises(ValueError, match="an input size is for networks of ONNX and Keras"):
+        open_model(path, input_size=(9, 7))
 
 
 def test_failed_save_leaves_the_old_file(described, tmp_path, monkeypatch):

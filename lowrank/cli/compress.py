@@ -22,6 +22,7 @@ from lowrank.cli.console import (
     Params,
     Runtime,
     Seconds,
+    Size,
     Threads,
     app,
     calibrate_quickly,
@@ -31,6 +32,7 @@ from lowrank.cli.console import (
     fail,
     parse_families,
     parse_runtime,
+    parse_size,
     print_json,
     print_table,
     share_bars,
@@ -67,6 +69,7 @@ class PlanOptions:
             "layers, by name."
         ),
     ] = None
+    input: Size = None
     macs: Macs = None
     params: Params = None
     seconds: Seconds = None
@@ -124,7 +127,7 @@ class PlanOptions:
         return [
             f"--{names.get(name, name).replace('_', '-')}"
             for name in given
-            if name not in ("calibrate", "no_measure")
+            if name not in ("calibrate", "input", "no_measure")
         ]
 
 
@@ -153,7 +156,7 @@ def plan(
     """
     check_output("--out", out, model, options.calibrate)
     arguments = options.arguments()
-    net, _ = _open(model, options.calibrate)
+    net, _ = _open(model, options)
     try:
         with describe_interruption(lambda: _kept(resume, resume)), share_bars() as step:
             result = _make_plan(net, arguments, resume, step)
@@ -224,7 +227,7 @@ def compress(
         arguments = {}
         if conflicts := options.conflicts_with_plan():
             raise ValueError(f"--plan excludes {', '.join(conflicts)}: the plan contains them")
-    net, notes = _open(model, calibrate)
+    net, notes = _open(model, options)
     folder = None
     if resume is not None:
         run = {"passes": passes, "refit": refit, "plan": chosen and chosen.to_json(), **arguments}
@@ -342,9 +345,9 @@ def _read_plan(path: Path) -> CompressionPlan:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _open(model: Path, calibrate: Path | None) -> tuple[CompressibleModel, list[str]]:
+def _open(model: Path, options: PlanOptions) -> tuple[CompressibleModel, list[str]]:
     """Open a network; return it and notes on layers that cannot be compressed."""
-    net = files.open_model(model, calibrate)
+    net = files.open_model(model, options.calibrate, parse_size(options.input))
     left = getattr(net, "left_out", {})
     if not left:
         return net, []

@@ -63,16 +63,16 @@ def inspect(
     The last columns are relative errors of the best chains with half of the MACs (of the
     parameters, if the input size is unknown), by family.
 
-    Costs are for the size in --input, or else for the input sizes of the network, or in NAME.json
-    beside a weights file.
+    Costs are for the input sizes of the network, or in NAME.json beside a weights file; --input is
+    the size of a network's input if the network leaves it free, or that of the layers of a weights
+    file.
     """
-    size = parse_size(input)
-    found, left_out = read_layers(file)
+    found, left_out = read_layers(file, input_size=parse_size(input))
     rows = []
     with progress_bar(len(found)) as step:
         for layer in found:
             step(layer.name)
-            rows.append(_inspect_layer(layer, size or layer.input_size))
+            rows.append(_inspect_layer(layer))
     if as_json:
         print_json({"file": str(file), "layers": rows, "left_out": left_out})
         return
@@ -123,9 +123,9 @@ def _print_layers(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 _COLUMNS = [name for name, family in FAMILIES.items() if family.exact and family.has_fast_sweep]
 
 
-def _inspect_layer(layer: StoredLayer, size: Ints | None) -> dict[str, Any]:
+def _inspect_layer(layer: StoredLayer) -> dict[str, Any]:
     """Return one row of `inspect`."""
-    conv = layer.conv
+    conv, size = layer.conv, layer.input_size
     cost: Cost | None = None
     if size is not None:
         try:
@@ -300,6 +300,9 @@ def approximate(
     if size is None:
         raise ValueError(f"input size of layer {stored.name!r} is unknown: give --input HxW")
     conv = geometry.apply(stored)
+    if len(size) != conv.ndim:
+        count = "1 size" if conv.ndim == 1 else f"{conv.ndim} sizes"
+        raise ValueError(f"--input must be {count} for layer {stored.name!r}, got {input}")
     if plot is not None:
         figures.check_path(plot)
     check_output("--save", save, endings=(".safetensors",))

@@ -269,8 +269,10 @@ def _select_layers(
     """Return the layers that count in the budget, and those of them that may change."""
     layers = [x for x in model.layers if not _matches(x.name, left_out)]
     if not layers:
+        reasons = "; ".join(f"{n or 'model'}: {x.reason}" for n, x in omitted_layers(model).items())
         raise ValueError(
             "model and left_out must leave at least one convolution or linear layer, got none"
+            f"{f' ({reasons[:500]})' if reasons else ''}"
         )
     for pattern in (*pinned, *left_out, *capped):
         if not any(fnmatchcase(x.name, pattern) for x in model.layers):

@@ -15,7 +15,8 @@ from lowrank.families.sweep_point import SweepPoint
 
 def check_max_error(max_error: Any) -> None:
     """Check that a limit of the relative error is a number of at least 0."""
-    if not isinstance(max_error, int | float | np.number) or not max_error >= 0:
+    is_number = isinstance(max_error, int | float | np.number) and not isinstance(max_error, bool)
+    if not is_number or not max_error >= 0:
         raise ValueError(f"max_error must be a number of at least 0, got {max_error!r}")
 
 

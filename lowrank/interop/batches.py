@@ -15,6 +15,9 @@ from lowrank._typing import Array, Ints
 from lowrank.interop.common import check_exists, damaged_errors
 
 Feed = dict[str, Array]
+#: Sizes of the free axes of an input, for all inputs or by name.
+InputSize = Sequence[int] | Mapping[str, Sequence[int]]
+_ZEROS = 2**26  # elements of the largest input of zeros that is made to find shapes
 
 
 class Input(NamedTuple):
@@ -170,6 +173,65 @@ def check_batch(inputs: Sequence[Input], batch: Any) -> Feed:
     return feed
 
 
+def example_of_zeros(inputs: Sequence[Input], input_size: InputSize | None) -> Feed | None:
+    """Return one example of zeros.
+
+    Parameters
+    ----------
+    inputs : sequence of Input
+        Inputs of the network.
+    input_size : sequence of int or mapping, optional
+        Sizes of the free axes of the inputs, without that of the batch; by name if inputs have
+        different ones.
+
+    Returns
+    -------
+    dict of str to ndarray or None
+        None if a free size is not given, or the example is large.
+
+    Raises
+    ------
+    ValueError
+        If the sizes do not fit the inputs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from lowrank.interop.batches import Input, example_of_zeros
+    >>> takes = [Input("image", np.dtype(np.float32), (None, 3, None, None))]
+    >>> example_of_zeros(takes, (8, 9))["image"].shape
+    (1, 3, 8, 9)
+    """
+    free = {i.name: sum(n is None for n in i.shape[1:]) for i in inputs}
+    if input_size is not None:
+        by_name = input_size if isinstance(input_size, Mapping) else None
+        unknown = set(by_name or ()) - free.keys()
+        if unknown or not any(free.values()):
+            known = ", ".join(map(str, inputs))
+            what = f"no input {min(unknown)!r}" if unknown else "the network fixes all sizes"
+            raise ValueError(f"input size must be for free sizes of {known}; {what}")
+    feed = {}
+    for i in inputs:
+        count = free[i.name]
+        given: Any = input_size.get(i.name) if isinstance(input_size, Mapping) else input_size
+        if count and given is None:
+            return None
+        if count and not (
+            isinstance(given, tuple | list)
+            and len(given) == count
+            and all(type(n) is int and n > 0 for n in given)
+        ):
+            sizes = "1 positive number" if count == 1 else f"{count} positive numbers"
+            raise ValueError(f"input size must be {sizes} for the free sizes of {i}, got {given!r}")
+        fill = iter(given or ())
+        shape = [n if n is not None else next(fill) for n in i.shape[1:]]
+        shape = [i.shape[0] or 1, *shape] if i.shape else shape
+        if math.prod(shape) > _ZEROS:
+            return None
+        feed[i.name] = np.zeros(shape, i.dtype)
+    return feed
+
+
 def _is_floating(dtype: np.dtype[Any]) -> bool:
     """Return whether a type is floating-point, also one that NumPy does not know, as bfloat16."""
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
@@ -182,7 +244,7 @@ def cast(i: Input, array: Array) -> Array:
     if array.dtype.kind not in kinds and not (floating and _is_floating(array.dtype)):
         raise ValueError(f"the network takes {i}, got {array.dtype}")
     with np.errstate(over="ignore"):
-        new = np.ascontiguousarray(array, i.dtype)
+        new = np.asarray(array, i.dtype, order="C")
     if not new.size:
         raise ValueError(f"values for {i}, must not be empty")
     if floating and not np.isfinite(new).all():

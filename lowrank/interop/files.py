@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowrank.compress.model import CompressibleModel
 from lowrank.interop import weights
+from lowrank.interop.batches import InputSize
 from lowrank.interop.common import check_exists
 from lowrank.interop.weights import ENDINGS as WEIGHTS
 from lowrank.interop.weights import StoredLayer, WeightsFile
@@ -21,7 +24,9 @@ _PYTORCH = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def open_model(
-    path: str | os.PathLike[str], calibration: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    calibration: str | os.PathLike[str] | None = None,
+    input_size: InputSize | None = None,
 ) -> CompressibleModel:
     """Open a network.
 
@@ -33,6 +38,9 @@ def open_model(
     calibration : path, optional
         ``.npz`` file: inputs of the network for ``.onnx``, ``.keras`` and ``.h5``, inputs of
         layers, in arrays named after them, for the others.
+    input_size : sequence of int or mapping, optional
+        Sizes of the free axes of an ``.onnx`` or Keras network's inputs, without that of the
+        batch, such as ``(224, 224)``, if there are no calibration data.
 
     Returns
     -------
@@ -62,11 +70,16 @@ def open_model(
     if ending == ".onnx":
         from lowrank.interop import onnx
 
-        return onnx.open_model(path, calibration)
+        return onnx.open_model(path, calibration, input_size)
     if ending in _KERAS:
         from lowrank.interop.keras import KerasModel
 
-        return KerasModel(path, calibration=calibration)
+        return KerasModel(path, calibration=calibration, input_size=input_size)
+    if input_size is not None:
+        raise ValueError(
+            f"{path}: an input size is for networks of ONNX and Keras: a weights file has the "
+            "in_size of each layer in its manifest"
+        )
     return weights.WeightsModel(path, calibration=calibration)
 
 
@@ -91,7 +104,11 @@ class FileLayers(NamedTuple):
     left_out: dict[str, str]
 
 
-def read_layers(path: str | os.PathLike[str], only: str | None = None) -> FileLayers:
+def read_layers(
+    path: str | os.PathLike[str],
+    only: str | None = None,
+    input_size: Sequence[int] | None = None,
+) -> FileLayers:
     """Read the layers of a network or of a weights file, whatever their input sizes.
 
     Parameters
@@ -101,6 +118,9 @@ def read_layers(path: str | os.PathLike[str], only: str | None = None) -> FileLa
         (``.pt``, ``.pth``).
     only : str, optional
         Name of the only layer to return.
+    input_size : sequence of int, optional
+        Sizes of the free axes of a network's inputs, as for :func:`open_model`; of a weights
+        file, input size of all layers with as many spatial axes.
 
     Returns
     -------
@@ -122,13 +142,24 @@ def read_layers(path: str | os.PathLike[str], only: str | None = None) -> FileLa
     check_exists(path)
     ending = path.suffix.lower()
     if ending in WEIGHTS:
-        return FileLayers(weights.layers(path, only), {})
+        stored = weights.layers(path, only)
+        if input_size is not None:
+            size, axes = tuple(input_size), {x.conv.ndim for x in stored}
+            if stored and len(size) not in axes:
+                raise ValueError(
+                    f"{path}: input size must have as many spatial axes as a layer, "
+                    f"{' or '.join(map(str, sorted(axes)))}, got {size}"
+                )
+            stored = [
+                replace(x, input_size=size) if x.conv.ndim == len(size) else x for x in stored
+            ]
+        return FileLayers(stored, {})
     if ending not in ENDINGS:
         endings = ", ".join(dict.fromkeys((*ENDINGS, *WEIGHTS)))
         raise ValueError(f"{path}: the ending must be one of {endings}, got {ending!r}")
-    net: Any = open_model(path)
+    net: Any = open_model(path, input_size=input_size)
     found = [StoredLayer(x.name, x.conv, x.input_size, x.conv.bias, x.times) for x in net.layers]
-    chains = getattr(net, "chains", {})
+    chains = getattr(net, "chains", {}) | getattr(net, "unsized", {})
     found += [StoredLayer(name, f, None, f.bias) for name, f in chains.items()]
     left_out = {n: why for n, why in getattr(net, "left_out", {}).items() if n not in chains}
     return FileLayers([x for x in found if only in (None, x.name)], left_out)

@@ -168,4 +168,7 @@ def reason_to_leave_out(layer: Any) -> str | None:
     ]
     if inner:
         return f"code of {kind} runs its layers {', '.join(x.name for x in inner)}"
+    parts = layer._flatten_layers(include_self=True)
+    if any(isinstance(x, library().layers.RNN) for x in parts):
+        return f"{kind} computes products with weights that are in no layer"
     return None

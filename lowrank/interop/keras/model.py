@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,13 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.compress.model import Call, Chains, Layer, Samples
 from lowrank.factorization import Factorization
-from lowrank.interop.batches import Feed, Input, check_batch, fits, read_batches
+from lowrank.interop.batches import (
+    Input,
+    InputSize,
+    check_batch,
+    example_of_zeros,
+    read_batches,
+)
 from lowrank.interop.common import check_chains
 from lowrank.interop.keras.convolutions import (
     as_convolution,
@@ -22,6 +27,7 @@ from lowrank.interop.keras.convolutions import (
     as_samples,
     is_convolution,
 )
+from lowrank.interop.keras.costs import MacCounter, count_macs
 from lowrank.interop.keras.files import library, load
 from lowrank.interop.keras.graph import (
     as_array,
@@ -32,10 +38,10 @@ from lowrank.interop.keras.graph import (
     rebuild,
 )
 from lowrank.interop.keras.layers import Site, chain_layers, is_expressible
-from lowrank.interop.keras.runs import Finished, run
+from lowrank.interop.keras.runs import Finished, Record, run
 
-_PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
-_UNKNOWN = "its input size is not known: give calibration data or input_shape"
+_UNKNOWN = "its input has no fixed size: give calibration data or the input size"
+_LARGE = 4096  # samples, more than a kernel has
 
 
 class KerasModel:
@@ -50,8 +56,9 @@ class KerasModel:
     model : path or keras.Model
         ``.keras``, ``.h5`` or ``.hdf5`` file, or a model in memory, which is not changed:
         Sequential or functional, also with nested models and TimeDistributed layers.
-    input_shape : sequence of int, optional
-        Shape of one input of the model, if it does not fix it and there are no data.
+    input_size : sequence of int or mapping, optional
+        Sizes of the free axes of the inputs, without that of the batch, for a model without
+        calibration data, such as ``(224, 224)``; by name if inputs have different ones.
     calibration : path or sequence, optional
         ``.npz`` file of inputs of the model: arrays named after the inputs, with examples along
         the first axis.  Or batches in memory: arrays, or dicts of arrays by input.
@@ -66,7 +73,12 @@ class KerasModel:
     chains : dict of str to Factorization
         Separable convolutions: chains of two stages already, which are not changed.
     left_out : dict of str to str
-        Reasons why other layers with weights of that kind are not among `layers`.
+        Reasons why other layers with weights of that kind, and recurrent layers, are not among
+        `layers`.
+    left_out_macs : dict of str to int
+        MACs per example of those that the model runs.
+    unsized : dict of str to Factorization
+        Those of them that could be replaced if the sizes of their inputs were known.
 
     Raises
     ------
@@ -99,7 +111,7 @@ class KerasModel:
     def __init__(
         self,
         model: Any,
-        input_shape: Sequence[int] | None = None,
+        input_size: InputSize | None = None,
         calibration: str | os.PathLike[str] | Sequence[Any] | None = None,
         custom_objects: Mapping[str, Any] | None = None,
     ) -> None:
@@ -108,11 +120,11 @@ class KerasModel:
             where = f"{Path(model)}: "
             model = load(model, custom_objects)
         try:
-            self._open(model, input_shape, calibration)
+            self._open(model, input_size, calibration)
         except ValueError as why:
             raise ValueError(f"{where}{why}") from None
 
-    def _open(self, model: Any, input_shape: Sequence[int] | None, calibration: Any) -> None:
+    def _open(self, model: Any, input_size: InputSize | None, calibration: Any) -> None:
         keras = library()
         if not isinstance(model, keras.Model):
             raise TypeError(f"model must be a path or a keras.Model, got {model!r:.80}")
@@ -133,30 +145,43 @@ class KerasModel:
         self._made: dict[str, tuple[Factorization, list[Any]]] = {}
         self.chains: dict[str, Factorization] = {}
         self.left_out: dict[str, str] = {}
-        self._find(input_shape)
+        self.left_out_macs: dict[str, int] = {}
+        self.unsized: dict[str, Factorization] = {}
+        self._zeros = None
+        if not self._feeds:
+            self._zeros = example_of_zeros(self._inputs, input_size)
+        elif input_size is not None:
+            raise ValueError("input size must be None with calibration data, which give it")
+        self._find()
         self.layers = tuple(site.layer for site in self._sites.values())
 
-    def _find(self, input_shape: Sequence[int] | None) -> None:
+    def _find(self) -> None:
         """Find all layers; the model is run once for the sizes of their inputs."""
         found: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         gains: dict[str, Array | None] = {}
         for name, layer, parent in leaves(self._model):
-            if any(layer is other for other in found.values()):
+            if any(layer is other for other in (*found.values(), *others.values())):
                 continue  # in two models
             if reason := reason_to_leave_out(layer):
-                self.left_out[name] = reason
+                self.left_out[name], others[name] = reason, layer
             elif is_convolution(type(layer).__name__):
                 found[name], gains[name] = layer, norm_gain(layer, parent)
         seen: dict[str, list[Ints]] = {}  # in execution order
-        feed = self._feeds[0] if self._feeds else self._zeros(input_shape)
-        if feed is not None and found:
+        counters = {name: MacCounter(layer) for name, layer in others.items()}
+        feed = self._feeds[0] if self._feeds else self._zeros
+        if feed is not None and (found or others):
+            batch = next((len(feed[i.name]) for i in self._inputs if i.shape), 1)
 
             def record(name: str, x: Any) -> None:
                 seen.setdefault(name, []).append(tuple(x.shape))
 
-            run(self._model, feed, inputs=[(x, partial(record, n)) for n, x in found.items()])
-        unknown = "the model does not run it" if seen else _UNKNOWN
-        self.left_out |= {name: unknown for name in found if name not in seen}
+            watched: list[tuple[Any, Record]] = [(x, partial(record, n)) for n, x in found.items()]
+            watched += [w for counter in counters.values() for w in counter.watched]
+            run(self._model, feed, inputs=watched)
+            macs = {n: c.macs // batch for n, c in counters.items() if c.macs is not None}
+            self.left_out_macs |= macs
+        self._find_unsized({n: x for n, x in found.items() if n not in seen}, bool(seen))
         for name, shapes in seen.items():
             layer, kind = found[name], type(found[name]).__name__
             weights, config = [as_array(v) for v in layer.weights], layer.get_config()
@@ -164,31 +189,35 @@ class KerasModel:
                 f, size = as_convolution(kind, config, weights, shapes[0])
             except ValueError as why:
                 self.left_out[name] = str(why)
+                self.left_out_macs[name] = sum(count_macs(layer, s) or 0 for s in shapes) // batch
                 continue
             if len(f.stages) > 1:
                 self.chains[name] = f
                 self.left_out[name] = "it is a depthwise and a pointwise stage already"
+                self.left_out_macs[name] = f.cost(size).macs * len(shapes)
                 continue
             accepts = partial(is_expressible, f, size)
             new = Layer(name, f, size, gains[name], len(shapes), accepts)
             self._keras[name] = layer
             self._sites[name] = Site(new, kind, config, weights[0].shape, shapes[0])
 
-    def _zeros(self, input_shape: Sequence[int] | None) -> Feed | None:
-        """Return one example of zeros, or None if its shape is not known."""
-        shapes = [i.shape[1:] for i in self._inputs]
-        if input_shape is not None:
-            if len(shapes) > 1 or not fits(tuple(input_shape), shapes[0]):
-                raise ValueError(
-                    f"input_shape must fit the input {self._inputs[0]}, got {tuple(input_shape)}"
-                )
-            shapes = [tuple(input_shape)]
-        known = [[n for n in s if n is not None] for s in shapes]
-        if any(len(k) < len(s) or math.prod(k) > _PROBE_LIMIT for k, s in zip(known, shapes)):
-            return None
-        return {
-            i.name: np.zeros((i.shape[0] or 1, *s), i.dtype) for i, s in zip(self._inputs, known)
-        }
+    def _find_unsized(self, found: Mapping[str, Any], has_run: bool) -> None:
+        """Leave out layers that were not run, for which the sizes of their inputs are not known."""
+        for name, layer in found.items():
+            self.left_out[name] = "the model does not run it" if has_run else _UNKNOWN
+            kind, config = type(layer).__name__, layer.get_config()
+            depends = config.get("padding") == "same" and max(config.get("strides", (1,))) > 1
+            if has_run or depends:
+                continue
+            # Large enough for every kernel: convolutions without strides do not depend on it.
+            shape = tuple(n or _LARGE for n in layer.input.shape)
+            try:
+                f = as_convolution(kind, config, [as_array(v) for v in layer.weights], shape)[0]
+            except ValueError as why:
+                self.left_out[name] = str(why)
+                continue
+            if len(f.stages) == 1:
+                self.unsized[name] = f
 
     @property
     def batches(self) -> int:

@@ -79,7 +79,7 @@ def run(
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the input of a call of a layer, which may be given by name."""
-    return args[0] if args else kwargs["inputs"]
+    return args[0] if args else kwargs.get("inputs", next(iter(kwargs.values())))
 
 
 def _call_in_turn(layers: Sequence[Any], *args: Any, **kwargs: Any) -> Any:

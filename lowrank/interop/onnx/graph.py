@@ -50,6 +50,11 @@ def subgraphs(node: Any) -> Iterator[Any]:
         yield from attribute.graphs
 
 
+def first_output(node: Any) -> str:
+    """Return the first output of a node that is not left out."""
+    return next(filter(None, node.output), "")
+
+
 def reads(node: Any) -> Iterator[str]:
     """Yield the tensors that a node or its subgraphs read."""
     yield from filter(None, node.input)
@@ -137,9 +142,8 @@ def infer_shapes(model: Any) -> Any:
         raise ValueError(f"shapes cannot be inferred: {one_line(why)}") from None
 
 
-def shapes(model: Any) -> dict[str, Sizes]:
-    """Return the shapes of tensors by name; a size is a number, a symbol, or None."""
-    graph = infer_shapes(model).graph
+def known_shapes(graph: Any) -> dict[str, Sizes]:
+    """Return the shapes of a graph's tensors by name; a size is a number, a symbol, or None."""
     by_name: dict[str, Sizes] = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
@@ -223,7 +227,8 @@ def _drop_unused(graph: Any, candidates: Sequence[str]) -> None:
         if counts[name] or name in removed:
             continue
         removed.add(name)
-        if name in nodes and removed.issuperset(filter(None, nodes[name].output)):
+        if name in nodes and not any(counts[o] for o in nodes[name].output):
+            removed.update(nodes[name].output)
             for source in filter(None, nodes[name].input):
                 counts[source] -= 1
                 queue.append(source)

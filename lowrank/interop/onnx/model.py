@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,13 @@ import numpy as np
 from lowrank._typing import Array, Ints
 from lowrank.compress.model import Chains, Layer, Samples
 from lowrank.factorization import Factorization
-from lowrank.interop.batches import Feed, check_batch, read_batches
+from lowrank.interop.batches import (
+    Feed,
+    InputSize,
+    check_batch,
+    example_of_zeros,
+    read_batches,
+)
 from lowrank.interop.common import check_chains, one_line
 from lowrank.interop.onnx.chain import Writer, conv_chain, linear_chain
 from lowrank.interop.onnx.data import inputs_of
@@ -33,10 +38,9 @@ from lowrank.interop.onnx.files import (
 from lowrank.interop.onnx.gradients import Differentiable, differentiable, shapes_of
 from lowrank.interop.onnx.graph import as_numpy, infer_shapes, prune, substitute, supported_opset
 from lowrank.interop.onnx.layers import Site, Use, find
-from lowrank.interop.onnx.runtime import open_any_session, session_call
+from lowrank.interop.onnx.runtime import open_any_session, open_session, session_call
 
 _THREADS = 2  # maximum number of threads of onnxruntime
-_PROBE_LIMIT = 2**26  # elements of an input of zeros that is run to find shapes
 
 
 class OnnxModel:
@@ -54,17 +58,26 @@ class OnnxModel:
         Calibration data: dicts of arrays by input, or arrays for a network with one input.
     folder : path, optional
         Folder of the model's external data.
+    input_size : sequence of int or mapping, optional
+        Sizes of the free axes of the inputs, without that of the batch, for a model without
+        calibration data, such as ``(224, 224)``; by name if inputs have different ones.
 
     Attributes
     ----------
     left_out : dict of str to str
-        Reasons why other nodes with such weights are not among the layers: those in the bodies of
-        an If or a Loop, and those whose padding or size depends on an input.
+        Reasons why other nodes with weights are not among the layers: those of other operators,
+        such as LSTM, those in the bodies of an If or a Loop, and those whose padding or size
+        depends on an input.
+    left_out_macs : dict of str to int
+        MACs per example of those of which they are known; of an If as if all branches ran.
+    unsized : dict of str to Factorization
+        Those of them that could be replaced if the sizes of their inputs were known.
 
     Raises
     ------
     ValueError
-        If the model is invalid or has no such layer, or if a batch does not fit the network.
+        If the model is invalid or has no such layer, of a known size or not, or if a batch or
+        `input_size` does not fit the network.
     ImportError
         If onnx or onnxruntime is not installed.
 
@@ -95,6 +108,7 @@ class OnnxModel:
         model: Any,
         batches: Sequence[Any] | None = None,
         folder: str | os.PathLike[str] | None = None,
+        input_size: InputSize | None = None,
     ) -> None:
         onnx = library()
         self._folder = None if folder is None else Path(folder).resolve()
@@ -109,12 +123,17 @@ class OnnxModel:
         self._opset = supported_opset(self._model)
         self._inputs = inputs_of(self._model)
         self._feeds = [check_batch(self._inputs, b) for b in batches or ()]
+        self._zeros = None
+        if not self._feeds:
+            self._zeros = example_of_zeros(self._inputs, input_size)
+        elif input_size is not None:
+            raise ValueError("input size must be None with calibration data, which give it")
         self._sites: dict[str, Site] = {}  # `find` may run the network
-        sites, self.left_out = find(
-            self._model, self._folder, [i.name for i in self._inputs], self._probe
-        )
-        self._sites = {site.layer.name: site for site in sites}
-        if not self._sites:
+        found = find(self._model, self._folder, [i.name for i in self._inputs], self._probe)
+        self._sites = {site.layer.name: site for site in found.sites}
+        self.left_out, self.left_out_macs = found.left_out, found.left_out_macs
+        self.unsized = found.unsized
+        if not (self._sites or self.unsized):
             reasons = "; ".join(f"layer {name!r}: {why}" for name, why in self.left_out.items())
             raise ValueError(
                 "the network has no Conv, ConvTranspose, Gemm or MatMul that can be replaced"
@@ -334,7 +353,7 @@ class OnnxModel:
         64
         """
         key = hashlib.sha256(without_large_weights(self._model).SerializeToString())
-        feed = self._feeds[0] if self._feeds else self._zeros() or {}
+        feed = self._example() or {}
         key.update(repr([(name, x.shape, str(x.dtype)) for name, x in feed.items()]).encode())
         return key.hexdigest()
 
@@ -373,7 +392,7 @@ class OnnxModel:
         >>> OnnxModel(model).call({}, "onnxruntime", 3, 1)()[0].shape
         (3, 2)
         """
-        feed = self._feeds[0] if self._feeds else self._zeros()
+        feed = self._example()
         if feed is None or runtime not in ("lowrank", "onnxruntime"):
             return None
         now = self._batch_size(feed)
@@ -433,7 +452,11 @@ class OnnxModel:
         return next((len(feed[i.name]) for i in self._inputs if i.shape), 1)
 
     def _run(
-        self, tensors: Sequence[str], chains: Chains, feeds: Sequence[Feed]
+        self,
+        tensors: Sequence[str],
+        chains: Chains,
+        feeds: Sequence[Feed],
+        open_with: Callable[[Any, Path | None, int], Any] = open_any_session,
     ) -> Iterator[dict[str, Array]]:
         """Yield the values of tensors by name, one dict per feed."""
         inputs = {i.name for i in self._inputs}
@@ -442,7 +465,7 @@ class OnnxModel:
         if computed and feeds:
             model = prune(self._model, computed)
             self._substitute(model, chains)
-            session = open_any_session(model, self._folder, min(_THREADS, os.cpu_count() or 1))
+            session = open_with(model, self._folder, min(_THREADS, os.cpu_count() or 1))
         for feed in feeds:
             values = {n: feed[n] for n in tensors if n in inputs}
             if session is not None:
@@ -455,30 +478,30 @@ class OnnxModel:
                     ) from None
             yield values
 
-    def _probe(self, names: Sequence[str]) -> tuple[int, dict[str, Ints]] | None:
+    def _probe(self, names: Sequence[str], anywhere: bool) -> tuple[int, dict[str, Ints]] | None:
         """Run the network; return its batch size and the shapes of tensors, or None.
 
-        The input is the first batch.  Without data it is a batch of one example of zeros, if the
-        graph fixes all other sizes.
+        With `anywhere`, onnx's evaluator runs it if onnxruntime does not.
+
+        The input is the first batch.  Without data it is a batch of one example of zeros, if all
+        other sizes are known.
         """
-        feed = self._feeds[0] if self._feeds else self._zeros()
+        feed = self._example()
         if feed is None:
             return None
-        run = next(self._run(names, {}, [feed]))
+        open_with = open_any_session if anywhere else open_session
+        run = next(self._run(names, {}, [feed], open_with))
         return self._batch_size(feed), {name: value.shape for name, value in run.items()}
 
-    def _zeros(self) -> Feed | None:
-        """Return one example of zeros, or None if the graph does not fix all other sizes."""
-        if not all(_is_probe(i.shape) for i in self._inputs):
-            return None
-        return {
-            i.name: np.zeros([1 if n is None else n for n in i.shape], i.dtype)
-            for i in self._inputs
-        }
+    def _example(self) -> Feed | None:
+        """Return the first batch, or zeros of the given or fixed sizes; None if one is free."""
+        return self._feeds[0] if self._feeds else self._zeros
 
 
 def open_model(
-    path: str | os.PathLike[str], batches: str | os.PathLike[str] | Sequence[Any] | None = None
+    path: str | os.PathLike[str],
+    batches: str | os.PathLike[str] | Sequence[Any] | None = None,
+    input_size: InputSize | None = None,
 ) -> OnnxModel:
     """Open a model in ONNX's format.
 
@@ -489,6 +512,8 @@ def open_model(
     batches : path or sequence, optional
         Calibration data: an ``.npz`` file, see :func:`lowrank.interop.onnx.read_batches`, or
         batches as for :class:`OnnxModel`.
+    input_size : sequence of int or mapping, optional
+        Sizes of the free axes of the inputs, see :class:`OnnxModel`.
 
     Returns
     -------
@@ -522,7 +547,7 @@ def open_model(
     try:
         if isinstance(batches, (str, os.PathLike)):
             batches = read_batches(batches, inputs_of(model))
-        return OnnxModel(model, batches, path.parent)
+        return OnnxModel(model, batches, path.parent, input_size)
     except ValueError as why:
         raise ValueError(why if str(path) in str(why) else f"{path}: {why}") from None
 
@@ -542,11 +567,6 @@ def _samples(site: Site, x: Array, batch: int) -> Array:
 def _no_gradient(layer: Layer, batch: int) -> Array:
     """Return the gradient of a layer that no output depends on."""
     return np.zeros((batch, *layer.conv.output_shape(layer.input_size)), np.float32)
-
-
-def _is_probe(shape: Sequence[int | None]) -> bool:
-    """Whether only the batch is free, and an input of zeros is small."""
-    return None not in shape[1:] and math.prod(n or 1 for n in shape) < _PROBE_LIMIT
 
 
 def _as_float32(x: Array) -> Array:

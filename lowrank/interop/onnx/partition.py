@@ -11,8 +11,8 @@ from lowrank._kernels._core import MAX_ARRAYS
 from lowrank._typing import Ints
 from lowrank.engine.network import Primitive, emit, fuse, value_shape
 from lowrank.engine.program import Algorithm, Program, ProgramBuilder, Unsupported
+from lowrank.interop.onnx.convolutions import LAYER_OPS
 from lowrank.interop.onnx.graph import Constants, reads
-from lowrank.interop.onnx.layers import LAYER_OPS
 from lowrank.interop.onnx.primitives import read
 from lowrank.interop.onnx.runtime import Tensor
 

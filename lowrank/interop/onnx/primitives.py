@@ -13,8 +13,8 @@ from lowrank.core.geometry import Geometry
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine.network import Primitive, on_three
 from lowrank.engine.program import Unsupported
+from lowrank.interop.onnx.convolutions import constant_weight, convolution_of, padding_of
 from lowrank.interop.onnx.graph import Constants, attributes
-from lowrank.interop.onnx.layers import constant_weight, convolution_of, padding_of
 from lowrank.interop.onnx.runtime import Tensor
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}

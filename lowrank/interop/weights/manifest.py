@@ -62,6 +62,8 @@ _ENTRY = _KINDS | {
     "left": _INTEGER, "right": _INTEGER, "macs": _INTEGER,
     "transposed": (_is_flag, "true or false"),
 }  # fmt: skip
+#: Keys that only the stages of a chain have.
+_STAGES = ("left", "right", "shuffle")
 #: Kinds of the values in a record of a chain.
 _CHAIN = _KINDS | {"family": _TEXT, "variant": _TEXT, "rank": _INTEGERS}
 #: Kinds of the values of a manifest; other keys tell about the network and are kept.
@@ -112,12 +114,25 @@ def read_manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{about}: does not describe layers, {form}: the weight of entry {i} must be the "
                 f"name of a tensor, got {entry.get('weight')!r}"
             )
-        _check_values(f"{about}: layer {layer_name(entry)!r}", entry, _ENTRY)
+        where = f"{about}: layer {layer_name(entry)!r}"
+        _check_values(where, entry, _ENTRY)
+        for key in _STAGES:
+            if not entry.get("of") and entry.get(key) not in (None, 1, [1, 1]):
+                raise ValueError(
+                    f"{where}: {key} must be 1 without 'of', which makes an entry a stage of "
+                    f"a chain, got {entry[key]}"
+                )
     chains = manifest.get("chains", {})
     if not isinstance(chains, dict) or not all(isinstance(c, dict) for c in chains.values()):
         raise ValueError(f"{about}: chains must be a table of tables, got {chains!r:.80}")
     for name, record in chains.items():
         _check_values(f"{about}: chain {name!r}", record, _CHAIN)
+    known = {entry["of"] for entry in entries if entry.get("of")}
+    if unknown := sorted(chains.keys() - known):
+        raise ValueError(
+            f"{about}: chains must name layers of several stages, "
+            f"{', '.join(sorted(known)) or 'of which there are none'}, got {unknown[0]!r}"
+        )
     _check_values(str(about), {k: v for k, v in manifest.items() if k in _FILE}, _FILE)
     return dict(manifest)
 

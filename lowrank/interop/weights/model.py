@@ -53,6 +53,8 @@ class WeightsModel(StaticModel):
         Layers that are chains of several stages already; they are not changed.
     left_out : dict of str to str
         Reasons why other layers are not among `layers`.
+    left_out_macs : dict of str to int
+        MACs per example of those of which the input size is known.
     batches : int
         Number of calibration batches, 0 without calibration data.
 
@@ -90,6 +92,7 @@ class WeightsModel(StaticModel):
         self._calibration = Calibration(calibration, {x.name: x.conv for x in stored})
         self.chains = {}
         self.left_out = {}
+        self.left_out_macs = {}
         replaceable = []
         for layer in stored:
             size = layer.input_size or self._calibration.size(layer.name)
@@ -99,9 +102,13 @@ class WeightsModel(StaticModel):
             elif layer.bias is not None and layer.conv.bias is None:
                 self.left_out[layer.name] = "its bias does not fit its weight"
             elif size is None:
-                self.left_out[layer.name] = "its input size is not known: a manifest's in_size"
+                self.left_out[layer.name] = (
+                    "its input size is not known: give calibration data, or in_size in the manifest"
+                )
             else:
                 replaceable.append(Layer(layer.name, layer.conv, size))
+            if layer.name in self.left_out and size is not None:
+                self.left_out_macs[layer.name] = layer.conv.cost(size).macs
         self.layers = tuple(replaceable)
 
     def replaced(self, chains: Chains) -> WeightsFile:

@@ -123,11 +123,14 @@ class StaticModel:
         Layers that are chains of several stages already; they are not changed.
     left_out : dict of str to str
         Reasons why other layers are not among `layers`.
+    left_out_macs : dict of str to int
+        MACs per example of those of which the input size is known.
     """
 
     layers: tuple[Layer, ...]
     chains: dict[str, Factorization]
     left_out: dict[str, str]
+    left_out_macs: dict[str, int]
     _calibration: Calibration
 
     @property

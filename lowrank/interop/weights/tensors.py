@@ -271,7 +271,10 @@ def _entry_size(about: Path, name: str, entry: Any, key: str, ndim: int) -> Ints
     if entry.get(key) is None:
         return None
     try:
-        return as_integers(key, entry[key], ndim)
+        size = as_integers(key, entry[key], ndim)
+        if min(size) < 1:
+            raise ValueError(f"{key} must be at least 1 per axis, got {size}")
+        return size
     except (ValueError, TypeError) as why:
         raise ValueError(f"{about}: layer {name!r}: {why}") from None
 
