@@ -50,8 +50,8 @@ def rows():
 
 def main(target):
     tables.require_torch().set_num_threads(1)
-    header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank",
-              *(f"{who}_efficiency" for who in ("torch", "onnxruntime", "lowrank", "own"))]  # fmt: skip
+    header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank"]
+    header += [f"{who}_efficiency" for who in ("torch", "onnxruntime", "lowrank", "own")]
     tables.write(target, header, rows())
 
 
