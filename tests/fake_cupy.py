@@ -87,7 +87,7 @@ def signature_of(path):
     if line is None:
         return None
     parameters, kind = [], inspect.Parameter.POSITIONAL_OR_KEYWORD
-    for word in filter(None, line[1].split(", ")):
+    for word in filter(None, line[1].replace("\\", "").split(", ")):
         declared, has_default, _ = word.partition("=")
         name = declared.split()[-1]
         if name == "/":
@@ -233,7 +233,7 @@ class Stream:
     def wait_event(self, event):
         self.known |= event.known
 
-    def sees(self, made):
+    def _sees(self, made):
         """Return whether an operation (stream, number) is over before the next of this one."""
         stream, number = made
         both = {stream.ptr, self.ptr}
@@ -500,13 +500,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
             self._data = MemoryPointer(self._held.ctypes.data if self.size else 0, self._device)
         return self._data
 
-    def check_order(self, stream, what):
+    def _check_order(self, stream, what):
         """Raise unless this array was made before what `stream` does next."""
         held = self._held
         while isinstance(held.base, np.ndarray):
             held = held.base
         made = getattr(held.base, "made", None)
-        assert made is None or stream.sees(made), f"{what} is used before another stream made it"
+        assert made is None or stream._sees(made), f"{what} is used before another stream made it"
 
     def __array__(self, dtype=None, copy=None):
         raise TypeError(
@@ -572,17 +572,17 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         return self.copy()
 
     def get(self, stream=None, order="C", out=None, blocking=True):
-        self.check_order(_stream(), "the array")
+        self._check_order(_stream(), "the array")
         _stream().synchronize()
         if out is None:
             return np.array(self._held, order=order)
         out[...] = self._held
         return out
 
-    def set(self, values, stream=None):
-        assert isinstance(values, np.ndarray)
-        assert (values.shape, values.dtype) == (self.shape, self.dtype)
-        self._held[...] = values
+    def set(self, arr, stream=None):
+        assert isinstance(arr, np.ndarray)
+        assert (arr.shape, arr.dtype) == (self.shape, self.dtype)
+        self._held[...] = arr
 
     def copy(self, order="C"):
         """Copy from any device to the current one."""
@@ -838,7 +838,8 @@ class RawModule:
     def get_function(self, name):
         if name not in self.name_expressions:
             raise CUDADriverError("CUDA_ERROR_NOT_FOUND: named symbol not found")
-        self.compile()
+        if not hooks.is_dry:
+            self.compile()
         return RawKernel(self.code, name)
 
 
@@ -847,7 +848,7 @@ class RawKernel:
 
     def __init__(self, code, name):
         self.name = name
-        self.launcher, self.kinds = _built[code, name]
+        self.launcher, self.kinds = _built.get((code, name), (None, ""))
         self._shared = {}  # by device
         plain = re.escape(name.partition("<")[0])
         bound = re.search(rf"__launch_bounds__\((\d+)\)\s*{plain}\(", code)
@@ -905,7 +906,7 @@ class Function:
 
         def launch(on, values=values):
             for i, a in arrays.items():
-                a.check_order(on, f"argument {i} of {raw.name}")
+                a._check_order(on, f"argument {i} of {raw.name}")
             hooks.launches.append(Launch(raw.name, grid, block, shared_mem, device, on.ptr))
             with _lock:  # shared memory is static: one kernel at a time
                 wrong = raw.launcher(*sizes, ctypes.c_size_t(shared_mem), pointers)
