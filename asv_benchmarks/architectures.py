@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,12 +124,15 @@ def check(case: Case) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 result["checks"][name] = step() or "ok"
         except Exception as error:
-            first = (str(error).strip() or repr(error)).split("\n", 1)[0]
-            result["checks"][name] = f"{type(error).__name__}: {first[:300]}"
+            result["checks"][name] = f"{type(error).__name__}: {_first_line(error)[:300]}"
             result["trace"][name] = traceback.format_exc()[-2500:]
             if name == "compress":
                 break
     return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).split("\n", 1)[0]
 
 
 def reduce_ranks(model: nn.Module) -> nn.Module:
@@ -220,35 +223,36 @@ def _reloaded(model: nn.Module, original: nn.Module) -> nn.Module:
 
 def _check_onnx(model: nn.Module, small: nn.Module, x: Any) -> str | None:
     """Compare an ONNX export in onnxruntime; return why the original model has none."""
-    import onnxruntime
-
     errors: list[str] = []
     for export in (_export, _export_dynamo):
         try:
-            exported = export(small, x)
-            break
+            outputs = _run_onnx(export(small, x), x)
         except Exception as of_small:
             try:
-                export(model, x)
+                _run_onnx(export(model, x), x)
             except Exception as error:
-                errors.append(str(error).strip().split("\n", 1)[0][:120])
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                errors.append(_first_line(cause)[:120])
             else:
                 raise of_small
-    else:
-        return f"n/a, as PyTorch does not export the original: {'; '.join(errors)}"
+        else:
+            with torch.inference_mode():
+                _compare(outputs, _run(small, x))
+            return None
+    return f"n/a, as PyTorch does not export the original: {'; '.join(errors)}"
+
+
+def _run_onnx(exported: bytes, x: Any) -> list[torch.Tensor]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = onnxruntime.InferenceSession(exported, options, ["CPUExecutionProvider"])
-    feeds = dict(zip((i.name for i in session.get_inputs()), _feeds(small, x, session)))
-    outputs = [torch.from_numpy(a) for a in session.run(None, feeds)]
-    with torch.inference_mode():
-        _compare(outputs, _run(small, x))
-    return None
-
-
-def _feeds(model: nn.Module, x: Any, session: Any) -> Iterator[Any]:
     given = {f"x{i}": t.numpy() for i, t in enumerate(_inputs(x))}
-    return (given[i.name] for i in session.get_inputs())
+    feeds = {i.name: given[i.name] for i in session.get_inputs()}
+    return [torch.from_numpy(a) for a in session.run(None, feeds)]
 
 
 def _inputs(x: Any) -> list[torch.Tensor]:

@@ -205,6 +205,11 @@ def _seq2seq() -> dict[str, Any]:
 def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Return the class prefix, the settings and the input of models of transformers, by name."""
     decoder = {"num_key_value_heads": 2, "use_cache": False}
+    speech = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "conv_dim": [32] * 7, "vocab_size": 40,
+        "num_conv_pos_embedding_groups": 4,
+    }  # fmt: skip
     return {
         "bert": ("Bert", _TEXT, _text),
         "roberta": ("Roberta", _TEXT, _text),
@@ -220,6 +225,21 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
                      "use_cache": False}, _text,
         ),
         "llama": ("Llama", {**_TEXT, **decoder}, _text),
+        "mistral": ("Mistral", {**_TEXT, **decoder}, _text),
+        "qwen2": ("Qwen2", {**_TEXT, **decoder}, _text),
+        "gemma2": ("Gemma2", {**_TEXT, **decoder, "head_dim": 16}, _text),
+        "mixtral": ("Mixtral", {**_TEXT, **decoder, "num_local_experts": 4}, _text),
+        "opt": ("OPT", {**_TEXT, "ffn_dim": 128, "word_embed_proj_dim": 64}, _text),
+        "bloom": ("Bloom", {**_TEXT, "n_layer": 2, "n_head": 4, "use_cache": False}, _text),
+        "xlnet": ("XLNet", {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128,
+                            "vocab_size": 100}, _text),
+        "squeezebert": ("SqueezeBert", {**_TEXT, "embedding_size": 64}, _text),
+        "rwkv": ("Rwkv", {**_TEXT, "use_cache": False}, _text),
+        "mamba2": (
+            "Mamba2", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100,
+                       "state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1,
+                       "use_cache": False}, _text,
+        ),
         "mamba": (
             "Mamba", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "state_size": 8,
                       "use_cache": False}, _text,
@@ -238,7 +258,32 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
                      "projection_dim": 32}, lambda: _text() | _images(),
         ),
         "dinov2": ("Dinov2", _VISION, _images),
+        "dinov3": ("DINOv3ViT", _VISION, _images),
         "vit": ("ViT", _VISION, _images),
+        "siglip": (
+            "Siglip", {"text_config": _TEXT, "vision_config": _VISION}, lambda: _text() | _images(),
+        ),
+        "yolos": (
+            "Yolos", {**_VISION, "image_size": [64, 64], "num_detection_tokens": 5}, _images,
+        ),
+        "dpt": (
+            "DPT", {**_VISION, "neck_hidden_sizes": [16, 16, 32, 32],
+                    "backbone_out_indices": [0, 1, 1, 1]}, _images,
+        ),
+        "videomae": (
+            "VideoMAE", {**_VISION, "num_frames": 4},
+            lambda: {"pixel_values": torch.randn(1, 4, 3, 64, 64)},
+        ),
+        "convnext": (
+            "ConvNext", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}, _images,
+        ),
+        "levit": ("Levit", {"image_size": 64}, _images),
+        "perceiver": (
+            "Perceiver", {"num_latents": 8, "d_latents": 64, "d_model": 32, "num_blocks": 1,
+                          "num_self_attends_per_block": 2, "num_self_attention_heads": 4,
+                          "num_cross_attention_heads": 4},
+            lambda: {"inputs": torch.randn(1, 10, 32)},
+        ),
         "segformer": (
             "Segformer", {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}, _images,
         ),
@@ -255,11 +300,14 @@ def _transformers_cases() -> dict[str, tuple[str, dict[str, Any], Callable[[], d
                         "eos_token_id": 1, "decoder_start_token_id": 1},
             lambda: {"input_features": torch.randn(1, 80, 100), "decoder_input_ids": _ids(1, 5)},
         ),
-        "wav2vec2": (
-            "Wav2Vec2", {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                         "intermediate_size": 128, "conv_dim": [32] * 7, "vocab_size": 40,
-                         "num_conv_pos_embedding_groups": 4},
-            lambda: {"input_values": torch.randn(1, 4000)},
+        "wav2vec2": ("Wav2Vec2", speech, lambda: {"input_values": torch.randn(1, 4000)}),
+        "hubert": ("Hubert", speech, lambda: {"input_values": torch.randn(1, 4000)}),
+        "moonshine": (
+            "Moonshine", {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 100,
+                          "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2,
+                          "encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4,
+                          "use_cache": False},
+            lambda: {"input_values": torch.randn(1, 4000), "decoder_input_ids": _ids(1, 5)},
         ),
         "sam": (
             "Sam", {"vision_config": {**_VISION, "output_channels": 32, "global_attn_indexes": [1],

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from asv_benchmarks import architectures, zoo
+from torch import nn  # noqa: E402
+
+from asv_benchmarks import architectures, zoo  # noqa: E402
 
 #: Small networks of different kinds.
 NAMES = (
@@ -31,6 +33,30 @@ def test_architecture(name):
     (case,) = (c for c in zoo.CASES if c.name == name)
     result = architectures.check(case)
     assert architectures.has_passed(result), result["checks"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters
+def test_newer_exporter_is_used_where_the_older_fails():
+    pytest.importorskip("onnxscript")
+
+    def make():
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(7))
+        return model, torch.randn(1, 3, 12, 12)  # 8 samples in 7 windows
+
+    result = architectures.check(zoo.Case("pool", "pools", make))
+    assert result["checks"] == dict.fromkeys(architectures.CHECKS, "ok")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporters
+def test_smallest_layers_are_compressed_where_all_are_large():
+    def make():
+        width = architectures.LARGEST + 8
+        return nn.TransformerEncoderLayer(width, 4, 4 * width), torch.randn(6, 2, width)
+
+    result = architectures.check(zoo.Case("wide", "attention", make))
+    assert architectures.has_passed(result), result["checks"]
+    assert result["layers"] == 6
+    assert result["tried"] == 4  # the projections of attention
 
 
 def test_enough_architectures_of_every_library():
