@@ -13,7 +13,7 @@ LOOK = {
 }  # fmt: skip
 SHADES = {32: "#56b4e9", 64: "#0072b2", 128: "#009e73", 256: "#cc79a7"}
 SHOWN = 64  # channels in the two panels over N
-LARGE = 1000  # exponents are fitted to more positions than this
+FROM, TO = 1024, 4096  # positions between which exponents are taken, as in the text
 
 
 def main(source, target):
@@ -27,8 +27,8 @@ def main(source, target):
     for layer, (colour, mark) in LOOK.items():
         n, macs, seconds = table[layer, SHOWN]
         for axes, values in ((left, macs / 1e6), (middle, seconds * 1e3)):
-            far = n > LARGE
-            power = np.polyfit(np.log(n[far]), np.log(values[far]), 1)[0]
+            first, last = values[n == FROM].item(), values[n == TO].item()
+            power = np.log(last / first) / np.log(TO / FROM)
             axes.plot(n, values, color=colour, marker=mark, label=f"{layer}, $N^{{{power:.2f}}}$")
     for axes, what in ((left, "MACs, millions"), (middle, "ms, one thread")):
         axes.set(xscale="log", yscale="log", xlabel=f"positions N, {SHOWN} channels", ylabel=what)

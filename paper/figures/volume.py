@@ -14,6 +14,7 @@ METHODS = {
     "SciPy direct": ("#999999", "v"), "SciPy separable": ("#009e73", "D"),
     "direct": ("#d55e00", "s"), "fft": ("#e69f00", "^"), "separable": ("#0072b2", "o"),
 }  # fmt: skip
+LEAST = 2e-4  # grey levels; smaller errors are drawn here, with an arrow
 SHOWN = "13"  # taps in the error panel
 
 
@@ -27,10 +28,14 @@ def main(source, target):
         for key, line, fill in (("levelled", "-", "full"), ("rms", ":", "none")):
             if key == "rms" and kernel not in ("rotated", "ball"):
                 continue  # equal: these sum to zero or have no error
-            errors = [max(float(r[key]), 2e-4) for r in some]
+            errors = [max(float(r[key]), LEAST) for r in some]
             left.plot(terms, errors, line, color=colour, marker=mark, fillstyle=fill,
                       markersize=5 if mark == "*" else 3,
                       label=kernel if key == "levelled" else None)  # fmt: skip
+            for n, error in zip(terms, errors):
+                if error == LEAST:  # below the axis
+                    left.annotate("", (n, 1.05e-4), (n, LEAST), arrowprops={
+                        "arrowstyle": "->", "color": colour, "linewidth": 0.7})  # fmt: skip
     left.axhline(0.5, color="0.7", linewidth=0.6)
     left.set(yscale="log", xlabel="rank", ylim=(1e-4, 3e3))
     left.set_ylabel(f"RMS error in grey levels, {SHOWN} taps")

@@ -6,21 +6,21 @@ matrix products: 4 N C^2 for queries, keys, values and output, N^2 C for the sco
 the weighted values.  The softmax exponentials are not MACs but take time.
 
 Times are medians of interleaved runs, one thread, float32: layers on lowrank on an image of N
-positions, attention (one head) with NumPy's matrix products.
+positions, attention (one head) in PyTorch, by `scaled_dot_product_attention`, which is fused.
 """
 
 import csv
-import math
 import statistics
 import sys
 import time
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+import tables
 
 import lowrank
 from lowrank import Geometry, Stage
 
+torch = tables.require_torch()
 SIDES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 CHANNELS = (32, 64, 128, 256)
 TAPS = 3
@@ -39,19 +39,15 @@ def dense(c, rng):
     return lowrank.dense(rng.standard_normal((c, c, TAPS, TAPS), np.float32), padding=TAPS // 2)
 
 
-def attention(c, rng):
+def attention(c, x):
     """Return a call of self-attention over N vectors of C numbers."""
-    project_in = rng.standard_normal((c, 3 * c), np.float32) / math.sqrt(c)
-    project_out = rng.standard_normal((c, c), np.float32) / math.sqrt(c)
+    project_in = torch.nn.Linear(c, 3 * c, bias=False)
+    project_out = torch.nn.Linear(c, c, bias=False)
 
-    def run(x):
-        queries, keys, values = np.split(x @ project_in, 3, axis=1)
-        scores = queries @ keys.T
-        scores *= 1 / math.sqrt(c)
-        scores -= scores.max(1, keepdims=True)
-        np.exp(scores, out=scores)
-        scores /= scores.sum(1, keepdims=True)
-        return scores @ values @ project_out
+    def run():
+        with torch.inference_mode():
+            parts = project_in(x).chunk(3, -1)
+            return project_out(torch.nn.functional.scaled_dot_product_attention(*parts))
 
     return run
 
@@ -63,19 +59,21 @@ def attention_macs(n, c):
 def calls(c, side, rng):
     """Return a call and the MACs of each layer."""
     image = rng.standard_normal((1, c, side, side), np.float32)
-    x = np.ascontiguousarray(image.reshape(c, -1).T)
-    attend, found = attention(c, rng), {}
+    x = torch.from_numpy(np.ascontiguousarray(image.reshape(c, -1).T))[None, None]
+    found = {}
     for name, f in (("separable", separable(c, rng)), ("dense", dense(c, rng))):
         run = f.compile(image.shape[1:], np.float32, threads=1)
         out = np.empty_like(image)
         found[name] = lambda run=run, out=out: run(image, out), f.cost(image.shape[1:]).macs
-    found["attention"] = lambda: attend(x), attention_macs(len(x), c)
+    found["attention"] = attention(c, x), attention_macs(side * side, c)
     return found
 
 
 def main(target):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    with open(target, "w", newline="") as file, threadpool_limits(1):
+    with open(target, "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["layer", "positions", "channels", "macs", "seconds"])
         for c in CHANNELS:
