@@ -42,6 +42,11 @@ def write(target, header, rows):
             file.flush()
 
 
+def spread(*times):
+    """Return the largest half-width of the times' intervals, relative to the medians, as text."""
+    return f"{max(t.spread for t in times if t):.3f}"
+
+
 def skip(reason):
     """Print the reason and exit; the committed table stays."""
     name = Path(sys.argv[0]).stem

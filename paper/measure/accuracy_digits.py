@@ -91,7 +91,7 @@ def rows():
     )
     few = x[:BATCH]
     dense_call = runner(dense, few, weights)
-    yield "dense", "1.0000", f"{demo.accuracy(dense, weights, x, y):.4f}", "1.000"
+    yield "dense", "1.0000", f"{demo.accuracy(dense, weights, x, y):.4f}", "1.000", "0"
     for method, compressed in methods.items():
         for share in SHARES:
             try:
@@ -103,11 +103,13 @@ def rows():
             seconds, dense_seconds = measure_seconds(
                 [runner(chains, few, weights), dense_call], SECONDS
             )
-            yield method, f"{macs / total:.4f}", f"{accuracy:.4f}", f"{seconds / dense_seconds:.3f}"
+            spread = tables.spread(seconds, dense_seconds)
+            time = f"{seconds / dense_seconds:.3f}"
+            yield method, f"{macs / total:.4f}", f"{accuracy:.4f}", time, spread
 
 
 def main(target):
-    tables.write(target, ["method", "macs", "accuracy", "seconds"], rows())
+    tables.write(target, ["method", "macs", "accuracy", "seconds", "spread"], rows())
 
 
 if __name__ == "__main__":

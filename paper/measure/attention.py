@@ -10,7 +10,6 @@ positions, attention (one head) in PyTorch, by `scaled_dot_product_attention`, w
 """
 
 import csv
-import statistics
 import sys
 import time
 
@@ -18,13 +17,14 @@ import numpy as np
 import tables
 
 import lowrank
+from asv_benchmarks.benchmarks.timing import Seconds
 from lowrank import Geometry, Stage
 
 torch = tables.require_torch()
 SIDES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 CHANNELS = (32, 64, 128, 256)
 TAPS = 3
-REPEATS = 5
+REPEATS = 7
 
 
 def separable(c, rng):
@@ -75,7 +75,7 @@ def main(target):
     rng = np.random.default_rng(0)
     with open(target, "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["layer", "positions", "channels", "macs", "seconds"])
+        rows.writerow(["layer", "positions", "channels", "macs", "seconds", "spread"])
         for c in CHANNELS:
             for side in SIDES:
                 found = calls(c, side, rng)
@@ -88,8 +88,8 @@ def main(target):
                             call()
                         times[name].append((time.perf_counter() - start) / many)
                 for name, (_, macs) in found.items():
-                    took = statistics.median(times[name][1:])  # the first run faults pages in
-                    rows.writerow([name, side * side, c, macs, f"{took:.4g}"])
+                    took = Seconds(times[name][1:])  # the first run faults pages in
+                    rows.writerow([name, side * side, c, macs, f"{took:.4g}", tables.spread(took)])
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def rows():
                 options[f"rank {rank}"] = plan.choice
         times = measure_seconds([call(o) for o in options.values()], SECONDS)
         for (method, option), seconds in zip(options.items(), times):
-            yield taps, method, f"{option.seconds:.4g}", f"{seconds:.4g}"
+            yield taps, method, f"{option.seconds:.4g}", f"{seconds:.4g}", tables.spread(seconds)
 
 
 def main(target):
     tables.calibrated()
-    tables.write(target, ["taps", "method", "predicted", "measured"], rows())
+    tables.write(target, ["taps", "method", "predicted", "measured", "spread"], rows())
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def main(target):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
             ["cube", "patches", "variant", "fit", "rank", "macs", "error", "psnr", "off",
-             "predicted", "seconds"]
+             "predicted", "seconds", "spread"]
         )  # fmt: skip
-        rows.writerow([name, "", "noisy", "", "", "", "", psnr(noisy, clean), *[""] * 3])
+        rows.writerow([name, "", "noisy", "", "", "", "", psnr(noisy, clean), *[""] * 4])
         for patches in PATCHES:
             kernel = wiener(noisy, sigma, patches).astype(np.float32)
             plan = filters.plan_filter(kernel, size, threads=1)
@@ -156,7 +156,8 @@ def main(target):
                     off = "" if f is conv else psnr(out, whole)
                     about = [f"{counts[0]:g}", f"{counts[1]:.4f}", psnr(out, clean), off]
                 times = [f"{t[key]:.4g}" if key in t else "" for t in (predicted, took)]
-                rows.writerow([name, patches, *key, *about, *times])
+                rows.writerow([name, patches, *key, *about, *times,
+                               tables.spread(took[key]) if key in took else ""])  # fmt: skip
 
 
 if __name__ == "__main__":

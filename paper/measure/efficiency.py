@@ -29,13 +29,15 @@ def measure_layer(layer, some, own):
         dense = min(others[: len(work.dense)])
         seen = dict(zip(peers, others[len(work.dense) :]))
         torch = min(t for n, t in seen.items() if n.startswith("torch"))
-        found.append((chain, work.fewer, dense, own_dense, torch, seen.get("onnxruntime"), ours))
+        times = dense, own_dense, torch, seen.get("onnxruntime"), ours
+        found.append((chain, work.fewer, *times, tables.spread(*times)))
     dense = statistics.median(f[2] for f in found)
     own_dense = statistics.median(f[3] for f in found)
-    for chain, fewer, _, _, torch, onnx, ours in found:
+    for chain, fewer, _, _, torch, onnx, ours, spread in found:
         times = (f"{t:.4g}" if t else "" for t in (dense, own_dense, torch, onnx, ours))
         shares = (f"{dense / t / fewer:.3f}" if t else "" for t in (torch, onnx, ours))
-        yield chain, layer, f"{fewer:.4f}", *times, *shares, f"{own_dense / ours / fewer:.3f}"
+        own = f"{own_dense / ours / fewer:.3f}"
+        yield chain, layer, f"{fewer:.4f}", *times, *shares, own, spread
 
 
 def rows():
@@ -52,6 +54,7 @@ def main(target):
     tables.require_torch().set_num_threads(1)
     header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank"]
     header += [f"{who}_efficiency" for who in ("torch", "onnxruntime", "lowrank", "own")]
+    header.append("spread")
     tables.write(target, header, rows())
 
 

@@ -55,12 +55,13 @@ def measure(name, conv, size):
             error = f.error(conv.to_dense())
             yield (name, c.family, c.variant, rank, f"{c.cost.macs / dense_macs:.4f}",
                    f"{error:.5f}", f"{c.bound:.5f}",
-                   f"{seconds / dense_s:.4f}", f"{dense_s:.4g}")  # fmt: skip
+                   f"{seconds / dense_s:.4f}", f"{dense_s:.4g}",
+                   tables.spread(seconds, dense_s))  # fmt: skip
 
 
 def main(target):
     header = ["layer", "family", "variant", "rank", "macs", "error", "bound", "seconds",
-              "dense_seconds"]  # fmt: skip
+              "dense_seconds", "spread"]  # fmt: skip
     tables.write(target, header, rows())
 
 

@@ -98,7 +98,7 @@ def rows():
             for library, pair in calls.items():
                 dense, chain = measure_seconds(list(pair), SECONDS)
                 yield (claim, size, f"{limit(size):.6f}", f"{counted:.6f}", library,
-                       f"{dense:.4g}", f"{chain:.4g}")  # fmt: skip
+                       f"{dense:.4g}", f"{chain:.4g}", tables.spread(dense, chain))  # fmt: skip
 
 
 def main(target):
@@ -106,7 +106,7 @@ def main(target):
         torch.set_num_threads(1)
     if cv2 is not None:
         cv2.setNumThreads(1)
-    header = ["claim", "size", "limit", "counted", "library", "dense", "separated"]
+    header = ["claim", "size", "limit", "counted", "library", "dense", "separated", "spread"]
     tables.write(target, header, rows())
 
 

@@ -23,14 +23,14 @@ def rows(here):
             calls = [predicted.call(f, size, n, runtime, 1) for _, f, size, n in some]
             for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
                 p = here.predict(f, size, batch=n, threads=1, runtime=runtime)
-                yield runtime, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}"
+                yield runtime, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}", tables.spread(took)
 
 
 def main(target):
     torch = tables.require_torch()
     torch.set_num_threads(1)
     here = tables.calibrated()
-    header = ["runtime", "kind", "chain", "predicted", "measured"]
+    header = ["runtime", "kind", "chain", "predicted", "measured", "spread"]
     tables.write(target, header, rows(here))
 
 

@@ -44,7 +44,7 @@ def rows():
             peer, best = min(zip(others, work.peers), default=("", ""))
             peer = peer if peer == "" else f"{peer:.4g}"
             yield (kind, case.name, f"{work.flops:.6g}", f"{work.bytes:.6g}", f"{ours:.4g}",
-                   best, peer, *facts)  # fmt: skip
+                   best, peer, tables.spread(ours), *facts)  # fmt: skip
 
 
 def main(target):
@@ -52,8 +52,8 @@ def main(target):
         libraries.torch.set_num_threads(1)
     if libraries.cv2 is not None:
         libraries.cv2.setNumThreads(1)
-    header = ["kind", "work", "flops", "bytes", "seconds", "peer", "peer_seconds", "cpu", "isa",
-              "peak_gflops", "copy_gbs", "date", "versions"]  # fmt: skip
+    header = ["kind", "work", "flops", "bytes", "seconds", "peer", "peer_seconds", "spread",
+              "cpu", "isa", "peak_gflops", "copy_gbs", "date", "versions"]  # fmt: skip
     tables.write(target, header, rows())
 
 

@@ -13,14 +13,15 @@ interleaved runs, one thread, float32.
 """
 
 import csv
-import statistics
 import sys
 import time
 
 import numpy as np
+import tables
 from threadpoolctl import threadpool_limits
 
 import lowrank
+from asv_benchmarks.benchmarks.timing import Seconds
 from lowrank import compress
 
 LENGTH, KINDS = 128, 8
@@ -257,7 +258,9 @@ def main(target):
                 call()
                 took.append(time.perf_counter() - start)
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["method", "share", "macs", "params", "accuracy", "variants", "seconds"])
+        rows.writerow(
+            ["method", "share", "macs", "params", "accuracy", "variants", "seconds", "spread"]
+        )
         for (method, share, n, chains), took in zip(found, times):
             accuracy = (n.run(unseen, chains).argmax(1) == answers).mean()
             every = n.convs | dict(chains)
@@ -268,7 +271,7 @@ def main(target):
             rows.writerow(
                 [method, share, f"{macs(n, chains) / macs(net, {}):.4f}",
                  sum(f.params for f in every.values()), f"{accuracy:.4f}", variants,
-                 f"{statistics.median(took[1:]):.4g}"]
+                 f"{Seconds(took[1:]):.4g}", tables.spread(Seconds(took[1:]))]
             )  # fmt: skip
 
 

@@ -64,12 +64,13 @@ def rows():
             fused_call = functools.partial(run, x, y)
             fused, single = measure_seconds([fused_call, stage_by_stage(stages, size)], SECONDS)
             yield (name, f"{ins} to {out} at {side}²", cost.macs, dense.traffic, cost.traffic,
-                   cost.fused, f"{single:.4g}", f"{fused:.4g}")  # fmt: skip
+                   cost.fused, f"{single:.4g}", f"{fused:.4g}",
+                   tables.spread(single, fused))  # fmt: skip
 
 
 def main(target):
     header = ["chain", "layer", "macs", "dense", "unfused", "fused", "seconds_unfused",
-              "seconds_fused"]  # fmt: skip
+              "seconds_fused", "spread"]  # fmt: skip
     tables.write(target, header, rows())
 
 

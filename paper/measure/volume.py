@@ -14,7 +14,6 @@ medians of interleaved runs, one thread, float32, beside SciPy's direct and sepa
 
 import csv
 import gzip
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import tables
 from threadpoolctl import threadpool_limits
 
 import lowrank
+from asv_benchmarks.benchmarks.timing import Seconds
 from lowrank import filters
 from lowrank.filters import choose
 
@@ -80,7 +80,7 @@ def measure_seconds(calls):
             call()
             times[name].append(time.perf_counter() - start)
     # The first run faults pages in.
-    return {name: statistics.median(found[1:] or found) for name, found in times.items()}
+    return {name: Seconds(found[1:] or found) for name, found in times.items()}
 
 
 def scipy_calls(volume, kernel, name, reach):
@@ -123,7 +123,7 @@ def main(target):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(
             ["volume", "kernel", "taps", "method", "terms", "rank", "error", "largest", "rms",
-             "levelled", "sensitivity", "macs", "ratio", "predicted", "seconds"]
+             "levelled", "sensitivity", "macs", "ratio", "predicted", "seconds", "spread"]
         )  # fmt: skip
         for reach, (name, kernel) in ((r, k) for r in REACHES for k in kernels(r).items()):
             options, outs, calls = filter_options(kernel, volume.shape), {}, {}
@@ -150,7 +150,17 @@ def main(target):
                     about = [f"{o.error:.3g}", *errors, *counts, f"{o.seconds:.4g}"]
                 rank = filters.rank(kernel, tolerance=1e-5)
                 rows.writerow(
-                    [label, name, kernel.shape[0], method, terms, rank, *about, f"{seconds:.4g}"]
+                    [
+                        label,
+                        name,
+                        kernel.shape[0],
+                        method,
+                        terms,
+                        rank,
+                        *about,
+                        f"{seconds:.4g}",
+                        tables.spread(seconds),
+                    ]
                 )
 
 
