@@ -21,7 +21,7 @@ import numpy as np
 
 from lowrank._kernels import _core
 from lowrank._typing import Ints
-from lowrank.core.cost import chain_shapes
+from lowrank.core.cost import chain_shapes, stage_costs
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import channels_last, fourier
 from lowrank.engine.cuda import steps
@@ -201,15 +201,10 @@ def cuda(work: Work, max_threads: int) -> Features:
         total["launch"] += 1
         if step.kind == "filter":
             rank = len(stages[0].weight) // stages[0].groups
-            # The first passes also run on the halo of the later ones.
-            halo = steps.halo_factor(step.taps, step.tile)
-            total["pass"] += outputs * rank * sum(steps.round_to_fours(step.taps)) * halo
-        elif step.kind == "depthwise + pointwise":
-            total["product in place"] += outputs * terms[1]
-            # Each block of output channels computes the depthwise sums again.
-            blocks = math.ceil(len(stages[1].weight) / steps.GEMM_ROWS)
-            samples = work.batch * math.prod(step.out_shape[1:])
-            total["row"] += samples * stages[1].in_channels * terms[0] * blocks
+            total["pass"] += outputs * rank * sum(step.taps)
+            if step.taps[0] > 1:  # two kernels, and sums between them
+                total["launch"] += 1
+                moved += 2 * outputs
         elif step.kind == "matrix product":
             (s,) = stages
             total["product"] += outputs * terms[0]
@@ -217,13 +212,17 @@ def cuda(work: Work, max_threads: int) -> Features:
                 outs = len(s.weight) // s.groups
                 moved += 2 * outputs * terms[0] / outs  # unrolled: written and read again
                 total["launch"] += 1
-        else:
-            (s,) = stages
-            # A transposed stage reads all taps of every output, also those between samples.
-            transposed_terms = len(s.weight) // s.groups * math.prod(s.kernel)
-            total["row" if step.kind == "depthwise" else "sum"] += outputs * (
-                transposed_terms if s.transposed else terms[0]
-            )
+        elif step.kind == "array code":
+            total["sum"] += sum(c.macs for c in stage_costs(stages, step.in_shape)) * work.batch
+        elif stages:
+            # The depthwise stage of a fused step is the last but one.
+            *before, depthwise = stages[:-1] if len(stages) > 1 else stages
+            samples = work.batch * math.prod(step.out_shape[1:])
+            total["row"] += samples * depthwise.out_channels * math.prod(depthwise.kernel)
+            if len(stages) > 1:
+                inputs = work.batch * math.prod(step.in_shape[1:])
+                total["product in place"] += outputs * terms[-1]
+                total["product in place"] += inputs * sum(s.weight.size for s in before)
         total["byte"] += moved * work.itemsize
     return total
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from lowrank._typing import Array, Ints
+from lowrank._typing import Ints
 from lowrank.core.stage import Epilogue, Stage
 from lowrank.engine import array_api
 from lowrank.engine.cuda.steps import Sizes, three
@@ -25,12 +25,16 @@ class BoundStage(NamedTuple):
     epilogue: Epilogue
     in_shape: Ints
     out_shape: Ints
-    border: Array | None  # border value per input channel; None for zeros
 
     @property
     def sizes(self) -> tuple[Sizes, Sizes]:
         """Spatial sizes of input and output, on three axes."""
         return three(self.in_shape[1:]), three(self.out_shape[1:])
+
+    @property
+    def before(self) -> Sizes:
+        """Border samples before each of three axes."""
+        return three((before for before, _ in self.stage.geometry.padding), 0)
 
     @property
     def weight(self) -> Any:
@@ -44,26 +48,14 @@ class BoundStage(NamedTuple):
             tables.append(array_api.padded_indices(self.stage, axis, size))
         return [cupy.asarray(np.ascontiguousarray(t)) for t in tables]
 
-    def tap_tables(self) -> list[Any]:
-        """Return :func:`array_api.tap_indices` of each of three axes."""
-        tables = [np.zeros((1, 1), np.int32)] * (3 - self.stage.geometry.ndim)
-        for axis, (size, out) in enumerate(zip(self.in_shape[1:], self.out_shape[1:])):
-            tables.append(array_api.tap_indices(self.stage, axis, size, out))
-        return [cupy.asarray(np.ascontiguousarray(t)) for t in tables]
+    @property
+    def activation(self) -> int:
+        """Number of the activation, as in kernels.cu."""
+        return ACTIVATIONS[self.epilogue.activation]
 
-    def bias_and_activation(self, sum_dtype: Any) -> tuple[Any, int]:
-        """Return the bias in the type of the sums, or None, and the activation's number."""
+    def bias(self, sum_dtype: Any) -> Any:
+        """Return the bias per output channel in the type of the sums; zeros if there is none."""
         bias = self.epilogue.bias
-        return (
-            None if bias is None else cupy.asarray(bias).astype(sum_dtype),
-            ACTIVATIONS[self.epilogue.activation],
-        )
-
-    def permutation_and_border(self, sum_dtype: Any) -> tuple[Any, Any]:
-        """Return the input channel of each channel of the stage, and border values; or None."""
-        is_identity = self.stage.transposed or self.stage.shuffle == (1, 1)
-        permutation = None
-        if not is_identity:
-            permutation = cupy.asarray(self.stage.channel_permutation().astype(np.int32))
-        border = None if self.border is None else cupy.asarray(self.border.astype(sum_dtype))
-        return permutation, border
+        if bias is None:
+            return cupy.zeros(self.out_shape[0], sum_dtype)
+        return cupy.asarray(bias).astype(sum_dtype)

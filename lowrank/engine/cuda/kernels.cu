@@ -1,14 +1,11 @@
 /* GPU kernels: templates, compiled for a device when a plan first uses them.
  *
- * Spatial axes are always three, D, H, W; a missing one has length 1.  Borders need no branch: a table
- * holds the input index of every padded position, or -1 for a constant.  So one loop serves all border
- * modes, strides and dilations.
+ * Taps, strides and tiles are template arguments: loops over them are unrolled and no register array has
+ * a run-time index.  Borders are tables: `pos` holds the input index of every padded position of an
+ * axis, or -1 for zero.  Threads whose samples are all inside do not read the tables.
  *
- * Channel (l, g, c, r) of a stage's input has the number ((l * groups + g) * C + c) * right + r, that
- * of its output ((l * groups + g) * O + o) * right + r, with lowrank.Stage's outer and inner
- * replications as l and r.
- *
- * T is the storage type: float, double, f16 or bf16; sums are double for double, float otherwise.
+ * T is the storage type: u8, f16, bf16, float or double; sums are double for double, float otherwise.
+ * Weights of depthwise stages and filters have the type of the sums.
  *
  * The source needs no header, so that any CUDA C++ compiler accepts it.  Tests compile it for the CPU
  * with the header that LR_SHIM names.
@@ -20,6 +17,8 @@
 #endif
 
 typedef long long i64;
+typedef unsigned u32;
+typedef unsigned char u8;
 
 /* --- storage types -------------------------------------------------------------------------------- */
 
@@ -32,7 +31,8 @@ template <> struct sum_of<double> { typedef double type; };
 
 __device__ inline float wide(float v) { return v; }
 __device__ inline double wide(double v) { return v; }
-__device__ inline float wide(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+__device__ inline float wide(u8 v) { return v; }
+__device__ inline float wide(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
 __device__ inline float wide(f16 v)
 {
 #ifdef LR_SHIM
@@ -46,10 +46,20 @@ __device__ inline float wide(f16 v)
 
 __device__ inline void narrow(float v, float *to) { *to = v; }
 __device__ inline void narrow(double v, double *to) { *to = v; }
+__device__ inline void narrow(float v, u8 *to) /* round to nearest, halves to even, and saturate */
+{
+    v = v > 0 ? v : 0;
+    v = v < 255 ? v : 255;
+    *to = (u8)__float_as_uint(v + 8388608.0f); /* 2^23: the last bit of the sum is 1 */
+}
 __device__ inline void narrow(float v, bf16 *to) /* round to nearest, halves to even */
 {
-    const unsigned u = __float_as_uint(v);
+#if defined(LR_SHIM) || __CUDA_ARCH__ < 800
+    const u32 u = __float_as_uint(v);
     to->bits = v != v ? 0x7fff : (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
+#endif
 }
 __device__ inline void narrow(float v, f16 *to)
 {
@@ -60,421 +70,630 @@ __device__ inline void narrow(float v, f16 *to)
 #endif
 }
 
-/* Add the bias and apply the activation: 0 none, 1 ReLU, 2 ReLU6. */
-template <class S> __device__ inline S with_epilogue(S v, const S *bias, i64 channel, int activation)
+/* Values that are loaded and stored together, in up to 16 bytes. */
+template <class T, int N> struct alignas(sizeof(T) * N) pack { T v[N]; };
+template <class T, int N> __device__ inline pack<T, N> load(const T *from) { return *(const pack<T, N> *)from; }
+template <class T, int N> __device__ inline void store(const pack<T, N> &p, T *to) { *(pack<T, N> *)to = p; }
+
+__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int least(int a, int b) { return a < b ? a : b; }
+
+__device__ inline double larger(double a, double b) { return a < b ? b : a; } /* NaN in a stays */
+__device__ inline double smaller(double a, double b) { return a > b ? b : a; }
+#if defined(LR_SHIM) || __CUDA_ARCH__ < 800
+__device__ inline float larger(float a, float b) { return a < b ? b : a; }
+__device__ inline float smaller(float a, float b) { return a > b ? b : a; }
+#else
+__device__ inline float larger(float a, float b)
 {
-    if (bias) v += bias[channel];
-    if (activation && v < 0) v = 0;
-    if (activation == 2 && v > 6) v = 6;
-    return v;
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
 }
+__device__ inline float smaller(float a, float b)
+{
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+}
+#endif
 
-/* Input of a stage: images of `channels` channels with D x H x W samples each. */
-template <class T> struct planes {
-    const T *x;
-    const int *source;      /* channel of x at each channel of the stage, or 0 */
-    const SUM *outside;     /* border value of each channel of x, or 0: zeros */
-    i64 channels;
-    int d, h, w;
-
-    __device__ SUM at(i64 image, i64 channel, int id, int ih, int iw) const
-    {
-        if (id < 0 || ih < 0 || iw < 0) return outside ? outside[channel] : (SUM)0;
-        return wide(x[(((image * channels + channel) * d + id) * h + ih) * (i64)w + iw]);
-    }
+/* Limits of an activation, without branches in the loops: 0 none, 1 ReLU, 2 ReLU6. */
+struct limits {
+    float low, high;
+    __device__ limits(int activation)
+        : low(activation ? 0 : __uint_as_float(0xff800000u)),
+          high(activation == 2 ? 6 : __uint_as_float(0x7f800000u)) {}
+    template <class S> __device__ S operator()(S v) const { return smaller(larger(v, (S)low), (S)high); }
 };
 
-/* --- depthwise ------------------------------------------------------------------------------------- */
+/* --- planes: separable filters and depthwise stages ------------------------------------------------- */
 
-/* Depthwise stage with `per` output channels per input channel.  A thread computes a column of ROWS
- * outputs, whose taps overlap; the lanes of a warp are neighbours along W, so that loads coalesce.
- * H x W taps and the stride along H are template arguments (dilation along H is then 1); H = 0 takes
- * any geometry.  pos_d, pos_h and pos_w hold the input index of each padded position of an axis. */
-template <class T, int H, int W, int STRIDE, int ROWS>
-__global__ void __launch_bounds__(256)
-depthwise(const T *x, const T *weight, const SUM *bias, T *y, const int *source,
-                          const SUM *outside, const int *pos_d, const int *pos_h, const int *pos_w,
-                          i64 images, int copies, int groups, int right, int per, int id, int ih, int iw,
-                          int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
-                          int dh, int dw, int activation)
+/* Shape of a filter of KH x KW taps whose threads compute V neighbouring outputs of a row, and the rows
+ * below.  Taps of a row are STEP samples apart: STEP interleaved channels, such as colours, are filtered
+ * alike.  FORM: 0, KH x KW taps; 1, one column of KH and one row of KW taps; 2, a sum of such products. */
+template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM> struct planar {
+    typedef typename sum_of<TI>::type S;
+    static constexpr int RING = (KH + STRIDE - 1) / STRIDE; /* rows of outputs that one row of inputs adds to */
+    static constexpr int PERIOD = RING * STRIDE;
+    /* Rows of inputs per iteration; planes may have a single row. */
+    static constexpr int ROWS = PERIOD < 4 && KH > 1 ? PERIOD * (4 / PERIOD) : PERIOD;
+    static constexpr int SPAN = (V - 1) * STRIDE + (KW - 1) * STEP + 1;      /* samples of a row of inputs */
+    static constexpr int WIDTH = least(V * STRIDE, 16 / (int)sizeof(TI));    /* samples of a vector */
+    static constexpr int VECTORS = (most(OFFSET, 0) + SPAN + WIDTH - 1) / WIDTH;
+    static constexpr int BORDER = KH > 7 ? 1 : V; /* columns at a time at the borders */
+    static constexpr int TAPS = FORM ? KH + KW : KH * KW;
+    static constexpr bool HELD = FORM < 2 && TAPS <= 64; /* taps stay in registers */
+};
+
+/* Add one row of inputs, number `p` of a period, to the outputs that read it. */
+template <class P, int KH, int KW, int STRIDE, int STEP, int V, int FORM, class S>
+__device__ inline void add_row(S (&sum)[P::RING][V], const S (&v)[P::SPAN], const S *taps, int terms, int p)
 {
-    const i64 inputs = (i64)copies * groups * right, outputs = inputs * per;
-    const planes<T> in = {x, source, outside, inputs, id, ih, iw};
-    const int strips = (oh + ROWS - 1) / ROWS;
-    const i64 total = images * outputs * od * strips * ow;
-    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x) {
-        i64 rest = n;
-        const int pw = (int)(rest % ow);
-        rest /= ow;
-        const int first = (int)(rest % strips) * ROWS;
-        rest /= strips;
-        const int pd = (int)(rest % od);
-        rest /= od;
-        const i64 channel = rest % outputs, image = rest / outputs;
-        const int r = (int)(channel % right), o = (int)(channel / right % per);
-        const i64 lg = channel / right / per, stage_channel = lg * right + r;
-        const i64 from = source ? source[stage_channel] : stage_channel;
-        const T *k = weight + ((lg % groups) * per + o) * (i64)kd * kh * kw;
-        SUM sum[ROWS];
+    for (int term = 0; term < (FORM == 2 ? terms : 1); term++, taps += P::TAPS) {
+        S row[V];
+        if (FORM) {
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) sum[i] = 0;
-        for (int td = 0; td < kd; td++) {
-            const int at_d = pos_d[pd * sd + td * dd];
-            const T *kt = k + td * (i64)kh * kw;
-            if (H > 0) {
-                int at_w[W > 0 ? W : 1];
+            for (int i = 0; i < V; i++) row[i] = taps[KH] * v[i * STRIDE];
 #pragma unroll
-                for (int tw = 0; tw < W; tw++) at_w[tw] = pos_w[pw * sw + tw * dw];
+            for (int tw = 1; tw < KW; tw++)
 #pragma unroll
-                for (int p = 0; p < (ROWS - 1) * STRIDE + (H > 0 ? H : 1); p++) {
-                    /* rows past the last output load the last position; their sums are discarded */
-                    const int place = first * STRIDE + p, most = (oh - 1) * STRIDE + H - 1;
-                    const int at_h = pos_h[place < most ? place : most];
-                    SUM v[W > 0 ? W : 1];
+                for (int i = 0; i < V; i++) row[i] += taps[KH + tw] * v[i * STRIDE + tw * STEP];
+        }
 #pragma unroll
-                    for (int tw = 0; tw < W; tw++) v[tw] = in.at(image, from, at_d, at_h, at_w[tw]);
+        for (int th = 0; th < KH; th++) {
+            if ((p - th + P::ROWS * KH) % STRIDE) continue;
+            const int slot = (p - th + P::ROWS * KH) / STRIDE % P::RING;
+            if (FORM) {
 #pragma unroll
-                    for (int i = 0; i < ROWS; i++) {
-                        const int th = p - i * STRIDE;
-                        if (th >= 0 && th < H) {
-#pragma unroll
-                            for (int tw = 0; tw < W; tw++) sum[i] += wide(kt[th * W + tw]) * v[tw];
-                        }
-                    }
-                }
+                for (int i = 0; i < V; i++) sum[slot][i] += taps[th] * row[i];
             } else {
 #pragma unroll
-                for (int i = 0; i < ROWS; i++) {
-                    if (first + i >= oh) break;
-                    for (int th = 0; th < kh; th++) {
-                        const int at_h = pos_h[(first + i) * sh + th * dh];
-                        for (int tw = 0; tw < kw; tw++)
-                            sum[i] += wide(kt[th * kw + tw]) *
-                                      in.at(image, from, at_d, at_h, pos_w[pw * sw + tw * dw]);
+                for (int tw = 0; tw < KW; tw++)
+#pragma unroll
+                    for (int i = 0; i < V; i++)
+                        sum[slot][i] += taps[th * KW + tw] * v[i * STRIDE + tw * STEP];
+            }
+        }
+    }
+}
+
+/* Compute a strip of V columns: `periods` times ROWS rows of inputs, each read once.  INSIDE: all
+ * samples are in the image and all outputs exist; x is the first sample, less OFFSET. */
+template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM, bool INSIDE>
+__device__ inline void strip(const TI *__restrict__ x, TO *__restrict__ y,
+                             const typename sum_of<TI>::type *__restrict__ weight, typename sum_of<TI>::type bias,
+                             const int *__restrict__ pos_h, const int *__restrict__ pos_w, int iw, int ow,
+                             int rows, int columns, int periods, int terms, limits within)
+{
+    typedef planar<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM> P;
+    typedef typename P::S S;
+    S sum[P::RING][V], held[P::HELD ? P::TAPS : 1];
+#pragma unroll
+    for (int i = 0; P::HELD && i < P::TAPS; i++) held[i] = weight[i];
+    const S *const taps = P::HELD ? held : weight;
+#pragma unroll
+    for (int k = 0; k < P::RING; k++)
+#pragma unroll
+        for (int i = 0; i < V; i++) sum[k][i] = bias;
+    int at_w[P::SPAN];
+    const int last_w = (columns - 1) * STRIDE + (KW - 1) * STEP, last_h = (rows - 1) * STRIDE + KH - 1;
+    if (!INSIDE) {
+#pragma unroll
+        for (int i = 0; i < P::SPAN; i++) at_w[i] = i <= last_w ? pos_w[i] : -1;
+    }
+    for (int period = 0; period < periods; period++) {
+#pragma unroll
+        for (int p = 0; p < P::ROWS; p++) {
+            S v[P::SPAN];
+            if constexpr (INSIDE && OFFSET >= 0) {
+#pragma unroll
+                for (int k = 0; k < P::VECTORS; k++) {
+                    const pack<TI, P::WIDTH> part = load<TI, P::WIDTH>(x + k * P::WIDTH);
+#pragma unroll
+                    for (int i = 0; i < P::WIDTH; i++) {
+                        const int at = k * P::WIDTH + i - OFFSET;
+                        if (at >= 0 && at < P::SPAN) v[at] = wide(part.v[i]);
                     }
+                }
+                x += iw;
+            } else if constexpr (INSIDE) {
+#pragma unroll
+                for (int i = 0; i < P::SPAN; i++) v[i] = wide(x[i]);
+                x += iw;
+            } else {
+                const int row = period * P::ROWS + p, at_h = row <= last_h ? pos_h[row] : -1;
+                const TI *const line = x + (i64)at_h * iw;
+#pragma unroll
+                for (int i = 0; i < P::SPAN; i++) v[i] = at_h >= 0 && at_w[i] >= 0 ? (S)wide(line[at_w[i]]) : (S)0;
+            }
+            add_row<P, KH, KW, STRIDE, STEP, V, FORM>(sum, v, taps, terms, p);
+            if ((p - (KH - 1) + P::ROWS * KH) % STRIDE) continue;
+            const int slot = (p - (KH - 1) + P::ROWS * KH) / STRIDE % P::RING;
+            /* The first KH - 1 rows complete no output. */
+            const int h = period * (P::ROWS / STRIDE) + (p - (KH - 1) + P::ROWS * KH) / STRIDE - P::ROWS * KH / STRIDE;
+            if (p >= KH - 1 || h >= 0) {
+                pack<TO, V> result;
+#pragma unroll
+                for (int i = 0; i < V; i++) narrow(within(sum[slot][i]), &result.v[i]);
+                if constexpr (INSIDE && OFFSET >= 0) {
+                    store<TO, V>(result, y);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < V; i++)
+                        if (INSIDE || (h < rows && i < columns)) y[i] = result.v[i];
+                }
+                y += ow;
+            }
+#pragma unroll
+            for (int i = 0; i < V; i++) sum[slot][i] = bias;
+        }
+    }
+}
+
+/* Filter planes; plane n of the outputs reads plane n / per of the inputs.  Each channel has `depth`
+ * planes; channel c has the taps c % sets.  weight: (sets, terms, taps), those of a column before those
+ * of a row.  A thread has one strip of an output plane. */
+template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM>
+__global__ void __launch_bounds__(128)
+    planes(const TI *__restrict__ x, TO *__restrict__ y, i64 outputs, i64 periods_per_strip,
+           const typename sum_of<TI>::type *__restrict__ weight, const typename sum_of<TI>::type *__restrict__ bias,
+           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int per, int sets, int channels, int depth,
+           int ih, int iw, int oh, int ow, int top, int left, int terms, int activation)
+{
+    typedef planar<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM> P;
+    const int periods = (int)periods_per_strip, rows = (periods * P::ROWS - KH) / STRIDE + 1; /* per strip */
+    const u32 across = (u32)(ow + V - 1) / V, down = (u32)(oh + rows - 1) / rows;
+    const u32 n = blockIdx.x * blockDim.x + threadIdx.x, over = n / across;
+    const int w0 = (int)(n % across) * V, h0 = (int)(over % down) * rows;
+    const u32 plane = over / down, channel = plane / depth;
+    const int exists = plane < (u32)outputs, h = h0 * STRIDE - top, w = w0 * STRIDE - left - most(OFFSET, 0);
+    const int inside = h >= 0 && w >= 0 && h + periods * P::ROWS <= ih &&
+                       w + (OFFSET < 0 ? P::SPAN : P::VECTORS * P::WIDTH) <= iw && h0 + rows <= oh && w0 + V <= ow;
+    /* All threads of a warp take the same branch. */
+    const int is_fast = __all_sync(0xffffffffu, inside || !exists);
+    if (!exists) return;
+    const limits within(activation);
+    const typename sum_of<TI>::type b = bias[channel % channels];
+    x += (i64)(plane / per) * ih * iw;
+    y += ((i64)plane * oh + h0) * ow + w0;
+    weight += (i64)(channel % sets) * terms * P::TAPS;
+    if (is_fast)
+        strip<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM, true>(x + (i64)h * iw + w, y, weight, b, pos_h, pos_w,
+                                                                   iw, ow, rows, V, periods, terms, within);
+    else
+        /* Many taps: single columns, since four times the code takes seconds to compile. */
+        for (int i = 0; i < V && w0 + i < ow; i += P::BORDER)
+            strip<TI, TO, KH, KW, STRIDE, STEP, P::BORDER, OFFSET, FORM, false>(
+                x, y + i, weight, b, pos_h + h0 * STRIDE, pos_w + (w0 + i) * STRIDE, iw, ow, least(oh - h0, rows),
+                least(ow - w0 - i, P::BORDER), periods, terms, within);
+}
+
+/* Depthwise stage of any geometry; a block computes outputs of one plane.  weight: (sets, taps). */
+template <class T>
+__global__ void __launch_bounds__(256)
+    depthwise_any(const T *__restrict__ x, T *__restrict__ y, const SUM *__restrict__ weight,
+                  const SUM *__restrict__ bias, const int *__restrict__ pos_d, const int *__restrict__ pos_h,
+                  const int *__restrict__ pos_w, int per, int sets, int channels, int id, int ih, int iw, int od,
+                  int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd, int dh, int dw,
+                  int activation)
+{
+    const u32 samples = (u32)od * oh * ow, blocks = (samples + blockDim.x - 1) / blockDim.x;
+    const u32 plane = blockIdx.x / blocks, n = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+    if (n >= samples) return;
+    const int w = (int)(n % ow), h = (int)(n / ow % oh), d = (int)(n / ow / oh);
+    const limits within(activation);
+    SUM sum = bias[plane % channels];
+    weight += (i64)(plane % sets) * kd * kh * kw;
+    for (int t = 0; t < kd * kh; t++) {
+        const int at_d = pos_d[d * sd + t / kh * dd], at_h = pos_h[h * sh + t % kh * dh];
+        if (at_d < 0 || at_h < 0) continue;
+        const T *const line = x + (((i64)(plane / per) * id + at_d) * ih + at_h) * iw;
+        for (int tw = 0; tw < kw; tw++) {
+            const int at_w = pos_w[w * sw + tw * dw];
+            if (at_w >= 0) sum += weight[t * kw + tw] * wide(line[at_w]);
+        }
+    }
+    narrow(within(sum), y + (i64)plane * samples + n);
+}
+
+/* --- channels last: depthwise stages and matrix products --------------------------------------------- */
+
+/* Load V values, or zeros.  Halves are loaded as pairs: zeros of one half each would cost moves. */
+template <class T, int V> __device__ inline void load_or_zero(bool is_inside, const T *from, SUM (&v)[V])
+{
+    if constexpr (sizeof(T) == 2 && V > 1) {
+        pack<u32, V / 2> pairs = {};
+        if (is_inside) pairs = *(const pack<u32, V / 2> *)from;
+#pragma unroll
+        for (int c = 0; c < V; c++) v[c] = wide(T{(unsigned short)(pairs.v[c / 2] >> c % 2 * 16)});
+    } else {
+        pack<T, V> part = {};
+        if (is_inside) part = load<T, V>(from);
+#pragma unroll
+        for (int c = 0; c < V; c++) v[c] = wide(part.v[c]);
+    }
+}
+
+/* Compute ROWS outputs of one column and V neighbouring channels.  `input(row, tap)` points at samples of
+ * `input.row(p)`, and `output(row, sums)` stores; taps: (KH * KW, channels). */
+template <class T, int KH, int KW, int STRIDE, int ROWS, int V, class Input, class Output>
+__device__ inline void column(const Input &input, const SUM *__restrict__ taps, int channels, const SUM *bias,
+                              const Output &output)
+{
+    constexpr bool HELD = KH * KW * V * (int)sizeof(SUM) <= 200; /* taps stay in registers */
+    constexpr int N = least(V, 16 / (int)sizeof(SUM));
+    SUM held[HELD ? KH * KW : 1][V], sum[ROWS][V];
+#pragma unroll
+    for (int k = 0; HELD && k < KH * KW; k++)
+#pragma unroll
+        for (int c = 0; c < V; c += N) {
+            const pack<SUM, N> part = load<SUM, N>(taps + k * channels + c);
+#pragma unroll
+            for (int i = 0; i < N; i++) held[k][c + i] = part.v[i];
+        }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+#pragma unroll
+        for (int c = 0; c < V; c++) sum[i][c] = bias[c];
+#pragma unroll
+    for (int p = 0; p < (ROWS - 1) * STRIDE + KH; p++) {
+        const int row = input.row(p);
+#pragma unroll
+        for (int tw = 0; tw < KW; tw++) {
+            SUM v[V];
+            load_or_zero<T, V>(input.is_inside(row, tw), input(row, tw), v);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const int th = p - i * STRIDE, k = th * KW + tw;
+                if (th < 0 || th >= KH) continue;
+#pragma unroll
+                for (int c = 0; c < V; c += N) {
+                    pack<SUM, N> part;
+                    if (!HELD) part = load<SUM, N>(taps + k * channels + c);
+#pragma unroll
+                    for (int j = 0; j < N; j++) sum[i][c + j] += (HELD ? held[HELD ? k : 0][c + j] : part.v[j]) * v[c + j];
                 }
             }
         }
-        T *to = y + (((image * outputs + channel) * od + pd) * oh + first) * (i64)ow + pw;
-#pragma unroll
-        for (int i = 0; i < ROWS; i++)
-            if (first + i < oh) narrow(with_epilogue(sum[i], bias, channel, activation), to + (i64)i * ow);
+        if (p >= KH - 1 && (p - KH + 1) % STRIDE == 0) output((p - KH + 1) / STRIDE, sum[(p - KH + 1) / STRIDE]);
     }
 }
 
-/* --- dense and grouped, and depthwise then pointwise ---------------------------------------------- */
-
-/* Compute a tile of a matrix product: O x P sums over k of weight[k] * in[k], where `load(k)` returns
- * input k at the thread's position.  16 x 16 threads, each with (O / 16) x (P / 16) sums in registers. */
-#define DEPTH 16
-
-template <class T, int O, int P, class Load>
-__device__ inline void product(const Load &load, const T *weight, i64 outs, i64 depth, i64 first,
-                               SUM (&sum)[O / 16][P / 16])
-{
-    static_assert(O % 16 == 0 && P % 16 == 0 && 256 % P == 0, "each thread must have one fixed position of P");
-    __shared__ SUM a[DEPTH][O + 2], b[DEPTH][P]; /* + 2: the stores of a warp hit banks 2 k + o, each once */
-    const int t = threadIdx.x, row = t / 16, column = t % 16;
-#pragma unroll
-    for (int i = 0; i < O / 16; i++)
-#pragma unroll
-        for (int j = 0; j < P / 16; j++) sum[i][j] = 0;
-    for (i64 k0 = 0; k0 < depth; k0 += DEPTH) {
-#pragma unroll
-        for (int e = t; e < DEPTH * O; e += 256) {
-            const int k = e % DEPTH, o = e / DEPTH;
-            const int is_inside = k0 + k < depth && first + o < outs;
-            a[k][o] = is_inside ? wide(weight[(first + o) * depth + k0 + k]) : (SUM)0;
-        }
-#pragma unroll
-        for (int e = t; e < DEPTH * P; e += 256) {
-            const int k = e / P; /* the position is always t % P, that of `load` */
-            b[k][e % P] = k0 + k < depth ? load(k0 + k) : (SUM)0;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < DEPTH; k++) {
-            SUM w[O / 16], v[P / 16];
-#pragma unroll
-            for (int i = 0; i < O / 16; i++) w[i] = a[k][row + 16 * i];
-#pragma unroll
-            for (int j = 0; j < P / 16; j++) v[j] = b[k][column + 16 * j];
-#pragma unroll
-            for (int i = 0; i < O / 16; i++)
-#pragma unroll
-                for (int j = 0; j < P / 16; j++) sum[i][j] += w[i] * v[j];
-        }
-        __syncthreads();
-    }
-}
-
-/* Image and coordinates of output `p`, numbered over images and samples. */
-struct place {
-    i64 image;
-    int d, h, w, inside;
-    __device__ place(i64 p, i64 images, int od, int oh, int ow)
+/* Samples of an image from a row and a column of its padded positions on, or zeros. */
+template <class T, int KW> struct last_input {
+    const T *x;
+    const int *pos_h;
+    int rows, pitch, at[KW]; /* padded rows that exist; elements between rows; offset of each tap, or -1 */
+    __device__ last_input(const T *first, const int *rows_of, const int *columns_of, int row, int column, int high,
+                          int wide, int iw, int channels)
+        : x(first), pos_h(rows_of + row), rows(high - row), pitch(iw * channels)
     {
-        inside = p < images * od * oh * ow;
-        if (!inside) p = 0;
-        w = (int)(p % ow), p /= ow;
-        h = (int)(p % oh), p /= oh;
-        d = (int)(p % od), image = p / od;
+#pragma unroll
+        for (int tw = 0; tw < KW; tw++) {
+            const int at_w = column + tw < wide ? columns_of[column + tw] : -1;
+            at[tw] = at_w < 0 ? -1 : at_w * channels;
+        }
+    }
+    __device__ int row(int p) const { return p < rows ? pos_h[p] : -1; }
+    __device__ bool is_inside(int at_h, int tw) const { return (at_h | at[tw]) >= 0; }
+    __device__ const T *operator()(int at_h, int tw) const { return x + ((i64)at_h * pitch + at[tw]); }
+};
+
+template <class T, int V> struct last_output {
+    T *y;
+    int rows, pitch; /* outputs that exist, and the elements between two of them */
+    limits within;
+    __device__ void operator()(int i, const SUM (&sum)[V]) const
+    {
+        pack<T, V> part;
+#pragma unroll
+        for (int c = 0; c < V; c++) narrow(within(sum[c]), &part.v[c]);
+        if (i < rows) store<T, V>(part, y + (i64)i * pitch);
     }
 };
 
-/* Input k of a dense stage.  `terms` lists (c, d, h, w) per k: a channel, and the beginnings of a tap's
- * rows in the tables at_d, at_h and at_w (taps, outputs) of input indices. */
-template <class T> struct gathered {
-    planes<T> in;
-    const int *terms, *at_d, *at_h, *at_w;
-    place p;
-    i64 first;  /* first channel of the stage in this group */
-    int right;
-    __device__ SUM operator()(i64 k) const
-    {
-        if (!p.inside) return 0;
-        const int *term = terms + 4 * k;
-        const i64 channel = first + (i64)term[0] * right;
-        return in.at(p.image, in.source ? in.source[channel] : channel, at_d[term[1] + p.d],
-                     at_h[term[2] + p.h], at_w[term[3] + p.w]);
-    }
-};
-
-template <class T, int O, int P>
-__global__ void __launch_bounds__(256)
-    dense(const T *x, const T *weight, const SUM *bias, T *y, const int *source, const int *target,
-          const SUM *outside, const int *terms, const int *at_d, const int *at_h, const int *at_w,
-          i64 images, int copies, int groups, int right, int ins, int outs, i64 depth, int id, int ih,
-          int iw, int od, int oh, int ow, int activation)
+/* Depthwise stage with `per` output channels per input channel; V is 1 if `per` is not. */
+template <class T, int KH, int KW, int STRIDE, int ROWS, int V>
+__global__ void __launch_bounds__(128)
+    depthwise_last(const T *__restrict__ x, T *__restrict__ y, i64 images, const SUM *__restrict__ taps,
+                   const SUM *__restrict__ bias, const int *__restrict__ pos_h, const int *__restrict__ pos_w, int per,
+                   int channels, int ih, int iw, int oh, int ow, int activation)
 {
-    const i64 blocks = (outs + O - 1) / O, block = blockIdx.x % (blocks * copies * groups * right);
-    const i64 tile = blockIdx.x / (blocks * copies * groups * right);
-    const i64 lgr = block / blocks, lg = lgr / right, first = block % blocks * O;
-    const int r = (int)(lgr % right), g = (int)(lg % groups);
-    const i64 channels = (i64)copies * groups * ins * right, given = (i64)copies * groups * outs * right;
-    const planes<T> in = {x, source, outside, channels, id, ih, iw};
-    const gathered<T> load = {in, terms, at_d, at_h, at_w,
-                              place(tile * P + threadIdx.x % P, images, od, oh, ow),
-                              lg * ins * right + r, right};
-    SUM sum[O / 16][P / 16];
-    product<T, O, P>(load, weight + (i64)g * outs * depth, outs, depth, first, sum);
-#pragma unroll
-    for (int j = 0; j < P / 16; j++) {
-        const place p(tile * P + threadIdx.x % 16 + 16 * j, images, od, oh, ow);
-        if (!p.inside) continue;
-#pragma unroll
-        for (int i = 0; i < O / 16; i++) {
-            const i64 o = first + threadIdx.x / 16 + 16 * i;
-            if (o >= outs) continue;
-            i64 channel = (lg * outs + o) * right + r;
-            if (target) channel = target[channel];
-            narrow(with_epilogue(sum[i][j], bias, channel, activation),
-                   y + (((p.image * given + channel) * od + p.d) * oh + p.h) * (i64)ow + p.w);
-        }
-    }
+    u32 n = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 vectors = (u32)channels / V, down = (u32)(oh + ROWS - 1) / ROWS;
+    const int c = (int)(n % vectors) * V;
+    n /= vectors;
+    const int w = (int)(n % (u32)ow);
+    n /= (u32)ow;
+    const int h = (int)(n % down) * ROWS;
+    const i64 image = n / down;
+    if (image >= images) return;
+    const last_input<T, KW> input(x + image * ih * iw * (channels / per) + c / per, pos_h, pos_w, h * STRIDE,
+                                     w * STRIDE, (oh - 1) * STRIDE + KH, (ow - 1) * STRIDE + KW, iw, channels / per);
+    const last_output<T, V> output = {y + ((image * oh + h) * ow + w) * channels + c, oh - h, ow * channels, limits(activation)};
+    column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias + c, output);
 }
 
-/* Input k of a pointwise stage after a depthwise one: computed on the fly, never stored. */
-template <class T> struct separable_input {
-    planes<T> in;
-    const T *weight;
-    const SUM *bias;
-    const int *pos_d, *pos_h, *pos_w;
-    place p;
-    int per, kd, kh, kw, sd, sh, sw, dd, dh, dw, activation;
-    __device__ SUM operator()(i64 k) const
-    {
-        if (!p.inside) return 0;
-        const i64 stage_channel = k / per;
-        const i64 channel = in.source ? in.source[stage_channel] : stage_channel;
-        const T *taps = weight + k * kd * kh * kw;
-        SUM v = 0;
-        for (int td = 0; td < kd; td++)
-            for (int th = 0; th < kh; th++)
-                for (int tw = 0; tw < kw; tw++)
-                    v += wide(*taps++) * in.at(p.image, channel, pos_d[p.d * sd + td * dd],
-                                               pos_h[p.h * sh + th * dh], pos_w[p.w * sw + tw * dw]);
-        return with_epilogue(v, bias, k, activation);
+/* One product of 16 x 8 sums by tensor cores, c += a b; float is rounded to TF32. */
+#ifdef LR_SHIM
+#define MULTIPLY(T, SHAPE, TYPES)                                                                                 \
+    __device__ inline void multiply(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)                            \
+    {                                                                                                             \
+        lr_multiply(#TYPES, c, a, b0, b1);                                                                          \
     }
-};
-
-template <class T, int O, int P>
-__global__ void __launch_bounds__(256)
-    separable(const T *x, const T *taps, const SUM *taps_bias, int taps_activation, const T *weight,
-              const SUM *bias, T *y, const int *source, const SUM *outside, const int *pos_d,
-              const int *pos_h, const int *pos_w, i64 images, int ins, int per, int outs, int id, int ih,
-              int iw, int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
-              int dh, int dw, int activation)
-{
-    const i64 blocks = (outs + O - 1) / O, first = blockIdx.x % blocks * O, tile = blockIdx.x / blocks;
-    const planes<T> in = {x, source, outside, ins, id, ih, iw};
-    const separable_input<T> load = {in, taps, taps_bias, pos_d, pos_h, pos_w,
-                                     place(tile * P + threadIdx.x % P, images, od, oh, ow),
-                                     per, kd, kh, kw, sd, sh, sw, dd, dh, dw, taps_activation};
-    SUM sum[O / 16][P / 16];
-    product<T, O, P>(load, weight, outs, (i64)ins * per, first, sum);
-#pragma unroll
-    for (int j = 0; j < P / 16; j++) {
-        const place p(tile * P + threadIdx.x % 16 + 16 * j, images, od, oh, ow);
-        if (!p.inside) continue;
-#pragma unroll
-        for (int i = 0; i < O / 16; i++) {
-            const i64 o = first + threadIdx.x / 16 + 16 * i;
-            if (o < outs)
-                narrow(with_epilogue(sum[i][j], bias, o, activation),
-                       y + (((p.image * outs + o) * od + p.d) * oh + p.h) * (i64)ow + p.w);
-        }
+#else
+#define MULTIPLY(T, SHAPE, TYPES)                                                                                 \
+    __device__ inline void multiply(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)                            \
+    {                                                                                                             \
+        asm("mma.sync.aligned." #SHAPE ".row.col.f32." #TYPES ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+            "{%0, %1, %2, %3};"                                                                                   \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                             \
     }
-}
+#endif
+MULTIPLY(float, m16n8k8, tf32.tf32)
+#if defined(LR_SHIM) || __CUDA_ARCH__ >= 800
+MULTIPLY(bf16, m16n8k16, bf16.bf16)
+#endif
+MULTIPLY(f16, m16n8k16, f16.f16)
 
-/* im2col: the inputs of each output as a matrix (images, blocks, terms, right, outputs). */
-template <class T>
-__global__ void unroll(const T *x, T *to, const int *source, const SUM *outside, const int *terms,
-                         const int *at_d, const int *at_h, const int *at_w, i64 images, i64 blocks,
-                         int ins, int right, i64 depth, int id, int ih, int iw, int od, int oh, int ow)
-{
-    const planes<T> in = {x, source, outside, blocks * ins * right, id, ih, iw};
-    const i64 outputs = (i64)od * oh * ow, total = images * blocks * depth * right * outputs;
-    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x) {
-        i64 rest = n;
-        const i64 o = rest % outputs;
-        rest /= outputs;
-        const int r = (int)(rest % right);
-        rest /= right;
-        const int *term = terms + 4 * (rest % depth);
-        rest /= depth;
-        const i64 lg = rest % blocks, image = rest / blocks;
-        const i64 channel = (lg * ins + term[0]) * right + r;
-        const int pw = (int)(o % ow), ph = (int)(o / ow % oh), pd = (int)(o / ow / oh);
-        narrow(in.at(image, source ? source[channel] : channel, at_d[term[1] + pd], at_h[term[2] + ph],
-                     at_w[term[3] + pw]), to + n);
-    }
-}
-
-/* Bias and activation in place, after a library's matrix product: (images, channels, samples). */
-template <class T>
-__global__ void epilogue(T *y, const SUM *bias, i64 images, i64 channels, i64 samples, int activation)
-{
-    const i64 total = images * channels * samples;
-    for (i64 n = blockIdx.x * (i64)blockDim.x + threadIdx.x; n < total; n += (i64)gridDim.x * blockDim.x)
-        narrow(with_epilogue(wide(y[n]), bias, n / samples % channels, activation), y + n);
-}
-
-/* --- separable filters ----------------------------------------------------------------------------- */
-
-/* Compute four neighbouring outputs of a 1-D pass of n taps over samples `step` apart, four taps at a
- * time: every sample and every tap is read once.  Samples without a tap may be NaN. */
-template <class S>
-__device__ inline void four(S (&sum)[4], const S *from, int step, const S *taps, int n)
-{
-    S v[8];
-#pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = from[i * step];
-    for (int t = 0; t < n; t += 4) {
-#pragma unroll
-        for (int i = 4; i < 8; i++) v[i] = from[(t + i) * step];
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (t + k == n) break;
-            const S w = taps[t + k];
-#pragma unroll
-            for (int i = 0; i < 4; i++) sum[i] += w * v[i + k];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = v[i + 4];
-    }
-}
-
-/* Sum of R separable terms, each a product of taps along W, H and D: a tile is loaded into shared
- * memory once, and every 1-D pass of every term reads it there.  Stride and dilation are 1.
+/* Multiply 32 samples by the weights of 32 outputs, per warp and item, with the sums in registers.
  *
- * taps: (groups, R, kd + kh + kw), where kd, kh and kw are rounded up to multiples of 4; kd = 0 with
- * td = 1 means no taps along D.  Otherwise the sides of a tile, td x th x tw, are multiples of 4.
- * pos_d, pos_h and pos_w have (rounded taps - 1) more entries than outputs.  Shared memory holds
- * (filter_shared_bytes in steps.py), for the rounded taps,
- *     the input     (td + kd) (th + kh) (tw + kw + 1)   odd pitch: lanes along H hit different banks
- *     after W       (td + kd) (th + kh) (tw + 1)
- *     after H       (td + kd) th tw                     if D has taps
- *     all terms     td th tw
- *     and the taps of one term. */
-template <class T>
-__global__ void __launch_bounds__(256)
-    filter(const T *x, const T *taps, const SUM *bias, T *y, const int *source, const int *pos_d,
-           const int *pos_h, const int *pos_w, i64 images, int copies, int groups, int right, int terms,
-           int id, int ih, int iw, int od, int oh, int ow, int taps_d, int taps_h, int taps_w, int td,
-           int th, int tw, int activation)
+ * The order of the inputs is free, so a thread takes 16 neighbouring bytes of a sample, which are those of
+ * two products of 16 x 8; and the order of the outputs is free, so they are 4 neighbours per thread.
+ * `row(i)` is a pointer to `filled` channels of sample i, or 0 for zeros; `store(i, o, sums)` gets the
+ * outputs from o on.  weight: as `_packed` in channels_last.py orders it, with zeros up to multiples of 32
+ * outputs and 64 bytes of inputs, `steps` of them. */
+template <class T, class Row, class Store>
+__device__ inline void product(const Row &row, int rows, const T *__restrict__ weight, const float *__restrict__ bias,
+                               int filled, int steps, int outs, const Store &store)
 {
-    typedef SUM S;
-    LR_SHARED(S);
-    const int kd = (taps_d + 3) / 4 * 4, kh = (taps_h + 3) / 4 * 4, kw = (taps_w + 3) / 4 * 4;
-    const int ed = td + kd, eh = th + kh, pitch = tw + kw + 1, after = tw + 1, t = threadIdx.x;
-    const int many = td * th * tw, all = kd + kh + kw;
-    S *const box = shared, *const rows = box + ed * eh * pitch, *const columns = rows + ed * eh * after;
-    S *const total = columns + (kd ? ed * th * tw : 0), *const kernel = total + many;
-    const int nw = (ow + tw - 1) / tw, nh = (oh + th - 1) / th, nd = (od + td - 1) / td;
-    const i64 channels = (i64)copies * groups * right;
-    const i64 tiles = images * channels * nd * nh * nw;
-    for (i64 n = blockIdx.x; n < tiles; n += gridDim.x) {
-        i64 rest = n;
-        const int w0 = (int)(rest % nw) * tw;
-        rest /= nw;
-        const int h0 = (int)(rest % nh) * th;
-        rest /= nh;
-        const int d0 = (int)(rest % nd) * td;
-        rest /= nd;
-        const i64 channel = rest % channels, image = rest / channels;
-        const int g = (int)(channel / right % groups);
-        const i64 from = source ? source[channel] : channel;
-        /* Samples beyond the last output's taps are set to zero and not used. */
-        for (int row = t / 32; row < ed * eh; row += 8) { /* one warp per row: coalesced loads */
-            const int h = row % eh, d = row / eh;
-            const int is_needed = h0 + h < oh + kh - 1 && d0 + d < od + (kd ? kd - 1 : 0);
-            const int at_d = is_needed ? pos_d[d0 + d] : -1, at_h = is_needed ? pos_h[h0 + h] : -1;
-            const T *line = x + (((image * channels + from) * id + at_d) * (i64)ih + at_h) * iw;
-            const int inside = at_d >= 0 && at_h >= 0;
-            for (int w = t % 32; w < pitch; w += 32) {
-                const int at_w = inside && w0 + w < ow + kw - 1 ? pos_w[w0 + w] : -1;
-                box[row * pitch + w] = at_w >= 0 ? (S)wide(line[at_w]) : (S)0;
-            }
+    constexpr int N = 16 / (int)sizeof(T);
+    const int lane = threadIdx.x % 32, group = lane / 4, k0 = lane % 4 * N, tiles = (rows + 31) / 32;
+    for (int item = threadIdx.x / 32; item < tiles * ((outs + 31) / 32); item += blockDim.x / 32) {
+        const int i0 = item % tiles * 32, block = item / tiles, o = block * 32 + group * 4;
+        const pack<u32, 4> *left = (const pack<u32, 4> *)weight + block * steps * 128 + lane;
+        const T *from[4];
+        float sum[2][4][4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) from[j] = row(i0 + 8 * j + group);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float b = o + c < outs ? bias[o + c] : 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum[c / 2][j][c % 2 * 2] = sum[c / 2][j][c % 2 * 2 + 1] = b;
         }
-        for (int e = t; e < many; e += 256) total[e] = 0;
-        /* The loop over terms begins with a barrier. */
-        for (int term = 0; term < terms; term++) {
-            __syncthreads();
-            for (int e = t; e < all; e += 256) kernel[e] = wide(taps[((i64)g * terms + term) * all + e]);
-            __syncthreads();
-            for (int e = t; e < ed * eh * (tw / 4); e += 256) {
-                const int row = e % (ed * eh), w = e / (ed * eh) * 4;
-                S sum[4] = {0, 0, 0, 0};
-                four(sum, box + row * pitch + w, 1, kernel + kd + kh, taps_w);
+#pragma unroll 1
+        for (int k = k0; k < steps * 4 * N; k += 4 * N, left += 128) {
+            pack<u32, 4> a[4], b[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) rows[row * after + w + i] = sum[i];
-            }
-            __syncthreads();
-            for (int e = t; e < ed * (th / 4) * tw; e += 256) {
-                const int w = e % tw, h = e / tw % (th / 4) * 4, d = e / tw / (th / 4);
-                S sum[4] = {0, 0, 0, 0};
-                four(sum, rows + (d * eh + h) * after + w, after, kernel + kd, taps_h);
-                S *const to = (kd ? columns : total) + (d * th + h) * tw + w;
+            for (int i = 0; i < 4; i++) a[i] = left[32 * i];
 #pragma unroll
-                for (int i = 0; i < 4; i++) to[i * tw] = sum[i] + (kd ? (S)0 : to[i * tw]);
-            }
-            if (!kd) continue;
-            __syncthreads();
-            for (int e = t; e < (td / 4) * th * tw; e += 256) {
-                const int hw = e % (th * tw), d = e / (th * tw) * 4;
-                S sum[4] = {0, 0, 0, 0};
-                four(sum, columns + d * th * tw + hw, th * tw, kernel, taps_d);
+            for (int j = 0; j < 4; j++) {
+                if (Row::IS_FULL || (from[j] && k < filled))
+                    b[j] = *(const pack<u32, 4> *)(from[j] + k);
+                else
+                    b[j] = {{0, 0, 0, 0}};
+                if (sizeof(T) == 4) /* the tensor cores drop 13 bits */
 #pragma unroll
-                for (int i = 0; i < 4; i++) total[(d + i) * th * tw + hw] += sum[i];
+                    for (int e = 0; e < 4; e++) b[j].v[e] += 0x1000;
             }
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        multiply(T(), sum[i][j], a[2 * i + half].v, b[j].v[2 * half], b[j].v[2 * half + 1]);
         }
-        __syncthreads();
-        for (int e = t; e < many; e += 256) {
-            const int w = w0 + e % tw, h = h0 + e / tw % th, d = d0 + e / tw / th;
-            if (w < ow && h < oh && d < od)
-                narrow(with_epilogue(total[e], bias, channel, activation),
-                       y + (((image * channels + channel) * od + d) * oh + h) * (i64)ow + w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float out[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) out[c] = sum[c / 2][j / 2][c % 2 * 2 + j % 2];
+            store(i0 + j / 2 * 8 + lane % 4 * 2 + j % 2, o, out);
         }
     }
+}
+
+/* Elements between rows in shared memory: rows of 64 bytes, an odd number of them, so that the 16-byte
+ * loads of two rows hit different banks. */
+template <class T> __device__ inline int pitch_of(int channels)
+{
+    return ((channels * (int)sizeof(T) + 63) / 64 | 1) * (64 / (int)sizeof(T));
+}
+
+/* Pointers to the samples of a tile of an image, with its halo. */
+template <class T, int TW> struct halo_rows {
+    const T *x;
+    const int *pos_h, *pos_w;
+    int row, column, rows, columns, iw, channels, count;
+    static constexpr bool IS_FULL = false;
+    __device__ const T *operator()(int i) const
+    {
+        const int h = row + i / TW, w = column + i % TW;
+        const int at_h = i < count && h < rows ? pos_h[h] : -1, at_w = w < columns ? pos_w[w] : -1;
+        return at_h >= 0 && at_w >= 0 ? x + (i64)(at_h * iw + at_w) * channels : 0;
+    }
+};
+
+template <class T> __device__ inline void store_four(float (&sum)[4], limits within, T *to)
+{
+    pack<T, 4> part;
+#pragma unroll
+    for (int c = 0; c < 4; c++) narrow(within(sum[c]), &part.v[c]);
+    store<T, 4>(part, to);
+}
+
+template <class T, class Rows> struct halo_store {
+    T *to;
+    Rows from;
+    int pitch, outs;
+    limits within;
+    __device__ void operator()(int i, int o, float (&sum)[4]) const
+    {
+        if (i >= from.count || o >= outs) return;
+        if (!from(i)) sum[0] = sum[1] = sum[2] = sum[3] = 0; /* beyond the border of the depthwise stage */
+        store_four(sum, within, to + i * pitch + o);
+    }
+};
+
+template <class T> struct shared_input {
+    const T *x; /* first sample of the thread */
+    int width, pitch;
+    __device__ int row(int p) const { return p * width; }
+    __device__ bool is_inside(int, int) const { return true; }
+    __device__ const T *operator()(int row, int tw) const { return x + (row + tw) * pitch; }
+};
+
+template <class T> struct shared_rows {
+    const T *x;
+    int pitch;
+    static constexpr bool IS_FULL = true;
+    __device__ const T *operator()(int i) const { return x + i * pitch; }
+};
+
+template <class T, int TW> struct tile_store {
+    T *y; /* first output of the tile */
+    int rows, columns, ow, outs; /* rows and columns of the tile that exist */
+    limits within;
+    __device__ void operator()(int i, int o, float (&sum)[4]) const
+    {
+        const int h = i / TW, w = i % TW;
+        if (h < rows && w < columns && o < outs) store_four(sum, within, y + (h * ow + w) * outs + o);
+    }
+};
+
+/* Depthwise and pointwise stage, after a pointwise one if FIRST, by tensor cores: one tile of TH x TW
+ * outputs per block.  The inputs of the depthwise stage, with their halo, and its outputs are in shared
+ * memory, each computed once; the pointwise weights are read through the caches.  `outs`, and `middle` if
+ * FIRST, are multiples of 4. */
+template <class T, int KH, int KW, int STRIDE, int TH, int TW, int V, int FIRST>
+__global__ void __launch_bounds__(256, 2)
+    fused(const T *__restrict__ x, T *__restrict__ y, const T *__restrict__ weight0, const float *__restrict__ bias0,
+          const float *__restrict__ taps, const float *__restrict__ bias1, const T *__restrict__ weight2,
+          const float *__restrict__ bias2, const int *__restrict__ pos_h, const int *__restrict__ pos_w, int ins, int middle, int per, int outs, int ih, int iw, int oh, int ow,
+          int activation0, int activation1, int activation2)
+{
+    constexpr int HALO_H = (TH - 1) * STRIDE + KH, HALO_W = (TW - 1) * STRIDE + KW, ROWS = KH > 3 ? 2 : 4, UNIT = 64 / (int)sizeof(T);
+    static_assert(TH % ROWS == 0 && TH * TW % 32 == 0, "whole columns, and whole tiles of the product");
+    LR_SHARED(T);
+    const int channels = middle * per, pitch = pitch_of<T>(channels), depth = (channels + UNIT - 1) / UNIT * UNIT;
+    const int halo_pitch = pitch_of<T>(middle);
+    T *const halo = shared + TH * TW * pitch;
+    const u32 across = (u32)(ow + TW - 1) / TW, down = (u32)(oh + TH - 1) / TH, over = blockIdx.x / across;
+    const int w0 = (int)(blockIdx.x % across) * TW, h0 = (int)(over % down) * TH;
+    const i64 image = over / down;
+    x += image * ih * iw * ins;
+    y += ((image * oh + h0) * ow + w0) * outs;
+    const int rows = (oh - 1) * STRIDE + KH, columns = (ow - 1) * STRIDE + KW;
+    if constexpr (FIRST) {
+        const halo_rows<T, HALO_W> from = {x, pos_h, pos_w, h0 * STRIDE, w0 * STRIDE, rows, columns, iw, ins,
+                                           HALO_H * HALO_W};
+        const halo_store<T, halo_rows<T, HALO_W>> to = {halo, from, halo_pitch, middle, limits(activation0)};
+        product<T>(from, HALO_H * HALO_W, weight0, bias0, ins, (ins + UNIT - 1) / UNIT, middle, to);
+        __syncthreads();
+    }
+    /* The neighbours of a warp are neighbouring channels; those beyond the last are zero. */
+    for (int item = threadIdx.x; item < depth / V * TW * (TH / ROWS); item += blockDim.x) {
+        const int c = item % (depth / V) * V, column0 = item / (depth / V) % TW, row0 = item / (depth / V) / TW * ROWS;
+        const last_output<T, V> output = {shared + (row0 * TW + column0) * pitch + c, ROWS, TW * pitch, limits(activation1)};
+        if (c >= channels) {
+            const float zeros[V] = {};
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) output(i, zeros);
+            continue;
+        }
+        if constexpr (FIRST) {
+            const shared_input<T> input = {
+                halo + (row0 * HALO_W + column0) * STRIDE * halo_pitch + c / per, HALO_W, halo_pitch};
+            column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias1 + c, output);
+        } else {
+            const last_input<T, KW> input(x + c / per, pos_h, pos_w, (h0 + row0) * STRIDE,
+                                             (w0 + column0) * STRIDE, rows, columns, iw, ins);
+            column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias1 + c, output);
+        }
+    }
+    __syncthreads();
+    const shared_rows<T> from = {shared, pitch};
+    const tile_store<T, TW> to = {y, oh - h0, ow - w0, ow, outs, limits(activation2)};
+    product<T>(from, TH * TW, weight2, bias2, depth, depth / UNIT, outs, to);
+}
+
+/* --- around products of cuBLAS ----------------------------------------------------------------------- */
+
+/* Swap the axes of `count` matrices (rows, columns): channels first to channels last, and back. */
+template <class T>
+__global__ void __launch_bounds__(256) transpose(const T *__restrict__ x, T *__restrict__ y, int rows, int columns)
+{
+    __shared__ T tile[32][33]; /* 33: lanes of a column hit different banks */
+    const u32 across = (u32)(columns + 31) / 32, down = (u32)(rows + 31) / 32, over = blockIdx.x / across;
+    const int c0 = (int)(blockIdx.x % across) * 32, r0 = (int)(over % down) * 32;
+    const i64 first = (i64)(over / down) * rows * columns;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 32; i += 8)
+        if (r0 + warp + i < rows && c0 + lane < columns)
+            tile[warp + i][lane] = x[first + (i64)(r0 + warp + i) * columns + c0 + lane];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 32; i += 8)
+        if (c0 + warp + i < columns && r0 + lane < rows)
+            y[first + (i64)(c0 + warp + i) * rows + r0 + lane] = tile[lane][warp + i];
+}
+
+/* im2col: (images, od, oh, ow, groups, kd, kh, kw, channels per group); a thread copies V channels of
+ * one row of taps. */
+template <class T, int V>
+__global__ void __launch_bounds__(256)
+    unroll(const T *__restrict__ x, T *__restrict__ to, i64 images, const int *__restrict__ pos_d,
+           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int groups, int ins, int id, int ih, int iw, int od, int oh,
+           int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd, int dh, int dw)
+{
+    u32 n = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 vectors = (u32)ins / V, tap_rows = (u32)(kd * kh);
+    const int c = (int)(n % vectors) * V;
+    n /= vectors;
+    const i64 row = n; /* of taps, among all */
+    const int tap = (int)(n % tap_rows);
+    n /= tap_rows;
+    const int group = (int)(n % (u32)groups);
+    n /= (u32)groups;
+    const int w = (int)(n % (u32)ow);
+    n /= (u32)ow;
+    const int h = (int)(n % (u32)oh);
+    n /= (u32)oh;
+    const int d = (int)(n % (u32)od);
+    const i64 image = n / (u32)od;
+    if (image >= images) return;
+    const int at_d = pos_d[d * sd + tap / kh * dd], at_h = pos_h[h * sh + tap % kh * dh];
+    const i64 line = ((image * id + at_d) * ih + at_h) * iw;
+    for (int tw = 0; tw < kw; tw++) {
+        const int at_w = pos_w[w * sw + tw * dw];
+        pack<T, V> part;
+        if (at_d >= 0 && at_h >= 0 && at_w >= 0)
+            part = load<T, V>(x + (line + at_w) * groups * ins + group * ins + c);
+        else
+#pragma unroll
+            for (int i = 0; i < V; i++) narrow((SUM)0, &part.v[i]);
+        store<T, V>(part, to + (row * kw + tw) * ins + c);
+    }
+}
+
+/* Add bias and activation in place, V channels per thread: (samples, channels). */
+template <class T, int V>
+__global__ void __launch_bounds__(256)
+    epilogue(T *y, i64 samples, const SUM *__restrict__ bias, int channels, int activation)
+{
+    const i64 n = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * V;
+    if (n >= samples * channels) return;
+    const int channel = (int)((u32)(n / V) % ((u32)channels / V)) * V; /* fewer than 2^32 vectors */
+    const limits within(activation);
+    pack<T, V> part = load<T, V>(y + n);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        SUM v = wide(part.v[i]);
+        if (bias) v += bias[channel + i];
+        narrow(within(v), &part.v[i]);
+    }
+    store<T, V>(part, y + n);
 }

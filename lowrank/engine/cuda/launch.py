@@ -10,29 +10,39 @@ import cupy
 import numpy as np
 
 #: Element types of kernels.cu, by the name of the dtype.
-CUDA_TYPES = {"float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16"}
-THREADS_PER_BLOCK = 256
-MAX_BLOCKS = 1 << 20  # of kernels that loop over their outputs with a grid-sized stride
+CUDA_TYPES = {
+    "float32": "float", "float64": "double", "float16": "f16", "bfloat16": "bf16", "uint8": "u8",
+}  # fmt: skip
 DEFAULT_SHARED = 48 << 10  # bytes per block that need no opt-in
-
-
-class Int64(int):
-    """A kernel argument of 64 bits; other integers are passed as 32 bits."""
+VECTOR = 16  # bytes of the widest load
 
 
 class Kernel:
-    """A compiled kernel and the bytes of dynamic shared memory per block."""
+    """A compiled kernel with the arguments that are the same at every launch.
 
-    def __init__(self, name: str, shared: int = 0) -> None:
-        self._call, self._shared = _compile(cupy.cuda.Device().id, name), shared
+    Parameters
+    ----------
+    name : str
+        Kernel with its template arguments.
+    *fixed : int, array or None
+        Last arguments: integers of 32 bits, arrays, and null pointers.
+    shared, threads : int
+        Bytes of dynamic shared memory, and number of threads, per block.
+    """
+
+    def __init__(self, name: str, *fixed: Any, shared: int = 0, threads: int = 256) -> None:
+        function = _compile(cupy.cuda.Device().id, name)
         # Plans share compiled kernels: the opt-in must cover the largest request.
-        if shared > max(DEFAULT_SHARED, self._call.max_dynamic_shared_size_bytes):
-            self._call.max_dynamic_shared_size_bytes = shared
+        if shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
+            function.max_dynamic_shared_size_bytes = shared
+        self.threads = threads
+        # Converting a number takes CuPy as long as the rest of a launch.
+        self._launch, self._fixed = function.kernel, tuple(map(_as_argument, fixed))
+        self._block, self._shared = (threads,), shared
 
-    def __call__(self, blocks: int, *arguments: Any) -> None:
-        """Launch the kernel on the current stream."""
-        arguments = tuple(map(_as_argument, arguments))
-        self._call((max(1, blocks),), (THREADS_PER_BLOCK,), arguments, shared_mem=self._shared)
+    def __call__(self, blocks: int, *varying: Any) -> None:
+        """Launch on the current stream; the first arguments are arrays and 64-bit integers."""
+        self._launch((blocks,), self._block, (*varying, *self._fixed), self._shared)
 
 
 @functools.cache
@@ -45,12 +55,15 @@ def _compile(device: int, name: str) -> Any:
 
 def _as_argument(value: Any) -> Any:
     if value is None:
-        return np.intp(0)
-    if isinstance(value, Int64):
-        return np.int64(value)
-    return np.int32(value) if isinstance(value, int) else value
+        return cupy.cuda.function.CNumpyArray(np.array(0, np.uint64))
+    if isinstance(value, int):
+        return cupy.cuda.function.CNumpyArray(np.array(value, np.int32))
+    return value
 
 
-def grid_size(total: int) -> int:
-    """Return the number of blocks for `total` threads, at most MAX_BLOCKS."""
-    return min(-(-total // THREADS_PER_BLOCK), MAX_BLOCKS)
+def vector_width(itemsize: int, *counts: int) -> int:
+    """Return the elements of a vector of at most 16 bytes that divides all counts."""
+    width = VECTOR // itemsize
+    while any(n % width for n in counts):
+        width //= 2
+    return width

@@ -14,32 +14,36 @@ from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Stage
 
 Sizes = tuple[int, int, int]
-Kind = Literal["filter", "depthwise + pointwise", "depthwise", "dense", "matrix product"]
-
-#: Output channels up to which a dense stage is summed in place; wider ones are unrolled for cuBLAS.
-MAX_DENSE_OUTPUTS = 32
-MAX_FUSED_WEIGHTS = 64 * 128  # of a pointwise stage that is fused with the depthwise one before it
-GEMM_ROWS = 64  # output channels of a tile of a product
+Kind = Literal[
+    "filter", "depthwise", "array code", "depthwise, channels last", "matrix product",
+    "depthwise + pointwise", "pointwise + depthwise + pointwise", "channels last", "channels first",
+]  # fmt: skip
+#: Steps whose kernels read and write uint8 as well as the plan's own type.
+READS_BYTES = ("filter", "depthwise")
+CHANNELS_FIRST = ("filter", "array code")  # layouts of a step's input and output
+CHANNELS_LAST = ("matrix product", "depthwise + pointwise", "pointwise + depthwise + pointwise")
+MAX_FILTER_TAPS = 32  # along an axis: loops are unrolled, and more take seconds to compile
+MAX_UNROLLED_TAPS = 11  # along an axis of a depthwise kernel whose loops are unrolled
+MAX_UNROLLED_STRIDE = 4
 SHARED_BYTES = 99 << 10  # of shared memory that a block may take on every device since sm_86
-# Tiles of filters (d, h, w), the largest first.
-TILES_2D = ((1, 32, 64), (1, 32, 32), (1, 16, 32), (1, 16, 16))
-TILES_3D = ((8, 8, 32), (4, 8, 32), (4, 8, 16), (4, 4, 16))
+FUSED_TILE = 8, 16  # outputs per block of a fused step, along H and W
+MAX_FUSED_TAPS = 25  # of a fused depthwise stage
+MAX_MIDDLE_CHANNELS = 64  # between the stages of a fused step of three
 
 
 class KernelStep(NamedTuple):
-    """Consecutive stages that run as one kernel or matrix product.
+    """Consecutive stages that run as one step, or a change of layout.
 
     Attributes
     ----------
     kind : str
         Kernel or library that runs them.
     first, stage_count : int
-        Index of the first stage, and number of stages.
+        Index of the first stage, and number of stages; 0 for a change of layout.
     in_shape, out_shape : tuple of int
         (channels, \\*spatial) of input and output.
-    tile, taps : tuple of int
-        Output tile of a filter, and its taps along three axes.  Without taps, the first axis
-        has 0 and the others 1.
+    taps : tuple of int
+        Taps of a filter along three axes; 1 where it has no pass.
     """
 
     kind: Kind
@@ -47,14 +51,13 @@ class KernelStep(NamedTuple):
     stage_count: int
     in_shape: Ints
     out_shape: Ints
-    tile: Sizes = (1, 1, 1)
     taps: Sizes = (1, 1, 1)
 
 
-def three(sizes: Iterable[int]) -> Sizes:
-    """Extend sizes to three axes by leading ones."""
+def three(sizes: Iterable[int], fill: int = 1) -> Sizes:
+    """Extend sizes to three axes by leading ones, or by `fill`."""
     sizes = tuple(sizes)
-    d, h, w = (1,) * (3 - len(sizes)) + sizes
+    d, h, w = (fill,) * (3 - len(sizes)) + sizes
     return d, h, w
 
 
@@ -64,8 +67,13 @@ def partition(
     itemsize: int = 4,
     no_epilogue: Sequence[bool] | None = None,
     shared: int = SHARED_BYTES,
+    tensor_cores: bool = False,
+    interleaved: int = 1,
 ) -> list[KernelStep]:
     """Partition a chain into steps.
+
+    Inputs and outputs of a chain are (batch, channels, \\*spatial).  Products run channels-last,
+    between two changes of layout.
 
     Parameters
     ----------
@@ -79,10 +87,19 @@ def partition(
         Whether each stage has neither bias nor activation.
     shared : int
         Bytes of shared memory available to a block.
+    tensor_cores : bool
+        Whether products run on tensor cores, in TF32, float16 or bfloat16.
+    interleaved : int
+        Values per sample along the last axis.
 
     Returns
     -------
     list of KernelStep
+
+    Raises
+    ------
+    ValueError
+        If the chain cannot run on interleaved values.
 
     Examples
     --------
@@ -95,51 +112,129 @@ def partition(
     """
     no_epilogue = [True] * len(stages) if no_epilogue is None else no_epilogue
     shapes = chain_shapes(stages, shape)
-    steps: list[KernelStep] = []
-    first = 0
-    while first < len(stages):
-        step = _next_step(stages, shapes, first, itemsize, no_epilogue, shared)
-        steps.append(step)
-        first += step.stage_count
-    return steps
+    ends = shapes[0], shapes[-1]
+    if stages[0].geometry.value:  # border values of later stages are responses to it
+        steps = [KernelStep("array code", 0, len(stages), *ends)]
+    else:
+        steps = []
+        first = 0
+        while first < len(stages):
+            rest = stages[first:]
+            kind, count, taps = _next_step(
+                rest, no_epilogue[first:], shared if tensor_cores else 0, itemsize
+            )
+            ends = shapes[first], shapes[first + count]
+            steps.append(KernelStep(kind, first, count, *ends, taps))
+            first += count
+    if interleaved > 1 and not _can_interleave(stages, steps):
+        raise ValueError(
+            f"interleaved must be 1 for this chain on a GPU, got {interleaved}: only one filter of "
+            "images or depthwise stage of stride 1 runs on interleaved values"
+        )
+    return _with_layouts(stages, steps)
 
 
 def _next_step(
-    stages: Sequence[Stage], shapes: Sequence[Ints], first: int, itemsize: int,
-    no_epilogue: Sequence[bool], shared: int,
-) -> KernelStep:  # fmt: skip
-    s = stages[first]
+    stages: Sequence[Stage], no_epilogue: Sequence[bool], shared: int, itemsize: int
+) -> tuple[Kind, int, Sizes]:
+    """Return the kind of the next step, its number of stages, and the taps of a filter."""
     for count in (3, 2):
-        part = stages[first : first + count]
-        plain_until_last = all(no_epilogue[first : first + count - 1])
-        if len(part) == count and plain_until_last and is_filter(part):
+        part = stages[:count]
+        if len(part) == count and all(no_epilogue[: count - 1]) and is_filter(part):
             taps = _taps(part)
-            tile = _tile(taps, itemsize, shared)
-            if tile is not None:
-                ends = shapes[first], shapes[first + count]
-                return KernelStep("filter", first, count, *ends, tile, taps)
-    single = (first, 1, shapes[first], shapes[first + 1])
-    if s.weight.shape[1] == 1 and not s.transposed:
-        if first + 1 < len(stages) and _can_fuse(s, stages[first + 1]):
-            return KernelStep("depthwise + pointwise", first, 2, shapes[first], shapes[first + 2])
-        return KernelStep("depthwise", *single)
-    outs = s.weight.shape[1] if s.transposed else len(s.weight) // s.groups
-    if s.transposed or (outs <= MAX_DENSE_OUTPUTS and math.prod(s.kernel) > 1):
-        return KernelStep("dense", *single)
-    return KernelStep("matrix product", *single)
+            terms = len(part[0].weight) // part[0].groups
+            if max(taps) <= MAX_FILTER_TAPS and (taps[0] == 1 or terms == 1):
+                return "filter", count, taps
+    for count in (3, 2):
+        if itemsize == 4 and len(stages) >= count and _can_fuse(stages[:count], shared):
+            kind: Kind = "depthwise + pointwise"
+            return (kind if count == 2 else "pointwise + depthwise + pointwise"), count, (1, 1, 1)
+    s = stages[0]
+    if s.transposed or s.shuffle != (1, 1) or s.inner > 1:
+        return "array code", 1, (1, 1, 1)
+    return ("depthwise" if s.weight.shape[1] == 1 else "matrix product"), 1, (1, 1, 1)
 
 
-def _can_fuse(first: Stage, second: Stage) -> bool:
-    """Return whether depthwise and pointwise pay as one kernel.
+def _with_layouts(stages: Sequence[Stage], steps: Sequence[KernelStep]) -> list[KernelStep]:
+    """Insert changes of layout; an unrolled depthwise step runs in either layout."""
+    result: list[KernelStep] = []
+    is_last = False
+    for k, step in enumerate(steps):
+        following = steps[k + 1].kind if k + 1 < len(steps) else "array code"
+        wants_last = step.kind in CHANNELS_LAST
+        if step.kind == "depthwise" and is_planar(stages[step.first]):
+            wants_last = is_last or following in CHANNELS_LAST
+            if wants_last:
+                step = step._replace(kind="depthwise, channels last")
+        if wants_last != is_last:
+            result += _layout_step(wants_last, step.first, step.in_shape)
+        result.append(step)
+        is_last = wants_last
+    if is_last:
+        result += _layout_step(False, result[-1].first + 1, result[-1].out_shape)
+    return result
 
-    Each block of output channels computes the depthwise sums again: wide stages do not pay.
-    """
-    plain = second.kind == "pointwise" and not second.transposed and second.shuffle == (1, 1)
-    replicated = first.outer * first.inner * second.outer * second.inner > 1
-    g = second.geometry
-    unpadded = set(g.stride) == {1} and not any(map(any, g.padding))
-    small = second.in_channels * second.out_channels <= MAX_FUSED_WEIGHTS
-    return plain and not replicated and unpadded and small
+
+def _layout_step(to_last: bool, first: int, shape: Ints) -> list[KernelStep]:
+    if shape[0] == 1:
+        return []  # both layouts are the same
+    return [KernelStep("channels last" if to_last else "channels first", first, 0, shape, shape)]
+
+
+def is_planar(stage: Stage) -> bool:
+    """Return whether the loops over the taps of a depthwise stage are unrolled."""
+    g = stage.geometry
+    *_, stride = g.stride
+    is_plain = g.ndim < 3 and {*g.dilation} == {1} and stride <= MAX_UNROLLED_STRIDE
+    # A missing axis has stride 1, but one output and one tap, so that any stride is the same.
+    return is_plain and {*g.stride} == {stride} and max(stage.kernel) <= MAX_UNROLLED_TAPS
+
+
+def fused_shared_bytes(
+    channels: int, middle: int, taps: Sizes, stride: int, itemsize: int = 4
+) -> int:
+    """Return the shared memory per block of the fused kernel; `middle` is 0 for two stages."""
+    rows, columns = FUSED_TILE
+    size = rows * columns * _pitch(channels * itemsize)
+    halo = ((rows - 1) * stride + taps[1]) * ((columns - 1) * stride + taps[2])
+    return size + (halo * _pitch(middle * itemsize) if middle else 0)
+
+
+def _pitch(size: int) -> int:
+    """Return the bytes between rows of `size` bytes; see pitch_of in kernels.cu."""
+    return (-(-size // 64) | 1) * 64
+
+
+def _can_fuse(stages: Sequence[Stage], shared: int) -> bool:
+    """Return whether a depthwise and a pointwise stage, or three stages, run as one kernel."""
+    *before, first, second = stages
+    if any(s.transposed or s.shuffle != (1, 1) or s.outer * s.inner > 1 for s in stages):
+        return False
+    for s in (*before, second):
+        if s.kind != "pointwise" or set(s.geometry.stride) != {1} or s.groups > 1:
+            return False
+        if any(map(any, s.geometry.padding)):
+            return False
+    if first.weight.shape[1] != 1 or not is_planar(first):
+        return False
+    middle = first.in_channels if before else 0
+    if second.out_channels % 4:  # they are stored four at a time
+        return False
+    if middle > MAX_MIDDLE_CHANNELS or math.prod(first.kernel) > MAX_FUSED_TAPS:
+        return False
+    if before and (before[0].in_channels % 8 or middle % 8):  # and read 16 bytes at a time
+        return False
+    taps, stride = three(first.kernel), max(first.geometry.stride)
+    return fused_shared_bytes(first.out_channels, middle, taps, stride) <= shared
+
+
+def _can_interleave(stages: Sequence[Stage], steps: Sequence[KernelStep]) -> bool:
+    s = stages[0]
+    if len(steps) != 1 or s.geometry.ndim > 2:
+        return False
+    if steps[0].kind == "filter":
+        return steps[0].taps[0] == 1
+    return steps[0].kind == "depthwise" and is_planar(s) and set(s.geometry.stride) == {1}
 
 
 def axes_of(stage: Stage) -> list[int]:
@@ -159,8 +254,7 @@ def is_filter(stages: Sequence[Stage]) -> bool:
         plain = not s.transposed and s.shuffle == (1, 1) and set(g.stride) == {1}
         if (
             not plain or len(axes) != 1 or axes[0] in used_axes or g.dilation[axes[0]] != 1
-            or (g.padding_mode == "constant" and g.value and any(map(any, g.padding)))
-            or (s.outer, s.inner) != (first.outer, first.inner)
+            or (s.outer, s.inner) != (first.outer, 1)
             or any(any(p) for a, p in enumerate(g.padding) if a != axes[0])
             or (s.groups, len(s.weight) // s.groups, s.weight.shape[1]) != (stage_groups, outs, ins)
         ):  # fmt: skip
@@ -170,39 +264,8 @@ def is_filter(stages: Sequence[Stage]) -> bool:
 
 
 def _taps(stages: Sequence[Stage]) -> Sizes:
-    taps = [0, 1, 1]
+    taps = [1, 1, 1]
     for s in stages:
         (axis,) = axes_of(s)
         taps[axis + 3 - s.geometry.ndim] = s.kernel[axis]
     return taps[0], taps[1], taps[2]
-
-
-def round_to_fours(taps: Sizes) -> Sizes:
-    """Round taps up to multiples of 4, as the filter kernel stores them."""
-    d, h, w = (-(-n // 4) * 4 for n in taps)
-    return d, h, w
-
-
-def filter_shared_bytes(taps: Sizes, tile: Sizes, itemsize: int) -> int:
-    """Return the shared memory per block of the filter kernel; see kernels.cu for its layout."""
-    (kd, kh, kw), (td, th, tw) = round_to_fours(taps), tile
-    elements = (td + kd) * (th + kh) * (tw + kw + 1 + tw + 1) + td * th * tw
-    elements += (td + kd) * th * tw if kd else 0
-    return (elements + kd + kh + kw) * itemsize
-
-
-def halo_factor(taps: Sizes, tile: Sizes) -> float:
-    """Return the samples read per output sample of a tile."""
-    return math.prod((t + k) / t for t, k in zip(tile, round_to_fours(taps)))
-
-
-def _tile(taps: Sizes, itemsize: int, shared: int) -> Sizes | None:
-    tiles = TILES_3D if taps[0] else TILES_2D
-    fitting = [t for t in tiles if filter_shared_bytes(taps, t, itemsize) <= shared]
-    if not fitting:
-        return None
-    # Two blocks per multiprocessor hide each other's latency, unless halos grow too much.
-    paired = [t for t in fitting if filter_shared_bytes(taps, t, itemsize) <= shared // 2]
-    if paired and halo_factor(taps, paired[0]) < 2 * halo_factor(taps, fitting[0]):
-        return paired[0]
-    return fitting[0]
