@@ -61,7 +61,16 @@ class _Hooks(SimpleNamespace):
 hooks = _Hooks()
 hooks.reset()
 Launch = collections.namedtuple("Launch", "name grid block shared device stream")
-_thread = threading.local()  # the current device, and the current stream of each device
+
+
+class _Thread(threading.local):
+    """The current device, and the current stream of each device."""
+
+    def __init__(self):
+        self.device, self.streams = 0, {}
+
+
+_thread = _Thread()
 
 
 # --- signatures -----------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ class Device:
 
 
 def _current():
-    return getattr(_thread, "device", 0)
+    return _thread.device
 
 
 # Order of work: number of operations of each stream, and those that are known to be over before the
@@ -211,7 +220,7 @@ class Stream:
         return stream
 
     def use(self):
-        _streams()[_current()] = self
+        _thread.streams[_current()] = self
         return self
 
     def __enter__(self):
@@ -219,7 +228,7 @@ class Stream:
         return self.use()
 
     def __exit__(self, *args):
-        _streams()[_current()] = self._before.pop()
+        _thread.streams[_current()] = self._before.pop()
 
     def record(self, event=None):
         event = event or Event()
@@ -263,14 +272,8 @@ class Graph:
             operation(stream or _stream())
 
 
-def _streams():
-    if not hasattr(_thread, "streams"):
-        _thread.streams = {}
-    return _thread.streams
-
-
 def _stream(device_id=-1):
-    return _streams().get(_current() if device_id < 0 else device_id, Stream.null)
+    return _thread.streams.get(_thread.device if device_id < 0 else device_id, Stream.null)
 
 
 def _submit(operation, stream=None):
@@ -479,26 +482,18 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
     __array_priority__ = 100
 
     def __init__(self, held, device):
-        self._held, self._device, self._data = held, device, None
+        # Attributes, not properties: CuPy's cost little, too.
+        self._held, self._device = held, device
+        self.shape, self.dtype, self.flags = held.shape, held.dtype, held.flags
+        self.ndim, self.size, self.nbytes = held.ndim, held.size, held.nbytes
+        self.data = MemoryPointer(held.ctypes.data if held.size else 0, device)
 
-    shape = property(lambda self: self._held.shape)
-    dtype = property(lambda self: self._held.dtype)
-    ndim = property(lambda self: self._held.ndim)
-    size = property(lambda self: self._held.size)
     itemsize = property(lambda self: self._held.itemsize)
-    nbytes = property(lambda self: self._held.nbytes)
     strides = property(lambda self: self._held.strides)
-    flags = property(lambda self: self._held.flags)
     device = property(lambda self: Device(self._device))
     T = property(lambda self: ndarray(self._held.T, self._device))
     real = property(lambda self: ndarray(self._held.real, self._device))
     imag = property(lambda self: ndarray(self._held.imag, self._device))
-
-    @property
-    def data(self):
-        if self._data is None:
-            self._data = MemoryPointer(self._held.ctypes.data if self.size else 0, self._device)
-        return self._data
 
     def _check_order(self, stream, what):
         """Raise unless this array was made before what `stream` does next."""
@@ -969,7 +964,7 @@ def installed(devices=2):
     sys.modules["cuda"], sys.modules["cuda.pathfinder"] = _module("cuda"), PATHFINDER
     hooks.reset()
     hooks.devices = devices
-    vars(_thread).clear()
+    _thread.__init__()
     try:
         yield this
     finally:
@@ -979,4 +974,4 @@ def installed(devices=2):
             if name.startswith(package.__name__):
                 setattr(package, name.rpartition(".")[2], module)
         hooks.reset()
-        vars(_thread).clear()
+        _thread.__init__()
