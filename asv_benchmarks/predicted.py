@@ -135,7 +135,7 @@ def measure(some: list[Item], given: Any) -> list[float]:
     if given.in_network:
         measured = (Measurements(given.runtime, n, given.threads) for *_, n in some)
         return [
-            one.measure([f.stages], f.input_shape(size))[0]
+            one.measure([f.stages], f.input_shape(size))[0].seconds
             for one, (_, f, size, _) in zip(measured, some)
         ]
     with threads_of(given.runtime, given.threads):

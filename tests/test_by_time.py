@@ -285,6 +285,6 @@ def test_calls_are_timed_in_alternation():
         return 1e-3
 
     a, b = time_calls([lambda: order.append("a"), lambda: order.append("b")], 0.0, constant)
-    assert a == b == (1e-3, 0.0)
+    assert a == b == (1e-3, 0.0, (1e-3,) * 3)
     # A first call and a trial of each, then an untimed call before each sample, in three rounds.
     assert "".join(order) == "aabb" + 3 * "aabb"

@@ -262,11 +262,12 @@ class _TimedSearch:
             assert timed is not None
             return CallTime(timed.after / timed.before, timed.spread)
 
-        ratio, spread = self._keep(_picks(allocation), share)
+        ratio = self._keep(_picks(allocation), share)
         self._step(1 / (2 * NETWORKS))
         runtime, batch, threads = self.timing.on
         before = self.clock_before
-        return Latency(before, ratio * before, runtime, batch, threads, spread, True)
+        after = ratio.seconds * before
+        return Latency(before, after, runtime, batch, threads, ratio.spread, True)
 
     def _fastest(self) -> tuple[float, Allocation, Latency]:
         """Return the fastest network; raise if it exceeds the budget."""

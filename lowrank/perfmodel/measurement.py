@@ -150,11 +150,11 @@ class Measurements:
         missing = {k: s for k, s in zip(keys, (dense, *chains)) if k not in self._known}
         if missing:
             missing = {keys[0]: dense, **missing}
-            times, spread = self._measure(list(missing.values()), shape, progress)
-            scale = self._known.get(keys[0], times[0]) / times[0]
-            found = {k: scale * t for k, t in zip(missing, times)}
+            times = self.measure(list(missing.values()), shape, progress)
+            scale = self._known.get(keys[0], times[0].seconds) / times[0].seconds
+            found = {k: scale * t.seconds for k, t in zip(missing, times)}
             self._known |= found
-            if spread < BUSY:  # a disturbed time would decide for ever
+            if max(t.spread for t in times) < BUSY:  # a disturbed time would decide for ever
                 _add(self.file, found)
         first, *others = (self._known[k] for k in keys)
         return first, others
@@ -192,14 +192,15 @@ class Measurements:
             self._known |= found
             if time.spread < BUSY:
                 _add(self.file, found)
-        return CallTime(*(self._known[n] for n in names))
+        seconds, spread = (self._known[n] for n in names)
+        return CallTime(seconds, spread)
 
     def measure(
         self,
         chains: Sequence[Sequence[Stage]],
         shape: Ints,
         progress: Callable[[float], object] | None = None,
-    ) -> list[float]:
+    ) -> list[CallTime]:
         """Measure chains in one alternation; nothing is kept.
 
         Parameters
@@ -213,8 +214,8 @@ class Measurements:
 
         Returns
         -------
-        list of float
-            Seconds of each chain, for the whole batch.
+        list of CallTime
+            Time of each chain, for the whole batch.
 
         Raises
         ------
@@ -227,19 +228,10 @@ class Measurements:
         >>> import lowrank
         >>> from lowrank.perfmodel.measurement import Measurements
         >>> conv = lowrank.dense(np.ones((8, 8, 3, 3), np.float32), padding=1)
-        >>> (seconds,) = Measurements("lowrank", threads=1).measure([conv.stages], (8, 20, 20))
-        >>> seconds > 0
-        True
+        >>> (time,) = Measurements("lowrank", threads=1).measure([conv.stages], (8, 20, 20))
+        >>> time.seconds > 0, len(time.samples) >= 3
+        (True, True)
         """
-        return self._measure(chains, shape, progress)[0]
-
-    def _measure(
-        self,
-        chains: Sequence[Sequence[Stage]],
-        shape: Ints,
-        progress: Callable[[float], object] | None,
-    ) -> tuple[list[float], float]:
-        """Return the seconds of chains, and the largest spread."""
         rng = np.random.default_rng(0)
         x = _random(rng, (self.batch, *shape))
         calls: list[Callable[[], Any]] = []
@@ -262,12 +254,13 @@ class Measurements:
             progress(1.0)
         found = []
         for stages, time in zip(chains, times):
-            seconds = time.seconds
+            off = 0.0
             if ends:  # half of the two ends at the input, and of those at the output
                 around = (shape, chain_shapes(stages, shape)[-1])
-                seconds -= fmean(times[ends[size]].seconds for size in around)
-            found.append(max(seconds, LEAST))
-        return found, max(t.spread for t in times)
+                off = fmean(times[ends[size]].seconds for size in around)
+            seconds, *samples = (max(t - off, LEAST) for t in (time.seconds, *time.samples))
+            found.append(CallTime(seconds, time.spread, tuple(samples)))
+        return found
 
     def _key(self, stages: Sequence[Stage], shape: Ints) -> str:
         place = "in a network" if self.in_network else "alone"

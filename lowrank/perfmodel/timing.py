@@ -30,10 +30,13 @@ class CallTime(NamedTuple):
         Median over the samples.
     spread : float
         Interquartile range of the samples over their median.
+    samples : tuple of float
+        Repeated measurements; none of a time that was kept on disk.
     """
 
     seconds: float
     spread: float
+    samples: tuple[float, ...] = ()
 
 
 def clock_calls(call: Callable[[], object], n: int) -> float:
@@ -119,5 +122,5 @@ def _measure(
     for found in samples:
         median = statistics.median(found)
         first, third = np.quantile(found, (0.25, 0.75))
-        times.append(CallTime(median, float(third - first) / median))
+        times.append(CallTime(median, float(third - first) / median, tuple(found)))
     return times

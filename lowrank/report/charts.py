@@ -1,203 +1,173 @@
-"""Charts of the report as inline SVG, in the colours of its style sheet."""
+"""Charts of the report: SVG by matplotlib, in the colours of its style sheet."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any, Literal
+
+import numpy as np
 
 from lowrank._typing import Array
-from lowrank.core.tables import thinned
+from lowrank.core.tables import format_seconds, thinned
+from lowrank.report import figures
 from lowrank.selection import Candidate
 
-WIDTH, HEIGHT = 340, 200
-LEFT, RIGHT, TOP, BOTTOM = 38, 20, 10, 38  # around the plot
 POINTS = 48  # per curve
-#: Unfoldings in the order of the style sheet's colours.
-CURVES = ("outputs", "inputs", "one axis", "taps")
+#: Colours that are drawn, and the variables of the style sheet in their place: light and dark.
+COLOURS = {
+    "#010101": "--ink", "#020202": "--soft", "#030303": "--line", "#040404": "--one",
+    "#050505": "--two", "#060606": "--three", "#070707": "--four", "#080808": "--old",
+}  # fmt: skip
+INK, SOFT, LINE, ONE, TWO, THREE, FOUR, OLD = COLOURS
+STYLE = figures.STYLE | {
+    "svg.fonttype": "none", "font.size": 8, "text.color": SOFT, "axes.labelcolor": SOFT,
+    "axes.edgecolor": LINE, "xtick.color": SOFT, "ytick.color": SOFT, "axes.grid": True,
+    "grid.color": LINE, "grid.linewidth": 0.5, "axes.titlesize": 8, "axes.titlelocation": "left",
+    "axes.titlecolor": INK, "legend.frameon": False, "legend.fontsize": 7, "axes.axisbelow": True,
+}  # fmt: skip
+SIZE = 2.6, 1.9  # inches of a panel
+FENCE = 1.5  # interquartile ranges beyond the quartiles from which on a sample is an outlier
 
-Position = Callable[[float], float]
-Format = Callable[[float], str]
+Panel = tuple[Literal["times", "front", "spectrum"], Any]
 
 
-def front(options: Sequence[Candidate], macs: float, chosen: tuple[float, float]) -> str:
-    """Draw error against MACs of the options of a layer.
+def draw(panels: Sequence[Panel], name: str) -> str:
+    """Draw the charts of a layer beside one another.
 
     Parameters
     ----------
-    options : sequence of Candidate
-        The layer as it came among them.
-    macs : float
-        Of the layer as it came.
-    chosen : (float, float)
-        Error and MACs of the choice.
+    panels : sequence of (str, arguments)
+        ``("times", samples)``: repeated measurements before and after, in seconds.
+        ``("front", (options, macs, error))``: options of the plan, MACs of the layer as it came,
+        error and MACs of the choice.  ``("spectrum", curves)``: singular values by unfolding.
+    name : str
+        Prefix of all identifiers, unique in a page.
 
     Returns
     -------
     str
-        ``<svg>`` element.
+        ``<svg>`` element with a description.
 
     Examples
     --------
-    >>> from lowrank import Cost
-    >>> from lowrank.report.charts import front
-    >>> from lowrank.selection import Candidate
-    >>> dense = Candidate("dense", "", (), 0.0, 0.0, Cost(8, 0, 0, 0, 0))
-    >>> thin = Candidate("spatial_svd", "h-w", (1,), 0.5, 0.5, Cost(2, 0, 0, 0, 0))
-    >>> options = [dense, thin]
-    >>> front(options, 8.0, (0.5, 2.0)).count("<circle")
-    3
+    >>> from lowrank.report.charts import draw
+    >>> svg = draw([("times", ((1e-3, 1.1e-3), (5e-4, 6e-4)))], "a")
+    >>> svg[:19], "1.05 ms before" in svg
+    ('<svg role="img" ari', True)
     """
-    shares = [max(o.cost.macs / macs, 1e-9) for o in options] or [1.0]
-    # Chains that save parameters may need more MACs than the dense layer.
-    low, high = min(0.1, *shares), max(1.0, *shares)
-    decades = math.log10(high / low)
-    top = max(0.1, *(o.error for o in options)) if options else 1.0
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    def at(share: float, error: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * math.log10(max(share, low) / low) / decades
-        return x, TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(error / top, 1))
+    label = "; ".join(_describe(kind, data) for kind, data in panels)
+    with matplotlib.rc_context(STYLE):
+        width, height = SIZE
+        figure = Figure((width * len(panels), height), layout="constrained")
+        for axes, (kind, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            _DRAW[kind](axes, data)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=figures.METADATA[".svg"])
+    return _inline(text.getvalue(), label, name)
 
-    ticks = [t for n in range(-9, 3) for t in _ticks(n, decades) if low <= t <= high]
-    parts = [*_grid(_levels(top), lambda v: at(1, v)[1], lambda v: f"{v:.2g}")]
-    parts += _x_ticks(ticks, lambda v: at(v, 0)[0], lambda v: f"{100 * v:g}%")
-    parts.append(_axis_title("MACs, share of the dense layer's"))
-    best, steps = math.inf, []
-    for o in sorted(options, key=lambda o: (o.cost.macs, o.error)):
-        if o.error < best:
-            steps.append(at(o.cost.macs / macs, o.error))
-            best = o.error
-    parts.append(_line(steps, "front"))
-    for o in options:
-        x, y = at(o.cost.macs / macs, o.error)
-        rank = f" of rank {','.join(map(str, o.rank))}" if o.rank else ""
-        text = f"{o.name}{rank}: error {o.error:.4f}, {o.cost.macs / macs:.1%} of the MACs"
-        parts.append(
-            f'<circle class="option" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-            f"<title>{escape(text)}</title></circle>"
+
+def outliers(samples: Sequence[float]) -> list[bool]:
+    """Return whether each sample is an outlier by Tukey's fences.
+
+    Parameters
+    ----------
+    samples : sequence of float
+        Repeated measurements.
+
+    Returns
+    -------
+    list of bool
+
+    Examples
+    --------
+    >>> from lowrank.report.charts import outliers
+    >>> outliers([1.0, 1.1, 0.9, 1.0, 3.0])
+    [False, False, False, False, True]
+    """
+    first, third = np.quantile(samples, (0.25, 0.75))
+    reach = FENCE * (third - first)
+    return [not first - reach <= s <= third + reach for s in samples]
+
+
+def _inline(svg: str, label: str, name: str) -> str:
+    """Return a file of matplotlib's as an element of a page."""
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)
+    svg = svg.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "", 1)
+    svg = re.sub(r' xmlns="[^"]*"| version="1.1"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1).strip()
+
+
+def _describe(kind: str, data: Any) -> str:
+    """Return what a screen reader says."""
+    if kind == "times":
+        words = ("before", "after")
+        return "Repeated measurements: medians " + ", ".join(
+            f"{format_seconds(float(np.median(s)))} {word}, {sum(outliers(s))} outliers"
+            for s, word in zip(data, words)
         )
-    x, y = at(chosen[1] / macs, chosen[0])
-    parts.append(
-        f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="5.5">'
-        f"<title>chosen: error {chosen[0]:.4f}, {chosen[1] / macs:.1%} of the MACs"
-        "</title></circle>"
-    )
-    label = (
-        f"Error against MACs of {len(options)} options; chosen: error {chosen[0]:.3f} at "
-        f"{chosen[1] / macs:.0%} of the MACs"
-    )
-    return _svg(parts, label)
+    if kind == "front":
+        options, macs, (error, chosen) = data
+        where = f"error {error:.3f} at {chosen / macs:.0%} of the MACs"
+        return f"Error against MACs of {len(options)} options; chosen: {where}"
+    return f"Singular values of the kernel unfolded by {', '.join(data)}"
 
 
-def spectrum(curves: Mapping[str, Array]) -> str:
-    """Draw relative singular values against the share of the full rank.
+def _times(axes: Any, data: Sequence[Sequence[float]]) -> None:
+    """Draw repeated measurements as points, outliers as crosses and medians as lines."""
+    largest = max(max(s) for s in data)
+    unit, scale = next((u, f) for u, f in (("µs", 1e6), ("ms", 1e3), ("s", 1.0))
+                       if largest * f < 1e3 or u == "s")  # fmt: skip
+    for row, (samples, colour) in enumerate(zip(data, (OLD, ONE))):
+        times, far = scale * np.array(samples), np.array(outliers(samples))
+        shift = 0.18 * np.sin(2.4 * np.arange(len(times)))  # overlapping points are seen
+        kwargs = {"color": colour, "linestyle": "none", "markersize": 3}
+        axes.plot(times[~far], (row + shift)[~far], marker="o", alpha=0.6, **kwargs)
+        axes.plot(times[far], (row + shift)[far], marker="x", **(kwargs | {"color": TWO}))
+        axes.plot([np.median(times)] * 2, [row - 0.35, row + 0.35], color=colour, linewidth=2)
+    axes.set(title="Repeated measurements (× outliers)", xlabel=f"{unit} per call", xlim=(0, None))
+    axes.set_yticks(range(len(data)), ("before", "after")[: len(data)])
+    axes.set_ylim(len(data) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
 
-    Parameters
-    ----------
-    curves : mapping of str to ndarray
-        Singular values by unfolding, descending from 1.
 
-    Returns
-    -------
-    str
-        ``<svg>`` element.
+def _front(axes: Any, data: tuple[Sequence[Candidate], float, tuple[float, float]]) -> None:
+    """Draw the options of the plan, their Pareto front and the choice."""
+    options, macs, (error, chosen) = data
+    points = sorted((o.cost.macs / macs, o.error) for o in options)
+    best = np.minimum.accumulate([e for _, e in points])
+    front = [p for p, b, a in zip(points, best, [np.inf, *best]) if p[1] == b < a]
+    axes.plot(*zip(*points), "o", color=ONE, markersize=3, label="option")
+    axes.plot(*zip(*front), color=ONE, linewidth=1, label="Pareto front")
+    axes.plot(chosen / macs, error, "o", color=TWO, markersize=5, label="chosen")
+    axes.set(title="Options", xlabel="MACs / dense", ylabel="relative error", xscale="log")
+    axes.set_ylim(0, None)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.minorticks_off()
+    axes.legend(loc="upper right")
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from lowrank.report.charts import spectrum
-    >>> spectrum({"outputs": np.array([1.0, 0.5, 0.25])}).count("<polyline")
-    1
-    """
 
-    def at(share: float, value: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * share
-        return x, TOP + (HEIGHT - TOP - BOTTOM) * (1 - value)
-
-    parts = _grid((0.0, 0.5, 1.0), lambda v: at(0, v)[1], lambda v: f"{v:.2g}")
-    parts += _x_ticks((0.0, 0.25, 0.5, 0.75, 1.0), lambda v: at(v, 0)[0], lambda v: f"{v:.0%}")
-    parts.append(_axis_title("share of the full rank"))
-    for name, values in curves.items():
+def _spectrum(axes: Any, data: Mapping[str, Array]) -> None:
+    """Draw relative singular values against the share of the full rank."""
+    for (name, values), colour, line in zip(
+        data.items(), (ONE, TWO, THREE, FOUR), ("-", "--", ":", "-.")
+    ):
         last = len(values) - 1
         ranks = thinned(range(last + 1), POINTS)
-        points = [at(r / last, float(values[r])) for r in ranks]
-        text = f"{name}: {last + 1} singular values"
-        parts.append(_line(points, f"curve {_color_class(name)}", text))
-    return _svg(parts, f"Singular values of the kernel unfolded by {', '.join(curves)}")
+        axes.plot([r / last for r in ranks], values[ranks], line, color=colour, label=name)
+    axes.set(title="Singular values / largest", xlabel="rank / full rank", ylim=(0, 1.02))
+    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+    axes.legend(loc="upper right", title="rows of the unfolding", title_fontsize=7)
 
 
-def legend(curves: Iterable[str]) -> str:
-    """Return the legend of curves.
-
-    Parameters
-    ----------
-    curves : iterable of str
-        Names of unfoldings.
-
-    Returns
-    -------
-    str
-        ``<ul>`` element.
-
-    Examples
-    --------
-    >>> from lowrank.report.charts import legend
-    >>> legend(["outputs"])
-    '<ul class="legend"><li class="c0">outputs</li></ul>'
-    """
-    items = (f'<li class="{_color_class(name)}">{escape(name)}</li>' for name in curves)
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _color_class(name: str) -> str:
-    return f"c{CURVES.index(name) if name in CURVES else CURVES.index('one axis')}"
-
-
-def _svg(parts: Iterable[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _grid(values: Iterable[float], position: Position, label: Format) -> list[str]:
-    """Return horizontal grid lines with their labels."""
-    return [
-        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{position(v):.1f}" '
-        f'y2="{position(v):.1f}"/><text x="{LEFT - 6}" y="{position(v) + 3.5:.1f}" '
-        f'text-anchor="end">{label(v)}</text>'
-        for v in values
-    ]
-
-
-def _x_ticks(values: Iterable[float], position: Position, label: Format) -> list[str]:
-    """Return ticks and labels of the horizontal axis."""
-    y = HEIGHT - BOTTOM
-    return [
-        f'<line class="tick" x1="{position(v):.1f}" x2="{position(v):.1f}" y1="{y}" y2="{y + 4}"/>'
-        f'<text x="{position(v):.1f}" y="{y + 16}" text-anchor="middle">{label(v)}</text>'
-        for v in values
-    ]
-
-
-def _axis_title(text: str) -> str:
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(text)}</text>'
-
-
-def _line(points: Sequence[tuple[float, float]], class_: str, text: str = "") -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    title = f"<title>{escape(text)}</title>" if text else ""
-    return f'<polyline class="{class_}" points="{path}">{title}</polyline>'
-
-
-def _ticks(decade: int, decades: float) -> tuple[float, ...]:
-    """Return the ticks of one decade: 1, 2 and 5 if there are few decades, else 1."""
-    one = 10.0**decade
-    return (one, 2 * one, 5 * one) if decades < 2.2 else (one,)
-
-
-def _levels(top: float) -> list[float]:
-    """Return at most six round values from 0 to `top`."""
-    step = next(s * 10.0**e for e in range(-3, 2) for s in (1, 2, 5) if top / (s * 10.0**e) <= 5.5)
-    return [i * step for i in range(int(top / step + 1e-9) + 1)]
+_DRAW: dict[str, Any] = {"times": _times, "front": _front, "spectrum": _spectrum}

@@ -18,6 +18,7 @@ from lowrank.core import chain_algebra
 from lowrank.core.cost import speed_up_efficiency
 from lowrank.factorization import Factorization
 from lowrank.perfmodel.measurement import Measurements
+from lowrank.perfmodel.timing import CallTime
 from lowrank.selection.candidates import Candidate, Pricing
 
 MAX_PREDICTED_SECONDS = 20.0  # layers predicted to be slower are not timed
@@ -56,6 +57,8 @@ class LayerComparison:
         Options that the plan chose from.
     spectra : dict of str to ndarray
         Singular values of unfoldings of the kernel, divided by the largest.
+    samples : tuple of tuple of float
+        Repeated measurements before and after, in alternation; empty if not measured.
     """
 
     name: str
@@ -72,6 +75,7 @@ class LayerComparison:
     measured: tuple[float, float] | None
     front: tuple[Candidate, ...]
     spectra: dict[str, Array]
+    samples: tuple[tuple[float, ...], ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -102,7 +106,8 @@ class LayerComparison:
             "name", "becomes", "dense", "chain", "planned", "fitted", "kernel_error",
             "kernel_bound", "before", "after", "measured",
         )  # fmt: skip
-        return {n: getattr(self, n) for n in names} | {"rank": list(self.rank)}
+        lists = {"rank": list(self.rank), "samples": [list(s) for s in self.samples]}
+        return {n: getattr(self, n) for n in names} | lists
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -333,9 +338,9 @@ def _compare_layer(
     n_values += math.prod(conv.output_shape(layer.input_size))
     is_small = call[0] * conv.dtype.itemsize * n_values <= MAX_BYTES
     is_fast = before["seconds"] <= MAX_PREDICTED_SECONDS * layer.times
-    measured = None
+    times: list[CallTime] = []
     if measurements is not None and is_fast and is_small:
-        measured = _measure(layer, chain, measurements)
+        times = _measure(layer, chain, measurements)
     errors = {row.name: row.error for row in result.rows}
     return LayerComparison(
         name=layer.name,
@@ -349,9 +354,10 @@ def _compare_layer(
         kernel_bound=bound,
         before=before,
         after=after,
-        measured=measured,
+        measured=(times[0].seconds, times[-1].seconds) if times else None,
         front=result.plan.alternatives.get(layer.name, ()),
         spectra=spectra(conv),
+        samples=tuple(t.samples for t in times),
     )
 
 
@@ -364,15 +370,16 @@ def _costs(layer: Layer, f: Factorization, call: tuple[int, int | None, str]) ->
 
 def _measure(
     layer: Layer, chain: Factorization | None, measurements: Measurements
-) -> tuple[float, float] | None:
-    """Return seconds per call before and after; None if the runtime lacks an operator."""
+) -> list[CallTime]:
+    """Return the times before and after, in one alternation; none if an operator is missing."""
     shape = layer.conv.input_shape(layer.input_size)
-    chains = [] if chain is None else [chain.stages]
+    versions = [layer.conv.stages, *([] if chain is None else [chain.stages])]
     try:
-        before, after = measurements.seconds(layer.conv.stages, chains, shape)
+        times = measurements.measure(versions, shape)
     except NotImplementedError:
-        return None
-    return before * layer.times, (after or [before])[0] * layer.times
+        return []
+    n = layer.times
+    return [CallTime(n * t.seconds, t.spread, tuple(n * s for s in t.samples)) for t in times]
 
 
 def _efficiency(
