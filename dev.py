@@ -8,6 +8,8 @@
     python3 dev.py paper            measure, draw and typeset the paper; --from-data: no measuring
     python3 dev.py docs             the documentation, in docs/_build/index.html
     python3 dev.py bench            compare the speed with main: minutes, on an idle machine
+    python3 dev.py gpu              check and time the kernels on a GPU; --seconds S, --output FILE
+    python3 dev.py gpu --wheels DIR the same without an index, from wheels; --dry-run: without a GPU
 
 The first call creates the environment .venv; later calls renew it if its inputs have changed.
 """
@@ -35,6 +37,7 @@ GROUPS = {
     "paper": ["demo", "paper"],
     "docs": ["demo", "pages"],
     "bench": ["demo", "bench"],
+    "gpu": ["test"],
 }
 
 
@@ -81,6 +84,33 @@ def set_up(groups: list[str]) -> None:
     stamp.write_text(digest.hexdigest())
 
 
+def set_up_gpu(arguments: list[str]) -> tuple[Path, list[str]]:
+    """Install what a GPU needs; return the Python to use and the arguments of the benchmarks.
+
+    A folder of wheels replaces the index; packages of this Python are used where they suffice.
+    """
+    if "--wheels" not in arguments:
+        if "--dry-run" in arguments:
+            return Path(sys.executable), arguments
+        set_up(GROUPS["gpu"])
+        quietly(PYTHON, "-m", "pip", "install", "-e", ".[gpu]")
+        return PYTHON, arguments
+    place = arguments.index("--wheels")
+    wheels = Path(*arguments[place + 1 : place + 2]).resolve()
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        raise SystemExit(f"--wheels must be a folder that has wheels, got {wheels}")
+    if not PYTHON.exists():
+        run(sys.executable, "-m", "venv", "--without-pip", VENV)
+        (site,) = VENV.glob("lib/python*/site-packages")
+        site.joinpath("packages_of_python.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", PYTHON]
+    offline = ["install", "--no-index", "--find-links", wheels]
+    quietly(*pip, *offline, *found, "pytest", "hypothesis")
+    quietly(*pip, *offline, "--no-build-isolation", "-e", ".")
+    return PYTHON, arguments[:place] + arguments[place + 2 :]
+
+
 def run(*command: str | Path) -> None:
     """Run a command in the project's folder; exit with its status if it fails."""
     # cython-lint looks for its own tools on the path
@@ -117,6 +147,10 @@ def main(arguments: list[str]) -> None:
     problems = missing()
     if problems:
         raise SystemExit("\n".join(problems))
+    if command == "gpu":
+        python, rest = set_up_gpu(rest)
+        run(python, "-m", "asv_benchmarks.gpu", *rest)
+        return
     full = command == "test" and "--full" in rest
     set_up(GROUPS["full" if full else command])
     if command == "demo":

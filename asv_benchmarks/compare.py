@@ -2,7 +2,6 @@
 
     python -m asv_benchmarks.compare [--quick] [--only WORD] [--threads N ...] [--json]
     python -m asv_benchmarks.compare --only network: [...]
-    python -m asv_benchmarks.compare --device cuda [--quick] [--only WORD] [--json]
 
 The libraries of a row run interleaved in one process, on one and on two threads unless told
 otherwise (SciPy has one); times are medians.  Peers that are not installed are omitted.  Speed-ups
@@ -12,9 +11,6 @@ a half and a third of their MACs; the trained ones are in the folder LOWRANK_DAT
 the time of the arithmetic at the measured peak or of the compulsory traffic at the measured copy
 rate, whichever is longer; a fast algorithm can exceed it.  Waiting threads sleep
 (OMP_WAIT_POLICY=passive), since spinning ones would occupy the other libraries' cores.
-
-On a GPU the peers are cupyx.scipy.ndimage and PyTorch (cuDNN).  float32 is without TF32 on both
-sides; TF32 and float16 have separate rows.  The share is relative to the device's copy rate.
 """
 
 from __future__ import annotations
@@ -194,12 +190,8 @@ def main() -> None:
         help="rows with this in 'KIND: NAME', such as 'image:'",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, min(2, _core.max_threads())])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    if given.device == "cuda":
-        compare_on_gpu(given.quick, given.only, given.json)
-        return
     counts = tuple(dict.fromkeys(given.threads))
     about = {n: machine(n) for n in counts}
     found = []
@@ -236,38 +228,6 @@ def _cells(row: dict[str, Any] | None) -> str:
         f"{row['ours_s'] * 1e6:20.1f} {row['peer'] or '-':>18} {_number(row['speedup']):>8} "
         f"{_number(row['roofline_share']):>8}"
     )
-
-
-def compare_on_gpu(quick: bool, only: str, as_json: bool) -> None:
-    """Print the table of the GPU."""
-    from asv_benchmarks.benchmarks import gpu
-    from lowrank.engine.cuda import device as cuda
-
-    try:
-        cuda.check_device()
-    except RuntimeError as error:
-        sys.exit(str(error))
-    about = gpu.device()
-    found = []
-    if not as_json:
-        print(", ".join(f"{k} {v}" for k, v in about.items()))
-        head = f"{'work':72} {'ours us':>9} {'best peer':>18} {'speed-up':>8} "
-        print(head + f"{'of copy':>8} {'GFLOP/s':>8}")
-    for row in gpu.rows(quick, only, about):
-        found.append(row)
-        if not as_json:
-            print(
-                f"{row['name']:72} {row['ours_s'] * 1e6:9.1f} {row['peer'] or '-':>18} "
-                f"{_number(row['speedup']):>8} {row['copy_share']:8.2f} {row['gflops']:8.0f}",
-                flush=True,
-            )
-    if as_json:
-        json.dump({"machine": about, "rows": found}, sys.stdout, indent=1)
-        print()
-        return
-    print("\ngeometric means")
-    for line in gpu.verdicts(found):
-        print(line)
 
 
 def _number(value: float | None) -> str:

@@ -290,3 +290,22 @@ def test_the_site_renders_in_a_browser(tmp_path):
     publish.publish()
     assert publish.check(tmp_path) == []
     assert (tmp_path / "index.png").stat().st_size > 20_000
+
+
+def test_the_first_run_on_a_gpu_without_one(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, "dev.py", "gpu", "--dry-run", "--seconds", "600", "--output", out]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr  # one row fails on purpose
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    keys = [next(iter(line)) for line in found]
+    order = ["check", "check", "tests", "machine", *["row"] * 9, "profile"]
+    assert keys == order, run.stderr
+    assert all(line["ok"] for line in found if "check" in line)
+    assert found[2]["tests"] == "passed"
+    rows = [line for line in found if "row" in line]
+    assert [line["row"] for line in rows if "failed" in line] == ["dry run: a failure"]
+    times = [line for line in rows if "us" in line]
+    assert len(times) == 8  # also those after the failure
+    assert all(line["us"] > 0 for line in times)
+    assert {line.get("verdict", "").rpartition(" ")[2] for line in times} & {"met", "MISSED"}

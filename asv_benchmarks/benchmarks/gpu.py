@@ -1,12 +1,14 @@
-"""Cases for the GPU kernels: filters, depthwise layers, blocks, chains.
+"""Cases for the GPU kernels: filters, depthwise layers, blocks and chains, and their peers.
 
 The peers are cupyx.scipy.ndimage and PyTorch (cuDNN) in both layouts, imported when a row is made.
+Every case has several sets of arrays, so that runs do not find their input in the L2 cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import statistics
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,73 +21,69 @@ from lowrank.core.stage import Epilogue
 from lowrank.engine import pytorch
 
 from .cases import CHAIN_LAYERS, MOBILENET, chain_shapes, format_shape, random, weight
-from .timing import measure_seconds
 
 Call = Callable[[], object]
 BATCH = 32
+MAX_SETS = 24  # of arrays per row
+#: Precision: dtype, and whether products may use TF32.
+PRECISIONS = {
+    "TF32": ("float32", True),
+    "float16": ("float16", False),
+    "float32": ("float32", False),
+}
 
 
 @dataclass
 class Work:
-    """Our call and the peers' by name; bytes of input, output and weights; operations."""
+    """Calls of lowrank and of the peers by name, one per set of arrays; bytes and operations."""
 
-    ours: Call
-    peers: dict[str, Call]
+    ours: list[Call]
+    peers: dict[str, list[Call]]
     bytes: float
     flops: float = 0.0
 
 
 @dataclass
 class Case:
-    """A row: kind, name, recipe, target speed-up over the best peer, target share of copy rate."""
+    """A row: name, recipe, target speed-up over the best peer, target share of the copy rate."""
 
-    kind: str
     name: str
     make: Callable[[], Work]
     target: float | None = None
     copy: float | None = None
 
 
-def device() -> dict[str, Any]:
-    """Return the device's name, versions and copy rate (bytes read and written)."""
+@dataclass
+class Scale:
+    """Size of the rows: all of it, or little for a dry run; and the bytes of the L2 cache."""
+
+    largest: int
+    cache: int
+
+    def size(self, n: int) -> int:
+        """Return a side of an image, a batch or a number of channels, limited."""
+        return min(n, self.largest)
+
+    def sets(self, moved: float) -> int:
+        """Return the number of sets of arrays that exceed twice the cache in sum."""
+        return max(1, min(MAX_SETS, math.ceil(2 * self.cache / moved)))
+
+
+def _compiled_calls(f: lr.Factorization, x: np.ndarray, dtype: str, sets: int) -> list[Call]:
     import cupy
 
-    current = cupy.cuda.Device()
-    facts = cupy.cuda.runtime.getDeviceProperties(current.id)
-    a = cupy.zeros(1 << 28, cupy.float32)  # 1 GiB: larger than every cache
-    b = cupy.empty_like(a)
-    (seconds,) = measure_gpu_seconds([lambda: cupy.copyto(b, a)], 0.5)
-    name = facts["name"]
-    return {
-        "device": name.decode() if isinstance(name, bytes) else name,
-        "driver": cupy.cuda.runtime.driverGetVersion(),
-        "runtime": cupy.cuda.runtime.runtimeGetVersion(),
-        "cupy": cupy.__version__,
-        "copy_gbs": 2 * a.nbytes / seconds * 1e-9,
-    }
+    run = f.to("cuda").compile(x.shape[1:], dtype)
+    found: list[Call] = []
+    for _ in range(sets):
+        image = cupy.asarray(x).astype(dtype)
+        out = run(image)
+        found.append(lambda image=image, out=out: run(image, out))
+    return found
 
 
-def measure_gpu_seconds(calls: list[Call], seconds: float) -> list[float]:
-    """Return the median seconds per call, in samples that end with an idle device."""
-    import cupy
-
-    wait = cupy.cuda.Device().synchronize  # waits for all streams
-    # 3 warm-up calls: compile, tune, fill the memory pool
-    return measure_seconds(calls, seconds, sample=5e-3, warm_up=3, wait=wait)
-
-
-def _compiled_call(
-    f: lr.Factorization, x: np.ndarray, dtype: str, activation: str = "none"
-) -> Call:
-    import cupy
-
-    image = cupy.asarray(x).astype(dtype)
-    run = f.to("cuda").compile(x.shape[1:], dtype, activation=activation)
-    out = run(image)
-    return lambda: run(image, out)
-
-
-def torch_peers(stages: Any, x: np.ndarray, ends: Any, dtype: str, tf32: bool) -> dict[str, Call]:
+def torch_calls(
+    stages: Any, x: np.ndarray, dtype: str, tf32: bool, sets: int
+) -> dict[str, list[Call]]:
     """Return the stages as PyTorch layers on the GPU in both layouts, if it is installed."""
     try:
         import torch
@@ -94,37 +92,38 @@ def torch_peers(stages: Any, x: np.ndarray, ends: Any, dtype: str, tf32: bool) -
     if not torch.cuda.is_available():
         return {}
     torch.backends.cudnn.benchmark = True
-
-    def with_precision(call: Call) -> Call:
-        def go() -> object:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-            return call()
-
-        return go
-
-    found = {}
-    for name, last in (("torch NCHW", False), ("torch NHWC", True)):
-        if last and x.ndim not in (4, 5):
-            continue
-        call = pytorch.bind_call(stages, ends, x, last, device="cuda", dtype=dtype)
-        found[name] = with_precision(call)
-    return found
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    ends = [Epilogue()] * len(stages)
+    return {
+        f"torch {'NHWC' if last else 'NCHW'}": [
+            pytorch.bind_call(stages, ends, x, last, device="cuda", dtype=dtype)
+            for _ in range(sets)
+        ]
+        for last in (False, True)
+    }
 
 
-def filter_work(taps: int, rank: int, shape: tuple[int, ...]) -> Work:
+def filter_work(taps: int, rank: int, shape: tuple[int, ...], dtype: str, scale: Scale) -> Work:
     """Return correlation with a sum of separable terms, symmetric borders."""
     import cupy
-    from cupyx.scipy import ndimage
 
+    shape = tuple(map(scale.size, shape))
     rng = np.random.default_rng(0)
-    lines = [[rng.standard_normal(taps).astype(np.float32) for _ in shape] for _ in range(rank)]
+    lines = [[rng.random(taps, np.float32) / taps for _ in shape] for _ in range(rank)]
     kernel = sum(_outer(line) for line in lines)
-    f = filters.separate(kernel, rank=rank)
-    x = rng.random((1, 1, *shape), dtype=np.float32)
-    image = cupy.asarray(x[0, 0])
+    x = rng.integers(0, 256, (1, 1, *shape)).astype(dtype)
+    moved = 2.0 * x.nbytes
+    sets = scale.sets(moved)
+    run = filters.separate(kernel, rank=rank).astype(np.float32).to("cuda").compile(shape)
+    peers: dict[str, list[Call]] = {"cupyx correlate1d": []}
+    ours: list[Call] = []
     gpu_lines = [[cupy.asarray(v) for v in line] for line in lines]
+    try:
+        from cupyx.scipy import ndimage
+    except ImportError:
+        ndimage = None
 
-    def passes() -> object:
+    def passes(image: Any) -> object:
         total = None
         for line in gpu_lines:
             y = image
@@ -133,12 +132,12 @@ def filter_work(taps: int, rank: int, shape: tuple[int, ...]) -> Work:
             total = y if total is None else total + y
         return total
 
-    peers: dict[str, Call] = {"cupyx correlate1d": passes}
-    if taps ** len(shape) <= 1000:
-        dense = cupy.asarray(kernel)
-        peers["cupyx correlate"] = lambda: ndimage.correlate(image, dense, mode="reflect")
+    for _ in range(sets):
+        image, out = cupy.asarray(x), cupy.empty(x.shape, dtype)
+        ours.append(lambda image=image, out=out: run(image, out))
+        peers["cupyx correlate1d"].append(lambda image=image[0, 0]: passes(image))
     macs = rank * len(shape) * taps * math.prod(shape)
-    return Work(_compiled_call(f, x, "float32"), peers, 8.0 * x.size, 2.0 * macs)
+    return Work(ours, peers if ndimage else {}, moved, 2.0 * macs)
 
 
 def _outer(line: list[np.ndarray]) -> np.ndarray:
@@ -148,19 +147,18 @@ def _outer(line: list[np.ndarray]) -> np.ndarray:
     return found
 
 
-def layer_work(
-    f: lr.Factorization, n: int, size: tuple[int, ...], dtype: str, tf32: bool,
-    activations: tuple[str, ...] = (),
-) -> Work:  # fmt: skip
+def layer_work(f: lr.Factorization, size: tuple[int, ...], precision: str, scale: Scale) -> Work:
     """Return a chain and the same stages in PyTorch."""
-    x = random(n, f.in_channels, *size)
-    ends = [Epilogue(None, a) for a in activations or ("none",) * len(f.stages)]
-    cost, width = f.cost(size), 8 if dtype == "float64" else 4 if dtype == "float32" else 2
-    moved = width * (n * (cost.fused - cost.params) + cost.params)
-    return Work(
-        _compiled_call(f, x, dtype), torch_peers(f.stages, x, ends, dtype, tf32), moved,
-        2.0 * n * cost.macs,
-    )  # fmt: skip
+    dtype, tf32 = PRECISIONS[precision]
+    batch, size = scale.size(BATCH), tuple(map(scale.size, size))
+    x = random(batch, f.in_channels, *size)
+    cost, width = f.cost(size), np.dtype(dtype).itemsize
+    moved = width * (batch * (cost.fused - cost.params) + cost.params)
+    sets = scale.sets(moved)
+    os.environ["CUPY_TF32"] = str(int(tf32))  # read when the plan is made
+    ours = _compiled_calls(f, x, dtype, sets)
+    peers = torch_calls(f.stages, x, dtype, tf32, sets)
+    return Work(ours, peers, moved, 2.0 * batch * cost.macs)
 
 
 def depthwise(c: int, k: int, stride: int) -> lr.Factorization:
@@ -174,139 +172,64 @@ def block(c: int, out: int, stride: int) -> lr.Factorization:
     return lr.chain([first, lr.Stage(weight(out, c, 1, 1), lr.Geometry.of(2))])
 
 
-def all_blocks(dtype: str, tf32: bool) -> Work:
-    works = [
-        layer_work(block(c, out, stride), BATCH, (size, size), dtype, tf32)
-        for c, out, size, stride, times in MOBILENET
-        for _ in range(times)
-    ]
-
-    def together(calls: list[Call]) -> Call:
-        return lambda: [call() for call in calls]
-
-    return Work(
-        together([w.ours for w in works]),
-        {name: together([w.peers[name] for w in works]) for name in works[0].peers},
-        sum(w.bytes for w in works), sum(w.flops for w in works),
-    )  # fmt: skip
+def family_chain(channels: int, shapes: list[tuple[int, ...]]) -> lr.Factorization:
+    """Return a chain of stages with weights of these shapes."""
+    stages = []
+    for shape in shapes:
+        g = lr.Geometry.of(len(shape) - 2, padding=[k // 2 for k in shape[2:]])
+        stages.append(lr.Stage(weight(*shape), g, channels // shape[1]))
+        channels = shape[0]
+    return lr.chain(stages)
 
 
-#: Precision: dtype, and whether PyTorch may use TF32.
-PRECISIONS = {
-    "float32": ("float32", False),
-    "TF32": ("float32", True),
-    "float16": ("float16", False),
-}
+def _filters(scale: Scale) -> Iterator[Case]:
+    for dtype, (taps, rank) in itertools.product(
+        ("float32", "uint8"), ((5, 1), (15, 1), (3, 1), (9, 1), (31, 1), (15, 2), (15, 3))
+    ):
+        copy = 0.7 if taps <= 5 and rank == 1 else None  # longer ones are bound by instructions
+        name = f"filter: {taps}x{taps} of rank {rank}, 4096x4096, {dtype}"
+        make = _make(filter_work, taps, rank, (4096, 4096), dtype, scale)
+        yield Case(name, make, 3.0, copy)
+    for taps in (9, 3, 15):
+        make = _make(filter_work, taps, 1, (256,) * 3, "float32", scale)
+        yield Case(f"volume: {taps}x{taps}x{taps} of rank 1, 256^3, float32", make, 3.0)
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """Yield all rows, or a few of every kind."""
-    sizes = ((4096, 4096),) if quick else ((1024, 1024), (2048, 2048), (4096, 4096))
-    for shape in sizes:
-        for taps in (3, 15) if quick else (3, 5, 9, 15, 31):
-            name = f"filter {taps}x{taps} of rank 1, {shape[0]}x{shape[1]}"
-            copy = 0.7 if taps <= 5 else None  # longer kernels are compute-bound
-            yield Case("filter", name, lambda t=taps, s=shape: filter_work(t, 1, s), 3.0, copy)
-        for rank in (2,) if quick else (2, 3):
-            name = f"filter 15x15 of rank {rank}, {shape[0]}x{shape[1]}"
-            yield Case("filter", name, lambda r=rank, s=shape: filter_work(15, r, s), 3.0)
-    for taps in (9,) if quick else (3, 9, 15):
-        name = f"filter {taps}x{taps}x{taps} of rank 1, 256^3"
-        yield Case("volume", name, lambda t=taps: filter_work(t, 1, (256,) * 3), 3.0)
-    for word, (dtype, tf32) in PRECISIONS.items():
-        layers_of = [b for b in MOBILENET if word != "TF32"]
-        for c, _, size, stride, _ in layers_of[::3] if quick else layers_of:
-            name = f"depthwise 3x3 stride {stride}, {c} at {size}x{size}, N={BATCH}, {word}"
+def _blocks(scale: Scale) -> Iterator[Case]:
+    for (c, out, size, stride, _), (word, _) in itertools.product(
+        (MOBILENET[i] for i in (2, 0, 4, 6, 1, 3, 5, 7, 8)), PRECISIONS.items()
+    ):
+        name = f"block: {c} -> {out} at {size}x{size}, stride {stride}, N={BATCH}, {word}"
+        make = _make(layer_work, block(c, out, stride), (size, size), word, scale)
+        yield Case(name, make, None if word == "float32" else 1.3)  # strict: reported only
 
-            def make(c: int = c, s: int = size, t: int = stride, d: str = dtype) -> Work:
-                return layer_work(depthwise(c, 3, t), BATCH, (s, s), d, False)
 
-            yield Case("depthwise", name, make, None, 0.7)
-        for c, out, size, stride, _ in MOBILENET[::3] if quick else MOBILENET:
-            name = (
-                f"depthwise + pointwise {c} -> {out} at {size} stride {stride}, N={BATCH}, {word}"
-            )
+def _depthwise(scale: Scale) -> Iterator[Case]:
+    for (c, _, size, stride, _), word in itertools.product(
+        (MOBILENET[i] for i in (2, 0, 4, 1)), ("float32", "float16")
+    ):
+        name = f"depthwise: 3x3, stride {stride}, {c} at {size}x{size}, N={BATCH}, {word}"
+        make = _make(layer_work, depthwise(c, 3, stride), (size, size), word, scale)
+        yield Case(name, make, None, 0.7)
 
-            def pair(
-                c: int = c, o: int = out, s: int = size, t: int = stride, d: str = dtype,
-                f: bool = tf32,
-            ) -> Work:  # fmt: skip
-                return layer_work(block(c, o, t), BATCH, (s, s), d, f)
 
-            yield Case("block", name, pair)
-        name = f"all 13 blocks of MobileNetV1, N={BATCH}, {word}"
-        target = 1.3 if word == "float32" else None
-        yield Case("blocks", name, lambda d=dtype, f=tf32: all_blocks(d, f), target)
+def _chains(scale: Scale) -> Iterator[Case]:
     for row in CHAIN_LAYERS:
-        c, kernel, size = row["channels"], row["kernel"], row["size"]
-        for family, shapes in chain_shapes(row).items():
-            for word, (dtype, tf32) in PRECISIONS.items():
-                if quick and word != "float32":
-                    continue
-
-                def make_chain(
-                    row: Any = row, shapes: Any = shapes, d: str = dtype, f: bool = tf32
-                ) -> Work:
-                    stages, channels = [], row["channels"]
-                    for shape in shapes:
-                        g = lr.Geometry.of(len(shape) - 2, padding=[k // 2 for k in shape[2:]])
-                        stages.append(lr.Stage(weight(*shape), g, channels // shape[1]))
-                        channels = shape[0]
-                    return layer_work(lr.chain(stages), BATCH, row["size"], d, f)
-
-                where = f"{c} {format_shape(kernel)} at {format_shape(size)}"
-                target = 1.3 if word == "float32" else None
-                yield Case("chain", f"{family}, {where}, N={BATCH}, {word}", make_chain, target)
-
-
-def rows(quick: bool, only: str, about: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Measure the selected cases."""
-    for case in cases(quick):
-        if only not in f"{case.kind}: {case.name}":
-            continue
-        work = case.make()
-        ours, *others = measure_gpu_seconds(
-            [work.ours, *work.peers.values()], 0.1 if quick else 0.3
-        )
-        seen = dict(zip(work.peers, others))
-        best = min(seen, key=seen.__getitem__) if seen else None
-        yield {
-            "kind": case.kind,
-            "name": case.name,
-            "ours_s": ours,
-            "peer": best,
-            "peer_s": None if best is None else seen[best],
-            "speedup": None if best is None else seen[best] / ours,
-            "target": case.target,
-            "copy_share": work.bytes / ours * 1e-9 / about["copy_gbs"],
-            "copy_target": case.copy,
-            "gflops": work.flops / ours * 1e-9,
-            "peers_s": seen,
-        }
-
-
-def verdicts(found: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield geometric means by kind and precision with their targets."""
-
-    def group(r: dict[str, Any]) -> tuple[str, str]:
-        word = r["name"].rsplit(", ", 1)[-1]
-        return r["kind"], word if word in PRECISIONS else "float32"
-
-    for key in dict.fromkeys(map(group, found)):
-        these = [r for r in found if group(r) == key]
-        for figure, target, word in (
-            ("speedup", "target", "best peer"),
-            ("copy_share", "copy_target", "copy rate"),
-        ):
-            of = [r for r in these if r[figure] is not None]
-            of = [r for r in of if figure == "speedup" or r[target] is not None]
-            if not of:
-                continue
-            mean = statistics.geometric_mean(r[figure] for r in of)
-            wanted = next((r[target] for r in of if r[target] is not None), None)
-            goal = "" if wanted is None else f"of {wanted} {'met' if mean >= wanted else 'MISSED'}"
-            low = min(of, key=lambda r: r[figure])
-            yield (
-                f"{key[0]:10} {key[1]:8} {word:10} {mean:6.2f} {goal:14} {len(of):3} rows, least "
-                f"{low[figure]:.2f}: {low['name']}"
+        for (family, shapes), word in itertools.product(chain_shapes(row).items(), PRECISIONS):
+            where = (
+                f"{row['channels']} {format_shape(row['kernel'])} at {format_shape(row['size'])}"
             )
+            f = family_chain(row["channels"], shapes)
+            make = _make(layer_work, f, row["size"], word, scale)
+            yield Case(f"chain: {family}, {where}, N={BATCH}, {word}", make, 1.3)
+
+
+def _make(work: Callable[..., Work], *arguments: Any) -> Callable[[], Work]:
+    return lambda: work(*arguments)
+
+
+def cases(scale: Scale) -> list[Case]:
+    """Return all rows, in order of importance: the kinds take turns."""
+    kinds = (_filters(scale), _blocks(scale), _depthwise(scale), _chains(scale))
+    turns = itertools.zip_longest(*kinds)
+    return [case for turn in turns for case in turn if case is not None]
