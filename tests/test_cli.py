@@ -17,7 +17,9 @@ from lowrank.interop.weights import layers
 from lowrank.perfmodel import calibration, store
 from lowrank.selection import front as fronts
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer.main")
+from lowrank.cli.program import app  # noqa: E402
+
 Name = list(pytest.importorskip("lowrank.cli.images").Name)
 DIGITS = str(demo.WEIGHTS)
 
@@ -393,3 +395,40 @@ def test_a_narrow_terminal_drops_optional_columns(lowrank, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     _, out, _ = lowrank("approximate", DIGITS, "--layer", "conv3", "--families", "spatial_svd")
     assert "Columns" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (("approximate", str(demo.WEIGHTS), "--layer", "conv33"), "conv3"),
+        (("plan", str(demo.WEIGHTS), "--macs", "0.5", "--pin", "cnv2"), "conv2"),
+        (("plan", str(demo.WEIGHTS), "--macs", "0.5", "--families", "spatal_svd"), "spatial_svd"),
+        (("plan", str(demo.WEIGHTS), "--macs", "0.5", "--runtime", "onxruntime"), "onnxruntime"),
+        (("calibrate", "--runtime", "onnxrntime"), "onnxruntime"),
+        (("filter", "x.npy", "--kernel", "guass"), "gauss"),
+    ],
+)
+def test_misspelt_names_get_a_suggestion(lowrank, words, near):
+    code, out, err = lowrank(*words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("lowrank: ")
+    assert err.endswith(f": did you mean {near}?\n")
+
+
+def test_names_that_resemble_none_get_no_suggestion(lowrank):
+    _, _, err = lowrank("approximate", str(demo.WEIGHTS), "--layer", "zzzz")
+    assert "did you mean" not in err
+
+
+@pytest.mark.parametrize("name", sorted(typer.get_command(app).commands))
+def test_help_fits_80_columns_and_ends_with_an_example(lowrank, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = lowrank(name, "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    _, examples = out.split("Examples:")
+    lines = [line.split() for line in examples.splitlines() if line.strip()]
+    assert lines
+    assert all(words[:2] == ["lowrank", name] for words in lines)
+    assert not re.search(r"<(str|int|float|path|bool)", out.partition("Options:")[2])

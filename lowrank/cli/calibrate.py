@@ -6,18 +6,22 @@ import json
 from typing import Annotated
 
 from lowrank import perfmodel
-from lowrank.cli.console import AsJson, app, print_table, share_bars, typer
+from lowrank.cli.console import AsJson, app, example, print_table, share_bars, typer
 from lowrank.core.tables import format_seconds
 
 
-@app.command()
+@app.command(epilog=example("calibrate", "calibrate --show"))
 def calibrate(
     runtime: Annotated[
         list[str] | None,
-        typer.Option(help=f"Runtime to measure: {', '.join(perfmodel.RUNTIMES)}; may be repeated."),
+        typer.Option(
+            metavar="RUNTIME",
+            help=f"Runtime to measure: {', '.join(perfmodel.RUNTIMES)}; may be repeated.",
+        ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu, or cuda to add the GPU to the stored model.")
+        str,
+        typer.Option(metavar="cpu|cuda", help="cpu, or cuda to add the GPU to the stored model."),
     ] = "cpu",
     quick: Annotated[
         bool,
@@ -33,8 +37,10 @@ def calibrate(
     Run it while the machine is idle.  All installed runtimes are measured.  The result is stored
     in the cache folder.
     """
-    if runtime and set(runtime) - set(perfmodel.RUNTIMES):
-        raise ValueError(f"--runtime must be one of {', '.join(perfmodel.RUNTIMES)}, got {runtime}")
+    for name in runtime or ():
+        if name not in perfmodel.RUNTIMES:
+            known = ", ".join(perfmodel.RUNTIMES)
+            raise ValueError(f"--runtime must be one of {known}, got {name!r}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda":

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -38,7 +39,7 @@ app = typer.Typer(
     help="Separable and low-rank approximation of convolutions.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 
 # Base class of usage errors in Click; recent versions of typer contain a copy of Click.
@@ -50,19 +51,30 @@ Size = Annotated[
     typer.Option("--input", metavar="HxW", help="Spatial size of the input, such as 56x56."),
 ]
 _BUDGET = "share such as 0.5 or 50%, or amount such as"
-Macs = Annotated[str | None, typer.Option(help=f"MAC budget: {_BUDGET} 20M.")]
-Params = Annotated[str | None, typer.Option(help=f"Parameter budget: {_BUDGET} 100k.")]
+Macs = Annotated[
+    str | None, typer.Option(metavar="SHARE|COUNT", help=f"MAC budget: {_BUDGET} 20M.")
+]
+Params = Annotated[
+    str | None, typer.Option(metavar="SHARE|COUNT", help=f"Parameter budget: {_BUDGET} 100k.")
+]
 Seconds = Annotated[
     str | None,
-    typer.Option("--time", "--seconds", help=f"Time budget per call: {_BUDGET} 3ms."),
+    typer.Option(
+        "--time", "--seconds", metavar="SHARE|TIME", help=f"Time budget per call: {_BUDGET} 3ms."
+    ),
 ]
-Bytes = Annotated[str | None, typer.Option(help=f"Budget of weight bytes: {_BUDGET} 1M.")]
+Bytes = Annotated[
+    str | None, typer.Option(metavar="SHARE|SIZE", help=f"Budget of weight bytes: {_BUDGET} 1M.")
+]
 Families = Annotated[
     str | None,
-    typer.Option(help=f"Families to try, separated by commas: {', '.join(FAMILIES)}."),
+    typer.Option(
+        metavar="NAME[,NAME...]",
+        help=f"Families to try, separated by commas: {', '.join(FAMILIES)}.",
+    ),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Examples per call. [1]")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all if not given.")]
+Batch = Annotated[int | None, typer.Option(min=1, metavar="N", help="Examples per call. [1]")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads; all if not given.")]
 #: Runtimes of convolutions on the CPU.
 RUNTIMES = ("lowrank", "onnxruntime", "torch", "torch-channels-last")
 Runtime = Annotated[
@@ -82,10 +94,38 @@ Algorithm = Annotated[
 ]
 
 
+#: Messages that name a wrong value and the known ones, in either order.
+_CHOICES = (
+    re.compile(r"\b(?:one|out) of (?P<known>.+?), got '(?P<given>[^']*)'"),
+    re.compile(r"'(?P<given>[^']*)' among (?P<known>.+)"),
+    re.compile(r"'(?P<given>[^']*)'; layers are (?P<known>.+)"),
+)
+
+
 def fail(message: str) -> None:
-    """Print one line to stderr and exit with code 2."""
-    print(f"lowrank: {' '.join(message.split())}", file=sys.stderr)
+    """Print one line to stderr, with a similar name for a misspelt one, and exit with code 2."""
+    print_line(" ".join(message.split()) + _suggestion(message))
     raise SystemExit(2)
+
+
+def print_line(text: str) -> None:
+    """Print an error, a warning or a note to stderr, with the name of the program."""
+    print(f"lowrank: {text}", file=sys.stderr)
+
+
+def _suggestion(message: str) -> str:
+    """Return the known name that is most similar to a wrong one, if any is similar."""
+    found = next((m for pattern in _CHOICES if (m := pattern.search(message))), None)
+    if found is None or "did you mean" in message.lower():
+        return ""
+    known = re.split(r",? (?:or )?", found["known"])
+    near = get_close_matches(found["given"], known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def example(*lines: str) -> str:
+    """Return the examples of a command as the end of its help: lines that are not joined."""
+    return "Examples:\n\n\b\n" + "\n".join(f"  lowrank {line}" for line in lines)
 
 
 def parse_size(text: str | None) -> Ints | None:

@@ -13,7 +13,15 @@ import numpy as np
 
 from lowrank import filters
 from lowrank._typing import Array, Ints
-from lowrank.cli.console import AsJson, app, check_output, parse_numbers, print_json, typer
+from lowrank.cli.console import (
+    AsJson,
+    app,
+    check_output,
+    example,
+    parse_numbers,
+    print_json,
+    typer,
+)
 from lowrank.cli.pictures import (
     TIFF_ENDINGS,
     Picture,
@@ -52,70 +60,99 @@ class Name(StrEnum):
     motion = "motion"
 
 
-@app.command("filter")
+@app.command(
+    "filter",
+    epilog=example(
+        "filter photo.png --kernel gauss --sigma 3",
+        "filter photo.jpg --kernel disk --radius 9.5 --tolerance 0.05",
+        "filter stack.tif --kernel gauss --ndim 3 --sigma 1,2,2",
+    ),
+)
 def filter_image(
     image: Annotated[Path, typer.Argument(help="Picture, TIFF stack, or .npy file.")],
     kernel: Annotated[
-        str, typer.Option(help=f"{', '.join(Name)}, or a .npy kernel over 1 to 3 axes.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE", help=f"{', '.join(Name)}, or a .npy kernel over 1 to 3 axes."
+        ),
     ],
     sigma: Annotated[
         str,
         typer.Option(
-            help="Standard deviation in samples; for gauss, dog, unsharp also one per axis (2,6)."
+            metavar="X[,X...]",
+            help="Standard deviation in samples; for gauss, dog, unsharp also one per axis (2,6).",
         ),
     ] = "2",
-    ratio: Annotated[float, typer.Option(help="Ratio of the wide to the narrow sigma: dog.")] = 1.6,
-    amount: Annotated[float, typer.Option(help="Gain of the detail: unsharp.")] = 1.0,
+    ratio: Annotated[
+        float, typer.Option(metavar="X", help="Ratio of the wide to the narrow sigma: dog.")
+    ] = 1.6,
+    amount: Annotated[float, typer.Option(metavar="X", help="Gain of the detail: unsharp.")] = 1.0,
     size: Annotated[
-        str, typer.Option(help="Size in samples, one or one per axis (3,5): box.")
+        str,
+        typer.Option(metavar="N[,N...]", help="Size in samples, one or one per axis (3,5): box."),
     ] = "5",
-    radius: Annotated[float, typer.Option(help="Radius in samples: disk.")] = 5.0,
-    length: Annotated[int, typer.Option(help="Length in samples: motion.")] = 15,
-    wavelength: Annotated[float, typer.Option(help="Wavelength in samples: gabor.")] = 6.0,
-    angle: Annotated[float, typer.Option(help="Angle in degrees: gauss, gabor, motion.")] = 0.0,
-    axis: Annotated[int, typer.Option(help="Axis of the derivative: sobel, prewitt, scharr.")] = -1,
+    radius: Annotated[float, typer.Option(metavar="X", help="Radius in samples: disk.")] = 5.0,
+    length: Annotated[int, typer.Option(metavar="N", help="Length in samples: motion.")] = 15,
+    wavelength: Annotated[
+        float, typer.Option(metavar="X", help="Wavelength in samples: gabor.")
+    ] = 6.0,
+    angle: Annotated[
+        float, typer.Option(metavar="DEGREES", help="Angle in degrees: gauss, gabor, motion.")
+    ] = 0.0,
+    axis: Annotated[
+        int, typer.Option(metavar="N", help="Axis of the derivative: sobel, prewitt, scharr.")
+    ] = -1,
     connectivity: Annotated[
-        int, typer.Option(help="Axes along which a neighbour may differ: laplacian.")
+        int, typer.Option(metavar="N", help="Axes along which a neighbour may differ: laplacian.")
     ] = 1,
     ndim: Annotated[
         int,
         typer.Option(
-            help="Number of axes of the kernel, 2 for gabor and motion; a disk over 3 is a ball."
+            metavar="N",
+            help="Number of axes of the kernel, 2 for gabor and motion; a disk over 3 is a ball.",
         ),
     ] = 2,
     rank: Annotated[
-        int | None, typer.Option(help="Number of separable terms to run instead of the kernel.")
+        int | None,
+        typer.Option(metavar="N", help="Number of separable terms to run instead of the kernel."),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative error of the kernel [round-off].")
+        float | None,
+        typer.Option(metavar="ERROR", help="Largest relative error of the kernel [round-off]."),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
+            metavar="METHOD",
             help="auto (predicted to be fastest), direct, separable, fft, or multirate: Gaussians "
-            "of sigma 6 or more in a time that does not depend on sigma; --tolerance admits it."
+            "of sigma 6 or more in a time that does not depend on sigma; --tolerance admits it.",
         ),
     ] = "auto",
     mode: Annotated[
-        str, typer.Option(help=f"Border mode: {', '.join(filters.MODES)}.")
+        str, typer.Option(metavar="MODE", help=f"Border mode: {', '.join(filters.MODES)}.")
     ] = "reflect",
-    cval: Annotated[float, typer.Option(help="Border value of mode constant.")] = 0.0,
+    cval: Annotated[float, typer.Option(metavar="X", help="Border value of mode constant.")] = 0.0,
     axes: Annotated[
         str | None,
         typer.Option(
+            metavar="N[,N...]",
             help="Axes that the kernel runs along, such as 1,2 "
-            "[those of the page, and of the pages if the kernel has 3; the first ones of .npy]"
+            "[those of the page, and of the pages if the kernel has 3; the first ones of .npy]",
         ),
     ] = None,
     origin: Annotated[
-        str, typer.Option(help="Shift of the kernel in samples, one or one per axis (0,-1).")
+        str,
+        typer.Option(
+            metavar="N[,N...]", help="Shift of the kernel in samples, one or one per axis (0,-1)."
+        ),
     ] = "0",
     filter_alpha: Annotated[
         bool, typer.Option("--filter-alpha", help="Filter alpha as well; else it is kept.")
     ] = False,
     convolve: Annotated[bool, typer.Option("--convolve", help="Flip the kernel.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Output file [IMAGE.KERNEL, in the format of IMAGE]")
+        Path | None,
+        typer.Option(metavar="FILE", help="Output file [IMAGE.KERNEL, in the format of IMAGE]"),
     ] = None,
     output_dtype: Annotated[
         str | None,
@@ -127,7 +164,9 @@ def filter_image(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Figure of the filter and its separable form: .svg, .png or .pdf."),
+        typer.Option(
+            metavar="FILE", help="Figure of the filter and its separable form: .svg, .png or .pdf."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

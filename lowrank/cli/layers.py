@@ -24,6 +24,7 @@ from lowrank.cli.console import (
     calibrate_quickly,
     check_budgets,
     check_output,
+    example,
     expand_options,
     parse_families,
     parse_numbers,
@@ -52,7 +53,7 @@ _ENDINGS = ", ".join(dict.fromkeys((*ENDINGS, *WEIGHTS)))
 LayersFile = Annotated[Path, typer.Argument(help=f"Network or weights: {_ENDINGS}.")]
 
 
-@app.command()
+@app.command(epilog=example("inspect model.onnx", "inspect weights.safetensors --json"))
 def inspect(
     file: LayersFile,
     input: Size = None,
@@ -179,19 +180,26 @@ def _geometry(conv: Factorization) -> str:
 class GeometryOptions:
     """Options that override the geometry stored in the file."""
 
-    stride: Annotated[str | None, typer.Option(help="Stride, such as 2 or 2,1.")] = None
+    stride: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Stride, such as 2 or 2,1.")
+    ] = None
     padding: Annotated[
         str | None,
-        typer.Option(help="Padding: same, valid, 1, 1,0 or 0:1,0:1 (before:after)."),
+        typer.Option(
+            metavar="PADDING", help="Padding: same, valid, 1, 1,0 or 0:1,0:1 (before:after)."
+        ),
     ] = None
-    dilation: Annotated[str | None, typer.Option(help="Dilation, such as 2 or 2,1.")] = None
-    groups: Annotated[int | None, typer.Option(help="Number of groups.")] = None
+    dilation: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Dilation, such as 2 or 2,1.")
+    ] = None
+    groups: Annotated[int | None, typer.Option(metavar="N", help="Number of groups.")] = None
     padding_mode: Annotated[
-        str | None, typer.Option(help=f"Padding mode: {', '.join(PADDING_MODES)}.")
+        str | None, typer.Option(metavar="MODE", help=f"Padding mode: {', '.join(PADDING_MODES)}.")
     ] = None
     transposed: Annotated[bool | None, typer.Option(help="Transposed convolution.")] = None
     output_padding: Annotated[
-        str | None, typer.Option(help="Output padding of a transposed convolution.")
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Output padding of a transposed convolution."),
     ] = None
 
     def apply(self, layer: StoredLayer) -> Factorization:
@@ -231,10 +239,15 @@ class CriterionOptions:
 
     max_error: Annotated[
         float | None,
-        typer.Option(help="Pick the cheapest chain within this relative error, below 1."),
+        typer.Option(
+            metavar="ERROR", help="Pick the cheapest chain within this relative error, below 1."
+        ),
     ] = None
     rank: Annotated[
-        str | None, typer.Option(help="Pick the best chain of this rank, such as 8 or 8,12.")
+        str | None,
+        typer.Option(
+            metavar="R[,R...]", help="Pick the best chain of this rank, such as 8 or 8,12."
+        ),
     ] = None
     seconds: Seconds = None
     macs: Macs = None
@@ -261,33 +274,44 @@ _OPTIONS = {
 _CRITERIA = "--max-error, --rank, --time, --macs and --params"
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "approximate weights.safetensors --layer conv3 --macs 0.4",
+        "approximate kernel.npy --input 56x56 --max-error 0.1",
+    )
+)
 @expand_options
 def approximate(
     file: LayersFile,
     criteria: CriterionOptions,
     geometry: GeometryOptions,
     layer: Annotated[
-        str | None, typer.Option(help="Name of the layer, as inspect lists it.")
+        str | None, typer.Option(metavar="LAYER", help="Name of the layer, as inspect lists it.")
     ] = None,
     input: Size = None,
     families: Families = None,
     axis: Annotated[
         str | None,
         typer.Option(
+            metavar="AXIS",
             help=f"Cost to compare: {', '.join(selection.COSTS)}.  Default: that of the budget; "
-            "macs with --rank; else seconds."
+            "macs with --rank; else seconds.",
         ),
     ] = None,
     batch: Batch = None,
     threads: Threads = None,
     runtime: Runtime = None,
     no_measure: NoMeasure = False,
-    rows: Annotated[int, typer.Option(help="Maximum number of table rows; 0 for all.")] = 24,
+    rows: Annotated[
+        int, typer.Option(metavar="N", help="Maximum number of table rows; 0 for all.")
+    ] = 24,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw error against cost: .svg, .png or .pdf.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw error against cost: .svg, .png or .pdf."),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Save the pick: .safetensors.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the pick: .safetensors.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the Pareto-optimal factorizations of a layer, and pick one.

@@ -8,7 +8,7 @@ import warnings
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from lowrank.cli.console import USAGE_ERROR, app, fail, typer
+from lowrank.cli.console import USAGE_ERROR, app, fail, print_line, typer
 from lowrank.cli.interruption import EXIT_CODE, Interrupted, abandon_long_calls, report_interruption
 from lowrank.engine import NoGPU
 
@@ -52,7 +52,7 @@ def run() -> None:
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"lowrank: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print_line(f"warning: {' '.join(str(message).split())}")
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -13,6 +13,7 @@ from lowrank.cli.console import (
     AsJson,
     Size,
     app,
+    example,
     parse_algorithm,
     parse_size,
     print_json,
@@ -29,20 +30,32 @@ from lowrank.interop.onnx.files import load
 _KINDS = ".onnx, or SCRIPT.py:FUNCTION that returns a PyTorch module and an example input"
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "time model.onnx small.onnx --threads 1",
+        "time network.py:build --input 224x224",
+    )
+)
 def time(
     model: Annotated[str, typer.Argument(help=f"Network: {_KINDS}.")],
     compressed: Annotated[
-        str | None, typer.Argument(help="Its compressed version, of the same kind.")
+        str | None,
+        typer.Argument(help="Its compressed version, of the same kind."),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Batch size; that of the network or the example if not given."),
+        typer.Option(
+            min=1, metavar="N", help="Batch size; that of the network or the example if not given."
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all if not given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads; all if not given.")
+    ] = None,
     size: Size = None,
     algorithm: Algorithm = "auto",
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds, of 0.1 s per row or longer.")] = 11,
+    repeat: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rounds, of 0.1 s per row or longer.")
+    ] = 11,
     as_json: AsJson = False,
 ) -> None:
     """Measure the latency of a network on lowrank's engine, in onnxruntime and in PyTorch.
