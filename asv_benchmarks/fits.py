@@ -30,17 +30,17 @@ SECONDS, BYTES = 4.0, 400e6
 MEMORY = """
 import time, tracemalloc
 import numpy as np
-from lowrank.families import _tensorly
+from lowrank.families import als
 rng = np.random.default_rng(0)
-tensor = rng.standard_normal((512, 512, 3, 3), np.float32)
-def start(t, r): return [rng.standard_normal((n, r), np.float32) for n in t.shape]
-_tensorly.parafac(tensor[:8, :8], start(tensor[:8, :8], 4), 2, 0.0, 0.0)  # imports
+tensor = rng.standard_normal((1, 512, 512, 3, 3))
+def start(t, r): return [rng.standard_normal((1, n, r)) for n in t.shape[1:]]
+als.batched_cp(tensor[:, :8, :8], start(tensor[:, :8, :8], 4), 2)  # imports
 first = start(tensor, 256)
 begin = time.perf_counter()
-_tensorly.parafac(tensor, first, 20, 0.0, 0.0)
+als.batched_cp(tensor, first, 20)
 took = time.perf_counter() - begin
 tracemalloc.start()  # NumPy reports every array
-_tensorly.parafac(tensor, first, 20, 0.0, 0.0)
+als.batched_cp(tensor, first, 20)
 print(took, tracemalloc.get_traced_memory()[1])
 """
 
@@ -54,7 +54,7 @@ def rows() -> Iterator[dict[str, Any]]:
 def cp() -> Iterator[dict[str, Any]]:
     from tensorly.decomposition import parafac
 
-    from lowrank.families import _tensorly
+    from lowrank.families import als
 
     for c, rank, sweeps in ((128, 64, 4), (256, 64, 2)):
         rng = np.random.default_rng(0)
@@ -62,7 +62,8 @@ def cp() -> Iterator[dict[str, Any]]:
         start = [rng.standard_normal((n, rank)) for n in tensor.shape]
 
         def ours(tensor: Any = tensor, start: Any = start, n: int = sweeps) -> Any:
-            return _tensorly.parafac(tensor, start, n, 0.0, 0.0)[0]
+            fit = als.batched_cp(tensor[None], [f[None] for f in start], n)
+            return [f[0] for f in fit.factors]
 
         def theirs(tensor: Any = tensor, start: Any = start, n: int = sweeps) -> Any:
             init = np.ones(start[0].shape[1]), [f.copy() for f in start]
@@ -137,8 +138,8 @@ def stability() -> Iterator[dict[str, Any]]:
         w = layer.conv.to_dense().astype(np.float64)
         tensor = w.reshape(*w.shape[:2], -1)
         rank = max(w.shape[:2])
-        fit = als.cp(tensor, als.start(tensor, rank), 300)
-        best = [f[None] for f in fit.factors]
+        fit = als.batched_cp(tensor[None], [f[None] for f in als.start(tensor, rank)], 300)
+        best = fit.factors
 
         def corrected(tensor: Any = tensor, best: Any = best, error: float = fit.error) -> Any:
             return als.corrected(tensor[None], best, als.spared(error))

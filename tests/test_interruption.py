@@ -44,6 +44,7 @@ SLEEP = "time.sleep(60)"
 
 PLANNING = {"module": "lowrank.compress.planning", "name": "layer_options"}
 FITTING = {"module": "lowrank.compress.reconstruct", "name": "fit"}
+SWEEPING = {"module": "lowrank.selection.candidates", "name": "_sweep"}
 WRITING = {"module": "lowrank.io", "name": "write_tensors"}
 
 
@@ -51,12 +52,12 @@ WRITING = {"module": "lowrank.io", "name": "write_tensors"}
 def command(tmp_path):
     """Return a function that starts a command, sends a signal in the middle, and awaits its end."""
 
-    def interrupt(words, number, where, finished=1, wait=SLEEP):
+    def interrupt(words, number, where, finished=1, wait=SLEEP, threads=1):
         code = DRIVER.format(**where, finished=finished, wait=wait)
         process = subprocess.Popen(
             [sys.executable, "-c", code, *words], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             # Jobs in the background of a shell ignore it, and so do their children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
@@ -114,6 +115,13 @@ def test_ctrl_c_without_resume_says_that_nothing_was_written(command):
     assert (
         err == "lowrank: interrupted: nothing was written; --resume FOLDER keeps finished layers\n"
     )
+
+
+def test_ctrl_c_while_several_threads_sweep_the_ranks_of_a_layer(command):
+    words = ("approximate", str(demo.WEIGHTS), "--layer", "conv2", "--input", "14x14")
+    code, err = command(words, signal.SIGINT, SWEEPING, threads=2)
+    assert code == 130
+    assert err == "lowrank: interrupted\n"
 
 
 def test_ctrl_c_in_a_call_that_python_cannot_interrupt(command):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from lowrank.interop.weights import layers
 from lowrank.metric import Moments
 from lowrank.selection import choose, format_budget, parse_budget
 from lowrank.selection import front as fronts
+from lowrank.selection.candidates import Pricing, candidates
 from lowrank.selection.pareto import pareto_front
 
 SIZE = (8, 8)
@@ -119,6 +121,52 @@ def test_progress_names_every_family(conv):
     seen = []
     lr.frontier(conv, SIZE, ["spatial_svd", "channel_svd"], progress=seen.append)
     assert seen == ["spatial_svd", "channel_svd"]
+
+
+def test_sweeps_on_several_threads_give_the_same_candidates(conv):
+    pricing = Pricing(conv, SIZE)
+    found = [[], []]
+    for groups, workers in zip(found, (1, 3)):
+        for group in candidates(pricing, FAMILIES, workers=workers):
+            groups.append([(c.name, c.rank, c.error, c.bound, c.cost) for c in group])
+    assert found[0] == found[1]
+
+
+def test_an_interruption_ends_sweeps_on_other_threads(conv, monkeypatch):
+    began, swept, stop = threading.Event(), [], threading.Event()
+
+    def endless(conv, variant, metric=None):
+        original = FAMILIES["spatial_svd"].sweep_white(conv, "h-w")
+        point = next(iter(original))
+        while not stop.is_set():  # in case that it is never cancelled
+            swept.append(threading.current_thread())
+            began.set()
+            yield point
+
+    slow = replace(FAMILIES["tucker"], sweep_white=endless)
+    monkeypatch.setitem(FAMILIES, "tucker", slow)
+
+    def interrupt(name):
+        if name == "tucker":
+            began.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in candidates(
+            Pricing(conv, SIZE), ["channel_svd", "tucker"], progress=interrupt, workers=2
+        ):
+            pass
+    try:
+        swept[0].join(timeout=60)
+        assert not swept[0].is_alive()
+    finally:
+        stop.set()
+
+
+def test_sweep_points_share_one_copy_of_the_kernel(conv):
+    groups = list(candidates(Pricing(conv, SIZE), ["channel_svd", "spatial_svd", "kronecker"]))
+    kernels = {id(c.point.build.func.__self__.kernel) for group in groups for c in group}
+    assert len(kernels) == 1
 
 
 def test_certificates_hold(conv):

@@ -1,7 +1,10 @@
-"""Numbers of threads: one check for every function that takes one."""
+"""Numbers of threads, checked alike everywhere, and threads that nobody waits for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from lowrank.core.geometry import as_integers
@@ -40,3 +43,23 @@ def as_threads(threads: Any) -> int | None:
     if not 1 <= count <= MOST_THREADS:
         raise ValueError(f"threads must be between 1 and {MOST_THREADS}, got {threads}")
     return count
+
+
+@contextmanager
+def impatient_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads whose running tasks nobody waits for after an error or Ctrl-C.
+
+    Parameters
+    ----------
+    workers : int
+        Number of threads.
+
+    Yields
+    ------
+    ThreadPoolExecutor
+    """
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -12,21 +12,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from scipy import linalg
 
 from lowrank import engine
 from lowrank._typing import Array, Ints
 from lowrank.core import chain_algebra
-from lowrank.families import _tensorly
 
 _LETTERS = "abcdef"
 SLACK = 0.01  # relative increase of the error for the correction; often a tenth of the sensitivity
 NOTHING = 1e-7  # errors below are rounding of closed forms in float64
-DAMPING = 1e-10  # share of the mean diagonal, against singular normal equations
-TOLERANCE = 1e-8  # decrease of the relative error per sweep below which TensorLy's ALS stops
-STEADY = 1e-6  # relative decrease of the error per sweep below which batched ALS stops
+DAMPING = 1e-10  # share of the diagonal, against singular normal equations
+STEADY = 1e-6  # relative decrease of the error per sweep below which ALS stops
+SINGLE = 1 << 26  # MACs per product from which float32 saves more than its conversions take
+COARSE = 0.01  # relative error above which float32 tells fits apart
 CORRECTIONS = 100  # largest number of sweeps of the correction
 SETTLED = 1e-3  # relative decrease of the sensitivity per sweep below which it stops
 MARGIN = 1e-6  # share of the error limit kept for rounding
@@ -93,90 +94,89 @@ def grown(factors: Sequence[Array], rank: int, seed: int = 0) -> list[Array]:
     ]
 
 
-def cp(
-    tensor: Array, factors: Sequence[Array], iterations: int, tolerance: float = TOLERANCE
-) -> Fit:
-    """Fit one tensor from a start with TensorLy; the result is always finite."""
-    zeros = [np.zeros_like(f) for f in factors]
-    norm = float(np.linalg.norm(tensor))
-    if norm == 0:
-        return Fit(zeros, 0.0, 0.0)
-    unit = tensor / norm
-    best = Fit(zeros, 1.0, 0.0)
-    for damping in (0.0, DAMPING, 1e-6):
-        try:
-            found, errors = _tensorly.parafac(unit, factors, iterations, tolerance, damping)
-        except np.linalg.LinAlgError:
-            continue
-        if not all(np.isfinite(f).all() for f in found):
-            continue
-        found_error = batched_error(unit[None], [f[None] for f in found])
-        if found_error < best.error:
-            stopped = len(errors) <= iterations  # the first error is that of the start
-            best = Fit(found, found_error, 0.0 if stopped else _falling(*errors[-2:]))
-        if found_error <= 1:
-            break
-    return best._replace(factors=balanced(best.factors, norm))
-
-
-def _falling(before: float, now: float) -> float:
-    return (before - now) / now if now > 0 else 0.0
-
-
-def balanced(factors: Sequence[Array], scale: float = 1.0) -> list[Array]:
-    """Return the factors of the terms times `scale`, with equal mean squares of their entries.
+def balanced(factors: Sequence[Array]) -> list[Array]:
+    """Return the factors of the terms with equal mean squares of their entries.
 
     For a term of norm l, mode m adds ``n_m l^2 / ||u_m||^2`` to the sensitivity.  The product
     of these parts is fixed, so their sum is least if they are equal: ``||u_m||^2 ~ n_m``.
     """
     norms = [np.linalg.norm(f, axis=-2, keepdims=True) / math.sqrt(f.shape[-2]) for f in factors]
-    even = (math.prod(norms) * scale) ** (1 / len(factors))
+    even = math.prod(norms) ** (1 / len(factors))
     return [f * np.where(n > 0, even / np.where(n > 0, n, 1), 0) for f, n in zip(factors, norms)]
 
 
 def batched_cp(
     tensors: Array, factors: Sequence[Array], iterations: int, damping: float = 0.0
 ) -> Fit:
-    """Fit a batch of small tensors, (batch, \\*sizes), from a start.
+    """Fit a batch of tensors, (batch, \\*sizes), from a start; the result is always finite.
 
     Minimises ``||tensors - sums||^2 + damping * sum_r ||term_r||^2``: for one factor, least squares
-    with the diagonal of the normal equations times 1 + damping.
+    with the diagonal of the normal equations times 1 + damping.  In long fits the products with
+    the tensors are computed in float32, all else in float64: they take most of the time, and their
+    rounding is far below an error above `COARSE`.
     """
+    is_long = tensors.size * factors[0].shape[-1] >= SINGLE
+    fit = _iterate(tensors, factors, iterations, damping, np.float32 if is_long else np.float64)
+    if is_long and fit.error < COARSE:
+        fit = _iterate(tensors, fit.factors, iterations, damping, np.float64)
+    return fit._replace(factors=balanced(fit.factors), error=batched_error(tensors, fit.factors))
+
+
+def _iterate(
+    tensors: Array, factors: Sequence[Array], iterations: int, damping: float, dtype: Any
+) -> Fit:
+    """Run ALS sweeps with the products of one precision until the error is steady."""
     energy = float(np.vdot(tensors, tensors))
     factors = list(factors)
-    products = _products(tensors, factors)
-    now, falling = 1.0, 0.0  # relative error of zero factors
+    rounded = [f.astype(dtype, copy=False) for f in factors]
+    grams = [f.swapaxes(1, 2) @ f for f in factors]
+    products = _products(tensors.astype(dtype, copy=False), rounded)
+    fit = Fit([np.zeros_like(f) for f in factors], 1.0, 0.0)
     for _ in range(iterations):
         for mode, rhs in itertools.islice(products, len(factors)):
-            factors[mode] = _solved(rhs, _gram(factors, mode), damping)
+            rhs = rhs.astype(np.float64, copy=False)
+            gram = cast(Array, math.prod(g for m, g in enumerate(grams) if m != mode))
+            factors[mode] = factor = _solved(rhs, gram, damping)
+            rounded[mode] = factor.astype(dtype, copy=False)
+            grams[mode] = factor.swapaxes(1, 2) @ factor
         # At the minimum over one factor the objective is energy - <rhs, factor>.
-        missed = max(energy - float(np.vdot(rhs, factors[mode])), 0.0)
-        before, now = now, math.sqrt(missed / energy) if energy else 0.0
-        falling = _falling(before, now)
+        missed = energy - float(np.vdot(rhs, factors[mode]))
+        if not math.isfinite(missed):
+            break
+        now = math.sqrt(max(missed, 0.0) / energy) if energy else 0.0
+        before, fit = fit.error, Fit(list(factors), now, _falling(fit.error, now))
         if before - now <= STEADY * now:
             break
-    return Fit(balanced(factors), batched_error(tensors, factors), falling)
+    return fit
+
+
+def _falling(before: float, now: float) -> float:
+    return (before - now) / now if now > 0 else 0.0
 
 
 def _products(tensors: Array, factors: list[Array]) -> Iterator[tuple[int, Array]]:
     """Yield each mode with its MTTKRP (tensors times all other factors), sweep after sweep.
 
-    The caller must update the mode's factor before the next one.  The largest mode comes first;
-    the others share its product with the tensors, so that a sweep takes two large products.
+    The caller must update the mode's factor before the next one.  All modes but the largest share
+    the product of the tensors and its factor, so that a sweep takes two large products.
     """
     big = int(np.argmax(tensors.shape[1:]))
     others = [m for m in range(len(factors)) if m != big]
     unfolded = np.moveaxis(tensors, big + 1, 1).reshape(len(tensors), tensors.shape[big + 1], -1)
-    small = _LETTERS[: len(others)]
+    small = dict(zip(others, _LETTERS))
     sizes = [tensors.shape[m + 1] for m in others]
-    while True:
-        yield big, unfolded @ _khatri_rao([factors[m] for m in others])
-        part = unfolded.swapaxes(1, 2) @ factors[big]
-        part = part.reshape(len(tensors), *sizes, -1)
-        for i, m in enumerate(others):
-            rest = [(a, n) for j, (a, n) in enumerate(zip(small, others)) if j != i]
-            spec = f"z{small}r" + "".join(f",z{a}r" for a, _ in rest) + f"->z{small[i]}r"
-            yield m, np.einsum(spec, part, *(factors[n] for _, n in rest))
+    part: Array | None = None
+    for m in itertools.cycle(range(len(factors))):
+        if m == big:
+            yield big, unfolded @ _khatri_rao([factors[n] for n in others])
+            part = None
+            continue
+        if part is None:
+            part = unfolded.swapaxes(1, 2) @ factors[big]
+            part = part.reshape(len(tensors), *sizes, -1)
+        rest = [n for n in others if n != m]
+        spec = f"z{''.join(small.values())}r" + "".join(f",z{small[n]}r" for n in rest)
+        yield m, np.einsum(f"{spec}->z{small[m]}r", part, *(factors[n] for n in rest))
 
 
 def _khatri_rao(factors: Sequence[Array]) -> Array:
@@ -194,14 +194,30 @@ def _gram(factors: Sequence[Array], mode: int) -> Array:
 
 
 def _solved(rhs: Array, gram: Array, damping: float) -> Array:
-    """Solve the damped normal equations of one factor."""
+    """Solve the normal equations of one factor; damp those that are singular."""
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
+    system = gram.copy()
+    diagonals = system.reshape(len(gram), -1)[:, :: gram.shape[-1] + 1]
+    diagonals += damping * diagonal
+    columns = rhs.swapaxes(1, 2)
+    if len(system) == 1 and isinstance(system, np.ndarray):
+        try:
+            return _solve_definite(system[0], columns[0])[None].swapaxes(1, 2)
+        except linalg.LinAlgError:
+            pass
     mean = diagonal.mean(-1, keepdims=True)
     # The Gram matrix of a zero slice is zero: damping is then all of the system.
-    added = damping * diagonal + DAMPING * mean + (mean == 0)
-    system = gram.copy()
-    system.reshape(len(gram), -1)[:, :: gram.shape[-1] + 1] += added  # its diagonals
-    return np.linalg.solve(system, rhs.swapaxes(1, 2)).swapaxes(1, 2)
+    diagonals += DAMPING * mean + (mean == 0)
+    return np.linalg.solve(system, columns).swapaxes(1, 2)
+
+
+def _solve_definite(system: Array, columns: Array) -> Array:
+    """Solve by Cholesky's factorization; LinAlgError if the matrix is singular up to DAMPING."""
+    factor, is_lower = linalg.cho_factor(system, lower=True, check_finite=False)
+    # The square of a pivot is the part of a term that those before do not explain.
+    if (np.square(np.diagonal(factor)) < DAMPING * np.diagonal(system)).any():
+        raise linalg.LinAlgError("singular normal equations")
+    return cast(Array, linalg.cho_solve((factor, is_lower), columns, check_finite=False))
 
 
 def batched_error(tensors: Array, factors: Sequence[Array]) -> float:

@@ -212,25 +212,11 @@ def _warm_started(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort
         first = _starts(tensors, rank, effort.seed)
     else:
         first = als.grown(fit.factors, rank, effort.seed)
-    return _run_als(tensors, first, SWEEPS, effort.damping)
+    return als.batched_cp(tensors, first, SWEEPS, effort.damping)
 
 
 def _starts(tensors: Array, rank: int, seed: int) -> list[Array]:
     return [np.stack(f) for f in zip(*(als.start(t, rank, seed) for t in tensors))]
-
-
-def _run_als(tensors: Array, factors: Sequence[Array], iterations: int, damping: float) -> als.Fit:
-    """Run ALS on each tensor: TensorLy for a few large ones, batched for many small ones.
-
-    TensorLy has no damping in the metric of the terms.
-    """
-    if len(tensors) > 8 or damping:
-        return als.batched_cp(tensors, factors, iterations, damping)
-    fits = [als.cp(t, [f[i] for f in factors], iterations) for i, t in enumerate(tensors)]
-    found = [np.stack(f) for f in zip(*(fit.factors for fit in fits))]
-    missed = [(fit.error * float(np.linalg.norm(t))) ** 2 for fit, t in zip(fits, tensors)]
-    falling = sum(m * fit.falling for m, fit in zip(missed, fits)) / (sum(missed) or 1.0)
-    return als.Fit(found, als.batched_error(tensors, found), falling)
 
 
 def _best_of_starts(tensors: Array, rank: int, fit: als.Fit | None, effort: Effort) -> als.Fit:
@@ -241,7 +227,7 @@ def _best_of_starts(tensors: Array, rank: int, fit: als.Fit | None, effort: Effo
     empty = [np.empty((len(tensors), n, 0)) for n in tensors.shape[1:]]
     seeds = range(effort.seed + 1, effort.seed + 1 + effort.restarts)
     starts += [als.grown(empty, rank, seed) for seed in seeds]
-    fits = (_run_als(tensors, f, effort.iterations, effort.damping) for f in starts)
+    fits = (als.batched_cp(tensors, f, effort.iterations, effort.damping) for f in starts)
     return min(fits, key=lambda fit: fit.error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,9 +26,9 @@ class NotApplicable(ValueError):
     """A family has no variant for this convolution; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Kernel:
-    """A dense convolution as the families see it.
+    """A dense convolution as the families see it.  All sweeps of one kernel share it.
 
     Attributes
     ----------
@@ -38,11 +39,14 @@ class Kernel:
     axes : tuple of str
         Spatial axes that stages run along, as strings of letters: ``("h", "w")``.  Axes with
         one tap join the first of the others, which takes over their stride and padding.
+    weight : ndarray
+        Weight that it was made from.
     """
 
     tensor: Array
     scale: float
     axes: tuple[str, ...]
+    weight: Array
 
     @property
     def groups(self) -> int:
@@ -85,6 +89,10 @@ def on_weight_device(fit: Fit) -> Fit:
     return wrapper  # type: ignore[return-value]
 
 
+#: Kernels in use, by the identity of their weight and their number of groups.
+_KERNELS: weakref.WeakValueDictionary[tuple[int, int], Kernel] = weakref.WeakValueDictionary()
+
+
 def as_kernel(conv: Factorization) -> Kernel:
     """Return `conv` as the families see it; ValueError if it is not a single dense stage."""
     if not isinstance(conv, Factorization):
@@ -98,6 +106,10 @@ def as_kernel(conv: Factorization) -> Kernel:
             f"conv must be one dense stage, from lowrank.dense(weight, ...), got {conv!r}"
         )
     g, taps = conv.groups, stage.kernel
+    # Weights are read-only, and a kernel keeps its own, so that the number is that of no other.
+    key = id(stage.weight), g
+    if (known := _KERNELS.get(key)) is not None:
+        return known
     scale = chain_algebra.max_abs(stage.weight) or 1.0
     tensor = stage.weight.astype(np.float64) / scale
     letters = LETTERS[3 - len(taps) :]
@@ -105,7 +117,10 @@ def as_kernel(conv: Factorization) -> Kernel:
     unit = "".join(a for a, k in zip(letters, taps) if k == 1)
     joined = ("".join(sorted(a + unit * (i == 0))) for i, a in enumerate(spatial))
     axes = tuple(joined) or (letters,)
-    return Kernel(tensor.reshape(g, -1, *tensor.shape[1:]), scale, axes)
+    kernel = Kernel(tensor.reshape(g, -1, *tensor.shape[1:]), scale, axes, stage.weight)
+    if isinstance(stage.weight, np.ndarray):  # others may be written to
+        _KERNELS[key] = kernel
+    return kernel
 
 
 def axis_indices(letters: str, ndim: int) -> tuple[int, ...]:
@@ -135,7 +150,10 @@ def balance_norms(stages: Sequence[Stage]) -> list[Stage]:
 def checked_rank(rank: int | Sequence[int], largest: Sequence[int], names: str) -> Ints:
     """Return `rank` as a tuple of integers between 1 and `largest`."""
     try:
-        ranks = tuple(operator.index(r) for r in (rank if isinstance(rank, Iterable) else (rank,)))
+        given = tuple(rank if isinstance(rank, Iterable) else (rank,))
+        if any(isinstance(r, bool) for r in given):
+            raise TypeError
+        ranks = tuple(map(operator.index, given))
     except TypeError:
         raise TypeError(
             f"rank must be {names}, integers, or a share of the parameters between 0 and 1, got "

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,22 +185,50 @@ def _join(axes: Iterable[str]) -> str:
     return "".join(sorted("".join(axes)))
 
 
-class _Parts(NamedTuple):
-    """Decomposition from which the chain of every rank of a variant is made."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Matricisation from which the chain of every rank of a variant is made.
+
+    Sweeps need its singular values alone; the vectors, which take as much memory as the kernel,
+    are computed for the first chain that is built.
+    """
 
     conv: Factorization
     kernel: Kernel
+    row: Row
+    variant: str
     split: Split
     sizes: dict[str, int]
     geometries: tuple[Geometry, Geometry]
-    u: Array  # (batch, left, r)
-    s: Array  # (batch, r)
-    vt: Array  # (batch, r, right)
+
+    @property
+    def shape(self) -> Ints:
+        """Numbers of matrices, of their rows and of their columns."""
+        parts = (self.split.batch, self.split.left, self.split.right)
+        return tuple(math.prod(self.sizes[m] for m in part) for part in parts)
+
+    def matrices(self) -> Array:
+        """Return the matrices, (batch, left, right)."""
+        tensor, modes = self.row.modes(self.kernel, self.variant)
+        order = self.split.batch + self.split.left + self.split.right
+        return tensor.transpose([modes.index(m) for m in order]).reshape(self.shape)
+
+    def values(self) -> Array:
+        """Return the singular values, (batch, r)."""
+        return chain_algebra.singular_values(self.matrices())
+
+    @cached_property
+    def decomposition(self) -> tuple[Array, Array, Array]:
+        """Left vectors (batch, left, r), values (batch, r) and right vectors (batch, r, right)."""
+        u, s, vt = np.linalg.svd(self.matrices(), full_matrices=False)
+        return u, s, vt
 
     def stages(self, rank: int, is_abstract: bool) -> tuple[Stage, ...]:
         """Return the two stages at `rank`."""
         sizes = self.sizes | {"r": rank, "": 1}
-        root = np.sqrt(self.s[:, :rank] * self.kernel.scale)  # shared evenly by the stages
+        if not is_abstract:
+            u, s, vt = self.decomposition
+            root = np.sqrt(s[:, :rank] * self.kernel.scale)  # shared evenly by the stages
 
         def size(modes: str) -> int:
             return math.prod(sizes[m] for m in modes)
@@ -214,10 +242,10 @@ class _Parts(NamedTuple):
             else:
                 if layout.factor == "L":
                     modes = self.split.batch + self.split.left + "r"
-                    factor = self.u[:, :, :rank] * root[:, None]
+                    factor = u[:, :, :rank] * root[:, None]
                 else:
                     modes = self.split.batch + "r" + self.split.right
-                    factor = self.vt[:, :rank] * root[..., None]
+                    factor = vt[:, :rank] * root[..., None]
                 tensor = factor.reshape([sizes[m] for m in modes])
                 weight = tensor.transpose([modes.index(m) for m in target]).reshape(shape)
             a, b = (size(m) for m in layout.shuffle)
@@ -238,18 +266,13 @@ class _Parts(NamedTuple):
         return tuple(taps.get(a, 1) for a in self.kernel.letters)
 
 
-def _decompose(row: Row, conv: Factorization, variant: str) -> _Parts:
-    """Compute the batched SVD that every rank of `variant` truncates."""
+def _matricise(row: Row, conv: Factorization, variant: str) -> _Parts:
+    """Return the matricisation whose SVD every rank of `variant` truncates."""
     kernel = as_kernel(conv)
     split = row.split(kernel.letters, variant)
     tensor, modes = row.modes(kernel, variant)
     sizes = dict(zip(modes, tensor.shape))
-    order = split.batch + split.left + split.right
-    matrices = tensor.transpose([modes.index(m) for m in order]).reshape(
-        *(math.prod(sizes[m] for m in part) for part in (split.batch, split.left, split.right))
-    )
-    u, s, vt = np.linalg.svd(matrices, full_matrices=False)
-    return _Parts(conv, kernel, split, sizes, _geometries(conv, split, sizes), u, s, vt)
+    return _Parts(conv, kernel, row, variant, split, sizes, _geometries(conv, split, sizes))
 
 
 def _geometries(
@@ -301,9 +324,9 @@ def _variants(row: Row, conv: Factorization) -> tuple[str, ...]:
 
 
 def _sweep(row: Row, conv: Factorization, variant: str) -> Iterator[SweepPoint]:
-    parts = _decompose(row, conv, variant)
-    tail = chain_algebra.tail_norms(parts.s)
-    for rank in range(1, parts.s.shape[-1] + 1):
+    parts = _matricise(row, conv, variant)
+    tail = chain_algebra.tail_norms(parts.values())
+    for rank in range(1, len(tail)):
         error = float(tail[rank])
         yield SweepPoint(
             (rank,), error, error, parts.stages(rank, True), partial(parts.stages, rank, False)
@@ -319,20 +342,21 @@ def _fit(
         variant = checked_variant(variant, row.variants(kernel))
     else:
         row.check_variant(kernel, variant)
-    parts = _decompose(row, conv, variant)
-    ranks = checked_rank(rank, (parts.s.shape[-1],), "one number")
+    parts = _matricise(row, conv, variant)
+    ranks = checked_rank(rank, (min(parts.shape[1:]),), "one number")
     stages = parts.stages(ranks[0], False)
     return replace(conv, stages=stages, family=row.name, variant=variant, rank=ranks)
 
 
 def _bound(row: Row, conv: Factorization, rank: Ints, variant: str) -> float:
     """Return the smallest possible error (Eckart and Young)."""
-    return float(chain_algebra.tail_norms(_decompose(row, conv, variant).s)[rank[0]])
+    return float(chain_algebra.tail_norms(_matricise(row, conv, variant).values())[rank[0]])
 
 
 def _spectra(row: Row, conv: Factorization, variant: str) -> list[Spectrum]:
-    parts = _decompose(row, conv, variant)
-    return [Spectrum(row.name, parts.u.shape[1], parts.vt.shape[2], parts.s)]
+    parts = _matricise(row, conv, variant)
+    _, rows, columns = parts.shape
+    return [Spectrum(row.name, rows, columns, parts.values())]
 
 
 def as_family(row: Row) -> Family:

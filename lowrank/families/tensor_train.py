@@ -132,7 +132,7 @@ def _balanced(cores: Sequence[Array]) -> list[Array]:
 def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
     """Yield TT-SVD at a dozen levels, with the same share of the norm at every bond."""
     parts = train(conv, variant)
-    tails = _tails(parts)
+    tails, turned = _tails(parts), _turned(parts.tensor)
     seen = set()
     for level in np.linspace(0.95, 0.0, LEVELS):
         rank = tuple(max(1, int(np.argmax(t <= level + 1e-12))) for t in tails)
@@ -140,7 +140,7 @@ def _sweep(conv: Factorization, variant: str) -> Iterator[SweepPoint]:
         if rank in seen:
             continue
         seen.add(rank)
-        error = _truncated_error(parts.tensor, rank)
+        error = _truncated_error(turned, rank)
         bound = float(max(t[r] for t, r in zip(tails, rank)))
         yield SweepPoint(
             rank,
@@ -171,16 +171,28 @@ def _consistent(rank: Ints, sizes: Sequence[int]) -> Ints:
     return tuple(ranks[1:-1])
 
 
+def _turned(tensor: Array) -> Array:
+    """Turn the first mode, (g, size, ...), to its singular vectors, the leading ones first.
+
+    Truncations at the first bond are then slices, and norms are as before.
+    """
+    unfolded = tensor.reshape(*tensor.shape[:2], -1)
+    _, vectors = chain_algebra.eigh(unfolded @ unfolded.swapaxes(1, 2))
+    return (vectors[:, :, ::-1].swapaxes(1, 2) @ unfolded).reshape(tensor.shape)
+
+
 def _truncated_error(tensor: Array, rank: Ints) -> float:
     """Return the relative error of TT-SVD at these ranks, from norms of the projected tensor.
 
-    Gram matrices replace SVDs, since only subspaces and norms are needed.
+    Gram matrices replace SVDs, since only subspaces and norms are needed, and at the last bond
+    only values.  The first mode must be turned to its singular vectors.
     """
-    total, rest = float(np.square(tensor).sum()), tensor
+    total = float(np.square(tensor).sum())
     if total == 0:
         return 0.0
-    sizes, g, before = tensor.shape[1:], len(tensor), 1
-    for r, size in zip(rank, sizes):
+    sizes, g, before = tensor.shape[2:], len(tensor), rank[0]
+    rest = tensor[:, :before]
+    for r, size in zip(rank[1:-1], sizes):
         rest = rest.reshape(g, before * size, -1)
         if r < min(rest.shape[1:]):
             if rest.shape[1] <= rest.shape[2]:
@@ -193,7 +205,13 @@ def _truncated_error(tensor: Array, rank: Ints) -> float:
         elif r < rest.shape[1]:
             rest = cast(Array, np.linalg.qr(rest, mode="r"))
         before = rest.shape[1]
-    return math.sqrt(max(0.0, 1 - float(np.square(rest).sum()) / total))
+    kept = np.square(rest).sum()
+    if len(rank) > 1:
+        rest = rest.reshape(g, before * sizes[len(rank) - 2], -1)
+        if rank[-1] < min(rest.shape[1:]):
+            wide = rest if rest.shape[1] <= rest.shape[2] else rest.swapaxes(1, 2)
+            kept = np.linalg.eigvalsh(wide @ wide.swapaxes(1, 2))[:, -rank[-1] :].sum()
+    return math.sqrt(max(0.0, 1 - float(kept) / total))
 
 
 @on_weight_device

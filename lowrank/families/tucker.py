@@ -352,11 +352,11 @@ def _cp_chain(
 
 def _cp_terms(core: Array, r: int, start: Sequence[Array] | None, sweeps: int) -> list[Array]:
     """Fit CP-3 to the core of every group, (g, out, in, taps)."""
-    found = []
-    for i, c in enumerate(core):
-        first = als.start(c, r) if start is None else als.grown([f[i] for f in start], r)
-        found.append(als.cp(c, first, sweeps)[0])
-    return [np.stack(f) for f in zip(*found)]
+    if start is None:
+        first = [np.stack(f) for f in zip(*(als.start(c, r) for c in core))]
+    else:
+        first = als.grown(start, r)
+    return als.batched_cp(core, first, sweeps).factors
 
 
 def _cp_build(parts: Parts, rank: Ints, terms: Sequence[Array] | None = None) -> tuple[Stage, ...]:

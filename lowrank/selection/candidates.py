@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +15,7 @@ from lowrank._typing import Ints
 from lowrank.core.blas import one_blas_thread
 from lowrank.core.cost import AXES, Cost, chain_cost, speed_up_efficiency
 from lowrank.core.stage import Stage, is_abstract
+from lowrank.core.threads import impatient_pool
 from lowrank.factorization import Factorization
 from lowrank.families import FAMILIES, NotApplicable, SweepPoint
 from lowrank.families.weighted import MetricFit
@@ -444,7 +447,8 @@ def candidates(
     *,
     left_out: dict[str, str] | None = None,
     progress: Callable[[str], object] | None = None,
-) -> Iterable[list[Candidate]]:
+    workers: int = 1,
+) -> Iterator[list[Candidate]]:
     """Yield the candidates of every family and variant, priced but without their times.
 
     Parameters
@@ -458,34 +462,54 @@ def candidates(
     left_out : dict, optional
         Receives the families that do not apply, and why.
     progress : callable, optional
-        Called with the name of each family before its sweep.
+        Called with the name of each family before its candidates are awaited.
+    workers : int
+        Number of threads that sweep, each another variant.  Candidates do not depend on it.
 
     Yields
     ------
     list of Candidate
         One list per family and variant, one candidate per rank of its sweep.
     """
-    conv = pricing.conv
-    for name in families:
-        family = FAMILIES[name]
-        if progress is not None:
-            progress(name)
+    names = list(families)
+    work: list[tuple[str, str]] = []
+    for name in names:
         try:
-            variants = family.variants(conv)
+            work += [(name, variant) for variant in FAMILIES[name].variants(pricing.conv)]
         except NotApplicable as why:
             if left_out is not None:
                 left_out[name] = str(why)
-            continue
-        for variant in variants:
-            unpriced = Candidate(
-                name, variant, (), 0.0, 0.0, pricing.dense.cost, itemsize=conv.dtype.itemsize,
-                _conv=conv, _metric=metric,
-            )  # fmt: skip
-            group = []
-            for p in family.sweep(conv, variant, metric):
-                exact = family.exact and p.bound == p.error
-                c = replace(
-                    unpriced, rank=p.rank, error=p.error, bound=p.bound, exact=exact, _point=p
-                )
-                group.append(pricing.price(c))
-            yield group
+    is_cancelled = threading.Event()
+
+    def sweep(item: tuple[str, str]) -> list[Candidate]:
+        return _sweep(pricing, *item, metric, is_cancelled)
+
+    with impatient_pool(workers) as pool:
+        # One thread needs no pool: without it, sweeps are not computed ahead of their use.
+        groups = map(sweep, work) if workers == 1 else pool.map(sweep, work)
+        try:
+            for name in names:
+                if progress is not None:
+                    progress(name)
+                yield from itertools.islice(groups, sum(n == name for n, _ in work))
+        finally:
+            is_cancelled.set()
+
+
+def _sweep(
+    pricing: Pricing, name: str, variant: str, metric: Metric | None, is_cancelled: threading.Event
+) -> list[Candidate]:
+    """Return the priced candidates of one variant; some of them if sweeps are cancelled."""
+    family, conv = FAMILIES[name], pricing.conv
+    unpriced = Candidate(
+        name, variant, (), 0.0, 0.0, pricing.dense.cost, itemsize=conv.dtype.itemsize,
+        _conv=conv, _metric=metric,
+    )  # fmt: skip
+    group = []
+    for p in family.sweep(conv, variant, metric):
+        exact = family.exact and p.bound == p.error
+        c = replace(unpriced, rank=p.rank, error=p.error, bound=p.bound, exact=exact, _point=p)
+        group.append(pricing.price(c))
+        if is_cancelled.is_set():
+            break
+    return group

@@ -8,6 +8,7 @@ from typing import final, overload
 
 import numpy as np
 
+from lowrank import engine
 from lowrank._typing import Ints
 from lowrank.factorization import Factorization
 from lowrank.families.kernel import as_kernel
@@ -280,14 +281,19 @@ def collect(
     # Skip candidates that need more MACs than the dense kernel, whatever their predicted time.
     limited = "macs" if axis == "seconds" else axis
     left_out: dict[str, str] = {}
-    groups = candidates(pricing, names, metric, left_out=left_out, progress=progress)
+    # Sweeps run BLAS on one thread each: several at once use the others.
+    workers = 1 if engine.is_on_gpu(conv.stages[0].weight) else engine.max_threads()
+    groups = candidates(
+        pricing, names, metric, left_out=left_out, progress=progress, workers=workers
+    )
     found: list[Candidate] = []
     for group in groups:
         cheaper = [c for c in group if c.amount(limited) < dense.amount(limited)]
-        found += drop_dominated(cheaper) if axis == "seconds" else cheaper
-    if axis == "seconds":
-        found = [pricing.time(c) for c in found]
-    else:
+        if axis == "seconds":  # predicted while the next sweeps run
+            found += [pricing.time(c) for c in drop_dominated(cheaper)]
+        else:
+            found += cheaper
+    if axis != "seconds":
         # Seconds do not decide what is on the front: only its candidates need them.
         found = [pricing.time(c) for c in _pareto_optimal(found, axis, conv)]
     empty = Frontier(

@@ -43,12 +43,14 @@ def pareto_front(
     order = sorted(range(len(error)), key=lambda i: (*table[i], error[i], i))
     kept: list[int] = []
     if table.shape[-1:] == (1,):
-        # Sorted by its only cost, an item is dominated exactly if the least error so far is less.
-        least = np.inf
+        # Sorted by its only cost, an item is dominated exactly if the least error so far is less,
+        # or equal to one before.
+        least, seen = np.inf, set()
         for i in order:
-            if error[i] < least or slack * least >= error[i] != least:
+            if error[i] not in seen and (error[i] < least or slack * least >= error[i]):
                 kept.append(i)
             least = min(least, error[i])
+            seen.add(error[i])
         return kept
     for at, i in enumerate(order):
         others = np.array(order[:at], np.intp)  # an item later in the order costs more
