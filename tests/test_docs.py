@@ -285,12 +285,10 @@ def test_pages_open_in_a_browser(site):
             size = {"width": width, "height": 900}
             tab = chromium.new_page(viewport=size, color_scheme=scheme)
             messages = []
-            tab.on("console", lambda m, messages=messages: messages.append(f"{m.type}: {m.text}"))
-            tab.on("pageerror", lambda e, messages=messages: messages.append(str(e)))
-            tab.on(
-                "requestfailed",
-                lambda r, messages=messages: messages.append(f"not loaded: {r.url}"),
-            )
+            add = messages.append
+            tab.on("console", lambda m, add=add: m.type in ("error", "warning") and add(m.text))
+            tab.on("pageerror", lambda error, add=add: add(str(error)))
+            tab.on("requestfailed", lambda request, add=add: add(f"not loaded: {request.url}"))
             for page in MAIN_PAGES:
                 tab.goto((site / f"{page}.html").as_uri())
                 if tab.evaluate("document.documentElement.dataset.theme") != scheme:

@@ -90,9 +90,14 @@ class Comparison(SphinxDirective):
             times = {library: cell["ms"] for library, cell in rows[title].items()}
             own = times.pop("lowrank")
             other = min(times, key=times.__getitem__)
-            found = f"{own:.3g} | {times[other]:.3g} ({other}) | {times[other] / own:.2g}"
-            lines.append(f"| {label or title} | {found} |")
+            found = f"{digits(own, 3)} | {digits(times[other], 3)} ({other})"
+            lines.append(f"| {label or title} | {found} | {digits(times[other] / own, 2)} |")
         return self.parse_text_to_nodes("\n".join(lines))
+
+
+def digits(value: float, count: int) -> str:
+    """Return a number with so many significant digits, zeros at its end included."""
+    return f"{value:#.{count}g}".rstrip(".") if value < 10**count else f"{value:.0f}"
 
 
 def edit_path(page: str, suffix: str) -> str:
@@ -120,9 +125,16 @@ def add_edit_path(
         context["edit_path"] = edit_path(page, context["page_source_suffix"])
 
 
+def skip_alias(*arguments: Any) -> bool | None:
+    """Leave out the fields of named tuples, which Python documents by number."""
+    _, _, _, value, _, _ = arguments
+    return True if (value.__doc__ or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directives."""
+    """Register the directives and what is called for every page."""
     app.add_directive("commands", Commands)
     app.add_directive("comparison", Comparison)
     app.connect("html-page-context", add_edit_path)
+    app.connect("autodoc-skip-member", skip_alias)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
