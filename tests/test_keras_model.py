@@ -7,6 +7,7 @@ from keras_models import MODELS, L, full, keras, make
 import lowrank as lr
 from lowrank.compress import compress_model, make_plan
 from lowrank.families import NotApplicable, applicable
+from lowrank.interop.files import read_layers
 from lowrank.interop.keras import KerasModel, save
 
 ROUNDING = 1e-5  # float32 weights of up to three stages, some ten layers deep
@@ -417,6 +418,115 @@ def test_sizes_that_the_model_leaves_open(rng):
     new = net.replaced({"a": lr.spatial_svd(net.layers[0].conv, 2)})
     assert new.get_layer("a").padding == "same"  # for any size
     assert new.inputs[0].shape == (None, None, None, 3)
+
+
+def test_layers_of_unknown_input_sizes_can_be_read(rng, tmp_path):
+    inp = keras.Input((12, None, 2))
+    x = L.Conv2D(4, 3, padding="same", name="same")(inp)
+    x = L.Conv2D(4, (3, 5), padding="same", strides=2, name="strided")(x)
+    x = L.Permute((2, 1, 3))(L.DepthwiseConv2D(3, name="dw")(x))
+    x = L.TimeDistributed(L.Flatten())(x)
+    x = L.TimeDistributed(L.Dense(6, name="mix"), name="td")(x)
+    model = keras.Model(inp, L.EinsumDense("...x,xy->...y", 3, name="last")(x))
+    net = KerasModel(model)
+    assert net.layers == ()
+    assert net.unsized.keys() == {"same", "dw", "td/mix"}
+    remedy = "its input has no fixed size: give calibration data or the input size"
+    assert set(net.left_out.values()) == {remedy}
+    with pytest.raises(ValueError, match=f"got none \\(same, strided, .*{remedy}"):
+        make_plan(net, macs=0.5)
+    save(model, tmp_path / "net.keras")
+    found = read_layers(tmp_path / "net.keras")
+    assert {y.name: y.input_size for y in found.layers} == {
+        "same": None,
+        "dw": None,
+        "td/mix": None,
+    }
+    assert found.left_out == {"strided": remedy, "last": remedy}
+    sized = KerasModel(model, input_size=(15,))
+    assert [(y.name, y.input_size) for y in sized.layers] == [
+        ("same", (12, 15)), ("strided", (12, 15)), ("dw", (6, 8)), ("td/mix", (1,)), ("last", (6,)),
+    ]  # fmt: skip
+    assert [y.times for y in sized.layers] == [1, 1, 1, 6, 1]
+    known = {y.name: y.conv for y in sized.layers}
+    for name, f in net.unsized.items():
+        assert (f.geometry, f.groups) == (known[name].geometry, known[name].groups)
+        np.testing.assert_array_equal(f.to_dense(), known[name].to_dense())
+
+
+class Doubled(L.Conv2D):
+    def call(self, x):
+        return 2 * super().call(x)
+
+
+def test_macs_of_layers_that_stay(rng):
+    inp = keras.Input((16, 16, 3))
+    x = L.Conv2D(8, 3, name="conv")(inp)
+    x = Doubled(6, 3, strides=2, name="own")(x)
+    x = L.SeparableConv2D(8, 3, name="separable")(x)
+    x = L.Reshape((16, 8))(x)
+    x = L.LSTM(5, return_sequences=True, name="lstm")(x)
+    x = L.Bidirectional(L.GRU(4, return_sequences=True), name="both")(x)
+    x = L.MultiHeadAttention(2, 3, name="attention")(x, x)
+    x = L.TimeDistributed(L.SimpleRNN(2), name="td")(L.Reshape((4, 4, 8))(x))
+    stacked = L.RNN([L.GRUCell(2), L.LSTMCell(2)], return_sequences=True, name="stacked")
+    x = stacked(stacked(L.Dense(2, name="d")(x)))
+    model = keras.Model(inp, L.Dense(3, name="last")(x))
+    expected = {
+        "own": 6 * 8 * 9 * 6 * 6,
+        "separable": 4 * 4 * (9 * 6 + 6 * 8),
+        "lstm": 16 * 4 * 5 * (8 + 5),
+        "both": 2 * 16 * 3 * 4 * (5 + 4),
+        "attention": 16 * 3 * 8 * 2 * 3 + 16 * 2 * 3 * 8,
+        "td/simple_rnn": 4 * 4 * 2 * (8 + 2),
+        "stacked": 2 * 4 * (3 * 2 * (2 + 2) + 4 * 2 * (2 + 2)),
+    }
+    for data in (None, [rng.random((3, 16, 16, 3), np.float32)]):
+        net = KerasModel(model, calibration=data)
+        assert [y.name for y in net.layers] == ["conv", "d", "last"]
+        assert net.left_out.keys() == expected.keys()
+        found = {n.rstrip("_0123456789"): m for n, m in net.left_out_macs.items()}
+        assert found == expected
+    plan = make_plan(net, macs=0.7, families=["channel_svd"], gradients=False)
+    own = sum(y.cost.macs for y in net.layers)
+    share = expected["own"] / (own + sum(expected.values()))
+    assert f"own ({share:.1%} of the MACs): it is a Conv2D with code of its own" in repr(plan)
+    assert "(70% of the layers in the table)" in repr(plan)
+
+
+REQUESTS = [
+    ({"conv3": ("tucker", (500, 8))}, ValueError, r"got \(500, 8\) \(layer conv3\)"),
+    ({"conv3": ("tucker", 4)}, ValueError, r"2 numbers, got 4 \(layer conv3\)"),
+    ({"conv3": ("channel_svd", 3, "up")}, ValueError, r"variant .* got 'up' \(layer conv3\)"),
+    ({"fc": ("spatial_svd", 2)}, ValueError, r"\(layer fc\)"),
+    ({"conv3": ("svd", 3)}, ValueError, r"family must be one of .* got 'svd' \(layer conv3\)"),
+    ({"conv9": ("tucker", (2, 2))}, ValueError, r"\(conv3, fc\), got 'conv9'"),
+    ({"own": ("tucker", (2, 2))}, ValueError, "can be replaced, got 'own': it is a Conv2D with"),
+]
+
+
+def requests_net():
+    inp = keras.Input((9, 9, 8))
+    x = L.Conv2D(8, 3, name="conv3")(inp)
+    x = L.GlobalAveragePooling2D()(Doubled(6, 3, name="own")(x))
+    return KerasModel(keras.Model(inp, L.Dense(5, name="fc")(x)))
+
+
+@pytest.mark.parametrize(("requested", "kind", "words"), REQUESTS)
+def test_impossible_requests_name_the_layer(requested, kind, words):
+    with pytest.raises(kind, match=words) as caught:
+        make_plan(requests_net(), layers=requested)
+    assert "\n" not in str(caught.value)
+
+
+def test_requested_ranks_are_fitted(rng):
+    net = requests_net()
+    done = compress_model(net, layers={"conv3": ("tucker", (6, 5)), "fc": ("channel_svd", 2)})
+    assert {n: c.rank for n, c in done.plan.layers.items()} == {"conv3": (6, 5), "fc": (2,)}
+    x = rng.random((2, 9, 9, 8), np.float32)
+    (want,) = next(KerasModel(net._model, calibration=[x]).outputs(done.chains))
+    got = np.asarray(keras.ops.convert_to_numpy(net.replaced(done.chains)(x)))
+    np.testing.assert_allclose(got, want, rtol=0, atol=ROUNDING * np.abs(want).max())
 
 
 def test_frozen_layers_stay_frozen_and_mixed_precision_mixed(rng):

@@ -7,6 +7,7 @@ import pytest
 
 import lowrank as lr
 from lowrank.compress import compress_model, make_plan
+from lowrank.families import FAMILIES
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -471,7 +472,7 @@ def test_without_a_size_the_remedy_is_named(rng, tmp_path):
     assert net.layers == ()
     remedy = "its input has no fixed size: give calibration data or the input size, or fix the"
     assert all(why.startswith(remedy) for why in net.left_out.values())
-    with pytest.raises(ValueError, match=rf"got none \(conv: {remedy}"):
+    with pytest.raises(ValueError, match=rf"got none \(conv, last: {remedy}"):
         make_plan(net, macs=0.5)
     # the layers can be read all the same
     path = tmp_path / "net.onnx"
@@ -508,24 +509,43 @@ def test_padding_that_depends_on_a_free_size_is_named(rng):
 
 @pytest.mark.parametrize("opset", range(7, onnx.defs.onnx_opset_version() + 1))
 def test_every_opset(rng, opset):
-    w, b, v, x = arrays(rng, (6, 4, 3, 3), (6,), (6, 5), (2, 4, 6, 6))
+    w, b, u, v, c, m, x = arrays(
+        rng, (8, 4, 3, 3), (8,), (8, 6, 3, 3), (6, 5), (5,), (5, 4), (2, 4, 6, 6)
+    )
     nodes = [
         node("Conv", ["x", "w", "b"], ["1"], "conv", pads=[1] * 4),
         node("Relu", ["1"], ["2"]),
-        node("GlobalAveragePool", ["2"], ["3"]),
-        node("Flatten", ["3"], ["4"]),
-        node("MatMul", ["4", "v"], ["y"], "fc"),
+        node("ConvTranspose", ["2", "u"], ["3"], "up", strides=[2, 2]),
+        node("GlobalAveragePool", ["3"], ["4"]),
+        node("Flatten", ["4"], ["5"]),
+        node("Gemm", ["5", "v", "c"], ["6"], "gemm"),
+        node("MatMul", ["6", "m"], ["y"], "matmul"),
     ]
     ir = 3 if opset < 9 else 8 if opset < 19 else 10
-    weights = {"w": w, "b": b, "v": v}
+    weights = {"w": w, "b": b, "u": u, "v": v, "c": c, "m": m}
     model = model_of(nodes, {"x": ["N", 4, 6, 6]}, weights=weights, opset=opset, ir=ir)
     net = OnnxModel(model, [x])
-    assert [y.name for y in net.layers] == ["conv", "fc"]
-    conv, fc = (y.conv for y in net.layers)
-    chains = {"conv": lr.spatial_svd(conv, 12), "fc": lr.channel_svd(fc, 5)}
-    new = net.replaced(chains)
-    assert new.opset_import == model.opset_import
-    np.testing.assert_allclose(ran(new, x=x)[0], ran(model, x=x)[0], **CLOSE)
+    assert [y.name for y in net.layers] == ["conv", "up", "gemm", "matmul"]
+    for family in ("channel_svd", "spatial_svd", "tucker", "network_decoupling", "kronecker"):
+        chains = {}
+        for layer in net.layers:
+            try:
+                chains[layer.name] = FAMILIES[family].fit(layer.conv, 0.8)
+            except ValueError:  # it does not apply to a matrix, or to so small a share
+                continue
+        assert chains
+        new = net.replaced(chains)
+        assert new.opset_import == model.opset_import
+        np.testing.assert_allclose(ran(new, x=x)[0], next(net.outputs(chains))[0], **CLOSE)
+        by_hand = x
+        for layer in net.layers[:2]:
+            f = chains.get(layer.name, layer.conv)
+            by_hand = f(by_hand)
+            by_hand = np.maximum(by_hand, 0) if layer.name == "conv" else by_hand.mean((2, 3))
+        by_hand = by_hand[..., None]
+        for layer in net.layers[2:]:
+            by_hand = chains.get(layer.name, layer.conv)(by_hand)
+        np.testing.assert_allclose(ran(new, x=x)[0], by_hand[..., 0], **CLOSE)
 
 
 def requests_net(rng):

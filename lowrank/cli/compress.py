@@ -28,6 +28,7 @@ from lowrank.cli.console import (
     calibrate_quickly,
     check_budgets,
     check_output,
+    example,
     expand_options,
     fail,
     parse_families,
@@ -48,6 +49,7 @@ from lowrank.compress import (
     compress_model,
     make_plan,
 )
+from lowrank.compress.model import describe_reasons
 from lowrank.compress.options import AXES
 from lowrank.compress.statistics import Progress
 from lowrank.core import tables
@@ -65,8 +67,9 @@ class PlanOptions:
     calibrate: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="Calibration data (.npz): inputs of the network; for weights files, inputs of its "
-            "layers, by name."
+            "layers, by name.",
         ),
     ] = None
     input: Size = None
@@ -77,11 +80,16 @@ class PlanOptions:
     families: Families = None
     pin: Annotated[
         list[str] | None,
-        typer.Option(help="Layer, or pattern such as 'layer1.*', to keep dense; may be repeated."),
+        typer.Option(
+            metavar="LAYER",
+            help="Layer, or pattern such as 'layer1.*', to keep dense; may be repeated.",
+        ),
     ] = None
     leave_out: Annotated[
         list[str] | None,
-        typer.Option(help="Like --pin, and excluded from the budget; may be repeated."),
+        typer.Option(
+            metavar="LAYER", help="Like --pin, and excluded from the budget; may be repeated."
+        ),
     ] = None
     cap: Annotated[
         list[str] | None,
@@ -93,7 +101,9 @@ class PlanOptions:
     no_gradients: Annotated[
         bool, typer.Option("--no-gradients", help="Weight the errors of all layers equally.")
     ] = False
-    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [0]")] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of all random choices. [0]")
+    ] = None
     batch: Batch = None
     threads: Threads = None
     runtime: Runtime = None
@@ -131,14 +141,21 @@ class PlanOptions:
         ]
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "plan net.onnx --macs 0.5 --calibrate inputs.npz -o plan.json",
+        "plan weights.safetensors --params 50% --pin 'layer1.*'",
+    )
+)
 @expand_options
 def plan(
     model: Model,
     options: PlanOptions,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write the plan as JSON, for compress --plan."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the plan as JSON, for compress --plan."
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -172,19 +189,28 @@ def plan(
         print(f"wrote {out}")
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "compress net.onnx --macs 0.5 --calibrate inputs.npz -o small.onnx",
+        "compress net.onnx --time 0.65 --runtime onnxruntime -o small.onnx",
+        "compress net.onnx --plan plan.json -o small.onnx --report r.html",
+    )
+)
 @expand_options
 def compress(
     model: Model,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Compressed network, in the file format of MODEL."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Compressed network, in the file format of MODEL."
+        ),
     ],
     options: PlanOptions,
     plan: Annotated[
-        Path | None, typer.Option(help="Plan from 'lowrank plan', instead of a budget.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan from 'lowrank plan', instead of a budget."),
     ] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Passes over all layers.")] = 1,
+    passes: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over all layers.")] = 1,
     refit: Annotated[
         bool,
         typer.Option("--refit", help="Refit dense layers to compensate errors of earlier ones."),
@@ -204,7 +230,8 @@ def compress(
         ),
     ] = None,
     report_to: Annotated[
-        Path | None, typer.Option("--report", help="Write a report (.html); layers are timed.")
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write a report (.html); layers are timed."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -351,11 +378,11 @@ def _open(model: Path, options: PlanOptions) -> tuple[CompressibleModel, list[st
     left = getattr(net, "left_out", {})
     if not left:
         return net, []
-    some = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:5])
-    more = f"; and {len(left) - 5} more" if len(left) > 5 else ""
+    reasons = describe_reasons(left)
     if not net.layers:
-        raise ValueError(f"{model}: no layer can be compressed: {some}{more}")
-    return net, [f"Layers left unchanged and not counted: {some}{more}."]
+        remedy = "; --calibrate or --input gives the sizes" if getattr(net, "unsized", {}) else ""
+        raise ValueError(f"{model}: no layer can be compressed: {reasons}{remedy}")
+    return net, [f"Layers left unchanged and not counted: {reasons}."]
 
 
 def _print_plan(plan: CompressionPlan, scores: tuple[float, float] | None) -> None:

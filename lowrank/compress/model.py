@@ -14,6 +14,7 @@ from lowrank.factorization import Factorization
 Chains = Mapping[str, Factorization]
 Samples = dict[str, tuple[Array, ...]]
 Call = Callable[[], object]
+_SHOWN = 5  # reasons, and layers per reason, in a message
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,3 +136,35 @@ def omitted_layers(model: CompressibleModel) -> dict[str, OmittedLayer]:
     macs = getattr(model, "left_out_macs", {})
     reasons = getattr(model, "left_out", {})
     return {name: OmittedLayer(reason, macs.get(name)) for name, reason in reasons.items()}
+
+
+def describe_reasons(reasons: Mapping[str, str]) -> str:
+    """Return the reasons why layers stay, each with the first layers that it holds for.
+
+    Parameters
+    ----------
+    reasons : mapping of str to str
+        Reasons by the name of the layer.
+
+    Returns
+    -------
+    str
+        One line; empty without layers.
+
+    Examples
+    --------
+    >>> from lowrank.compress.model import describe_reasons
+    >>> describe_reasons({"a": "it is quantized", "b": "it is quantized", "c": "it is shared"})
+    'a, b: it is quantized; c: it is shared'
+    """
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name or "the model itself")
+    parts = []
+    for reason, of in list(names.items())[:_SHOWN]:
+        more = f" and {len(of) - _SHOWN} more" if len(of) > _SHOWN else ""
+        parts.append(f"{', '.join(of[:_SHOWN])}{more}: {reason}")
+    if len(names) > _SHOWN:
+        rest = sum(len(of) for of in list(names.values())[_SHOWN:])
+        parts.append(f"and {rest} more")
+    return "; ".join(parts)

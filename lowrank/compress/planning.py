@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -17,13 +15,20 @@ from lowrank._kernels import _core
 from lowrank.compress.by_time import allocate_by_prediction, allocate_by_time
 from lowrank.compress.kept_options import KeptOptions
 from lowrank.compress.latency import NetworkClock, Timing, layer_latency
-from lowrank.compress.model import CompressibleModel, Layer, OmittedLayer, omitted_layers
+from lowrank.compress.model import (
+    CompressibleModel,
+    Layer,
+    OmittedLayer,
+    describe_reasons,
+    omitted_layers,
+)
 from lowrank.compress.optimise import allocate
 from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
 from lowrank.compress.requests import check_request, read_requests, requested_options
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.core.blas import one_blas_thread
+from lowrank.core.threads import impatient_pool
 from lowrank.metric import Metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
@@ -189,7 +194,7 @@ def make_plan(
 
     options: dict[str, list[Candidate]] = {}
     # Fits are many small products: one layer per thread is faster than several threads per product.
-    with one_blas_thread(), _impatient_pool() as pool:
+    with one_blas_thread(), impatient_pool(_core.max_threads()) as pool:
         for i, (layer, found) in enumerate(zip(counted, pool.map(options_of, counted)), start=1):
             options[layer.name] = found
             if progress is not None:
@@ -250,16 +255,6 @@ def make_plan(
     )
 
 
-@contextmanager
-def _impatient_pool() -> Iterator[ThreadPoolExecutor]:
-    """Give a pool of threads whose running fits nobody waits for after an error or Ctrl-C."""
-    pool = ThreadPoolExecutor(_core.max_threads())
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _select_layers(
     model: CompressibleModel,
     pinned: Sequence[str],
@@ -269,10 +264,10 @@ def _select_layers(
     """Return the layers that count in the budget, and those of them that may change."""
     layers = [x for x in model.layers if not _matches(x.name, left_out)]
     if not layers:
-        reasons = "; ".join(f"{n or 'model'}: {x.reason}" for n, x in omitted_layers(model).items())
+        reasons = describe_reasons(getattr(model, "left_out", {}))
         raise ValueError(
             "model and left_out must leave at least one convolution or linear layer, got none"
-            f"{f' ({reasons[:500]})' if reasons else ''}"
+            f"{f' ({reasons})' if reasons else ''}"
         )
     for pattern in (*pinned, *left_out, *capped):
         if not any(fnmatchcase(x.name, pattern) for x in model.layers):

@@ -22,6 +22,7 @@ _LINEAR = ("Dense", "EinsumDense")
 #: Letters of the axes of an einsum, without the two that chains use for their ranks.
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Config = Mapping[str, Any]
+_LARGE = 4096  # samples, more than a kernel has
 
 
 class Einsum(NamedTuple):
@@ -159,6 +160,28 @@ def as_convolution(
     f = _convolution(kind, config, arrays, bias, size)
     f.output_shape(size)  # raises if the kernel does not fit
     return f, size
+
+
+def large_shape(kind: str, config: Config, kernel: Array) -> Ints:
+    """Return a shape that an input of a layer may have, with more samples than the kernel.
+
+    Parameters
+    ----------
+    kind : str
+        Class of the layer, but not EinsumDense.
+    config : mapping
+        Its configuration.
+    kernel : ndarray
+        Its first weight.
+
+    Returns
+    -------
+    tuple of int
+    """
+    if kind == "Dense":
+        return (1, len(kernel))
+    size = (_LARGE,) * (kernel.ndim - 2)
+    return (1, 1, *size) if config.get("data_format") == "channels_first" else (1, *size, 1)
 
 
 def as_samples(kind: str, config: Config, x: Array) -> Array:

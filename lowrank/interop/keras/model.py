@@ -26,6 +26,7 @@ from lowrank.interop.keras.convolutions import (
     as_output_samples,
     as_samples,
     is_convolution,
+    large_shape,
 )
 from lowrank.interop.keras.costs import MacCounter, count_macs
 from lowrank.interop.keras.files import library, load
@@ -41,7 +42,6 @@ from lowrank.interop.keras.layers import Site, chain_layers, is_expressible
 from lowrank.interop.keras.runs import Finished, Record, run
 
 _UNKNOWN = "its input has no fixed size: give calibration data or the input size"
-_LARGE = 4096  # samples, more than a kernel has
 
 
 class KerasModel:
@@ -207,12 +207,11 @@ class KerasModel:
             self.left_out[name] = "the model does not run it" if has_run else _UNKNOWN
             kind, config = type(layer).__name__, layer.get_config()
             depends = config.get("padding") == "same" and max(config.get("strides", (1,))) > 1
-            if has_run or depends:
+            if has_run or depends or kind == "EinsumDense":
                 continue
-            # Large enough for every kernel: convolutions without strides do not depend on it.
-            shape = tuple(n or _LARGE for n in layer.input.shape)
+            weights = [as_array(v) for v in layer.weights]
             try:
-                f = as_convolution(kind, config, [as_array(v) for v in layer.weights], shape)[0]
+                f = as_convolution(kind, config, weights, large_shape(kind, config, weights[0]))[0]
             except ValueError as why:
                 self.left_out[name] = str(why)
                 continue

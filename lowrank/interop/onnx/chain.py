@@ -32,7 +32,8 @@ def linear_chain(w: Writer, f: Factorization, x: str, rank: int, gemm: bool) -> 
         if not np.array_equal(source, np.arange(len(source))):
             x = w.node("Gather", [x, w.integers("order", source)], "shuffle", axis=rank - 1)
         plain = s.groups * s.outer * s.inner == 1
-        if gemm and plain:
+        # Until opset 11, the bias of a Gemm is required.
+        if gemm and plain and (bias is not None or w.opset >= 11):
             inputs = [x, w.weight("weight", s.weight[..., 0])]
             if bias is not None:
                 inputs.append(w.weight("bias", bias))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowrank._typing import Array, Ints
-from lowrank.compress.model import Chains, Layer, Samples
+from lowrank.compress.model import Chains, Layer, Samples, describe_reasons
 from lowrank.factorization import Factorization
 from lowrank.interop.batches import (
     Feed,
@@ -134,10 +134,10 @@ class OnnxModel:
         self.left_out, self.left_out_macs = found.left_out, found.left_out_macs
         self.unsized = found.unsized
         if not (self._sites or self.unsized):
-            reasons = "; ".join(f"layer {name!r}: {why}" for name, why in self.left_out.items())
+            reasons = describe_reasons(self.left_out)
             raise ValueError(
                 "the network has no Conv, ConvTranspose, Gemm or MatMul that can be replaced"
-                f"{': ' if reasons else ''}{reasons[:500]}"
+                f"{f' ({reasons})' if reasons else ''}"
             )
 
     @property
