@@ -133,7 +133,7 @@ axes.plot(curve, "o-", color="#0072b2", markersize=4, label="compressed, with la
 axes.plot(scratch, "s-", color="#d55e00", markersize=3.5, label="same layers from scratch")
 axes.set(xlabel="epochs", ylabel="accuracy on unseen digits, %", ylim=(0, 100),
          title="1/20 of the MACs")  # fmt: skip
-axes.legend(frameon=False, loc="lower left")
+axes.legend(frameon=False, loc="lower right")
 plt.show()
 
 # %%
