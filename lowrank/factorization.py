@@ -369,8 +369,9 @@ class Factorization:
         algorithm : str
             ``"auto"`` lets stages of 3, 5 or 7 taps run by Winograd (Toom-Cook) algorithms where
             that is faster and the predicted relative error is at most 1e-4; NaN and infinities in
-            the input may then spread over a tile of neighbouring outputs.  ``"direct"`` adds up
-            products alone.
+            the input may then spread over a tile of neighbouring outputs, and so may overflow
+            from 1/2500 of the largest number on, where outputs are as large as inputs.
+            ``"direct"`` adds up products alone.
 
         Returns
         -------
@@ -664,7 +665,7 @@ def compile_chains(
             raise ValueError(
                 f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}"
             )
-        stages += f.stages
+        stages += chain_algebra.levelled(f.stages)
         epilogues += [Epilogue()] * (len(f.stages) - 1) + [Epilogue(f.bias, activation)]
     shape = first.input_shape(input_shape)
     return engine.plan(stages, shape, dtype, epilogues, threads, algorithm=algorithm)

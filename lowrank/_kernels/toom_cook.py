@@ -76,6 +76,21 @@ def error_gain(outputs: int, taps: int) -> float:
     return max(math.sqrt(sum(x * x * s for x, s in zip(row, squares)) / taps) for row in t.a)
 
 
+@cache
+def range_gain(outputs: int, taps: int) -> float:
+    r"""Return how far the values of F(outputs, taps) exceed those of direct sums, in one dimension.
+
+    For inputs of at most 1 and taps whose absolute values add up to 1, inputs and outputs of the
+    products stay below, and so do all partial sums of the outputs,
+    ``sum over i of |a_ji| max_k |g_ik| sum over l of |b_il|``.  Gains of several axes multiply.
+    """
+    t = matrices(outputs, taps)
+    inputs = [sum(map(abs, row)) for row in t.b]
+    products = [max(map(abs, g)) * b for g, b in zip(t.g, inputs)]
+    sums = [sum(abs(x) * p for x, p in zip(row, products)) for row in t.a]
+    return float(max(*inputs, *sums))
+
+
 def _energy(row: Sequence[Fraction]) -> Fraction:
     return sum((x * x for x in row), start=Fraction(0))
 

@@ -27,6 +27,7 @@ from lowrank.engine import INTEGERS
 
 GROUP_POINTS = 2**18  # per call: enough to hide its overhead, few enough for the caches
 MIN_PARALLEL_SAMPLES = 2**17  # below which more threads cost more than they save
+PLAIN = 2.0**40  # largest tap, and its inverse, whose transform is not scaled
 MIN_BLOCK_OUTPUTS = 32  # along an axis, below which calls cost more than transforms
 
 
@@ -222,9 +223,12 @@ def plan(
     axes = tuple(_axis(n, t, b, a, mode) for n, t, b, a in zip(sizes, taps, block, before))
     threads = as_threads(threads) or _core.max_threads()
     # In float64, so that only the images are rounded; the new axis is that of blocks in a group.
-    spectrum = np.conj(_scipy_fft().rfftn(kernel.astype(np.float64), block))
+    taps_in_double = kernel.astype(np.float64)
+    peak = float(np.abs(taps_in_double).max())
+    scale = 1.0 if peak == 0 or 1 / PLAIN <= peak <= PLAIN else 2.0 ** (math.frexp(peak)[1] - 1)
+    spectrum = np.conj(_scipy_fft().rfftn(taps_in_double / scale, block))
     spectrum = spectrum.astype(np.result_type(dtype, np.complex64))[..., None, :]
-    return FourierPlan(axes, spectrum, dtype, float(value), threads)
+    return FourierPlan(axes, spectrum, dtype, float(value), threads, scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,6 +277,8 @@ class FourierPlan:
         Border value.
     threads : int
         Number of threads.
+    scale : float
+        Power of two by which the kernel was divided.
 
     Examples
     --------
@@ -288,24 +294,37 @@ class FourierPlan:
     dtype: np.dtype[Any]
     value: float
     threads: int
+    scale: float = 1.0
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """Filter `x`, (batch, 1, *spatial), into `out`, which must not overlap it.
 
         Both have the plan's dtype or 8- or 16-bit integers; results are rounded and saturated.
+        Images whose transforms overflow are divided by a power of two first.
         """
         out = self._checked(x, out)
+        self._filter(x, out, self.value, self.scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = float(out.sum())  # finite only if all are; takes a small part of a transform
+        if x.dtype.kind == "f" and not math.isfinite(total):
+            peak = max(float(np.abs(x).max(initial=0)), abs(self.value))
+            if math.isfinite(peak):
+                unit = 2.0 ** (math.frexp(peak)[1] - 1)
+                self._filter(x / x.dtype.type(unit), out, self.value / unit, self.scale, unit)
+        return out
+
+    def _filter(self, x: Array, out: Array, value: float, *scales: float) -> None:
+        """Filter `x` into `out`, multiplied by powers of two."""
         tasks = self._tasks(len(x))
         threads = self.threads if x.size >= MIN_PARALLEL_SAMPLES else 1
         workers = min(threads, len(tasks))
-        run = partial(self._run, x[:, 0], out[:, 0], threads // max(workers, 1))
+        run = partial(self._run, x[:, 0], out[:, 0], value, scales, threads // max(workers, 1))
         if workers > 1:
             with ThreadPoolExecutor(workers) as pool:
                 list(pool.map(run, tasks))
         else:
             for task in tasks:
                 run(task)
-        return out
 
     def _checked(self, x: Array, out: Array | None) -> Array:
         spatial = [a.size for a in self.axes]
@@ -340,12 +359,20 @@ class FourierPlan:
             for j in range(0, last.count, group)
         ]
 
-    def _run(self, x: Array, out: Array, workers: int, task: tuple[slice, Ints, int]) -> None:
+    def _run(
+        self,
+        x: Array,
+        out: Array,
+        border_value: float,
+        scales: Sequence[float],
+        workers: int,
+        task: tuple[slice, Ints, int],
+    ) -> None:
         """Filter a group of neighbouring blocks along the last axis."""
         images, first, group = task
         x, out = x[images], out[images]
         last = self.axes[-1]
-        value = self.dtype.type(self.value)
+        value = self.dtype.type(border_value)
         for i, axis in enumerate(self.axes, 1):
             count = group if axis is last else 1
             x = axis.read(x, i, first[i - 1], count, value)
@@ -356,11 +383,16 @@ class FourierPlan:
         blocks_of_group = sliding_window_view(x, last.block, axis=-1)[..., :: last.valid, :]
         leading = range(1, len(self.axes))
         f = fft.rfftn(blocks_of_group, axes=(*leading, -1), workers=workers)
-        f *= self.spectrum
+        with np.errstate(over="ignore", invalid="ignore"):  # seen in the results
+            f *= self.spectrum
         for i in leading:  # crop after each axis: the next ones transform less
             f = fft.ifft(f, axis=i, overwrite_x=True, workers=workers)
             f = f[(*(slice(None),) * i, slice(out.shape[i]))]
         y = fft.irfft(f, last.block, overwrite_x=True, workers=workers)
+        with np.errstate(over="ignore", under="ignore"):
+            for scale in scales:  # one by one: their product may overflow where results do not
+                if scale != 1:
+                    y *= self.dtype.type(scale)
         if out.dtype != y.dtype:
             y = reference.saturate(y, out.dtype)
         whole, rest = divmod(out.shape[-1], last.valid)

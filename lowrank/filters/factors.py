@@ -9,6 +9,7 @@ from functools import reduce
 import numpy as np
 
 from lowrank._typing import Array
+from lowrank.core.chain_algebra import level_exponent
 
 SMALL_INTEGER = 1 << 24  # integers up to it are float32 numbers, and so are short sums of products
 
@@ -68,6 +69,16 @@ def outer_factors(kernel: Array, tolerance: float) -> tuple[Array, ...] | None:
 def outer_product(factors: Sequence[Array]) -> Array:
     """Return the outer product of vectors."""
     return reduce(np.multiply.outer, factors)
+
+
+def levelled(factors: Sequence[Array]) -> list[Array]:
+    """Return factors of the same product, of which none but the last raises the largest sample."""
+    exponents = [level_exponent(float(np.abs(f).sum())) for f in factors[:-1]]
+    with np.errstate(over="ignore", under="ignore"):
+        last = np.ldexp(factors[-1], sum(exponents))
+        if not np.array_equal(np.ldexp(last, -sum(exponents)), factors[-1]):
+            return list(factors)  # out of the range of float64
+    return [*(np.ldexp(f, -e) for f, e in zip(factors[:-1], exponents)), last]
 
 
 def _integer_factors(fibres: Sequence[Array], at: Sequence[int]) -> tuple[Array, ...] | None:

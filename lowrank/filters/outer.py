@@ -15,7 +15,7 @@ from lowrank._typing import Array, Ints, PaddingMode
 from lowrank.core.geometry import Geometry
 from lowrank.factorization import Factorization
 from lowrank.filters import arguments, boxes, choose
-from lowrank.filters.factors import outer_factors, outer_product
+from lowrank.filters.factors import levelled, outer_factors, outer_product
 from lowrank.filters.window import Window
 
 FAR_FROM_ONE = 16  # power of two
@@ -201,7 +201,7 @@ class OuterPasses(NamedTuple):
 @functools.lru_cache(KEPT)
 def outer_passes(key: tuple[bytes, ...], window: Window, dtype: str) -> OuterPasses:
     """Make the passes of an outer product."""
-    lines = [np.frombuffer(f) for f in key]
+    lines = levelled([np.frombuffer(f) for f in key])
     some = [a for a, f in enumerate(lines) if len(f) > 1 or f[0] != 1] or [len(lines) - 1]
     return OuterPasses(
         Passes([lines[a] for a in some], np.dtype(dtype).name),
@@ -215,7 +215,7 @@ def outer_passes(key: tuple[bytes, ...], window: Window, dtype: str) -> OuterPas
 @functools.lru_cache(KEPT)
 def outer_chain(key: tuple[bytes, ...], window: Window, dtype: str, cval: float) -> Factorization:
     """Return the chain of passes of an outer product over 1 to 3 axes."""
-    lines = [np.frombuffer(f) for f in key]
+    lines = levelled([np.frombuffer(f) for f in key])
     geometry = Geometry.of(len(lines), padding=window.pads, padding_mode=window.border, value=cval)
     stages = choose.factored_stages(geometry, lines, np.dtype(dtype))
     return Factorization(stages, geometry, family="separable_sum", rank=(1,))
