@@ -269,9 +269,9 @@ inline unsigned short lr_float_to_half(float v) { return lr_bits<unsigned short>
 /* Return number `i` of a register of a tensor core: two halves, two bfloat16, or one TF32. */
 inline float lr_element(const char *types, unsigned v, int i)
 {
+    if (types[0] == 't') return __uint_as_float(v & ~0x1fffu);
     const unsigned short half = (unsigned short)(v >> 16 * i);
-    return types[0] == 't' ? __uint_as_float(v & ~0x1fffu) : types[0] == 'b' ? __uint_as_float((unsigned)half << 16) :
-           lr_half_to_float(half);
+    return types[0] == 'b' ? __uint_as_float((unsigned)half << 16) : lr_half_to_float(half);
 }
 
 /* mma.sync of 16 x 8 sums per warp, PTX ISA 9.7.15.5: lane 4 g + t holds of A, in registers 0 to 3, the rows
@@ -279,14 +279,16 @@ inline float lr_element(const char *types, unsigned v, int i)
  * in column g; of C the columns 2 t and 2 t + 1 of row g, then of row g + 8. */
 inline void lr_multiply(const char *types, float (&c)[4], const unsigned (&left)[4], unsigned b0, unsigned b1)
 {
-    const unsigned mine[6] = {left[0], left[1], left[2], left[3], b0, b1}, lane = threadIdx.x % lr_shim::WARP, g = lane / 4, t = lane % 4;
+    const unsigned mine[6] = {left[0], left[1], left[2], left[3], b0, b1};
+    const unsigned lane = threadIdx.x % lr_shim::WARP, g = lane / 4, t = lane % 4;
     const int pair = types[0] == 't' ? 1 : 2;
     memcpy(lr_shim::shown[threadIdx.x], mine, sizeof mine);
     lr_shim::barrier(__LINE__, true);
     for (unsigned i = 0; i < 4; i++)
         for (unsigned k = 0; k < 8; k++)
             for (int e = 0; e < pair; e++) {
-                const unsigned *const a = lr_shim::warp()[4 * g + k % 4], *const b = lr_shim::warp()[4 * (2 * t + i % 2) + k % 4];
+                const unsigned *const a = lr_shim::warp()[4 * g + k % 4];
+                const unsigned *const b = lr_shim::warp()[4 * (2 * t + i % 2) + k % 4];
                 c[i] += lr_element(types, a[i / 2 + k / 4 * 2], e) * lr_element(types, b[4 + k / 4], e);
             }
     lr_shim::barrier(__LINE__, true);

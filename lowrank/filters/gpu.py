@@ -11,6 +11,8 @@ import numpy as np
 
 from lowrank import engine
 from lowrank._typing import Array, Ints
+from lowrank.core.stage import Epilogue
+from lowrank.engine.cuda import steps
 from lowrank.factorization import Factorization
 from lowrank.filters import conversion
 from lowrank.filters.outer import OuterProduct, outer_chain
@@ -30,26 +32,38 @@ def correlate(
     xp = importlib.import_module("cupy")
     if out is None:
         out = xp.empty(image.shape, dtype)
-    window = call.window
+    window, work = call.window, call.work
     if isinstance(kernel, OuterProduct):
-        chain = outer_chain(kernel.key, window, call.work.str, call.cval)
+        chain = outer_chain(kernel.key, window, work.str, call.cval)
     else:
         chain = smallest_chain(call.request(kernel, image.shape, True))
     k = len(window.along)
-    last = tuple(range(image.ndim - k, image.ndim))
-    x = xp.ascontiguousarray(xp.moveaxis(image, window.along, last))
-    # Channels become a batch.
-    batch = x.reshape(-1, 1, *x.shape[-k:]).astype(call.work, copy=False)
-    run = _compile(chain, x.shape[-k:], call.work.name, engine.device_of(image), xp)
-    out[...] = conversion.as_image(
-        xp.moveaxis(run(batch).reshape(x.shape), last, window.along), dtype
+    # The colours of a pixel stay neighbours; other channels become a batch of planes.
+    has_colours = (
+        image.ndim == k + 1
+        and window.along == tuple(range(k))
+        and steps.is_interleavable(chain.stages, image.shape[-1])
     )
+    colours = image.shape[-1] if has_colours else 1
+    last = window.along if has_colours else tuple(range(image.ndim - k, image.ndim))
+    x = xp.ascontiguousarray(xp.moveaxis(image, window.along, last))
+    spatial = x.shape[:k] if has_colours else x.shape[-k:]
+    if x.dtype == bool:
+        x = x.view(np.uint8)
+    if x.dtype not in (work, *engine.INTEGERS):
+        x = x.astype(work)
+    given = x.reshape(-1, 1, *spatial[:-1], spatial[-1] * colours)
+    run = _compile(chain, spatial, colours, work.name, engine.device_of(image), xp)
+    result = run(given, xp.empty(given.shape, conversion.result_dtype(dtype, work)))
+    out[...] = conversion.as_image(xp.moveaxis(result.reshape(x.shape), last, window.along), dtype)
     return out
 
 
 @functools.lru_cache(CACHED_FILTERS)
 def _compile(
-    chain: Factorization, spatial: Ints, dtype: str, device: str, xp: ModuleType
+    chain: Factorization, spatial: Ints, colours: int, dtype: str, device: str, xp: ModuleType
 ) -> engine.Runner:
     """Return a plan for a device of `xp`: the module of the arrays, which tests replace."""
-    return chain.astype(np.dtype(dtype)).to(device).compile(spatial)
+    stages = chain.astype(np.dtype(dtype)).to(device).stages
+    epilogues = [Epilogue()] * len(stages)
+    return engine.plan(stages, (1, *spatial), np.dtype(dtype), epilogues, None, colours)

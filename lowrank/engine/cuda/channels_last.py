@@ -100,10 +100,11 @@ def _packed(weight: Any, dtype: Any) -> Any:
     outs, depth = weight.shape
     unit = ROW_BYTES // dtype.itemsize
     rows, columns = -(-outs // OUTPUT_CHANNELS), -(-depth // unit)
-    padded = cupy.zeros((rows * OUTPUT_CHANNELS, columns * unit), dtype)
-    padded[:outs, :depth] = weight.astype(dtype)
+    bits = np.dtype(f"u{dtype.itemsize}")
+    padded = cupy.zeros((rows * OUTPUT_CHANNELS, columns * unit), bits)
+    padded[:outs, :depth] = cupy.ascontiguousarray(weight).astype(dtype).view(bits)
     if dtype.itemsize == 4:  # round to TF32: the tensor cores drop 13 bits
-        padded = (padded.view(np.uint32) + np.uint32(0x1000)).view(dtype)
+        padded += bits.type(0x1000)
     # outputs: block, thread / 4, product, register; inputs: step, thread % 4, product, register
     parts = padded.reshape(rows, 8, 2, 2, columns, 4, 2, 2, -1)
-    return cupy.ascontiguousarray(parts.transpose(0, 4, 2, 6, 1, 5, 7, 3, 8))
+    return cupy.ascontiguousarray(parts.transpose(0, 4, 2, 6, 1, 5, 7, 3, 8)).view(dtype)

@@ -42,7 +42,7 @@ def matrix_product(
     s, g = bound.stage, bound.stage.geometry
     groups, outs, ins, taps = bound.weight.shape
     weight = bound.weight.transpose(0, 3, 2, 1).reshape(groups, taps * ins, outs)
-    weight = cupy.ascontiguousarray(cupy.tile(weight, (s.outer, 1, 1)).astype(dtype))
+    weight = cupy.ascontiguousarray(cupy.tile(weight, (s.outer, 1, 1))).astype(dtype)
     groups *= s.outer
     size, out = bound.sizes
     is_plain = taps == 1 and size == out and not any(map(any, g.padding)) and {*g.stride} == {1}

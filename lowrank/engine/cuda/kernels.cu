@@ -13,7 +13,9 @@
 #ifdef LR_SHIM
 #include LR_SHIM
 #else
-#define LR_SHARED(S) extern __shared__ __align__(16) double lr_shared[]; S *const shared = (S *)lr_shared
+#define LR_SHARED(S)                                                                                       \
+    extern __shared__ __align__(16) double lr_shared[];                                                    \
+    S *const shared = (S *)lr_shared
 #endif
 
 typedef long long i64;
@@ -72,8 +74,14 @@ __device__ inline void narrow(float v, f16 *to)
 
 /* Values that are loaded and stored together, in up to 16 bytes. */
 template <class T, int N> struct alignas(sizeof(T) * N) pack { T v[N]; };
-template <class T, int N> __device__ inline pack<T, N> load(const T *from) { return *(const pack<T, N> *)from; }
-template <class T, int N> __device__ inline void store(const pack<T, N> &p, T *to) { *(pack<T, N> *)to = p; }
+template <class T, int N> __device__ inline pack<T, N> load(const T *from)
+{
+    return *(const pack<T, N> *)from;
+}
+template <class T, int N> __device__ inline void store(const pack<T, N> &p, T *to)
+{
+    *(pack<T, N> *)to = p;
+}
 
 __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -101,7 +109,9 @@ struct limits {
     float low, high;
     __device__ limits(int activation)
         : low(activation ? 0 : __uint_as_float(0xff800000u)),
-          high(activation == 2 ? 6 : __uint_as_float(0x7f800000u)) {}
+          high(activation == 2 ? 6 : __uint_as_float(0x7f800000u))
+    {
+    }
     template <class S> __device__ S operator()(S v) const { return smaller(larger(v, (S)low), (S)high); }
 };
 
@@ -110,14 +120,16 @@ struct limits {
 /* Shape of a filter of KH x KW taps whose threads compute V neighbouring outputs of a row, and the rows
  * below.  Taps of a row are STEP samples apart: STEP interleaved channels, such as colours, are filtered
  * alike.  FORM: 0, KH x KW taps; 1, one column of KH and one row of KW taps; 2, a sum of such products. */
-template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM> struct planar {
+template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM>
+struct planar {
     typedef typename sum_of<TI>::type S;
-    static constexpr int RING = (KH + STRIDE - 1) / STRIDE; /* rows of outputs that one row of inputs adds to */
+    static constexpr int RING =
+        (KH + STRIDE - 1) / STRIDE; /* rows of outputs that one row of inputs adds to */
     static constexpr int PERIOD = RING * STRIDE;
     /* Rows of inputs per iteration; planes may have a single row. */
     static constexpr int ROWS = PERIOD < 4 && KH > 1 ? PERIOD * (4 / PERIOD) : PERIOD;
-    static constexpr int SPAN = (V - 1) * STRIDE + (KW - 1) * STEP + 1;      /* samples of a row of inputs */
-    static constexpr int WIDTH = least(V * STRIDE, 16 / (int)sizeof(TI));    /* samples of a vector */
+    static constexpr int SPAN = (V - 1) * STRIDE + (KW - 1) * STEP + 1;   /* samples of a row of inputs */
+    static constexpr int WIDTH = least(V * STRIDE, 16 / (int)sizeof(TI)); /* samples of a vector */
     static constexpr int VECTORS = (most(OFFSET, 0) + SPAN + WIDTH - 1) / WIDTH;
     static constexpr int BORDER = KH > 7 ? 1 : V; /* columns at a time at the borders */
     static constexpr int TAPS = FORM ? KH + KW : KH * KW;
@@ -158,11 +170,12 @@ __device__ inline void add_row(S (&sum)[P::RING][V], const S (&v)[P::SPAN], cons
 
 /* Compute a strip of V columns: `periods` times ROWS rows of inputs, each read once.  INSIDE: all
  * samples are in the image and all outputs exist; x is the first sample, less OFFSET. */
-template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM, bool INSIDE>
-__device__ inline void strip(const TI *__restrict__ x, TO *__restrict__ y,
-                             const typename sum_of<TI>::type *__restrict__ weight, typename sum_of<TI>::type bias,
-                             const int *__restrict__ pos_h, const int *__restrict__ pos_w, int iw, int ow,
-                             int rows, int columns, int periods, int terms, limits within)
+template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM,
+          bool INSIDE>
+__device__ inline void
+strip(const TI *__restrict__ x, TO *__restrict__ y, const typename sum_of<TI>::type *__restrict__ weight,
+      typename sum_of<TI>::type bias, const int *__restrict__ pos_h, const int *__restrict__ pos_w, int iw,
+      int ow, int rows, int columns, int periods, int terms, limits within)
 {
     typedef planar<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM> P;
     typedef typename P::S S;
@@ -203,13 +216,15 @@ __device__ inline void strip(const TI *__restrict__ x, TO *__restrict__ y,
                 const int row = period * P::ROWS + p, at_h = row <= last_h ? pos_h[row] : -1;
                 const TI *const line = x + (i64)at_h * iw;
 #pragma unroll
-                for (int i = 0; i < P::SPAN; i++) v[i] = at_h >= 0 && at_w[i] >= 0 ? (S)wide(line[at_w[i]]) : (S)0;
+                for (int i = 0; i < P::SPAN; i++)
+                    v[i] = at_h >= 0 && at_w[i] >= 0 ? (S)wide(line[at_w[i]]) : (S)0;
             }
             add_row<P, KH, KW, STRIDE, STEP, V, FORM>(sum, v, taps, terms, p);
             if ((p - (KH - 1) + P::ROWS * KH) % STRIDE) continue;
             const int slot = (p - (KH - 1) + P::ROWS * KH) / STRIDE % P::RING;
             /* The first KH - 1 rows complete no output. */
-            const int h = period * (P::ROWS / STRIDE) + (p - (KH - 1) + P::ROWS * KH) / STRIDE - P::ROWS * KH / STRIDE;
+            const int h = period * (P::ROWS / STRIDE) + (p - (KH - 1) + P::ROWS * KH) / STRIDE -
+                          P::ROWS * KH / STRIDE;
             if (p >= KH - 1 || h >= 0) {
                 pack<TO, V> result;
 #pragma unroll
@@ -235,9 +250,10 @@ __device__ inline void strip(const TI *__restrict__ x, TO *__restrict__ y,
 template <class TI, class TO, int KH, int KW, int STRIDE, int STEP, int V, int OFFSET, int FORM>
 __global__ void __launch_bounds__(128)
     planes(const TI *__restrict__ x, TO *__restrict__ y, i64 outputs, i64 periods_per_strip,
-           const typename sum_of<TI>::type *__restrict__ weight, const typename sum_of<TI>::type *__restrict__ bias,
-           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int per, int sets, int channels, int depth,
-           int ih, int iw, int oh, int ow, int top, int left, int terms, int activation)
+           const typename sum_of<TI>::type *__restrict__ weight,
+           const typename sum_of<TI>::type *__restrict__ bias, const int *__restrict__ pos_h,
+           const int *__restrict__ pos_w, int per, int sets, int channels, int depth, int ih, int iw,
+           int oh, int ow, int top, int left, int terms, int activation)
 {
     typedef planar<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM> P;
     const int periods = (int)periods_per_strip, rows = (periods * P::ROWS - KH) / STRIDE + 1; /* per strip */
@@ -245,9 +261,11 @@ __global__ void __launch_bounds__(128)
     const u32 n = blockIdx.x * blockDim.x + threadIdx.x, over = n / across;
     const int w0 = (int)(n % across) * V, h0 = (int)(over % down) * rows;
     const u32 plane = over / down, channel = plane / depth;
-    const int exists = plane < (u32)outputs, h = h0 * STRIDE - top, w = w0 * STRIDE - left - most(OFFSET, 0);
+    const int exists = plane < (u32)outputs, h = h0 * STRIDE - top,
+              w = w0 * STRIDE - left - most(OFFSET, 0);
     const int inside = h >= 0 && w >= 0 && h + periods * P::ROWS <= ih &&
-                       w + (OFFSET < 0 ? P::SPAN : P::VECTORS * P::WIDTH) <= iw && h0 + rows <= oh && w0 + V <= ow;
+                       w + (OFFSET < 0 ? P::SPAN : P::VECTORS * P::WIDTH) <= iw && h0 + rows <= oh &&
+                       w0 + V <= ow;
     /* All threads of a warp take the same branch. */
     const int is_fast = __all_sync(0xffffffffu, inside || !exists);
     if (!exists) return;
@@ -257,24 +275,23 @@ __global__ void __launch_bounds__(128)
     y += ((i64)plane * oh + h0) * ow + w0;
     weight += (i64)(channel % sets) * terms * P::TAPS;
     if (is_fast)
-        strip<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM, true>(x + (i64)h * iw + w, y, weight, b, pos_h, pos_w,
-                                                                   iw, ow, rows, V, periods, terms, within);
+        strip<TI, TO, KH, KW, STRIDE, STEP, V, OFFSET, FORM, true>(
+            x + (i64)h * iw + w, y, weight, b, pos_h, pos_w, iw, ow, rows, V, periods, terms, within);
     else
         /* Many taps: single columns, since four times the code takes seconds to compile. */
         for (int i = 0; i < V && w0 + i < ow; i += P::BORDER)
             strip<TI, TO, KH, KW, STRIDE, STEP, P::BORDER, OFFSET, FORM, false>(
-                x, y + i, weight, b, pos_h + h0 * STRIDE, pos_w + (w0 + i) * STRIDE, iw, ow, least(oh - h0, rows),
-                least(ow - w0 - i, P::BORDER), periods, terms, within);
+                x, y + i, weight, b, pos_h + h0 * STRIDE, pos_w + (w0 + i) * STRIDE, iw, ow,
+                least(oh - h0, rows), least(ow - w0 - i, P::BORDER), periods, terms, within);
 }
 
 /* Depthwise stage of any geometry; a block computes outputs of one plane.  weight: (sets, taps). */
-template <class T>
-__global__ void __launch_bounds__(256)
+template <class T> __global__ void __launch_bounds__(256)
     depthwise_any(const T *__restrict__ x, T *__restrict__ y, const SUM *__restrict__ weight,
-                  const SUM *__restrict__ bias, const int *__restrict__ pos_d, const int *__restrict__ pos_h,
-                  const int *__restrict__ pos_w, int per, int sets, int channels, int id, int ih, int iw, int od,
-                  int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd, int dh, int dw,
-                  int activation)
+                  const SUM *__restrict__ bias, const int *__restrict__ pos_d,
+                  const int *__restrict__ pos_h, const int *__restrict__ pos_w, int per, int sets,
+                  int channels, int id, int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw,
+                  int sd, int sh, int sw, int dd, int dh, int dw, int activation)
 {
     const u32 samples = (u32)od * oh * ow, blocks = (samples + blockDim.x - 1) / blockDim.x;
     const u32 plane = blockIdx.x / blocks, n = blockIdx.x % blocks * blockDim.x + threadIdx.x;
@@ -316,8 +333,8 @@ template <class T, int V> __device__ inline void load_or_zero(bool is_inside, co
 /* Compute ROWS outputs of one column and V neighbouring channels.  `input(row, tap)` points at samples of
  * `input.row(p)`, and `output(row, sums)` stores; taps: (KH * KW, channels). */
 template <class T, int KH, int KW, int STRIDE, int ROWS, int V, class Input, class Output>
-__device__ inline void column(const Input &input, const SUM *__restrict__ taps, int channels, const SUM *bias,
-                              const Output &output)
+__device__ inline void column(const Input &input, const SUM *__restrict__ taps, int channels,
+                              const SUM *bias, const Output &output)
 {
     constexpr bool HELD = KH * KW * V * (int)sizeof(SUM) <= 200; /* taps stay in registers */
     constexpr int N = least(V, 16 / (int)sizeof(SUM));
@@ -350,11 +367,13 @@ __device__ inline void column(const Input &input, const SUM *__restrict__ taps, 
                     pack<SUM, N> part;
                     if (!HELD) part = load<SUM, N>(taps + k * channels + c);
 #pragma unroll
-                    for (int j = 0; j < N; j++) sum[i][c + j] += (HELD ? held[HELD ? k : 0][c + j] : part.v[j]) * v[c + j];
+                    for (int j = 0; j < N; j++)
+                        sum[i][c + j] += (HELD ? held[HELD ? k : 0][c + j] : part.v[j]) * v[c + j];
                 }
             }
         }
-        if (p >= KH - 1 && (p - KH + 1) % STRIDE == 0) output((p - KH + 1) / STRIDE, sum[(p - KH + 1) / STRIDE]);
+        if (p >= KH - 1 && (p - KH + 1) % STRIDE == 0)
+            output((p - KH + 1) / STRIDE, sum[(p - KH + 1) / STRIDE]);
     }
 }
 
@@ -363,8 +382,8 @@ template <class T, int KW> struct last_input {
     const T *x;
     const int *pos_h;
     int rows, pitch, at[KW]; /* padded rows that exist; elements between rows; offset of each tap, or -1 */
-    __device__ last_input(const T *first, const int *rows_of, const int *columns_of, int row, int column, int high,
-                          int wide, int iw, int channels)
+    __device__ last_input(const T *first, const int *rows_of, const int *columns_of, int row, int column,
+                          int high, int wide, int iw, int channels)
         : x(first), pos_h(rows_of + row), rows(high - row), pitch(iw * channels)
     {
 #pragma unroll
@@ -392,11 +411,11 @@ template <class T, int V> struct last_output {
 };
 
 /* Depthwise stage with `per` output channels per input channel; V is 1 if `per` is not. */
-template <class T, int KH, int KW, int STRIDE, int ROWS, int V>
-__global__ void __launch_bounds__(128)
+template <class T, int KH, int KW, int STRIDE, int ROWS, int V> __global__ void __launch_bounds__(128)
     depthwise_last(const T *__restrict__ x, T *__restrict__ y, i64 images, const SUM *__restrict__ taps,
-                   const SUM *__restrict__ bias, const int *__restrict__ pos_h, const int *__restrict__ pos_w, int per,
-                   int channels, int ih, int iw, int oh, int ow, int activation)
+                   const SUM *__restrict__ bias, const int *__restrict__ pos_h,
+                   const int *__restrict__ pos_w, int per, int channels, int ih, int iw, int oh, int ow,
+                   int activation)
 {
     u32 n = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 vectors = (u32)channels / V, down = (u32)(oh + ROWS - 1) / ROWS;
@@ -407,27 +426,30 @@ __global__ void __launch_bounds__(128)
     const int h = (int)(n % down) * ROWS;
     const i64 image = n / down;
     if (image >= images) return;
-    const last_input<T, KW> input(x + image * ih * iw * (channels / per) + c / per, pos_h, pos_w, h * STRIDE,
-                                     w * STRIDE, (oh - 1) * STRIDE + KH, (ow - 1) * STRIDE + KW, iw, channels / per);
-    const last_output<T, V> output = {y + ((image * oh + h) * ow + w) * channels + c, oh - h, ow * channels, limits(activation)};
+    const last_input<T, KW> input(x + image * ih * iw * (channels / per) + c / per, pos_h, pos_w,
+                                  h * STRIDE, w * STRIDE, (oh - 1) * STRIDE + KH, (ow - 1) * STRIDE + KW,
+                                  iw, channels / per);
+    const last_output<T, V> output = {y + ((image * oh + h) * ow + w) * channels + c, oh - h, ow * channels,
+                                      limits(activation)};
     column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias + c, output);
 }
 
 /* One product of 16 x 8 sums by tensor cores, c += a b; float is rounded to TF32. */
 #ifdef LR_SHIM
-#define MULTIPLY(T, SHAPE, TYPES)                                                                                 \
-    __device__ inline void multiply(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)                            \
-    {                                                                                                             \
-        lr_multiply(#TYPES, c, a, b0, b1);                                                                          \
+#define MULTIPLY(T, SHAPE, TYPES)                                                                          \
+    __device__ inline void multiply(T, float (&c)[4], const u32(&a)[4], u32 b0, u32 b1)                    \
+    {                                                                                                      \
+        lr_multiply(#TYPES, c, a, b0, b1);                                                                 \
     }
 #else
-#define MULTIPLY(T, SHAPE, TYPES)                                                                                 \
-    __device__ inline void multiply(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)                            \
-    {                                                                                                             \
-        asm("mma.sync.aligned." #SHAPE ".row.col.f32." #TYPES ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-            "{%0, %1, %2, %3};"                                                                                   \
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                             \
+#define MULTIPLY(T, SHAPE, TYPES)                                                                          \
+    __device__ inline void multiply(T, float (&c)[4], const u32(&a)[4], u32 b0, u32 b1)                    \
+    {                                                                                                      \
+        asm volatile("mma.sync.aligned." #SHAPE ".row.col.f32." #TYPES                                     \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "                                 \
+                     "{%0, %1, %2, %3};"                                                                   \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                      \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
     }
 #endif
 MULTIPLY(float, m16n8k8, tf32.tf32)
@@ -444,8 +466,9 @@ MULTIPLY(f16, m16n8k16, f16.f16)
  * outputs from o on.  weight: as `_packed` in channels_last.py orders it, with zeros up to multiples of 32
  * outputs and 64 bytes of inputs, `steps` of them. */
 template <class T, class Row, class Store>
-__device__ inline void product(const Row &row, int rows, const T *__restrict__ weight, const float *__restrict__ bias,
-                               int filled, int steps, int outs, const Store &store)
+__device__ inline void product(const Row &row, int rows, const T *__restrict__ weight,
+                               const float *__restrict__ bias, int filled, int steps, int outs,
+                               const Store &store)
 {
     constexpr int N = 16 / (int)sizeof(T);
     const int lane = threadIdx.x % 32, group = lane / 4, k0 = lane % 4 * N, tiles = (rows + 31) / 32;
@@ -553,7 +576,7 @@ template <class T> struct shared_rows {
 };
 
 template <class T, int TW> struct tile_store {
-    T *y; /* first output of the tile */
+    T *y;                        /* first output of the tile */
     int rows, columns, ow, outs; /* rows and columns of the tile that exist */
     limits within;
     __device__ void operator()(int i, int o, float (&sum)[4]) const
@@ -569,15 +592,18 @@ template <class T, int TW> struct tile_store {
  * FIRST, are multiples of 4. */
 template <class T, int KH, int KW, int STRIDE, int TH, int TW, int V, int FIRST>
 __global__ void __launch_bounds__(256, 2)
-    fused(const T *__restrict__ x, T *__restrict__ y, const T *__restrict__ weight0, const float *__restrict__ bias0,
-          const float *__restrict__ taps, const float *__restrict__ bias1, const T *__restrict__ weight2,
-          const float *__restrict__ bias2, const int *__restrict__ pos_h, const int *__restrict__ pos_w, int ins, int middle, int per, int outs, int ih, int iw, int oh, int ow,
-          int activation0, int activation1, int activation2)
+    fused(const T *__restrict__ x, T *__restrict__ y, const T *__restrict__ weight0,
+          const float *__restrict__ bias0, const float *__restrict__ taps, const float *__restrict__ bias1,
+          const T *__restrict__ weight2, const float *__restrict__ bias2, const int *__restrict__ pos_h,
+          const int *__restrict__ pos_w, int ins, int middle, int per, int outs, int ih, int iw, int oh,
+          int ow, int activation0, int activation1, int activation2)
 {
-    constexpr int HALO_H = (TH - 1) * STRIDE + KH, HALO_W = (TW - 1) * STRIDE + KW, ROWS = KH > 3 ? 2 : 4, UNIT = 64 / (int)sizeof(T);
+    constexpr int HALO_H = (TH - 1) * STRIDE + KH, HALO_W = (TW - 1) * STRIDE + KW, ROWS = KH > 3 ? 2 : 4,
+                  UNIT = 64 / (int)sizeof(T);
     static_assert(TH % ROWS == 0 && TH * TW % 32 == 0, "whole columns, and whole tiles of the product");
     LR_SHARED(T);
-    const int channels = middle * per, pitch = pitch_of<T>(channels), depth = (channels + UNIT - 1) / UNIT * UNIT;
+    const int channels = middle * per, pitch = pitch_of<T>(channels),
+              depth = (channels + UNIT - 1) / UNIT * UNIT;
     const int halo_pitch = pitch_of<T>(middle);
     T *const halo = shared + TH * TW * pitch;
     const u32 across = (u32)(ow + TW - 1) / TW, down = (u32)(oh + TH - 1) / TH, over = blockIdx.x / across;
@@ -587,16 +613,19 @@ __global__ void __launch_bounds__(256, 2)
     y += ((image * oh + h0) * ow + w0) * outs;
     const int rows = (oh - 1) * STRIDE + KH, columns = (ow - 1) * STRIDE + KW;
     if constexpr (FIRST) {
-        const halo_rows<T, HALO_W> from = {x, pos_h, pos_w, h0 * STRIDE, w0 * STRIDE, rows, columns, iw, ins,
-                                           HALO_H * HALO_W};
-        const halo_store<T, halo_rows<T, HALO_W>> to = {halo, from, halo_pitch, middle, limits(activation0)};
+        const halo_rows<T, HALO_W> from = {x,    pos_h,   pos_w, h0 * STRIDE, w0 * STRIDE,
+                                           rows, columns, iw,    ins,         HALO_H * HALO_W};
+        const halo_store<T, halo_rows<T, HALO_W>> to = {halo, from, halo_pitch, middle,
+                                                        limits(activation0)};
         product<T>(from, HALO_H * HALO_W, weight0, bias0, ins, (ins + UNIT - 1) / UNIT, middle, to);
         __syncthreads();
     }
     /* The neighbours of a warp are neighbouring channels; those beyond the last are zero. */
     for (int item = threadIdx.x; item < depth / V * TW * (TH / ROWS); item += blockDim.x) {
-        const int c = item % (depth / V) * V, column0 = item / (depth / V) % TW, row0 = item / (depth / V) / TW * ROWS;
-        const last_output<T, V> output = {shared + (row0 * TW + column0) * pitch + c, ROWS, TW * pitch, limits(activation1)};
+        const int c = item % (depth / V) * V, column0 = item / (depth / V) % TW,
+                  row0 = item / (depth / V) / TW * ROWS;
+        const last_output<T, V> output = {shared + (row0 * TW + column0) * pitch + c, ROWS, TW * pitch,
+                                          limits(activation1)};
         if (c >= channels) {
             const float zeros[V] = {};
 #pragma unroll
@@ -604,12 +633,12 @@ __global__ void __launch_bounds__(256, 2)
             continue;
         }
         if constexpr (FIRST) {
-            const shared_input<T> input = {
-                halo + (row0 * HALO_W + column0) * STRIDE * halo_pitch + c / per, HALO_W, halo_pitch};
+            const shared_input<T> input = {halo + (row0 * HALO_W + column0) * STRIDE * halo_pitch + c / per,
+                                           HALO_W, halo_pitch};
             column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias1 + c, output);
         } else {
             const last_input<T, KW> input(x + c / per, pos_h, pos_w, (h0 + row0) * STRIDE,
-                                             (w0 + column0) * STRIDE, rows, columns, iw, ins);
+                                          (w0 + column0) * STRIDE, rows, columns, iw, ins);
             column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias1 + c, output);
         }
     }
@@ -622,8 +651,8 @@ __global__ void __launch_bounds__(256, 2)
 /* --- around products of cuBLAS ----------------------------------------------------------------------- */
 
 /* Swap the axes of `count` matrices (rows, columns): channels first to channels last, and back. */
-template <class T>
-__global__ void __launch_bounds__(256) transpose(const T *__restrict__ x, T *__restrict__ y, int rows, int columns)
+template <class T> __global__ void __launch_bounds__(256)
+    transpose(const T *__restrict__ x, T *__restrict__ y, int rows, int columns)
 {
     __shared__ T tile[32][33]; /* 33: lanes of a column hit different banks */
     const u32 across = (u32)(columns + 31) / 32, down = (u32)(rows + 31) / 32, over = blockIdx.x / across;
@@ -643,11 +672,11 @@ __global__ void __launch_bounds__(256) transpose(const T *__restrict__ x, T *__r
 
 /* im2col: (images, od, oh, ow, groups, kd, kh, kw, channels per group); a thread copies V channels of
  * one row of taps. */
-template <class T, int V>
-__global__ void __launch_bounds__(256)
+template <class T, int V> __global__ void __launch_bounds__(256)
     unroll(const T *__restrict__ x, T *__restrict__ to, i64 images, const int *__restrict__ pos_d,
-           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int groups, int ins, int id, int ih, int iw, int od, int oh,
-           int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd, int dh, int dw)
+           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int groups, int ins, int id,
+           int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
+           int dh, int dw)
 {
     u32 n = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 vectors = (u32)ins / V, tap_rows = (u32)(kd * kh);
@@ -680,8 +709,7 @@ __global__ void __launch_bounds__(256)
 }
 
 /* Add bias and activation in place, V channels per thread: (samples, channels). */
-template <class T, int V>
-__global__ void __launch_bounds__(256)
+template <class T, int V> __global__ void __launch_bounds__(256)
     epilogue(T *y, i64 samples, const SUM *__restrict__ bias, int channels, int activation)
 {
     const i64 n = (blockIdx.x * (i64)blockDim.x + threadIdx.x) * V;

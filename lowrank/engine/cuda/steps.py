@@ -25,6 +25,7 @@ CHANNELS_LAST = ("matrix product", "depthwise + pointwise", "pointwise + depthwi
 MAX_FILTER_TAPS = 32  # along an axis: loops are unrolled, and more take seconds to compile
 MAX_UNROLLED_TAPS = 11  # along an axis of a depthwise kernel whose loops are unrolled
 MAX_UNROLLED_STRIDE = 4
+MAX_INTERLEAVED = 4  # values per sample, such as the colours of a pixel
 SHARED_BYTES = 99 << 10  # of shared memory that a block may take on every device since sm_86
 FUSED_TILE = 8, 16  # outputs per block of a fused step, along H and W
 MAX_FUSED_TAPS = 25  # of a fused depthwise stage
@@ -126,7 +127,7 @@ def partition(
             ends = shapes[first], shapes[first + count]
             steps.append(KernelStep(kind, first, count, *ends, taps))
             first += count
-    if interleaved > 1 and not _can_interleave(stages, steps):
+    if interleaved > 1 and not (len(steps) == 1 and is_interleavable(stages, interleaved)):
         raise ValueError(
             f"interleaved must be 1 for this chain on a GPU, got {interleaved}: only one filter of "
             "images or depthwise stage of stride 1 runs on interleaved values"
@@ -228,13 +229,16 @@ def _can_fuse(stages: Sequence[Stage], shared: int) -> bool:
     return fused_shared_bytes(first.out_channels, middle, taps, stride) <= shared
 
 
-def _can_interleave(stages: Sequence[Stage], steps: Sequence[KernelStep]) -> bool:
-    s = stages[0]
-    if len(steps) != 1 or s.geometry.ndim > 2:
+def is_interleavable(stages: Sequence[Stage], values: int) -> bool:
+    """Return whether a chain is one filter of images whose samples have up to four values."""
+    first, last = stages[0], stages[-1]
+    if not 1 < values <= MAX_INTERLEAVED or first.geometry.ndim > 2 or first.geometry.value:
         return False
-    if steps[0].kind == "filter":
-        return steps[0].taps[0] == 1
-    return steps[0].kind == "depthwise" and is_planar(s) and set(s.geometry.stride) == {1}
+    if len(stages) == 2 and is_filter(stages):
+        return max(first.kernel + last.kernel) <= MAX_FILTER_TAPS
+    is_depthwise = first.weight.shape[1] == 1 and not first.transposed
+    is_plain = is_depthwise and first.shuffle == (1, 1) and first.inner == 1
+    return len(stages) == 1 and is_plain and is_planar(first) and {*first.geometry.stride} == {1}
 
 
 def axes_of(stage: Stage) -> list[int]:
