@@ -136,7 +136,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def reduce_ranks(model: nn.Module) -> nn.Module:
-    """Give the weights of dense layers a low rank, in place, and batch norms random statistics."""
+    """Give the weights of dense layers a low rank, in place, and batch norms random statistics.
+
+    Weights that are all zero, such as those of the last norms of residual branches, are set first:
+    nothing before them would change the outputs.
+    """
     weights: list[torch.Tensor] = []
     for module in model.modules():
         if isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1:
@@ -146,8 +150,12 @@ def reduce_ranks(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2.0)
+            if module.weight is not None and not bool(module.weight.any()):
+                module.weight.data.fill_(1.0)
     limits = _limits(_matrix(weight.shape) for weight in weights)
     for weight in weights:
+        if not bool(weight.any()):
+            weight.data.normal_(0, 0.02)
         matrix = weight.detach().reshape(_matrix(weight.shape))
         if _is_within(matrix.shape, limits):
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
