@@ -151,6 +151,42 @@ def test_damaged_files_raise_one_line_errors(rng, tmp_path):
     assert all(str(path) in e and "\n" not in e for e in errors), errors
 
 
+def test_inputs_need_a_shape(rng, tmp_path):
+    model, _ = small_net(rng)
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="input 'x' must have a type and a shape, whose sizes may"):
+        open_model(tmp_path / "net.onnx")
+
+
+@pytest.mark.full  # it reads and writes 2.2 GB
+def test_a_tensor_of_more_than_two_gigabytes(rng, tmp_path):
+    w, x = arrays(rng, (8, 4), (2, 5, 4))
+    rows = 2**27 + 3  # of 16 bytes
+    nodes = [
+        helper.make_node("Gather", ["table", "at"], ["e"], axis=0),
+        helper.make_node("MatMul", ["x", "w"], ["a"], "fc"),
+        helper.make_node("Concat", ["a", "e"], ["y"], axis=1),
+    ]
+    model = model_of(nodes, {"x": ["N", 5, 4]}, ("a", "e"), {"w": w.T, "at": np.array([rows - 1])})
+    del model.graph.node[2:]
+    table = model.graph.initializer.add(name="table", data_type=TensorProto.FLOAT, dims=[rows, 4])
+    table.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "t.bin"), ("offset", 0), ("length", rows * 16)):
+        table.external_data.add(key=key, value=str(value))
+    with open(tmp_path / "t.bin", "wb") as file:  # zeros, which take no space on the disk
+        file.truncate(rows * 16 - 4)
+        file.seek(rows * 16 - 4)
+        file.write(np.float32(7).tobytes())
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    net = open_model(tmp_path / "net.onnx", [x])
+    f = lr.channel_svd(net.layers[0].conv, 2)
+    save(net.replaced({"fc": f}), tmp_path / "small.onnx")
+    a, e = next(open_model(tmp_path / "small.onnx", [x]).outputs({}))
+    np.testing.assert_allclose(a, f(x.swapaxes(1, 2)).swapaxes(1, 2), **CLOSE)
+    np.testing.assert_array_equal(e, [[0, 0, 0, 7]])
+
+
 def test_failed_save_leaves_the_old_file(rng, tmp_path, monkeypatch):
     path = tmp_path / "net.onnx"
     path.write_bytes(b"before")

@@ -87,6 +87,12 @@ def check(model: Any, full: bool = False) -> None:
     """
     onnx = library()
     light = without_large_weights(model)
+    for value in light.graph.input:
+        if value.type.WhichOneof("value") == "tensor_type" and not has_shape(value):
+            raise ValueError(
+                f"input {value.name!r} must have a type and a shape, whose sizes may be symbols, "
+                "got none: declare it in the model"
+            )
     try:
         if not all(map(has_shape, light.graph.output)):
             light = onnx.shape_inference.infer_shapes(light)
@@ -225,6 +231,14 @@ def values(tensor: Any, folder: Path | None) -> Array:
         ) from None
 
 
+def _stored_bytes(tensor: Any) -> int:
+    """Return the size of a tensor as a message, which may exceed the limit of protobuf."""
+    try:
+        return int(tensor.ByteSize())
+    except Exception:  # protobuf's EncodeError, under names that vary between its versions
+        return _PROTOBUF + 1
+
+
 def _copy_without(message: Any, skip: str) -> Any:
     """Return a copy of a message without one field, which may be too large to copy."""
     new = type(message)()
@@ -247,7 +261,7 @@ def without_large_weights(model: Any) -> Any:
     new.graph.CopyFrom(_copy_without(model.graph, "initializer"))
     inputs = {i.name for i in model.graph.input}
     for tensor in model.graph.initializer:
-        if not is_external(tensor) and tensor.ByteSize() <= _SMALL:
+        if not is_external(tensor) and _stored_bytes(tensor) <= _SMALL:
             new.graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             new.graph.input.append(
@@ -292,7 +306,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     if any(map(is_external, tensors)):
         raise ValueError(f"{path}: values of the model are in other files: read them first")
     external = any(t.external_data for t in tensors)
-    if sum(t.ByteSize() for t in tensors) > LARGEST:
+    if sum(map(_stored_bytes, tensors)) > LARGEST:
         external = True
     new = _copy_without(model, "graph")
     new.graph.CopyFrom(_copy_without(model.graph, "initializer"))
