@@ -229,6 +229,9 @@ def frontier(
     HOSVD and TT ranks, and at most a dozen ranks of those fitted by alternating least squares.
     Weights are built only for what :meth:`Candidate.build` is called on.
 
+    Variants are swept on as many threads as OpenMP offers, each with BLAS on one; candidates do not
+    depend on the number.  After Ctrl-C, ranks that are being fitted are the last ones.
+
     Examples
     --------
     >>> import numpy as np
