@@ -593,6 +593,51 @@ def test_inspect_and_approximate_read_what_compress_reads(tmp_path, rng, ending,
     assert "--layer must be one of y, got 'z'" in err
 
 
+def test_sizes_that_a_network_leaves_free(tmp_path, rng, lowrank):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        net (float[N, 6, h, w] x) => (float[N, 8, i, j] y) {[conv] y = Conv(x, k)}""")
+    k = rng.standard_normal((8, 6, 3, 3)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(k, "k"))
+    path, small = tmp_path / "free.onnx", tmp_path / "small.onnx"
+    path.write_bytes(model.SerializeToString())
+    code, _, err = lowrank("plan", path, "--macs", "0.5")
+    assert code == 2
+    assert "no layer can be compressed: conv: its input has no fixed size" in err
+    assert "--calibrate or --input gives the sizes" in err
+    code, out, err = lowrank("plan", path, "--macs", "0.5", "--input", "9x7", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["layers"]["conv"]["dense"]["macs"] == 7 * 5 * k.size
+    code, out, err = lowrank("compress", path, "--macs", "0.5", "--input", "9x7", "-o", small)
+    assert (code, err) == (0, "")
+    assert [d.dim_param for d in onnx.load(small).graph.input[0].type.tensor_type.shape.dim] == [
+        "N", "", "h", "w",
+    ]  # fmt: skip
+    for size, macs in ((None, None), ("9x7", 7 * 5 * k.size)):
+        words = ("--json",) if size is None else ("--json", "--input", size)
+        code, out, err = lowrank("inspect", path, *words)
+        assert (code, err) == (0, "")
+        assert [(r["layer"], r["macs"]) for r in json.loads(out)["layers"]] == [("conv", macs)]
+    for command in ("inspect", "plan"):
+        more = () if command == "inspect" else ("--macs", "0.5")
+        code, _, err = lowrank(command, path, "--input", "9", *more)
+        assert code == 2
+        assert "input size must be 2 positive numbers for the free sizes of 'x'" in err
+    code, _, err = lowrank("approximate", path, "--input", "9", "--rank", "2")
+    assert (code, err) == (2, "lowrank: --input must be 2 sizes for layer 'conv', got 9\n")
+
+
+def test_input_is_for_layers_with_as_many_axes(tmp_path, rng, lowrank):
+    path = tmp_path / "net.npz"
+    conv, matrix = rng.standard_normal((8, 6, 3, 3)), rng.standard_normal((5, 8))
+    np.savez(path, **{"conv.weight": conv, "fc.weight": matrix})
+    code, out, err = lowrank("inspect", path, "--input", "9x9", "--json")
+    assert (code, err) == (0, "")
+    macs = {row["layer"]: row["macs"] for row in json.loads(out)["layers"]}
+    assert macs == {"conv": 9 * 9 * conv.size, "fc": matrix.size}
+
+
 @pytest.mark.parametrize("name", ["inspect", "approximate", "compress"])
 def test_existence_is_checked_before_the_ending(tmp_path, lowrank, name):
     more = ["--macs", "0.5", "-o", tmp_path / "a.npz"] if name == "compress" else []

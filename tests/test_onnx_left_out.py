@@ -324,6 +324,58 @@ def branch(op):
     return graph([node(op, ["w"], ["t"])], [("t", 1, None)])
 
 
+def test_functions_in_functions_overloads_and_their_attributes(rng):
+    def function(name, nodes, overload="", attributes=()):
+        domains = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+        f = helper.make_function("own", name, ["z", "k"], ["o"], nodes, domains, attributes)
+        f.overload = overload
+        return f
+
+    def call(name, x, y, overload="", **attributes):
+        made = node(name, [x, "k" if x in "zr" else "w"], [y], domain="own", **attributes)
+        made.overload = overload
+        return made
+
+    padded = node("Conv", ["z", "k"], ["o"])
+    padded.attribute.add(name="pads", ref_attr_name="p", type=onnx.AttributeProto.INTS)
+    functions = [
+        function("inner", [node("Conv", ["z", "k"], ["o"], pads=[1, 1])]),
+        function("outer", [call("inner", "z", "t"), node("Relu", ["t"], ["r"]),
+                           call("inner", "r", "o")]),
+        function("twice", [node("Conv", ["z", "k"], ["o"], pads=[2, 2], dilations=[2])], "a"),
+        function("twice", [node("Neg", ["z"], ["n"]), call("inner", "z", "c"),
+                           node("Add", ["n", "c"], ["o"])], "b"),
+        function("given", [padded], "", ["p"]),
+    ]  # fmt: skip
+    w, x = arrays(rng, (4, 4, 3), (2, 4, 9))
+    x_info, y_info = (helper.make_tensor_value_info(n, 1, ["N", 4, 9]) for n in "xy")
+    for calls, times, stays in (
+        ([call("outer", "x", "y")], 2, 0),
+        ([call("outer", "x", "1"), call("twice", "1", "y", "b")], 3, 0),
+        ([call("given", "x", "1", p=[1, 1]), call("outer", "1", "y")], 3, 0),
+        ([call("twice", "x", "1", "a"), call("outer", "1", "y")], 0, 3),  # not the same function
+    ):
+        model = helper.make_model(
+            helper.make_graph(
+                calls, "net", [x_info], [y_info], [numpy_helper.from_array(w / 4, "w")]
+            ),
+            functions=functions, ir_version=10,
+            opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
+        )  # fmt: skip
+        want = ran(model, x=x)[0]
+        if stays:
+            with pytest.raises(ValueError, match=r"its weight is shared with .*, .*"):
+                OnnxModel(model, [x])
+            continue
+        net = OnnxModel(model, [x])
+        (layer,) = net.layers
+        assert (layer.times, net.left_out) == (times, {})
+        exact = lr.channel_svd(layer.conv, 4)
+        new = net.replaced({layer.name: exact})
+        assert sum(math.prod(t.dims) for t in new.graph.initializer) == exact.params
+        np.testing.assert_allclose(ran(new, x=x)[0], want, **CLOSE)
+
+
 READERS = {
     "Gather": ([node("Gather", ["w", "i"], ["o"], "reader", axis=0)], "reader"),
     "Slice behind Identity": (

@@ -482,6 +482,8 @@ def behind(what, rng):
     node = helper.make_node
     scales = np.linspace(0.01, 0.02, 6).astype(np.float32)
     folded = numpy_helper.from_array(w.reshape(6, -1))
+    blocks = rng.uniform(0.01, 0.02, (6, 2, 3, 3)).astype(np.float32)
+    gains = scales[:, None, None, None]
     return {
         "DequantizeLinear": (
             q * np.float32(0.02),
@@ -516,6 +518,68 @@ def behind(what, rng):
             ],
             {"to": np.array([6, 4, 3, 3])},
         ),
+        "DequantizeLinear by block": (
+            (q.reshape(6, 2, 2, 3, 3) * blocks[:, :, None]).reshape(w.shape),
+            [node("DequantizeLinear", ["q", "s"], ["w"], axis=1, block_size=2)],
+            {"q": q, "s": blocks},
+        ),
+        "DequantizeLinear of 4 bits": (
+            (q // 16) * np.float32(0.3),
+            [node("DequantizeLinear", ["q", "s"], ["w"])],
+            {"q": (q // 16).astype(ml_dtypes.int4), "s": np.float32(0.3)},
+        ),
+        "DequantizeLinear of 8-bit floats": (
+            w.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(0.5),
+            [node("DequantizeLinear", ["q", "s"], ["w"])],
+            {"q": w.astype(ml_dtypes.float8_e4m3fn), "s": np.float32(0.5)},
+        ),
+        "QuantizeLinear and back": (
+            q * np.float32(0.02),
+            [
+                node("QuantizeLinear", ["f", "s", "z"], ["q"]),
+                node("DequantizeLinear", ["q", "s", "z"], ["w"]),
+            ],
+            {"f": q * np.float32(0.02), "s": np.float32(0.02), "z": np.int8(0)},
+        ),
+        "Slice and Unsqueeze": (
+            w[:, :, :1],
+            [
+                node("Slice", ["t", "from", "to", "axes"], ["u"]),
+                node("Unsqueeze", ["u", "last"], ["w"]),
+            ],
+            {
+                "t": np.concatenate([w[:, :, 0], w[:, :, 0]]), "from": np.array([6]),
+                "to": np.array([12]), "axes": np.array([0]), "last": np.array([2]),
+            },
+        ),
+        "ConstantOfShape": (
+            np.full((6, 4, 3, 3), 0.25, np.float32),
+            [
+                node("ConstantOfShape", ["n"], ["w"],
+                     value=numpy_helper.from_array(np.float32([0.25]))),
+            ],
+            {"n": np.array([6, 4, 3, 3])},
+        ),
+        "Expand of a Constant of numbers": (
+            np.broadcast_to(np.arange(6, dtype=np.float32)[:, None, None, None], (6, 4, 3, 3)),
+            [
+                node("Constant", [], ["c"], value_floats=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]),
+                node("Reshape", ["c", "tall"], ["r"]),
+                node("Expand", ["r", "n"], ["w"]),
+            ],
+            {"tall": np.array([6, 1, 1, 1]), "n": np.array([6, 4, 3, 3])},
+        ),
+        "weight normalization": (
+            w / np.sqrt(np.square(w).sum((1, 2, 3), keepdims=True)) * gains,
+            [
+                node("Mul", ["v", "v"], ["v2"]),
+                node("ReduceSum", ["v2", "axes"], ["n2"]),
+                node("Sqrt", ["n2"], ["n"]),
+                node("Div", ["v", "n"], ["u"]),
+                node("Mul", ["u", "g"], ["w"]),
+            ],
+            {"v": w, "g": gains, "axes": np.array([1, 2, 3])},
+        ),
         "Concat and Mul": (
             2 * w,
             [node("Concat", ["a", "b"], ["c"], axis=0), node("Add", ["c", "c"], ["w"])],
@@ -529,13 +593,18 @@ def behind(what, rng):
     [
         "DequantizeLinear", "DequantizeLinear by channel", "Cast", "Cast of bfloat16",
         "Transpose and Identity", "Constant and Reshape", "Concat and Mul",
+        "DequantizeLinear by block", "DequantizeLinear of 4 bits",
+        "DequantizeLinear of 8-bit floats", "QuantizeLinear and back", "Slice and Unsqueeze",
+        "ConstantOfShape", "Expand of a Constant of numbers", "weight normalization",
     ],
 )  # fmt: skip
 def test_weights_behind_other_nodes(rng, tmp_path, what):
     weight, nodes, constants = behind(what, rng)
     (x,) = arrays(rng, (2, 4, 7, 7))
     conv = helper.make_node("Conv", ["x", "w"], ["y"], "conv")
-    model = model_of([*nodes, conv], {"x": ["N", 4, 7, 7]}, weights=constants)
+    newer = any(t in what for t in ("block", "bits", "8-bit"))
+    opset = {"opset": 21, "ir": 10} if newer else {}
+    model = model_of([*nodes, conv], {"x": ["N", 4, 7, 7]}, weights=constants, **opset)
     net = OnnxModel(model, [x])
     (layer,) = net.layers
     np.testing.assert_allclose(layer.conv.to_dense(), weight, rtol=1e-6, atol=1e-7)
@@ -543,6 +612,7 @@ def test_weights_behind_other_nodes(rng, tmp_path, what):
     f = lr.channel_svd(layer.conv, 3)
     new = net.replaced({"conv": f})
     assert [n.op_type for n in new.graph.node] == ["Conv", "Conv"]
+    assert new.graph.input == model.graph.input
     assert sum(math.prod(t.dims) for t in new.graph.initializer) == f.params
     np.testing.assert_allclose(ran(new, x=x)[0], f(x), **CLOSE)
     # the same from a file with external data
