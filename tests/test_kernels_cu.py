@@ -227,6 +227,11 @@ def test_filters_match_the_reference(taps, terms, interleaved, dtype, io, gpu, r
         check(gpu, stages, size, rng, dtype, ["filter"], interleaved, io)
 
 
+def test_long_filters_run_pass_by_pass(gpu, rng):
+    for terms, kinds in ((1, ["depthwise", "depthwise"]), (2, None)):
+        check(gpu, passes(rng, (5, 40), 1, terms, "reflect", (2, 20)), (9, 50), rng, kinds=kinds)
+
+
 def depthwise_stage(rng, channels, kernel, stride, per=1, dilation=1, outer=1, mode=None):
     ndim = len(kernel)
     padding = [tuple(int(n) for n in rng.integers(0, k, 2)) for k in kernel]
@@ -279,6 +284,19 @@ def test_depthwise_stages_run_between_products_channels_last(kernel, stride, per
         kinds = ["channels last", "matrix product", "depthwise, channels last", "matrix product"]
         size = (19, 22)[-len(kernel) :]
         check(gpu, chain, size, rng, dtype, [*kinds, "channels first"])
+
+
+def test_passes_between_products_stay_channels_last(gpu, monkeypatch, rng):
+    chain = [
+        pointwise(rng, 4, 8),
+        *passes(rng, (3, 3), 8, 1, "zeros", (1, 1)),
+        pointwise(rng, 8, 4),
+    ]
+    kinds = ["channels last", "matrix product", *["depthwise, channels last"] * 2, "matrix product"]
+    check(gpu, chain, (9, 11), rng, kinds=[*kinds, "channels first"])
+    monkeypatch.setenv("CUPY_TF32", "1")
+    kinds = [*kinds[:3], "depthwise + pointwise", "channels first"]
+    check(gpu, chain, (9, 11), rng, kinds=kinds)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

@@ -120,10 +120,11 @@ def partition(
         steps = []
         first = 0
         while first < len(stages):
-            rest = stages[first:]
+            after_product = bool(steps) and steps[-1].kind in CHANNELS_LAST
             kind, count, taps = _next_step(
-                rest, no_epilogue[first:], shared if tensor_cores else 0, itemsize
-            )
+                stages[first:], no_epilogue[first:], shared if tensor_cores else 0, itemsize,
+                after_product,
+            )  # fmt: skip
             ends = shapes[first], shapes[first + count]
             steps.append(KernelStep(kind, first, count, *ends, taps))
             first += count
@@ -136,11 +137,14 @@ def partition(
 
 
 def _next_step(
-    stages: Sequence[Stage], no_epilogue: Sequence[bool], shared: int, itemsize: int
-) -> tuple[Kind, int, Sizes]:
+    stages: Sequence[Stage], no_epilogue: Sequence[bool], shared: int, itemsize: int,
+    after_product: bool,
+) -> tuple[Kind, int, Sizes]:  # fmt: skip
     """Return the kind of the next step, its number of stages, and the taps of a filter."""
     for count in (3, 2):
         part = stages[:count]
+        if after_product and all(s.weight.shape[1] == 1 and is_planar(s) for s in part):
+            continue  # two depthwise steps move less than a filter between two changes of layout
         if len(part) == count and all(no_epilogue[: count - 1]) and is_filter(part):
             taps = _taps(part)
             terms = len(part[0].weight) // part[0].groups
