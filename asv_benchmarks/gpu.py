@@ -42,7 +42,7 @@ import lowrank as lr
 from asv_benchmarks.benchmarks import gpu as rows_of
 from asv_benchmarks.benchmarks.cases import random, weight
 from asv_benchmarks.benchmarks.gpu import Call, Case, Scale, Work, block, depthwise
-from lowrank import filters
+from lowrank import engine, filters
 from lowrank.core import reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,6 +293,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def run_all(given: argparse.Namespace) -> int:
     """Check, test, time and profile; return 1 if something was wrong or failed."""
+    if not given.dry_run:
+        try:
+            engine.check_gpu()
+        except (ImportError, engine.NoGPU) as error:
+            sys.exit(str(error))
     end = time.time() + given.seconds
     before = len(lines(given.output))
     if in_process(given, "check", CHECK_SECONDS):

@@ -184,11 +184,7 @@ class Device:
 
     compute_capability = "80"
     mem_info = (MEMORY // 2, MEMORY)
-    attributes = {  # noqa: RUF012
-        "MaxSharedMemoryPerBlockOptin": 101376,
-        "MaxSharedMemoryPerBlock": 49152,
-        "MultiProcessorCount": 4,
-    }
+    attributes = {"MaxSharedMemoryPerBlockOptin": 101376}  # noqa: RUF012
 
 
 def _current():
@@ -245,11 +241,9 @@ class Stream:
     def _sees(self, made):
         """Return whether an operation (stream, number) is over before the next of this one."""
         stream, number = made
-        both = {stream.ptr, self.ptr}
-        blocking = 0 in both and not (stream.is_non_blocking or self.is_non_blocking)
-        return (
-            len(both) == 1 or blocking or max(self.known[stream.ptr], _host[stream.ptr]) >= number
-        )
+        waits = 0 in (stream.ptr, self.ptr) and not stream.is_non_blocking | self.is_non_blocking
+        over = max(self.known[stream.ptr], _host[stream.ptr])
+        return stream.ptr == self.ptr or waits or over >= number
 
     def begin_capture(self, mode=None):
         if not self.ptr:
@@ -324,7 +318,7 @@ runtime = _module(
     getDeviceCount=_device_count,
     getDevice=_current,
     setDevice=lambda device: Device(device).use(),
-    getDeviceProperties=lambda device: {"name": b"none", "major": 8, "minor": 0, "l2CacheSize": 1},
+    getDeviceProperties=lambda device: {"name": b"none", "l2CacheSize": 1},
     streamIsCapturing=_is_capturing,
     runtimeGetVersion=lambda: 13000,
     driverGetVersion=lambda: 13000,
@@ -377,10 +371,8 @@ def _matrix(pointer, columns, rows, pitch, kind):
     """Return a column-major matrix as an array (rows, columns)."""
     dtype = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}[kind]
     size = np.dtype(dtype).itemsize * ((columns - 1) * pitch + rows)
-    held = np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype)
-    return np.lib.stride_tricks.as_strided(
-        held, (rows, columns), (held.itemsize, pitch * held.itemsize)
-    )
+    held, item = (ctypes.c_char * size).from_address(pointer), np.dtype(dtype).itemsize
+    return np.ndarray((rows, columns), dtype, held, strides=(item, pitch * item))
 
 
 def _gemm(
@@ -536,26 +528,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         _opened(self)
         self._held[_opened(index)] = _opened(value)
 
-    def __len__(self):
-        return len(self._held)
-
     def __iter__(self):
         return (self[i] for i in range(len(self)))
-
-    def __bool__(self):
-        return bool(self._held)
-
-    def __int__(self):
-        return int(self._held)
-
-    def __float__(self):
-        return float(self._held)
-
-    def __complex__(self):
-        return complex(self._held)
-
-    def __repr__(self):
-        return repr(self._held)
 
     def __reduce__(self):
         return asarray, (self.get(),)
@@ -583,15 +557,6 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         """Copy from any device to the current one."""
         return _closed(self._held.copy(order))
 
-    def item(self, *index):
-        return self._held.item(*index)
-
-    def tolist(self):
-        return self._held.tolist()
-
-    def tobytes(self, order="C"):
-        return self._held.tobytes(order)
-
     def astype(self, dtype, order="K", casting=None, subok=None, copy=True):
         if not copy and self.dtype == dtype:
             return self
@@ -617,18 +582,17 @@ def _method(name):
 VIEWS = ["reshape", "transpose", "swapaxes", "ravel", "view", "squeeze", "diagonal", "moveaxis"]
 VIEWS += ["rollaxis", "expand_dims", "broadcast_to", "permute_dims", "shape", "ndim", "size"]
 METHODS = ["sum", "max", "min", "mean", "all", "any", "prod", "std", "var", "argmax", "argmin"]
-METHODS += [
-    "argsort",
-    "clip",
-    "conj",
-    "cumsum",
-    "dot",
-    "flatten",
-    "repeat",
-    "round",
-    "take",
-    "trace",
-]
+METHODS += ["argsort", "clip", "conj", "cumsum", "dot", "flatten", "repeat", "round", "take"]
+
+
+def _conversion(name):
+    return lambda self, *args: getattr(self._held, name)(*args)
+
+
+for _name in ("__bool__", "__int__", "__float__", "__complex__", "__repr__", "__len__"):
+    setattr(ndarray, _name, _conversion(_name))
+for _name in ("item", "tolist", "tobytes"):
+    setattr(ndarray, _name, _conversion(_name))
 for _name in (*METHODS, *VIEWS[:7]):
     setattr(ndarray, _name, _method(_name))
 
@@ -650,9 +614,8 @@ def _opened(value, views=False):
     if type(value) is dict:
         return {k: _opened(v, views) for k, v in value.items()}
     if type(value) is slice:
-        return slice(
-            *(None if v is None else int(v) for v in (value.start, value.stop, value.step))
-        )
+        ends = value.start, value.stop, value.step
+        return slice(*(None if v is None else int(v) for v in ends))
     return value
 
 

@@ -15,8 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from asv_benchmarks import filter_targets, filter_work, gate, publish, worker  # noqa: E402
+from asv_benchmarks import filter_targets, filter_work, gate, gpu, publish, worker  # noqa: E402
 from asv_benchmarks.benchmarks import SUITES, compat, tables  # noqa: E402
+from lowrank import engine  # noqa: E402
 
 #: Start of the names of functions that asv runs as benchmarks.
 KINDS = re.compile(r"(time|timeraw|track|mem|peakmem)_")
@@ -290,6 +291,16 @@ def test_the_site_renders_in_a_browser(tmp_path):
     publish.publish()
     assert publish.check(tmp_path) == []
     assert (tmp_path / "index.png").stat().st_size > 20_000
+
+
+def test_a_run_for_a_gpu_without_one_says_what_is_missing(tmp_path):
+    try:
+        engine.check_gpu()
+    except (ImportError, engine.NoGPU):
+        with pytest.raises(SystemExit, match="GPU"):
+            gpu.main(["--output", str(tmp_path / "gpu.jsonl")])
+    else:
+        pytest.skip("there is a GPU")
 
 
 def test_the_first_run_on_a_gpu_without_one(tmp_path):

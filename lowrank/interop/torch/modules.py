@@ -262,5 +262,7 @@ def copy_to_array(t: torch.Tensor) -> Any:
         cupy = importlib.import_module("cupy")
         with cupy.cuda.Device(t.device.index):
             torch.cuda.current_stream(t.device).synchronize()
-            return cupy.from_dlpack(t.detach().float().contiguous()).copy()
+            found = cupy.from_dlpack(t.detach().float().contiguous()).copy()
+            cupy.cuda.get_current_stream().synchronize()  # PyTorch may use the memory again
+            return found
     return to_numpy(t).copy()
