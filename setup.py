@@ -29,6 +29,22 @@ X86 = {
     ),
 }
 PLAIN = {"baseline": (16, [])}
+# A compiler may know -fopenmp where OpenMP's header is missing.
+PROBE = """
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+int main(void) { return 0; }
+"""
+
+# Instruction sets are flags of one architecture: where Python is built for two, choose this machine's.
+if sys.platform == "darwin":
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+
+
+def _machine() -> str:
+    """Return the architecture that is compiled for, in lower case."""
+    return (os.environ.get("ARCHFLAGS") or platform.machine()).split()[-1].lower()
 
 
 class Build(build_ext):
@@ -36,13 +52,15 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         """Compile the kernels first and link them into the extension."""
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        x86 = _machine() in ("x86_64", "amd64")
         # Copies of a few vectors are faster inline than as calls of memcpy.
         plain = self._first_supported([["-fno-tree-loop-distribute-patterns"]])
         # A product that two branches share must not be hoisted from its sum: it would not be fused
         # into an FMA, and outputs would depend on the branch that computes them.
         plain += self._first_supported([["-fno-code-hoisting"]])
         openmp = self._first_supported([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
+        if os.environ.get("LOWRANK_OPENMP") == "0":  # a build for one thread
+            openmp = []
         have, objects = [], []
         for name, (width, flags) in (X86 if x86 else PLAIN).items():
             if not self._supports(flags):
@@ -76,7 +94,7 @@ class Build(build_ext):
         """Return whether a small program compiles and links with these flags without warnings."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
-            source.write_text("int main(void) { return 0; }\n")
+            source.write_text(PROBE)
             quiet = os.dup(2)
             try:
                 with open(os.devnull, "w") as nowhere:

@@ -123,6 +123,7 @@ cdef extern from "dispatch.h":
     double lr_fork_join(int) nogil
     void lr_caches(int64_t *) nogil
     double lr_now() nogil
+    void lr_free(void *) nogil
     int lr_run_image(lr_image *, const lr_kernels *, const void *, void *, int64_t, int64_t, int,
                      double, int *) noexcept nogil
     int lr_run_box(const lr_isa *, const lr_kernels *, const lr_box *, const void *, void *,
@@ -298,7 +299,7 @@ cdef class KernelPlan:
         self.cache = NULL
 
     def __dealloc__(self):
-        free(self.cache)
+        lr_free(self.cache)
 
     def __init__(self, stages, shape, *, dtype, border=None, fill=0.0, tile=None, splits=1,
                  seconds=1.0, fork_join=0.0, isa=None):

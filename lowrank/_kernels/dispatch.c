@@ -8,11 +8,22 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <malloc.h>
+#include <windows.h>
+#else
 #include <time.h>
 #include <unistd.h>
+#endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
+#ifndef _WIN32
 #include <pthread.h>
+#endif
 #endif
 
 #include "dispatch.h"
@@ -93,6 +104,13 @@ void lr_caches(int64_t sizes[3])
     if (!known[0]) {
         for (int i = 0; i < 3; i++) sizes[i] = 0;
         sizes[2] = shared_cache();
+#ifdef __APPLE__
+        static const char *const names[3] = {"hw.l1dcachesize", "hw.l2cachesize", "hw.l3cachesize"};
+        for (int i = 0; i < 3; i++) {
+            size_t bytes = sizeof sizes[i]; /* a missing one, such as an L3 cache, leaves 0 */
+            sysctlbyname(names[i], &sizes[i], &bytes, NULL, 0);
+        }
+#endif
 #if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
         sizes[0] = sysconf(_SC_LEVEL1_DCACHE_SIZE);
         sizes[1] = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -103,7 +121,7 @@ void lr_caches(int64_t sizes[3])
     for (int i = 0; i < 3; i++) sizes[i] = known[i];
 }
 
-#ifdef _OPENMP
+#if defined(_OPENMP) && !defined(_WIN32) /* Windows does not fork */
 /* GNU's OpenMP hangs in a forked child if its parent ran a parallel region, of this library or of
  * any other that shares the runtime, such as PyTorch: forked children run serially. */
 static int is_forked_child;
@@ -125,11 +143,13 @@ static int was_forked(void)
 #endif
     return (flags & 0x40) != 0; /* PF_FORKNOEXEC of include/linux/sched.h */
 }
+#else
+enum { is_forked_child = 0 };
 #endif
 
 int lr_guard_forks(void)
 {
-#ifdef _OPENMP
+#if defined(_OPENMP) && !defined(_WIN32)
     is_forked_child = was_forked();
     return pthread_atfork(NULL, NULL, in_child);
 #else
@@ -157,9 +177,34 @@ int lr_max_threads(void)
 
 double lr_now(void)
 {
+#ifdef _WIN32
+    LARGE_INTEGER ticks, per_second;
+    QueryPerformanceCounter(&ticks);
+    QueryPerformanceFrequency(&per_second);
+    return (double)ticks.QuadPart / (double)per_second.QuadPart;
+#else
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#endif
+}
+
+void *lr_allocate(size_t size)
+{
+#ifdef _WIN32
+    return _aligned_malloc(size, 64);
+#else
+    return aligned_alloc(64, size);
+#endif
+}
+
+void lr_free(void *memory)
+{
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
 }
 
 /* Median fork/join latency of a parallel region, in seconds: for calibration, which stores it.  Work
@@ -221,13 +266,13 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
     const size_t each = (size_t)(elements * itemsize + 63) / 64 * 64;
     char *work = __atomic_exchange_n(cache, NULL, __ATOMIC_ACQ_REL);
     if (work && *(size_t *)work < each * (size_t)threads) {
-        free(work);
+        lr_free(work);
         work = NULL;
     }
     if (!work) {
         size_t size = head + each * (size_t)threads;
         if (each > (SIZE_MAX - head) / (size_t)threads) return LR_NO_MEMORY;
-        work = aligned_alloc(64, (size + 63) / 64 * 64);
+        work = lr_allocate((size + 63) / 64 * 64);
         if (!work) return LR_NO_MEMORY;
         memset(work, 0, size); /* no denormals in results that are computed and discarded */
         *(size_t *)work = each * (size_t)threads;
@@ -249,7 +294,7 @@ int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, in
         for (int64_t j = 0; j < tasks; j++)
             kernels->tile(plan, arrays, j / tasks_per_image, j % tasks_per_image / plan->splits,
                           j % plan->splits, slices, steps);
-    free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
+    lr_free(__atomic_exchange_n(cache, work, __ATOMIC_ACQ_REL));
     return LR_OK;
 }
 
@@ -268,7 +313,7 @@ static char *slice(char *work, size_t each, int threads)
 static char *workspaces(int64_t bytes, int threads, size_t *each)
 {
     *each = (size_t)(bytes + 63) / 64 * 64;
-    return *each > SIZE_MAX / (size_t)threads ? NULL : aligned_alloc(64, *each * (size_t)threads);
+    return *each > SIZE_MAX / (size_t)threads ? NULL : lr_allocate(*each * (size_t)threads);
 }
 
 /* Threads for tasks that take `seconds` on one, as many as save more than a fork takes. */
@@ -323,7 +368,7 @@ int lr_run_image(lr_image *image, const lr_kernels *kernels, const void *x, void
         all &= band(image, kernels, (const char *)x + j / bands * samples * x_size,
                     (char *)out + j / bands * samples * out_size, j % bands, own);
     }
-    free(scratch);
+    lr_free(scratch);
     *finite = all;
     return LR_OK;
 }
@@ -359,7 +404,7 @@ int lr_run_box(const lr_isa *isa, const lr_kernels *kernels, const lr_box *box, 
         (kernels ? kernels->box : isa->box)(box, (const char *)x + j / bands * size,
                                             (char *)y + j / bands * size, first, last, own);
     }
-    free(work);
+    lr_free(work);
     return LR_OK;
 }
 
@@ -381,7 +426,7 @@ int lr_run_resample(const lr_kernels *kernels, const lr_resample *p, const void 
         kernels->resample(p, (const char *)x + j / strips * p->n * p->inner * itemsize,
                           (char *)y + j / strips * p->outputs * p->inner * itemsize, j % strips, own);
     }
-    free(work);
+    lr_free(work);
     return LR_OK;
 }
 

@@ -2,6 +2,8 @@
 #ifndef LR_DISPATCH_H
 #define LR_DISPATCH_H
 
+#include <stddef.h>
+
 #include "lr.h"
 #include "program.h"
 
@@ -12,6 +14,8 @@ int lr_max_threads(void);
 double lr_fork_join(int threads); /* measure the fork/join latency, in seconds */
 void lr_caches(int64_t sizes[3]); /* bytes of L1 data, L2 and L3 */
 double lr_now(void);                      /* seconds */
+void *lr_allocate(size_t size);           /* a multiple of 64 bytes, aligned to 64; or NULL */
+void lr_free(void *memory);               /* of lr_allocate, or NULL */
 /* `steps` is NULL or has shape (threads, stages * LR_STEPS + 1); `used` receives the threads used. */
 int lr_run(const lr_plan *plan, const lr_kernels *kernels, lr_arrays *arrays, int64_t batch,
            int64_t itemsize, int threads, void **cache, lr_step *steps, int *used);

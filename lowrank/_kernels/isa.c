@@ -21,22 +21,46 @@
 
 #if LR_BYTES == 64
 #define LR_ROWS 8 /* 8 x 3 accumulators of 32 registers */
+#define LR_SUMS 24 /* accumulators of a channels-last block, at most */
 #define LR_VECTORS 4 /* of output channels per channels-last block */
 #define LR_PIXELS 16 /* of such a block, at most */
 #define LR_SLIDE 8   /* pixels of a channels-last depthwise block */
 #define LR_DEPTHWISE_VECTORS 4 /* vectors per block of 4 rows in depthwise.inc: 16 accumulators */
+#define LR_COLUMN_VECTORS 4 /* the same for kernels of one column */
 #elif LR_BYTES == 32
 #define LR_ROWS 4 /* 4 x 3 accumulators of 16 registers */
+#define LR_SUMS 12
 #define LR_VECTORS 2
 #define LR_PIXELS 12
 #define LR_SLIDE 4
 #define LR_DEPTHWISE_VECTORS 3 /* 12 accumulators */
+#define LR_COLUMN_VECTORS 2
+#elif defined(__aarch64__) /* NEON: 32 registers, FMA with one lane as a factor */
+#define LR_ROWS 4 /* 4 x 5 accumulators: one load has the factors of all rows */
+#define LR_SUMS 21
+#define LR_VECTORS 4
+#define LR_PIXELS 12
+#define LR_SLIDE 8
+#define LR_DEPTHWISE_VECTORS 4
+#define LR_COLUMN_VECTORS 4
 #else
 #define LR_ROWS 4
+#define LR_SUMS 8 /* without FMA, products take registers, too */
 #define LR_VECTORS 2
 #define LR_PIXELS 8
 #define LR_SLIDE 4
-#define LR_DEPTHWISE_VECTORS 2 /* 8 accumulators: without FMA, products take registers, too */
+#define LR_DEPTHWISE_VECTORS 2 /* 8 accumulators */
+#define LR_COLUMN_VECTORS 2
+#endif
+
+/* Unroll the next loop, of N rounds at most: sums stay in registers only where all of it is unrolled.
+ * Clang does that before it assigns registers for this word alone. */
+#define LR_PRAGMA(WORDS) _Pragma(#WORDS)
+#ifdef __clang__
+#pragma clang diagnostic ignored "-Wpass-failed" /* of loops that no constant bounds */
+#define LR_UNROLL(N) LR_PRAGMA(clang loop unroll(full))
+#else
+#define LR_UNROLL(N) LR_PRAGMA(GCC unroll N)
 #endif
 
 /* Non-temporal stores need intrinsics; other architectures use ordinary stores. */
@@ -96,13 +120,14 @@
 #endif
 
 /* Keep a loaded vector in its register: GCC would load it again for each of its uses. */
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
 #define LR_KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
-#define LR_KEEP_INTEGER(VALUE) __asm__("" : "+r"(VALUE)) /* or derive it from another */
+#elif defined(__aarch64__)
+#define LR_KEEP(VECTOR) __asm__("" : "+w"(VECTOR))
 #else
 #define LR_KEEP(VECTOR) (void)0
-#define LR_KEEP_INTEGER(VALUE) (void)0
 #endif
+#define LR_KEEP_INTEGER(VALUE) __asm__("" : "+r"(VALUE)) /* or derive it from another */
 
 /* Lanes of two vectors, selected by indices from 0 to 2 L - 1. */
 #ifdef __clang__ /* its shuffle takes constant indices only */

@@ -3,7 +3,14 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#define LR_YIELD() SwitchToThread()
+#else
 #include <sched.h>
+#define LR_YIELD() sched_yield()
+#endif
 #endif
 
 #include "dispatch.h"
@@ -27,7 +34,7 @@ static void wait_for_all(barrier *b)
         return;
     }
     for (int spins = 0; __atomic_load_n(&b->round, __ATOMIC_ACQUIRE) == round;)
-        if (++spins > LR_SPINS) sched_yield();
+        if (++spins > LR_SPINS) LR_YIELD();
 #else
     (void)b;
 #endif
@@ -87,16 +94,16 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
     const size_t wanted = distributed ? (size_t)threads : 1, held = memory ? ((size_t *)memory)[1] : 0;
     const size_t slots = held > wanted ? held : wanted;
     if (arena > (SIZE_MAX / 2 - scratch * (size_t)threads) / slots) {
-        free(memory);
+        lr_free(memory);
         return LR_NO_MEMORY;
     }
     const size_t size = head + arena * slots + scratch * (size_t)threads;
     if (memory && (((size_t *)memory)[0] < size || held < slots)) {
-        free(memory);
+        lr_free(memory);
         memory = NULL;
     }
     if (!memory) {
-        memory = aligned_alloc(64, (size + 63) / 64 * 64);
+        memory = lr_allocate((size + 63) / 64 * 64);
         if (!memory) return LR_NO_MEMORY;
         memset(memory, 0, size);
         ((size_t *)memory)[0] = size, ((size_t *)memory)[1] = slots;
@@ -106,7 +113,7 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
         for (int64_t i = 0; i < batch; i += p->group)
             run_group(p, kernels, arrays, arenas, scratches, i, batch - i < p->group ? batch - i : p->group, 0, 1,
                       NULL, seconds);
-        free(__atomic_exchange_n(cache, memory, __ATOMIC_ACQ_REL));
+        lr_free(__atomic_exchange_n(cache, memory, __ATOMIC_ACQ_REL));
         return LR_OK;
     }
 #ifdef _OPENMP
@@ -133,6 +140,6 @@ int lr_run_program(const lr_program *p, const lr_kernels *kernels, const lr_arra
             run_group(p, kernels, arrays, arenas, own, i, 1, me, team, &all, times);
     }
 #endif
-    free(__atomic_exchange_n(cache, memory, __ATOMIC_ACQ_REL));
+    lr_free(__atomic_exchange_n(cache, memory, __ATOMIC_ACQ_REL));
     return LR_OK;
 }

@@ -105,7 +105,7 @@ cdef class Program:
         self.cache = NULL
 
     def __dealloc__(self):
-        free(self.cache)
+        lr_free(self.cache)
 
     def __init__(
         self, ops, steps, shapes, outputs, *, arena, group=1, seconds=1.0, fork_join=0.0,
