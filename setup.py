@@ -37,7 +37,7 @@ PROBE = """
 int main(void) { return 0; }
 """
 
-# Instruction sets are flags of one architecture: where Python is built for two, choose this machine's.
+# Instruction sets are flags of one architecture, and Python may be built for two of them.
 if sys.platform == "darwin":
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 

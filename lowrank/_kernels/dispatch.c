@@ -444,9 +444,9 @@ int lr_run_gradient(lr_gradient *p, const lr_kernels *kernels, const lr_array *x
     threads = worthwhile(threads, slices, seconds, fork_join);
     size_t each;
     p->sums = sums / itemsize;
-    char *work = workspaces(bytes, threads, &each), *all = aligned_alloc(64, (size_t)(sums * slices));
+    char *work = workspaces(bytes, threads, &each), *all = lr_allocate((size_t)(sums * slices));
     if (!work || !all) {
-        free(work), free(all);
+        lr_free(work), lr_free(all);
         return LR_NO_MEMORY;
     }
     memset(work, 0, each * (size_t)threads);
@@ -460,6 +460,6 @@ int lr_run_gradient(lr_gradient *p, const lr_kernels *kernels, const lr_array *x
             kernels->gradient(p, x, g, i, all + s * sums, own);
     }
     kernels->finish_gradient(p, all, slices, weight, bias);
-    free(work), free(all);
+    lr_free(work), lr_free(all);
     return LR_OK;
 }

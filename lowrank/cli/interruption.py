@@ -59,7 +59,8 @@ def abandon_long_calls() -> Iterator[None]:
     The system's handler writes to a pipe at once, which a thread of its own reads.
     """
     read, write = os.pipe()
-    os.set_blocking(write, False)
+    if os.name == "posix":  # which Python demands there; Windows had no such call before 3.12
+        os.set_blocking(write, False)
     is_over = threading.Event()
 
     def watch() -> None:

@@ -53,4 +53,5 @@ def _flush() -> None:
     """Flush the buffers of Python and of C's stdio."""
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()
-    ctypes.CDLL(None).fflush(None)
+    # Windows has no name for the process itself; Python's stdio is that of this library.
+    ctypes.CDLL("ucrtbase" if os.name == "nt" else None).fflush(None)

@@ -83,7 +83,7 @@ def main() -> None:
             for name, size in (("conv1", 8), ("conv2", 8), ("conv3", 4))
         ],
     }
-    (HERE / "digits.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (HERE / "digits.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

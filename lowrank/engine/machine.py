@@ -38,13 +38,16 @@ def wait_policy() -> WaitPolicy:
 def cpu() -> str:
     """Return the name of the processor, with family and model if the system tells."""
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             facts: dict[str, str] = {}
             for line in lines:
                 name, _, value = line.partition(":")
                 facts.setdefault(name.strip(), value.strip())
     except OSError:
         return platform.processor() or platform.machine()
+    if "CPU part" in facts:  # of ARM, which tells no name
+        implementer, part = facts.get("CPU implementer"), facts["CPU part"]
+        return f"{platform.machine()}, implementer {implementer}, part {part}"
     if "model name" not in facts:
         return platform.machine()
     return f"{facts['model name']}, family {facts.get('cpu family')}, model {facts.get('model')}"
@@ -64,7 +67,7 @@ def _file_name(isa: str) -> str:
 @functools.cache
 def shipped_calibration() -> str:
     """Return the calibration of the machine on which the package was made, as JSON."""
-    return resources.files("lowrank").joinpath("data/machine.json").read_text()
+    return resources.files("lowrank").joinpath("data/machine.json").read_text("utf-8")
 
 
 def fork_join_seconds() -> float:
@@ -90,7 +93,7 @@ def least_saving() -> float:
 def _stored_latencies(file: Path, modified: int) -> dict[WaitPolicy, float]:
     """Return the latencies in `file`, last modified at `modified`, or the shipped ones."""
     try:
-        return read_latencies(json.loads(file.read_text() if modified else "")["fork_join"])
+        return read_latencies(json.loads(file.read_text("utf-8") if modified else "")["fork_join"])
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         # A damaged file is reported where coefficients are read.
         return read_latencies(json.loads(shipped_calibration())["fork_join"])

@@ -339,7 +339,7 @@ def _warn_once(subject: str, message: str) -> None:
 def _read(file: Path) -> dict[str, float]:
     """Return the results in a file; none, with a warning, if it is damaged."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
         if not all(isinstance(v, float) and 0 < v < math.inf for v in found.values()):
             raise ValueError("times must be positive numbers")
     except OSError:  # not there, or not to be read: then it cannot be written, either

@@ -213,7 +213,7 @@ def _read_cached(file: Path, modified: int) -> PerformanceModel:
 
 
 def _read(file: Path) -> PerformanceModel:
-    model = PerformanceModel.from_json(file.read_text())
+    model = PerformanceModel.from_json(file.read_text("utf-8"))
     here = machine.cpu(), _core.default_isa()
     if (model.cpu, model.isa) != here:
         raise ValueError(f"made on {model.cpu}, {model.isa}, not on {', '.join(here)}")

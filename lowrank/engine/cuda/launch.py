@@ -48,7 +48,7 @@ class Kernel:
 @functools.cache
 def _compile(device: int, name: str) -> Any:
     """Compile a kernel for the current device, `device`; CuPy caches binaries on disk."""
-    source = resources.files("lowrank.engine.cuda").joinpath("kernels.cu").read_text()
+    source = resources.files("lowrank.engine.cuda").joinpath("kernels.cu").read_text("utf-8")
     module = cupy.RawModule(code=source, options=("-std=c++17",), name_expressions=(name,))
     return module.get_function(name)
 
