@@ -492,6 +492,8 @@ cdef int _type(const char *format, int64_t itemsize) noexcept:
 cdef bint _overlap(Py_buffer *a, Py_buffer *b) noexcept:
     """Return whether the address ranges of two arrays overlap."""
     cdef int64_t a0, a1, b0, b1
+    if a.len == 0 or b.len == 0:
+        return False
     _range(a, &a0, &a1)
     _range(b, &b0, &b1)
     return a0 < b1 and b0 < a1
