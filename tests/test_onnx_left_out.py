@@ -81,6 +81,12 @@ LEFT = {
         [node("Einsum", ["x", "w"], ["o"], "left", equation="bsi,hio->bhso")],
         3 * 4 * 5 * 6,
     ),
+    "einsum without an output": (
+        {"x": (2, 3, 5)},
+        {"w": np.ones((5, 6), np.float32)},
+        [node("Einsum", ["x", "w"], ["o"], "left", equation="bsi, io")],
+        3 * 5 * 6,
+    ),
     "recurrent": (
         {"x": (2, 7, 5)},
         {

@@ -207,7 +207,9 @@ def _macs_per_element(
 
 def _summed(equation: str, shapes: list[Sizes | None]) -> Iterator[int]:
     """Yield the sizes of the axes that an einsum sums over."""
-    terms, _, output = equation.replace(" ", "").partition("->")
+    terms, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:  # the output has the letters that are there once
+        output = "".join(c for c in terms if terms.count(c) == 1)
     sizes: dict[str, Any] = {}
     for term, shape in zip(terms.split(","), shapes):
         if "." not in term and shape is not None:
