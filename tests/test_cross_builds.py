@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import io
 import os
 import platform
 import shutil
@@ -11,6 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+from lowrank.engine import machine
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "lowrank" / "_kernels"
@@ -146,8 +149,8 @@ def test_engine_links(zig, target, tmp_path):
     main.write_text(PROGRAM, "utf-8")
     zig(target, f"-I{KERNELS}", main, *objects, "-o", program, "-lm")
     if target in RUNNERS and platform.system() == "Linux":
-        machine, runner = RUNNERS[target]
-        if machine == platform.machine():
+        processor, runner = RUNNERS[target]
+        if processor == platform.machine():
             runner = []
         if not runner or shutil.which(runner[0]):
             output = subprocess.run([*runner, program], capture_output=True, text=True, check=True)
@@ -232,6 +235,13 @@ def test_sums_stay_in_registers_under_clang(tmp_path):
     loop = instructions[sums[0] : sums[-1]]
     stores = [words for words in loop if words[0].startswith("vmov") and words[1].endswith(")")]
     assert (len(sums), stores) == (12, [])
+
+
+def test_arm_processors_have_names_of_their_own(monkeypatch):
+    """Calibrations are kept by that name, and Linux tells no model of theirs."""
+    facts = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
+    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(facts))
+    assert machine.cpu.__wrapped__() == f"{platform.machine()}, implementer 0x41, part 0xd0c"
 
 
 def test_loops_unroll_by_a_macro_that_clang_understands():
