@@ -12,7 +12,7 @@ import lowrank
 from lowrank import Geometry, Stage, filters
 from lowrank.core import reference
 from lowrank.engine.cuda import steps
-from lowrank.families import FAMILIES, NotApplicable
+from lowrank.families import FAMILIES, NotApplicable, als
 
 ROUNDING = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11}
 
@@ -484,9 +484,9 @@ def test_kernels_are_decomposed_on_their_device(transposed, cupy, tensorly):
         )  # fmt: skip
         found = FAMILIES[name].fit(conv.to("cuda"), wanted.rank, wanted.variant)
         assert found.device == "cuda:0", name
-        # Another library sums in another order.
+        # Damped normal equations shrink each of up to four factors, and sums have another order.
         gap = np.abs(found.to_dense() - wanted.to_dense()).max()
-        assert gap <= 1e-10 * np.abs(wanted.to_dense()).max(), name
+        assert gap <= 4 * als.DAMPING * np.abs(wanted.to_dense()).max(), name
 
 
 def test_approximate_chooses_the_same_on_gpu_and_cpu(cupy, tensorly, rng):

@@ -342,7 +342,8 @@ def singular_values(matrices: Array) -> Array:
     if is_long and isinstance(matrices, np.ndarray):
         tall = matrices if rows >= columns else matrices.swapaxes(-1, -2)
         matrices = np.asarray(np.linalg.qr(tall, mode="r"))
-    return np.asarray(np.linalg.svd(matrices, compute_uv=False))
+    values: Array = np.linalg.svd(matrices, compute_uv=False)
+    return values
 
 
 def eigh(matrices: Array) -> tuple[Array, Array]:
