@@ -49,6 +49,7 @@ templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
 html_title = "lowrank"
 html_show_sourcelink = False
+html_show_search_summary = False  # pages opened as files cannot read each other
 html_static_path = ["_static"]
 html_css_files = ["lowrank.css"]
 # Pages without others below them have no navigation at the left.

@@ -290,7 +290,10 @@ def test_pages_open_in_a_browser(site):
             tab.on("pageerror", lambda error, add=add: add(str(error)))
             tab.on("requestfailed", lambda request, add=add: add(f"not loaded: {request.url}"))
             for page in MAIN_PAGES:
-                tab.goto((site / f"{page}.html").as_uri())
+                query = "?q=tucker" if page == "search" else ""
+                tab.goto((site / f"{page}.html").as_uri() + query)
+                if query:
+                    tab.wait_for_selector("#search-results li")
                 if tab.evaluate("document.documentElement.dataset.theme") != scheme:
                     messages.append("has another colour scheme")
                 if (pixels := tab.evaluate(OVERFLOW)) > 0:
