@@ -202,3 +202,34 @@ def test_labels_are_drawn_per_spatial_position():
     np.testing.assert_allclose(g.sum(1), 0, atol=1e-5)
     # The gradient p - 1 is negative only at the label.
     np.testing.assert_array_equal((g < 0).sum(1), 1)
+
+
+class SequenceFirst(nn.Module):
+    """A linear layer on (positions, examples, features), which are not one block per example."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1).relu()).square().transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["images", "sequences"])
+def test_gradients_do_not_depend_on_the_parts_of_a_batch(kind, monkeypatch):
+    if kind == "images":
+        net, batches, names = with_statistics(small_net()), make_batches(), ["0", "3", "8"]
+    else:
+        net, batches, names = SequenceFirst().eval(), make_batches(shape=(4, 6)), ["linear"]
+    model = TorchModel(net, batches, lambda y, random: y.square().sum())
+    runs, run = [], model.run
+    model.run = lambda net, x: runs.append(len(x)) or run(net, x)
+    whole = list(model.gradients(names, 0))
+    assert runs == [8, 8]
+    monkeypatch.setattr("lowrank.interop.torch.model.GRAPH_BYTES", 0)
+    parts = list(model.gradients(names, 0))
+    assert runs[2:] == ([1] * 16 if kind == "images" else [8, 8])
+    for one, other in zip(whole, parts, strict=True):
+        for name in names:
+            for a, b in zip(one[name], other[name], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

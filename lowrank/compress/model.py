@@ -80,7 +80,8 @@ class CompressibleModel(Protocol):
 
     Arrays are float32, (batch, channels, \\*spatial); those of a linear layer have one spatial
     axis, over the vectors of an example.  A model may have `left_out`, a dict of the reasons why
-    other layers are not among `layers`, and `left_out_macs`, a dict of their MACs.
+    other layers are not among `layers`, `left_out_macs`, a dict of their MACs, and `batch_size`,
+    the number of examples in a batch, by which passes over the data are limited in memory.
     """
 
     @property

@@ -115,6 +115,11 @@ def compress_model(
         If the plan does not fit the model, or the compressed model has outputs on the first batch
         that are not finite where those of the original are.
 
+    Notes
+    -----
+    Memory is that of :class:`LayerStatistics`, the fits of the options of a plan, and the inputs
+    of one layer in one batch, of the original and of the compressed model.
+
     Examples
     --------
     >>> from lowrank import compress, demo

@@ -11,8 +11,10 @@ from lowrank._typing import Array
 from lowrank.compress import reconstruct
 from lowrank.compress.model import CompressibleModel, Layer
 from lowrank.metric import Metric, Moments, white
+from lowrank.metric.moments import WIDEST
 
 MEMORY = 1 << 30  # bytes of second moments per pass over the data
+SAMPLES = 1 << 26  # bytes of inputs, or of outputs, of one batch per pass
 # Weight of a patch without a gradient, in units of the mean weight.  With 0.1, few patches decide
 # where gradients differ much: the squared error of CREPE's outputs grows by 25 %, with 1 by 3 %.
 FLOOR = 1.0
@@ -37,6 +39,15 @@ class LayerStatistics:
         differentiated.
     seed : int
         Seed of every random choice.
+
+    Notes
+    -----
+    A pass over the data serves as many layers as have inputs, or outputs, of 64 MiB in one batch,
+    one at least.  Memory besides the model, its data and a run of it stays below
+
+    - 320 MiB, or five times the inputs or outputs of the largest layer in one batch,
+    - 24 bytes per entry of all second moments, (in channels * taps)^2 per group of a layer, and
+    - 8 bytes per calibration example and output position of all layers.
 
     Examples
     --------
@@ -107,7 +118,8 @@ class LayerStatistics:
             return {x.name: white_metric(x) for x in layers}, False
         missing = [x for x in layers if x.name not in self._metrics]
         done = 0
-        for part in _split_by_memory(missing):
+        batch = int(getattr(self.model, "batch_size", 1))
+        for part in _split_by_memory(missing, batch):
 
             def report(share: float, done: int = done, many: int = len(part)) -> None:
                 if progress is not None:
@@ -176,17 +188,21 @@ def white_metric(layer: Layer) -> Metric:
     return metric.with_gradient_moment(reconstruct.gain_moment(layer))
 
 
-def _split_by_memory(layers: Sequence[Layer]) -> list[list[Layer]]:
-    """Split layers into runs whose second moments fit into memory together."""
+def _split_by_memory(layers: Sequence[Layer], batch: int) -> list[list[Layer]]:
+    """Split layers into runs whose moments and samples of a batch fit into memory together."""
     parts: list[list[Layer]] = []
-    used = math.inf
+    moments = samples = math.inf
     for layer in layers:
-        m = Moments(layer.conv)
-        n = m.ins * math.prod(m.kernel)
-        size = 8 * layer.conv.groups * (n * n if m.full else m.ins**2)
-        if used + size > MEMORY:
+        conv = layer.conv
+        weight = conv.stages[0].weight
+        ins = len(weight) // conv.groups if conv.transposed else weight.shape[1]
+        n = ins * math.prod(weight.shape[2:])
+        size = 8 * conv.groups * (n * n if n <= WIDEST else ins**2)
+        shapes = (conv.in_channels, *layer.input_size), conv.output_shape(layer.input_size)
+        largest = 4 * batch * layer.times * max(map(math.prod, shapes))
+        if moments + size > MEMORY or samples + largest > SAMPLES:
             parts.append([])
-            used = 0.0
+            moments = samples = 0.0
         parts[-1].append(layer)
-        used += size
+        moments, samples = moments + size, samples + largest
     return parts

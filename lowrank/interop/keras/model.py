@@ -223,6 +223,12 @@ class KerasModel:
         """Number of calibration batches, 0 without calibration data."""
         return len(self._feeds)
 
+    @property
+    def batch_size(self) -> int:
+        """Number of examples in the largest calibration batch, 1 without calibration data."""
+        sizes = [len(feed[i.name]) for feed in self._feeds for i in self._inputs if i.shape]
+        return max(sizes, default=1)
+
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
         r"""Yield the inputs of layers, one batch at a time, with `chains` in place of layers.
 

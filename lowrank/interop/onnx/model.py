@@ -150,6 +150,11 @@ class OnnxModel:
         """Number of calibration batches, 0 without calibration data."""
         return len(self._feeds)
 
+    @property
+    def batch_size(self) -> int:
+        """Number of examples in the largest calibration batch, 1 without calibration data."""
+        return max(map(self._batch_size, self._feeds), default=1)
+
     def inputs(self, names: Sequence[str], chains: Chains) -> Iterator[Samples]:
         r"""Yield the inputs of layers, one batch at a time, with `chains` in place of layers.
 

@@ -150,6 +150,18 @@ def first_examples(batch: Any, count: int) -> Any:
     return map_tensors(lambda t: t[:count] if t.ndim else t, batch)
 
 
+def split_examples(batch: Any, most: int) -> list[Any]:
+    """Return a batch in parts of at most `most` examples; whole if tensors differ in number."""
+    counts = {len(t) for t in tensors_in(batch) if t.ndim}
+    if len(counts) != 1 or max(counts) <= most:
+        return [batch]
+
+    def part(first: int) -> Any:
+        return map_tensors(lambda t: t[first : first + most] if t.ndim else t, batch)
+
+    return [part(first) for first in range(0, counts.pop(), most)]
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """Return the first tensor in the output of a model.
 

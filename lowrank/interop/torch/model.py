@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ from lowrank.interop.torch.batches import (
     model_input,
     run_error,
     run_model,
+    split_examples,
     tensors_in,
 )
 from lowrank.interop.torch.chains import to_module
@@ -44,6 +46,8 @@ from lowrank.interop.torch.survey import survey
 from lowrank.interop.torch.verification import verify
 
 Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+GRAPH_BYTES = 1 << 26  # of a backward pass, about: batches that take more are split
+GRAPH_COPIES = 6  # arrays of the size of a layer's output in it: with norms and activations
 
 
 class _StopForward(Exception):
@@ -90,6 +94,8 @@ class TorchModel:
         Their MACs per example.
     batches : int
         Number of calibration batches.
+    batch_size : int
+        Number of examples in the first of them.
 
     Raises
     ------
@@ -143,7 +149,15 @@ class TorchModel:
                 "3d, nn.ConvTranspose1d to 3d or nn.Linear, called as modules"
                 + (f" ({omitted})" if omitted else "")
             )
-        self.layers, self._has_example_loops = self._find_layers(example)
+        self.layers, calls, self._outputs_per_example = self._find_layers(example)
+        two = self._output_shapes(first_examples(self.data.first, 2))
+        # Whether the number of calls depends on the batch size.
+        self._has_example_loops = {n: len(s) for n, s in two.items()} != calls
+        # Whether outputs of two examples are those of one example and of another.
+        self._is_by_example = not self._has_example_loops and all(
+            len(shape) > 1 and shape[0] == 2 for shapes in two.values() for shape in shapes
+        )
+        self.batch_size = max((len(t) for t in tensors_in(self.data.first) if t.ndim), default=1)
 
     def _run(self, model: nn.Module, x: Any) -> Any:
         """Call a model with a copy of a batch, which it may overwrite."""
@@ -154,8 +168,8 @@ class TorchModel:
         """Return the modules of a copy that layers stand for, with the names of the layers."""
         return {model.get_submodule(m): n for n, ms in self._members.items() for m in ms}
 
-    def _find_layers(self, example: Any) -> tuple[tuple[Layer, ...], bool]:
-        """Return the layers, and whether their number of calls depends on the batch size."""
+    def _find_layers(self, example: Any) -> tuple[tuple[Layer, ...], dict[str, int], int]:
+        """Return the layers, their numbers of calls, and the size of their outputs together."""
         modules = self._members_in(self._model)
         inputs: dict[str, list[torch.Tensor]] = {}
         outputs: list[tuple[str, torch.Tensor]] = []
@@ -197,21 +211,21 @@ class TorchModel:
             except ValueError as why:
                 raise ValueError(f"{why} (layer {name})") from why
             layers.append(Layer(name, conv, size, scales.get(name), calls[name]))
-        two = first_examples(self.data.first, 2)
-        return tuple(layers), self._count_calls(modules, two) != calls
+        return tuple(layers), calls, sum(out.numel() for _, out in outputs)
 
-    def _count_calls(self, modules: Mapping[nn.Module, str], x: Any) -> dict[str, int]:
-        calls: dict[str, int] = {}
+    def _output_shapes(self, x: Any) -> dict[str, list[torch.Size]]:
+        """Return the shapes of the outputs of every layer on a batch."""
+        shapes: dict[str, list[torch.Size]] = {}
         hooks = []
-        for module, name in modules.items():
+        for module, name in self._members_in(self._model).items():
 
-            def count(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                calls[name] = calls.get(name, 0) + 1
+            def record(module: nn.Module, args: Any, out: torch.Tensor, name: str = name) -> None:
+                shapes.setdefault(name, []).append(out.shape)
 
-            hooks.append(module.register_forward_pre_hook(count))
+            hooks.append(module.register_forward_hook(record))
         with _remove_after(hooks), torch.no_grad():
             self._run(self._model, x)
-        return calls
+        return shapes
 
     def _with_chains(self, chains: Chains) -> nn.Module:
         """Return the original if there are no chains, else the working copy with exactly these."""
@@ -266,51 +280,56 @@ class TorchModel:
 
     def _gradients(self, names: Sequence[str], seed: int) -> Iterator[Samples]:
         random = torch.Generator().manual_seed(seed)
+        most = GRAPH_BYTES // (4 * GRAPH_COPIES * self._outputs_per_example or 1)
         for x in self.data:
-            outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-
-            def watch(
-                name: str, out: torch.Tensor, outputs: dict[str, list[torch.Tensor]] = outputs
-            ) -> torch.Tensor:
-                if not torch.is_grad_enabled() or out.is_inference():  # as of a frozen backbone
-                    outputs[name].append(out)
-                    return out
-                if not out.requires_grad:  # for example, behind an embedding
-                    out = out.detach().requires_grad_()
-                outputs[name].append(out)
-                return out.clone()  # a later operation may overwrite it
-
-            hooks = [
-                module.register_forward_hook(
-                    lambda module, args, out, n=n, watch=watch: watch(n, out)
-                )
-                for module, n in self._members_in(self._model).items()
-                if n in outputs
-            ]
-            with _remove_after(hooks), torch.enable_grad():
-                try:
-                    result = self._run(self._model, x)
-                except Exception as cause:
-                    raise run_error(x, cause) from cause
-                # Checkpoints run layers again in the backward pass: keep the outputs so far.
-                outs = {name: list(found) for name, found in outputs.items()}
-                every = [out for found in outs.values() for out in found]
-                gradients = iter(_gradients(self._loss(result, random), every))
-            samples = {}
-            for name, found in outs.items():
-                own = [next(gradients) for _ in found]
-                module = self._model.get_submodule(name)
-                samples[name] = (
-                    ()
-                    if all(g is None for g in own)
-                    else tuple(
-                        copy_to_array(
-                            _with_batch(module, torch.zeros_like(out) if g is None else g)
-                        )
-                        for out, g in zip(found, own)
-                    )
-                )
+            parts = split_examples(x, max(most, 1)) if self._is_by_example else [x]
+            found = [self._gradients_of(part, names, random) for part in parts]
+            samples: Samples = {}
+            for name in names:  # one at a time: the parts of a layer are let go
+                calls = zip(*(part.pop(name) for part in found))
+                samples[name] = tuple(c[0] if len(c) == 1 else np.concatenate(c) for c in calls)
             yield samples
+
+    def _gradients_of(self, x: Any, names: Sequence[str], random: torch.Generator) -> Samples:
+        """Return the gradients at the outputs of layers on some examples."""
+        outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+        def watch(name: str, out: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled() or out.is_inference():  # as of a frozen backbone
+                outputs[name].append(out)
+                return out
+            if not out.requires_grad:  # for example, behind an embedding
+                out = out.detach().requires_grad_()
+            outputs[name].append(out)
+            return out.clone()  # a later operation may overwrite it
+
+        hooks = [
+            module.register_forward_hook(lambda module, args, out, n=n: watch(n, out))
+            for module, n in self._members_in(self._model).items()
+            if n in outputs
+        ]
+        with _remove_after(hooks), torch.enable_grad():
+            try:
+                result = self._run(self._model, x)
+            except Exception as cause:
+                raise run_error(x, cause) from cause
+            # Checkpoints run layers again in the backward pass: keep the outputs so far.
+            outs = {name: list(found) for name, found in outputs.items()}
+            every = [out for found in outs.values() for out in found]
+            gradients = iter(_gradients(self._loss(result, random), every))
+        samples = {}
+        for name, found in outs.items():
+            own = [next(gradients) for _ in found]
+            module = self._model.get_submodule(name)
+            samples[name] = (
+                ()
+                if all(g is None for g in own)
+                else tuple(
+                    copy_to_array(_with_batch(module, torch.zeros_like(out) if g is None else g))
+                    for out, g in zip(found, own)
+                )
+            )
+        return samples
 
     def _loss(self, output: Any, random: torch.Generator) -> torch.Tensor:
         """Return the loss, summed over examples."""
