@@ -244,7 +244,8 @@ def work_through(given: argparse.Namespace) -> int:
 
     dry, end = given.dry_run, time.time() + given.seconds
     facts = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    scale = Scale(16 if dry else 1 << 30, 1 if dry else facts["l2CacheSize"])
+    one_set = dry or given.phase == "profile"
+    scale = Scale(16 if dry else 1 << 30, 1 if one_set else facts["l2CacheSize"])
     if given.phase == "check":
         for row in check(min(CHECK_SECONDS, given.seconds), 2 if dry else None):
             append(given.output, row)
@@ -314,15 +315,18 @@ def run_all(given: argparse.Namespace) -> int:
         append(given.output, {"tests": "passed" if status == 0 else "failed", "status": status})
     except subprocess.TimeoutExpired:
         append(given.output, {"tests": "failed", "status": f"killed after {limit:.0f} s"})
-    first = 0
-    while first is not None:
+    first, crashes = 0, 0
+    while time.time() < end and crashes < 2:  # two in turn without a row: more would not help
         had = len(lines(given.output))
         status = in_process(given, "rows", max(1.0, end - time.time()), first)
-        new = [line for line in lines(given.output)[had:] if "row" in line]
-        first = first + len(new) if status and new and time.time() < end else None
-        if status not in (0, 3):
-            append(given.output, {"row": "?", "failed": f"the process ended with {status}"})
-            first = first + 1 if first is not None else None
+        done = sum("row" in line for line in lines(given.output)[had:])
+        if status == 0:
+            break
+        first, crashes = first + done, 0 if done else crashes + 1
+        if status != 3:
+            text = f"the process ended with {status}"
+            append(given.output, {"row": f"number {first}", "failed": text})
+            first += 1
     profile(given)
     found = lines(given.output)[before:]
     wrong = [
@@ -338,7 +342,7 @@ def profile(given: argparse.Namespace) -> None:
     target = [sys.executable, "-m", "asv_benchmarks.gpu", "--phase", "profile"]
     if shutil.which("ncu") and not given.dry_run:
         command = ["ncu", "--clock-control", "none", "--set", "detailed", "-k", f"regex:{PROFILED}"]
-        command += ["--launch-count", "3", *target]
+        command += ["--launch-count", "5", *target]  # one, and two of each of the others
     elif shutil.which("nsys") and not given.dry_run:
         command = ["nsys", "profile", "--stats=true", "-o", str(report.with_suffix("")), *target]
     else:
