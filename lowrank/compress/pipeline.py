@@ -297,7 +297,7 @@ class _Store:
     def read(self, name: str, number: int) -> tuple[Factorization, float] | None:
         path = self._path(name, number)
         try:
-            return io.load(path)["layer"], float(path.with_suffix(".error").read_text())
+            return io.load(path)["layer"], float(path.with_suffix(".error").read_text("utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError) as why:
