@@ -490,6 +490,8 @@ OTHERS = [
     "planes<bf16, bf16, 5, 3, 1, 1, 8, 6, 1>", "planes<float, float, 7, 7, 1, 1, 2, 1, 0>",
     "planes<u8, float, 3, 3, 1, 4, 4, 0, 2>", "planes<double, double, 3, 3, 2, 1, 2, 1, 0>",
     "planes<float, float, 3, 3, 3, 1, 4, -1, 0>", "planes<float, f16, 3, 1, 1, 1, 4, 0, 1>",
+    "planes<double, double, 11, 11, 1, 1, 2, -1, 0>",
+    "planes<double, double, 32, 32, 1, 1, 1, -1, 1>",
     "depthwise_last<double, 5, 5, 1, 8, 1>", "depthwise_last<float, 7, 7, 2, 4, 1>",
     "fused<f16, 5, 5, 1, 8, 16, 2, 1>", "fused<float, 5, 5, 2, 8, 16, 2, 0>",
     "fused<bf16, 3, 3, 2, 8, 16, 1, 0>", "fused<float, 3, 3, 2, 8, 16, 4, 1>",

@@ -133,8 +133,18 @@ struct planar {
     static constexpr int VECTORS = (most(OFFSET, 0) + SPAN + WIDTH - 1) / WIDTH;
     static constexpr int BORDER = KH > 7 ? 1 : V; /* columns at a time at the borders */
     static constexpr int TAPS = FORM ? KH + KW : KH * KW;
-    static constexpr bool HELD = FORM < 2 && TAPS <= 64; /* taps stay in registers */
+    static constexpr bool HELD = FORM < 2 && TAPS * sizeof(S) <= 256; /* taps stay in registers */
 };
+
+/* Make the compiler load from `p` again: taps kept from row to row would spill registers. */
+template <class S> __device__ inline void hide(const S *&p)
+{
+#ifdef LR_SHIM
+    (void)p;
+#else
+    asm volatile("" : "+l"(p));
+#endif
+}
 
 /* Add one row of inputs, number `p` of a period, to the outputs that read it. */
 template <class P, int KH, int KW, int STRIDE, int STEP, int V, int FORM, class S>
@@ -182,7 +192,7 @@ strip(const TI *__restrict__ x, TO *__restrict__ y, const typename sum_of<TI>::t
     S sum[P::RING][V], held[P::HELD ? P::TAPS : 1];
 #pragma unroll
     for (int i = 0; P::HELD && i < P::TAPS; i++) held[i] = weight[i];
-    const S *const taps = P::HELD ? held : weight;
+    const S *taps = P::HELD ? held : weight;
 #pragma unroll
     for (int k = 0; k < P::RING; k++)
 #pragma unroll
@@ -197,6 +207,7 @@ strip(const TI *__restrict__ x, TO *__restrict__ y, const typename sum_of<TI>::t
 #pragma unroll
         for (int p = 0; p < P::ROWS; p++) {
             S v[P::SPAN];
+            if (FORM < 2 && !P::HELD) hide(taps);
             if constexpr (INSIDE && OFFSET >= 0) {
 #pragma unroll
                 for (int k = 0; k < P::VECTORS; k++) {
@@ -336,7 +347,7 @@ template <class T, int KH, int KW, int STRIDE, int ROWS, int V, class Input, cla
 __device__ inline void column(const Input &input, const SUM *__restrict__ taps, int channels,
                               const SUM *bias, const Output &output)
 {
-    constexpr bool HELD = KH * KW * V * (int)sizeof(SUM) <= 200; /* taps stay in registers */
+    constexpr bool HELD = KH * KW * V * (int)sizeof(SUM) <= 160; /* taps stay in registers */
     constexpr int N = least(V, 16 / (int)sizeof(SUM));
     SUM held[HELD ? KH * KW : 1][V], sum[ROWS][V];
 #pragma unroll
@@ -591,7 +602,7 @@ template <class T, int TW> struct tile_store {
  * memory, each computed once; the pointwise weights are read through the caches.  `outs`, and `middle` if
  * FIRST, are multiples of 4. */
 template <class T, int KH, int KW, int STRIDE, int TH, int TW, int V, int FIRST>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(256, KH > 3 || KW > 3 ? 1 : 2)
     fused(const T *__restrict__ x, T *__restrict__ y, const T *__restrict__ weight0,
           const float *__restrict__ bias0, const float *__restrict__ taps, const float *__restrict__ bias1,
           const T *__restrict__ weight2, const float *__restrict__ bias2, const int *__restrict__ pos_h,

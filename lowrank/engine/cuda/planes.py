@@ -16,7 +16,8 @@ from lowrank.engine.cuda.launch import CUDA_TYPES, VECTOR, Kernel
 from lowrank.engine.cuda.steps import three
 
 THREADS = 128  # per block
-MAX_NUMBERS = 64  # sums and taps of a thread in registers: more would spill some
+MAX_SUMS, MAX_TAPS, MAX_WORDS = 64, 64, 170  # words of a thread in registers: more would spill some
+LONG = 7  # taps of a column, above which a thread computes single columns at the borders
 MIN_RESIDENT = 1 << 17  # threads, so that a GPU's multiprocessors are half full
 MAX_ROWS = 64  # outputs of a strip
 TAPS, ONE_TERM, TERMS = 0, 1, 2  # forms of `planes` in kernels.cu
@@ -42,10 +43,28 @@ class Geometry(NamedTuple):
         unrolled = period * max(1, 4 // period) if self.taps[0] > 1 else period
         return (periods * unrolled - self.taps[0]) // self.stride + 1
 
-    def columns(self, itemsize: int, held: int) -> int:
-        """Return the columns of outputs of a thread; `itemsize` is the larger one."""
+    def columns(self, itemsize: int, form: int) -> int:
+        """Return the columns of outputs of a thread; `itemsize` is the larger one.
+
+        The thread holds its sums, the samples of a row, at the borders also their positions, and
+        the taps if they are few.
+        """
+        words = 2 if itemsize == 8 else 1
+        taps = {TAPS: math.prod(self.taps), ONE_TERM: sum(self.taps), TERMS: 0}[form]
+        held = taps * words if taps * words <= MAX_TAPS else 0
+        sums = -(-self.taps[0] // self.stride) * words
+
+        def fits(columns: int, positions: int) -> bool:
+            span = (columns - 1) * self.stride + (self.taps[1] - 1) * self.step + 1
+            used = min(span, columns * self.taps[1])
+            return columns * sums + used * (words + positions) + held <= MAX_WORDS
+
         columns = VECTOR // itemsize
-        while columns > 1 and columns * -(-self.taps[0] // self.stride) + held > MAX_NUMBERS:
+        while columns > 1 and not (
+            columns * sums <= MAX_SUMS - (held if form == TAPS else 0)
+            and fits(columns, 0)
+            and (self.taps[0] > LONG or fits(columns, 1))
+        ):
             columns //= 2
         return columns
 
@@ -116,8 +135,7 @@ class Planes:
     def _compile(self, x: Any, y: Any) -> tuple[Kernel, int]:
         """Return the kernel for arrays of these types, and the columns of a thread."""
         g = self._geometry
-        held = math.prod(g.taps) if self._form == TAPS else 0
-        columns = g.columns(max(x.itemsize, y.itemsize), held)
+        columns = g.columns(max(x.itemsize, y.itemsize), self._form)
         width = min(columns * g.stride, VECTOR // x.itemsize)
         is_aligned = g.size[1] % width == 0 and g.out[1] % columns == 0
         offset = -g.before[1] % width if is_aligned else -1
