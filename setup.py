@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -52,6 +53,9 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         """Compile the kernels first and link them into the extension."""
+        if self.compiler.compiler_type == "msvc":  # clang-cl has vector extensions
+            self.compiler.initialize()
+            self.compiler.cc = "clang-cl"
         x86 = _machine() in ("x86_64", "amd64")
         # Copies of a few vectors are faster inline than as calls of memcpy.
         plain = self._first_supported([["-fno-tree-loop-distribute-patterns"]])
@@ -117,13 +121,23 @@ class Build(build_ext):
         return True
 
 
+# One extension for Python 3.11 and all later versions, where the stable ABI has buffers; builds of
+# Python without the GIL have no stable ABI.
+IS_STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
 extension = Extension(
     "lowrank._kernels._core",
     [str(KERNELS / "_core.pyx")],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")] if IS_STABLE else [],
+    py_limited_api=IS_STABLE,
     depends=[
         *HEADERS,
         *map(str, sorted(KERNELS.glob("*.pxi"))),
         *(str(KERNELS / name) for name in ("isa.c", *DRIVERS)),
     ],
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if IS_STABLE else {},
+)

@@ -353,8 +353,9 @@ def test_wrong_arguments_give_one_line_and_exit_code_2(lowrank, photo, words, me
     assert re.search(message, err), err
 
 
-def test_the_module_runs_as_a_command():
-    command = [sys.executable, "-m", "lowrank.cli", "--version"]
+@pytest.mark.parametrize("module", ["lowrank", "lowrank.cli"])
+def test_the_module_runs_as_a_command(module):
+    command = [sys.executable, "-m", module, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("lowrank 0.")
     done = subprocess.run([*command[:-1], "--help"], capture_output=True, text=True, check=True)

@@ -407,7 +407,7 @@ def test_environment_chooses_the_instruction_set(monkeypatch):
         _core.default_isa()
 
 
-SOURCES = Path(_core.__file__).parent
+SOURCES = Path(__file__).parents[1] / "lowrank" / "_kernels"
 
 
 def c_enum(prefix, first, header="lr.h"):

@@ -21,7 +21,7 @@ LAYERS = [
     ["report"],
     ["cli"],
     ["__init__"],
-    ["data", "demo"],
+    ["__main__", "data", "demo"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ROOT = Path(lowrank.__file__).parent
