@@ -5,6 +5,8 @@ import platform
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -65,24 +67,30 @@ class Build(build_ext):
         openmp = self._first_supported([["-fopenmp"], ["-Xpreprocessor", "-fopenmp", "-lomp"]])
         if os.environ.get("LOWRANK_OPENMP") == "0":  # a build for one thread
             openmp = []
-        have, objects = [], []
+        found = {}
         for name, (width, flags) in (X86 if x86 else PLAIN).items():
-            if not self._supports(flags):
-                if name != "baseline":
-                    continue
-                flags = []  # use the compiler's default baseline
-            objects += self.compiler.compile(
+            if self._supports(flags):
+                found[name] = width, flags
+            elif name == "baseline":
+                found[name] = width, []  # the compiler's default baseline
+
+        def compile_kernels(name):
+            width, flags = found[name]
+            return self.compiler.compile(
                 [str(KERNELS / "isa.c")],
                 output_dir=os.path.join(self.build_temp, f"isa-{name}"),
                 macros=[("LR_ISA", name), ("LR_BYTES", str(width))],
                 extra_postargs=[*COMMON, *WARNINGS, *plain, *flags],
                 depends=HEADERS,
             )
-            have.append((f"LR_HAVE_{name.upper()}", "1"))
+
+        # Each takes half a minute, the widest the longest: it starts first.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [*chain.from_iterable(pool.map(compile_kernels, reversed(found)))]
         objects += self.compiler.compile(
             [str(KERNELS / name) for name in DRIVERS],
             output_dir=self.build_temp,
-            macros=have,
+            macros=[(f"LR_HAVE_{name.upper()}", "1") for name in found],
             extra_postargs=[*COMMON, *WARNINGS, *openmp],
             depends=HEADERS,
         )
