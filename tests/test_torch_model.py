@@ -16,6 +16,7 @@ from torch_models import (  # noqa: E402
 )
 from torch_models import single_thread as single_thread  # noqa: E402
 
+from lowrank.compress import make_plan  # noqa: E402
 from lowrank.interop.torch import TorchModel, compress, layers, on_engine  # noqa: E402
 
 
@@ -233,3 +234,21 @@ def test_gradients_do_not_depend_on_the_parts_of_a_batch(kind, monkeypatch):
         for name in names:
             for a, b in zip(one[name], other[name], strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_run_at_several_sizes_are_priced_at_each():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            half = nn.functional.avg_pool2d(x, 2)
+            return self.head(x).mean() + self.head(half).mean()
+
+    net = TorchModel(Pyramid().eval(), [torch.randn(2, 8, 16, 16)])
+    (layer,) = net.layers
+    assert (layer.times, layer.sizes) == (2, ((16, 16), (8, 8)))
+    assert layer.passes == 1.25
+    plan = make_plan(net, macs=0.5, families=["channel_svd"])
+    assert plan.total("macs")[1] == 8 * 8 * 9 * (16 * 16 + 8 * 8)

@@ -154,7 +154,7 @@ def _inspect_layer(layer: StoredLayer) -> dict[str, Any]:
         "input": None if size is None else list(size),
         "output": None if size is None else list(conv.output_shape(size)),
         "params": conv.params,
-        "macs": None if cost is None else cost.macs * layer.times,
+        "macs": None if cost is None else round(cost.macs * layer.times),
         "error_at_half": errors,
     }
 

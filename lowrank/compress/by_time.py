@@ -236,7 +236,7 @@ class _TimedSearch:
         """Return the measured seconds of a dense layer and of chains, per call of the network."""
         shape = layer.conv.input_shape(layer.input_size)
         first, others = self.measurements.seconds(dense.stages, [c.stages for c in some], shape)
-        return [layer.times * t for t in (first, *others)]
+        return [layer.passes * t for t in (first, *others)]
 
     def _seconds_of_one(self, layer: Layer, dense: Candidate, c: Candidate) -> float:
         try:

@@ -39,7 +39,7 @@ class KeptOptions:
 
     def _path(self, layer: Layer, metric: Metric) -> Path:
         conv = layer.conv
-        record = (self.settings, layer.name, layer.input_size, layer.times, repr(conv))
+        record = (self.settings, layer.name, layer.input_size, layer.passes, repr(conv))
         key = hashlib.sha256(repr((*record, conv.geometry, conv.transposed)).encode())
         arrays = (
             conv.stages[0].weight, conv.bias, layer.scale, metric.channel_factor,

@@ -36,6 +36,9 @@ class Layer:
     accepts : callable or None
         Function that tells whether the model can hold a chain of given stages, whose weights may
         be abstract; None if it can hold every chain.
+    sizes : tuple of tuple of int
+        Spatial size of the input of each pass, such as those of a head on several levels of a
+        pyramid; empty if all are `input_size`.
 
     Examples
     --------
@@ -53,6 +56,14 @@ class Layer:
     scale: Array | None = None
     times: int = 1
     accepts: Callable[[Sequence[Stage]], bool] | None = None
+    sizes: tuple[Ints, ...] = ()
+
+    @property
+    def passes(self) -> float:
+        """MACs of all passes of one example, relative to those of a pass at `input_size`."""
+        if not self.sizes:
+            return self.times
+        return sum(self.conv.cost(size).macs for size in self.sizes) / self.cost.macs
 
     @property
     def cost(self) -> Cost:

@@ -92,7 +92,7 @@ def layer_options(
     conv = layer.conv
     # Chains fitted to data get a bias, which makes up for means.
     pricing = Pricing(
-        conv, layer.input_size, *timing, times=layer.times,
+        conv, layer.input_size, *timing, times=layer.passes,
         has_bias=conv.bias is not None or biased, in_network=True,
     )  # fmt: skip
     dense = pricing.time(replace(pricing.dense, loss=0.0))

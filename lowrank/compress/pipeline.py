@@ -249,7 +249,7 @@ def _recount(
             f = layer.conv
         else:
             f = chains[name]
-        pricing = Pricing(f, layer.input_size, *_timing(plan), times=layer.times, in_network=True)
+        pricing = Pricing(f, layer.input_size, *_timing(plan), times=layer.passes, in_network=True)
         priced = pricing.dense
         new = replace(candidate.summary(), cost=priced.cost, itemsize=f.dtype.itemsize)
         if priced.cost.macs != candidate.cost.macs:

@@ -230,7 +230,7 @@ def make_plan(
         allocation, options, latency, limits["seconds"] = chosen
         dense = {name: found[0] for name, found in options.items()}
     omitted = {
-        x.name: OmittedLayer("left_out names it", x.cost.macs * x.times)
+        x.name: OmittedLayer("left_out names it", round(x.cost.macs * x.passes))
         for x in model.layers
         if x not in counted
     } | omitted_layers(model)

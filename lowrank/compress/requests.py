@@ -149,7 +149,7 @@ def requested_options(
     """
     conv = layer.conv
     pricing = Pricing(
-        conv, layer.input_size, *timing, times=layer.times,
+        conv, layer.input_size, *timing, times=layer.passes,
         has_bias=conv.bias is not None or biased, in_network=True,
     )  # fmt: skip
     dense = pricing.time(replace(pricing.dense, loss=0.0))

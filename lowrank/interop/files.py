@@ -158,7 +158,7 @@ def read_layers(
         endings = ", ".join(dict.fromkeys((*ENDINGS, *WEIGHTS)))
         raise ValueError(f"{path}: the ending must be one of {endings}, got {ending!r}")
     net: Any = open_model(path, input_size=input_size)
-    found = [StoredLayer(x.name, x.conv, x.input_size, x.conv.bias, x.times) for x in net.layers]
+    found = [StoredLayer(x.name, x.conv, x.input_size, x.conv.bias, x.passes) for x in net.layers]
     chains = getattr(net, "chains", {}) | getattr(net, "unsized", {})
     found += [StoredLayer(name, f, None, f.bias) for name, f in chains.items()]
     left_out = {n: why for n, why in getattr(net, "left_out", {}).items() if n not in chains}
@@ -307,7 +307,7 @@ def fingerprint(net: CompressibleModel, *paths: str | os.PathLike[str] | None) -
     digest = hashlib.sha256()
     for layer in net.layers:
         f = layer.conv
-        record = (layer.name, layer.input_size, layer.times, f.geometry, f.groups, f.transposed)
+        record = (layer.name, layer.input_size, layer.passes, f.geometry, f.groups, f.transposed)
         digest.update(repr(record).encode())
         for array in (f.stages[0].weight, f.bias, layer.scale):
             digest.update(b"-" if array is None else array.tobytes())

@@ -337,7 +337,7 @@ def _compare_layer(
     n_values = math.prod(conv.input_shape(layer.input_size))
     n_values += math.prod(conv.output_shape(layer.input_size))
     is_small = call[0] * conv.dtype.itemsize * n_values <= MAX_BYTES
-    is_fast = before["seconds"] <= MAX_PREDICTED_SECONDS * layer.times
+    is_fast = before["seconds"] <= MAX_PREDICTED_SECONDS * layer.passes
     times: list[CallTime] = []
     if measurements is not None and is_fast and is_small:
         times = _measure(layer, chain, measurements)
@@ -363,7 +363,7 @@ def _compare_layer(
 
 def _costs(layer: Layer, f: Factorization, call: tuple[int, int | None, str]) -> dict[str, float]:
     """Return the predicted seconds of a layer per call, and its costs per example."""
-    pricing = Pricing(f, layer.input_size, *call, times=layer.times, in_network=True)
+    pricing = Pricing(f, layer.input_size, *call, times=layer.passes, in_network=True)
     c = pricing.time(pricing.dense)
     return {axis: c.amount(axis) for axis in ("macs", "params", "bytes", "seconds")}
 
@@ -378,7 +378,7 @@ def _measure(
         times = measurements.measure(versions, shape)
     except NotImplementedError:
         return []
-    n = layer.times
+    n = layer.passes
     return [CallTime(n * t.seconds, t.spread, tuple(n * s for s in t.samples)) for t in times]
 
 

@@ -342,8 +342,8 @@ class Pricing:
         Number of threads; all that OpenMP offers if not given.
     runtime : str
         Library that runs the chains; see :func:`lowrank.perfmodel.predict`.
-    times : int
-        Number of times that an example passes the layer.
+    times : float
+        Number of times that an example passes the layer, in passes at `input_shape`.
     has_bias : bool, optional
         Whether chains have a bias; whether `conv` has one if not given.
     per_example : bool
@@ -360,7 +360,7 @@ class Pricing:
         batch: int = 1,
         threads: int | None = None,
         runtime: str = "lowrank",
-        times: int = 1,
+        times: float = 1,
         has_bias: bool | None = None,
         per_example: bool = False,
         in_network: bool = False,
@@ -415,7 +415,7 @@ class Pricing:
 
     def _cost(self, stages: Sequence[Stage], has_bias: bool) -> Cost:
         cost = chain_cost(stages, self.shape, has_bias)
-        return cost if self.times == 1 else replace(cost, macs=cost.macs * self.times)
+        return cost if self.times == 1 else replace(cost, macs=round(cost.macs * self.times))
 
 
 def check_families(families: str | Iterable[str] | None) -> list[str]:

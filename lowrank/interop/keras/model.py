@@ -197,7 +197,9 @@ class KerasModel:
                 self.left_out_macs[name] = f.cost(size).macs * len(shapes)
                 continue
             accepts = partial(is_expressible, f, size)
-            new = Layer(name, f, size, gains[name], len(shapes), accepts)
+            sizes = tuple(as_convolution(kind, config, weights, shape)[1] for shape in shapes)
+            several = sizes if any(s != size for s in sizes) else ()
+            new = Layer(name, f, size, gains[name], len(shapes), accepts, several)
             self._keras[name] = layer
             self._sites[name] = Site(new, kind, config, weights[0].shape, shapes[0])
 

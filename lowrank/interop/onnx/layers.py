@@ -183,7 +183,9 @@ def find(model: Any, folder: Path | None, inputs: Sequence[str], probe: Probe) -
                 omitted.add(names[first_output(node)], node, reason)
             continue
         scale = scales.of(nodes[0]) if times == 1 else None
-        layer = Layer(name, conv, size, scale, times)
+        all_sizes = tuple(s for _, s in found)
+        several = all_sizes if any(s != size for s in all_sizes) else ()
+        layer = Layer(name, conv, size, scale, times, sizes=several)
         sites.append(Site(layer, nodes[0].op_type, weights[name].dtype, tuple(uses)))
     return Found(sites, omitted.reasons, omitted.count(probe), unsized)
 

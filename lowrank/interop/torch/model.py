@@ -205,12 +205,14 @@ class TorchModel:
         layers = []
         for name, tensors in inputs.items():
             module = self._model.get_submodule(name)
-            size = tuple(_with_batch(module, tensors[0]).shape[2:])
+            sizes = [tuple(_with_batch(module, x).shape[2:]) for x in tensors]
+            size, *others = sizes
             try:
                 conv = from_layer(module)
             except ValueError as why:
                 raise ValueError(f"{why} (layer {name})") from why
-            layers.append(Layer(name, conv, size, scales.get(name), calls[name]))
+            several = tuple(sizes) if any(other != size for other in others) else ()
+            layers.append(Layer(name, conv, size, scales.get(name), calls[name], sizes=several))
         return tuple(layers), calls, sum(out.numel() for _, out in outputs)
 
     def _output_shapes(self, x: Any) -> dict[str, list[torch.Size]]:

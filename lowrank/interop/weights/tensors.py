@@ -44,8 +44,8 @@ class StoredLayer:
     bias : ndarray or None
         Bias in the file.  `conv` does not have it if its length does not fit, such as that of a
         transposed convolution without a manifest.
-    times : int
-        Number of times that one example passes it.
+    times : float
+        Number of times that one example passes it, in passes at `input_size`.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class StoredLayer:
     conv: Factorization
     input_size: Ints | None
     bias: Array | None
-    times: int = 1
+    times: float = 1
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Array]:
