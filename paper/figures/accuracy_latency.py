@@ -25,20 +25,23 @@ def main(table, target):
         for row in csv.DictReader(file):
             panels[row["runtime"]][row["method"]].append(row)
     names = {"lowrank": "lowrank", "onnxruntime": "onnxruntime", "torch": "PyTorch"}
+    times = [float(r["time"]) for some in panels.values() for rows in some.values() for r in rows]
+    limits = 0.85 * min(times), 1.2 * max(times)
     figure, axes = plt.subplots(1, len(panels), figsize=(style.PAGE, 2.5), sharey=True)
     for axis, (runtime, methods) in zip(axes, panels.items()):
         original = float(methods["original"][0]["milliseconds"])
-        axis.set_title(f"{names[runtime]} (original: {original:.2f} ms)")
+        axis.set_title(f"{names[runtime]} (original: {original:.2f} ms)", fontsize=8)
         for method, (label, colour, mark) in METHODS.items():
             draw(axis, methods.get(method, []), label, colour, mark)
         axis.plot(1, 0, "*", color="0.2", markersize=6)
         axis.axvline(1, color="0.6", linewidth=0.6, linestyle=":")
-        axis.set(xscale="log", xlim=(0.35, 4.5), ylim=(LOWEST - 1.5, 2))
-        axis.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        axis.set(xscale="log", xlim=limits, ylim=(LOWEST - 1.5, 2))
+        ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8) if style.within(limits, t)]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.4)
         axis.set_xlabel("time / original")
-    axes[0].set_ylabel("change of top-1, points")
+    axes[0].set_ylabel("change of top-1,\npercentage points")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)  # fmt: skip
     style.save(figure, target)

@@ -12,7 +12,7 @@ LOOK = {
     "separable": ("#0072b2", "o"), "dense": ("#555555", "s"), "attention": ("#d55e00", "^"),
 }  # fmt: skip
 SHADES = {32: "#56b4e9", 64: "#0072b2", 128: "#009e73", 256: "#cc79a7"}
-SHOWN = 64  # channels in the two panels over N
+SHOWN = 64  # channels in the two panels over L
 FROM, TO = 1024, 4096  # positions between which exponents are taken, as in the text
 
 
@@ -29,9 +29,9 @@ def main(source, target):
         for axes, values in ((left, macs / 1e6), (middle, seconds * 1e3)):
             first, last = values[n == FROM].item(), values[n == TO].item()
             power = np.log(last / first) / np.log(TO / FROM)
-            axes.plot(n, values, color=colour, marker=mark, label=f"{layer}, $N^{{{power:.2f}}}$")
+            axes.plot(n, values, color=colour, marker=mark, label=f"{layer}, $L^{{{power:.2f}}}$")
     for axes, what in ((left, "MACs, millions"), (middle, "ms, one thread")):
-        axes.set(xscale="log", yscale="log", xlabel=f"positions N, {SHOWN} channels", ylabel=what)
+        axes.set(xscale="log", yscale="log", xlabel=f"positions L, {SHOWN} channels", ylabel=what)
         axes.set_xticks([16, 64, 256, 1024, 4096])
         axes.legend(frameon=False, loc="upper left", handlelength=1.5)
     left.set_ylim(None, 3e4)
@@ -43,8 +43,8 @@ def main(source, target):
     x = np.geomspace(0.06, 130, 50)
     right.plot(x, (4 + 2 * x) / 9, color="black", label="counted")
     right.axhline(1, color="0.6", linewidth=0.6)
-    right.set(xscale="log", yscale="log", xlabel="positions per channel, N / C")
-    right.set_ylabel("attention over dense 3 x 3")
+    right.set(xscale="log", yscale="log", xlabel="positions per channel, L / D")
+    right.set_ylabel("attention over dense 3 × 3")
     right.set_xticks([0.1, 1, 10, 100])
     right.legend(frameon=False, loc="upper left", handlelength=1.5)
     for axes in (left, middle, right):

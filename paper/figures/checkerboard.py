@@ -25,7 +25,7 @@ def main(source, target):
     for stride, y in ((2, 1.72), (3, 2.82)):
         left.annotate(f"stride {stride}", (6, y), (0, 3), textcoords="offset points", ha="right",
                       fontsize=6.5)  # fmt: skip
-    left.set(xlabel="taps K of a K x K kernel", ylabel="pattern / mean", ylim=(-0.1, 4.6))
+    left.set(xlabel="taps K of a K × K kernel", ylabel="pattern / mean", ylim=(-0.1, 4.6))
     left.set_xticks(range(2, 7))
     left.legend(frameon=False, loc="upper right")
 

@@ -11,7 +11,7 @@ FACTOR, FINER = 1.2 * 1.1**2 * 1.15**2, 1.15
 NETS = {
     "dense inside": ("#d55e00", "s", "dense instead of depthwise"),
     "blocks": ("#0072b2", "o", "depthwise inside"),
-    "dense blocks": ("#555555", "^", "one dense 3 x 3 per block"),
+    "dense blocks": ("#555555", "^", "one dense 3 × 3 per block"),
 }
 
 
@@ -41,8 +41,8 @@ def main(source, target):
     at = [math.log(int(r["image"]) / 224) / math.log(FINER) for r in published]
     left.plot(at, [m / macs[0] / 2**p for p, m in zip(at, found)], "x", color="#009e73",
               markersize=4, label="B0 to B7, counted")  # fmt: skip
-    left.set(xlabel="φ", ylabel="growth of MACs / $2^φ$", ylim=(0.6, 1.45))
-    left.legend(frameon=False)
+    left.set(xlabel="φ", ylabel="growth of MACs / $2^φ$", ylim=(0.6, 1.75))
+    left.legend(frameon=False, loc="upper right")
 
     shares = {p: [int(r[p]) / int(r["macs"]) for r in base]
               for p in ("pointwise", "depthwise", "ends")}  # fmt: skip

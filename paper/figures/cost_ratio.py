@@ -21,11 +21,11 @@ def main(source, target):
         axes.plot(*zip(*points), color=COLOURS[taps])
         axes.axhline(limits[taps], color=COLOURS[taps], linewidth=0.6, linestyle=":")
         axes.annotate(
-            f"{taps} x {taps} taps", points[-1], (-2, 3), textcoords="offset points",
+            f"{taps} × {taps} taps", points[-1], (-2, 3), textcoords="offset points",
             ha="right", fontsize=7, color=COLOURS[taps],
         )  # fmt: skip
     axes.axhline(1, color="0.4", linewidth=0.6)
-    axes.set(xscale="log", xlabel="size N of an N x N image", ylim=(0, 1.2))
+    axes.set(xscale="log", xlabel="size N of an N × N image", ylim=(0, 1.4))
     axes.set_ylabel("separated / dense MACs")
     axes.set_xticks([4, 8, 16, 32, 64, 128, 256, 512])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")

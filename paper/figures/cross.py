@@ -29,7 +29,7 @@ def main(source, target):
             axes.set_yticks([])
             axes.set_title(f"input {s + 1}", fontsize=7)
             axes.spines[["top", "right"]].set_visible(True)
-        what = what if what == "kernel" else f"one term, error {error:.2f}"
+        what = what if what == "kernel" else f"one term, error {error:.3f}"
         every[2 * i].annotate(what, (1.1, -0.18), xycoords="axes fraction", ha="center", fontsize=7,
                               va="top")  # fmt: skip
     style.save(figure, target)

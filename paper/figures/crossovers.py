@@ -18,7 +18,10 @@ LOOK = {
 
 
 def label(method):
-    return f"separable, {method}" if method.startswith("rank") else method
+    """Return what the figure calls a method."""
+    if method.startswith("rank"):
+        return f"separable, {method}"
+    return "FFT" if method == "fft" else f"{method} sums"
 
 
 def main(source, target):
@@ -38,8 +41,8 @@ def main(source, target):
             (4, 0), textcoords="offset points", va="center", fontsize=6.5, color=colour,
             annotation_clip=False,
         )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="taps K of a K x K filter")
-    axes.set_ylabel("ms for 1024 x 1024, one thread")
+    axes.set(xscale="log", yscale="log", xlabel="taps K of a K × K filter")
+    axes.set_ylabel("ms for 1024 × 1024, one thread")
     axes.set_xticks([3, 5, 9, 15, 31, 63])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

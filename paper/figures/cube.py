@@ -44,7 +44,13 @@ def main(source, target):
     left.set_xticks([1, 2, 3, 4, 6, 8])
     middle.set(xscale="log", xlabel="training patches")
     middle.set_ylabel("PSNR in dB, rank 2")
-    middle.set_ylim(max(dense["2500"] - 2.5, 0), None)
+    lowest = max(dense["2500"] - 2.5, 0)
+    for line in middle.lines:
+        for x, y in zip(*line.get_data()):
+            if y < lowest:
+                middle.annotate("", (x, lowest), (x, lowest + 0.5), arrowprops={
+                    "arrowstyle": "->", "color": line.get_color(), "lw": 0.7})  # fmt: skip
+    middle.set_ylim(lowest, None)
     middle.set_xticks([2500, 10000, 40000, 160000], ["2500", "10 000", "40 000", "160 000"])
     full = {r["variant"]: r for r in rows if r["patches"] == MAIN and not r["rank"]}
     methods = (("dense", "s", "direct"), ("fft", "^", "FFT"), ("SciPy", "v", "SciPy"))

@@ -7,10 +7,11 @@ from collections import defaultdict
 import style
 from matplotlib import pyplot as plt
 
+#: Claim in the letters of its article: label of the axis and formula in those of the paper.
 PANELS = {
-    "2/m": ("taps m, image of 1024²", "2/m"),
+    "2/m": ("taps K, image of 1024²", "2/K"),
     "3/K²": ("taps K, volume of 96³", "3/K²"),
-    "1/N + 1/h²": ("channels N of a 3 × 3 layer at 28²", "1/N + 1/9"),
+    "1/N + 1/h²": ("channels T of a 3 × 3 layer at 28²", "1/T + 1/9"),
 }
 
 
@@ -40,7 +41,7 @@ def main(source, target):
         axes.set_yticks([v for v in (0.02, 0.05, 0.1, 0.2, 0.5, 1) if style.within((low, high), v)])
         axes.grid(alpha=0.25, linewidth=0.4)
         axes.legend(frameon=False, fontsize=6)
-    panels[0].set_ylabel("separated / dense")
+    panels[0].set_ylabel("separated / dense time")
     style.save(figure, target)
 
 

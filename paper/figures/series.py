@@ -19,7 +19,7 @@ def main(source, target):
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
     dense = rows[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.6), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE, 2.7), sharey=True)
     for axes, key, scale in ((left, "macs", 1), (right, "seconds", 1e3)):
         for method, (colour, mark, line, label) in LOOK.items():
             points = [
@@ -36,7 +36,8 @@ def main(source, target):
     left.set_xticks([0.05, 0.1, 0.2, 0.5, 1])
     right.set(xlabel="ms for 64 series, one thread")
     right.set_xticks([0.5, 1, 2, 3])
-    right.legend(frameon=False, loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
     style.save(figure, target)
 
 

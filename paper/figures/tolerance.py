@@ -15,19 +15,19 @@ LINES = {
 def main(source, target):
     with open(source, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(style.COLUMN, 2.4))
+    figure, axes = plt.subplots(figsize=(style.PAGE, 2.0))
     at = [int(r["number"]) + 1 for r in rows]
     other = axes.twinx()
     other.bar(at, [float(r["lost"]) for r in rows], color="#d55e00", alpha=0.4, width=0.7)
-    other.set_ylabel("top-1 loss, percentage points (bars)", color="#a34700")
+    other.set_ylabel("top-1 loss (bars),\npercentage points", color="#a34700")
     for key, (colour, mark, label) in LINES.items():
         axes.plot(at, [float(r[key]) for r in rows], color=colour, marker=mark, label=label)
     axes.set(xlabel="layer that is separated", ylabel="relative error", ylim=(0, 1))
     low, high = other.get_ylim()
-    other.set_ylim(0 if low > -1 else low, high * 1.15)
+    other.set_ylim(low, high * 1.15)
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
-    axes.set_xticks(at[::3])
+    axes.set_xticks(at)
     axes.legend(frameon=False, loc="upper right")
     other.spines["right"].set_visible(True)
     style.save(figure, target)

@@ -27,7 +27,7 @@ def main(source, target):
         gain = [float(r["seconds_unfused"]) / float(r["seconds_fused"]) for r in these]
         right.plot(saved, gain, mark, color=colour, label=name, markersize=3.5)
     left.axhline(1, color="0.3", linewidth=0.6)
-    left.set_xticks(range(len(layers)), [x.replace(" at", "\nat") for x in layers], fontsize=7)
+    left.set_xticks(range(len(layers)), [x.replace(" at", "\nat") for x in layers], fontsize=6)
     left.set_ylabel("elements moved / dense")
     left.legend(
         frameon=False,
