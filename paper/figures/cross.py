@@ -30,8 +30,9 @@ def main(source, target):
             axes.set_title(f"input {s + 1}", fontsize=7)
             axes.spines[["top", "right"]].set_visible(True)
         what = what if what == "kernel" else f"one term, error {error:.3f}"
-        every[2 * i].annotate(what, (1.1, -0.18), xycoords="axes fraction", ha="center", fontsize=7,
-                              va="top")  # fmt: skip
+        text = every[2 * i].annotate(what, (1.1, -0.18), xycoords="axes fraction", ha="center",
+                                     fontsize=7, va="top")  # fmt: skip
+        text.set_in_layout(False)  # its width would move the panels apart
     style.save(figure, target)
 
 

@@ -34,8 +34,8 @@ def main(source, target):
     axes.annotate(f"{peak:.0f} GFLOP/s", (x[-1], peak), (-2, 3), textcoords="offset points",
                   ha="right", fontsize=7)  # fmt: skip
     low = x[0] * 1.2
-    axes.annotate(f"{copy:.0f} GB/s", (low, copy * low), (0, 8), textcoords="offset points",
-                  ha="left", va="bottom", rotation=45, fontsize=7)  # fmt: skip
+    axes.annotate(f"{copy:.0f} GB/s", (low, copy * low), (4, 0), textcoords="offset points",
+                  ha="left", va="top", fontsize=7)  # fmt: skip
     for kind, some in points.items():
         colour, mark, name = LOOK[kind]
         axes.plot(*zip(*some), mark, color=colour, label=name, markersize=3.5, markeredgewidth=0)

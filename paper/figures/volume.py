@@ -34,10 +34,10 @@ def main(source, target):
                       label=kernel if key == "levelled" else None)  # fmt: skip
             for n, error in zip(terms, errors):
                 if error == LEAST:  # below the axis
-                    left.annotate("", (n, 1.05e-4), (n, LEAST), arrowprops={
+                    left.annotate("", (n, 2e-5), (n, LEAST), arrowprops={
                         "arrowstyle": "->", "color": colour, "linewidth": 0.7})  # fmt: skip
     left.axhline(0.5, color="0.7", linewidth=0.6)
-    left.set(yscale="log", xlabel="rank", ylim=(1e-4, 3e3))
+    left.set(yscale="log", xlabel="rank", ylim=(1.5e-5, 3e3))
     left.set_ylabel(f"RMS error in grey levels, {SHOWN} taps")
     left.set_xticks([1, 2, 3, 4, 6, 8])
     left.set_yticks([1e-3, 1e-2, 0.1, 1, 10, 100], ["0.001", "0.01", "0.1", "1", "10", "100"])
@@ -51,7 +51,7 @@ def main(source, target):
         predicted = [float(r["predicted"]) for r in some if r["predicted"]]
         curves[method] = taps, predicted, seconds
         middle.plot(taps, [s * 1e3 for s in seconds], mark, color=colour, fillstyle="none",
-                    markersize=3, label=method)  # fmt: skip
+                    markersize=3, label="FFT" if method == "fft" else method)  # fmt: skip
         if predicted:
             middle.plot(taps, [s * 1e3 for s in predicted], color=colour)
     middle.set(yscale="log", xlabel="taps K per axis, Gaussian",
