@@ -259,6 +259,18 @@ def test_depthwise_stages_match_the_reference(kernel, stride, dilation, per, dty
         check(gpu, [stage], size[3 - len(kernel) :], rng, dtype, ["depthwise"])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "reads"),
+    [((8, 8), "float32", "f4"), ((6, 10), "float32", "f4"), ((7, 7), "float16", "f2"),
+     ((3, 3), "float32", "u1"), ((3, 3), "float64", "f8")],
+)  # fmt: skip
+def test_vectors_are_aligned_at_stride_3(kernel, dtype, reads, gpu, rng):
+    """Threads of 1, 2, 4 and 8 columns begin 3, 6, 12 and 24 samples apart."""
+    geometry = Geometry.of(2, stride=3, padding=[(1, 1), (1, kernel[1] - 2)])
+    stage = Stage(small(rng, (1, 1, *kernel)), geometry)
+    check(gpu, [stage], (40, 1536), rng, dtype, ["depthwise"], io=(reads, dtype))
+
+
 def test_bytes_are_read_and_written_by_depthwise_stages(gpu, rng):
     for interleaved in (1, 2, 3):
         stage = depthwise_stage(rng, 1, (3, 3), 1)
@@ -356,6 +368,21 @@ def test_fused_products_round_to_tf32(gpu, monkeypatch):
     run = gpu.plan(stages, (4, 1, 2), np.dtype(np.float32), [Epilogue()] * 2)
     x = np.tile(np.array([1 + 0.75 * ulp, 1 + 0.25 * ulp], np.float32), (1, 4, 1, 1))
     assert (run(cp.asarray(x)).get() == np.array([1 + ulp, 1], np.float32)).all()
+
+
+def test_fused_products_keep_infinities_and_nan(gpu, monkeypatch):
+    """A GPU computes NaN as 0x7fffffff, which rounding by an addition would turn into -0."""
+    monkeypatch.setenv("CUPY_TF32", "1")
+    weights = np.ones((8, 8, 1, 1)), np.ones((8, 1, 1, 1)), np.ones((4, 8, 1, 1))
+    for first in (0, 1):
+        part = [w.astype(np.float32) for w in weights[first:]]
+        stages = [Stage(cp.asarray(w), Geometry.of(2), 8 // w.shape[1]) for w in part]
+        run = gpu.plan(stages, (8, 1, 3), np.dtype(np.float32), [Epilogue()] * len(stages))
+        assert "depthwise + pointwise" in run.steps[1].name
+        x = np.ones((1, 8, 1, 3), np.float32)
+        x.view(np.uint32)[0, 3, 0] = 0x7FFFFFFF, 0x7F800000, 0x3F800000  # NaN, infinity, 1
+        wanted = np.array([np.nan, np.inf, 64 if first == 0 else 8], np.float32)
+        np.testing.assert_array_equal(run(cp.asarray(x)).get(), np.tile(wanted, (1, 4, 1, 1)))
 
 
 def test_stages_without_a_kernel_run_in_array_code(gpu, rng):

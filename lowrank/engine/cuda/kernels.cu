@@ -129,7 +129,8 @@ struct planar {
     /* Rows of inputs per iteration; planes may have a single row. */
     static constexpr int ROWS = PERIOD < 4 && KH > 1 ? PERIOD * (4 / PERIOD) : PERIOD;
     static constexpr int SPAN = (V - 1) * STRIDE + (KW - 1) * STEP + 1;   /* samples of a row of inputs */
-    static constexpr int WIDTH = least(V * STRIDE, 16 / (int)sizeof(TI)); /* samples of a vector */
+    /* Samples of a vector: a power of 2 that divides the distance of two threads. */
+    static constexpr int WIDTH = least(V * STRIDE & -(V * STRIDE), 16 / (int)sizeof(TI));
     static constexpr int VECTORS = (most(OFFSET, 0) + SPAN + WIDTH - 1) / WIDTH;
     static constexpr int BORDER = KH > 7 ? 1 : V; /* columns at a time at the borders */
     static constexpr int TAPS = FORM ? KH + KW : KH * KW;
@@ -445,6 +446,17 @@ template <class T, int KH, int KW, int STRIDE, int ROWS, int V> __global__ void 
     column<T, KH, KW, STRIDE, ROWS, V>(input, taps + c, channels, bias + c, output);
 }
 
+/* Round a float32, halves away from zero, as the tensor cores drop 13 bits; NaN stays. */
+__device__ inline u32 round_to_tf32(u32 v)
+{
+#ifdef LR_SHIM
+    return (v & 0x7f800000) == 0x7f800000 ? v : v + 0x1000;
+#else
+    asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(v));
+    return v;
+#endif
+}
+
 /* One product of 16 x 8 sums by tensor cores, c += a b; float is rounded to TF32. */
 #ifdef LR_SHIM
 #define MULTIPLY(T, SHAPE, TYPES)                                                                          \
@@ -507,9 +519,9 @@ __device__ inline void product(const Row &row, int rows, const T *__restrict__ w
                     b[j] = *(const pack<u32, 4> *)(from[j] + k);
                 else
                     b[j] = {{0, 0, 0, 0}};
-                if (sizeof(T) == 4) /* the tensor cores drop 13 bits */
+                if (sizeof(T) == 4)
 #pragma unroll
-                    for (int e = 0; e < 4; e++) b[j].v[e] += 0x1000;
+                    for (int e = 0; e < 4; e++) b[j].v[e] = round_to_tf32(b[j].v[e]);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++)

@@ -136,7 +136,7 @@ class Planes:
         """Return the kernel for arrays of these types, and the columns of a thread."""
         g = self._geometry
         columns = g.columns(max(x.itemsize, y.itemsize), self._form)
-        width = min(columns * g.stride, VECTOR // x.itemsize)
+        width = math.gcd(columns * g.stride, VECTOR // x.itemsize)
         is_aligned = g.size[1] % width == 0 and g.out[1] % columns == 0
         offset = -g.before[1] % width if is_aligned else -1
         kinds = f"{CUDA_TYPES[x.name]}, {CUDA_TYPES[y.name]}"
