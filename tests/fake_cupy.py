@@ -379,7 +379,7 @@ def _gemm(
     handle, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
     beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
 ):  # fmt: skip
-    """Multiply column-major matrices, none transposed."""
+    """Multiply column-major matrices, none transposed; return the status."""
     assert (handle, transa, transb, algo) == (1, 0, 0, -1)
     assert lda >= m
     assert ldb >= k
@@ -398,6 +398,20 @@ def _gemm(
             _matrix(C + i * strideC * size, n, m, ldc, Ctype)[...] = x @ y
 
     _submit(multiply)
+    return 0
+
+
+def _set_stream(handle, stream):
+    assert (handle, stream) == (1, _stream().ptr)
+    return 0
+
+
+def _check_status(status):
+    assert status == 0
+
+
+#: The library itself. CuPy's functions for it, which cannot be captured, are not emulated.
+CUBLAS = SimpleNamespace(cublasGemmStridedBatchedEx=_gemm, cublasSetStream_v2=_set_stream)
 
 
 def _nvrtc_version():
@@ -407,7 +421,7 @@ def _nvrtc_version():
 
 
 LIBRARIES = {
-    "cublas": _module("cupy_backends.cuda.libs.cublas", gemmStridedBatchedEx=_gemm),
+    "cublas": _module("cupy_backends.cuda.libs.cublas", check_status=_check_status),
     "cusolver": _module("cupy_backends.cuda.libs.cusolver"),
     "nvrtc": _module("cupy_backends.cuda.libs.nvrtc", getVersion=_nvrtc_version),
 }
@@ -925,6 +939,7 @@ def installed(devices=2):
     for module in (cuda, *(m for m in vars(cuda).values() if isinstance(m, types.ModuleType))):
         sys.modules[module.__name__] = module
     sys.modules["cuda"], sys.modules["cuda.pathfinder"] = _module("cuda"), PATHFINDER
+    importlib.import_module(f"{package.__name__}.device").load_cublas = lambda: CUBLAS
     hooks.reset()
     hooks.devices = devices
     _thread.__init__()

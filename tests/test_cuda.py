@@ -424,6 +424,22 @@ def test_errors_of_libraries_about_memory_are_explained(kind, status, emulated):
         raise raised(700)
 
 
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [("launch.MAX_THREADS", "at most 2000 threads, got 3584"),
+     ("gemm.MAX_PIXELS", "at most 300 samples, got 420")],
+)  # fmt: skip
+def test_numbers_of_more_than_32_bits_are_refused(limit, words, emulated, monkeypatch):
+    conv = lowrank.dense(np.ones((1, 3, 1, 1), np.float32), np.ones(1, np.float32))
+    run = conv.to("cuda").compile((6, 35))
+    x = emulated.zeros((2, 3, 6, 35), np.float32)
+    run(x)
+    monkeypatch.setattr(f"lowrank.engine.cuda.{limit}", int(words.split()[2]))
+    run(x[:1])
+    with pytest.raises(ValueError, match=words):
+        run(x)
+
+
 def test_dlpack_arrays_are_accepted(cupy, rng):
     f = lowrank.dense(rng.standard_normal((4, 3, 3, 3)).astype(np.float32)).to("cuda")
     x = rng.standard_normal((1, 3, 6, 6)).astype(np.float32)

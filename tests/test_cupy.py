@@ -185,14 +185,17 @@ import cupy, fake_cupy
 from lowrank.engine.cuda import device
 missing = device.missing_libraries()
 gemm = fake_cupy.signature_of("cupy.cuda.cublas.gemmStridedBatchedEx")
-print(json.dumps([missing, [*gemm.parameters]]))
+library = device.load_cublas()
+counts = [len(f.argtypes) for f in (library.cublasGemmStridedBatchedEx, library.cublasSetStream_v2)]
+print(json.dumps([missing, [*gemm.parameters], counts]))
 """
     env = os.environ | {"CUDA_PATH": str(toolkit), "CUDA_HOME": str(toolkit)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    missing, parameters = json.loads(run.stdout)
+    missing, parameters, counts = json.loads(run.stdout)
     assert missing == []
     assert parameters == [*inspect.signature(fake_cupy._gemm).parameters]
+    assert counts == [len(parameters), 2]
 
 
 def test_a_wheel_alone_is_explained():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +75,22 @@ def missing_libraries() -> tuple[str, ...]:
     if importlib.import_module("cuda.pathfinder").find_nvidia_header_directory("cudart") is None:
         missing.append("headers")
     return tuple(missing)
+
+
+@functools.cache
+def load_cublas() -> Any:
+    """Return the cuBLAS that CuPy has loaded; CuPy's own functions refuse to be captured."""
+    cupy.cuda.cublas.check_status(0)  # loads it
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    name = f"cublas64_{major}.dll" if os.name == "nt" else f"libcublas.so.{major}"
+    library = ctypes.CDLL(name)
+    number, address = ctypes.c_int, ctypes.c_void_p
+    matrix = address, number, number, ctypes.c_longlong  # data, type, pitch, stride
+    library.cublasSetStream_v2.argtypes = address, address
+    library.cublasGemmStridedBatchedEx.argtypes = (
+        address, *[number] * 5, address, *matrix, *matrix, address, *matrix, *[number] * 3,
+    )  # fmt: skip
+    return library
 
 
 def _cause(message: str) -> str:

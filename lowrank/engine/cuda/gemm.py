@@ -10,6 +10,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from lowrank.engine.cuda import device
 from lowrank.engine.cuda.bound_stage import BoundStage, Run
 from lowrank.engine.cuda.launch import CUDA_TYPES, Kernel, vector_width
 from lowrank.engine.cuda.steps import three
@@ -19,6 +20,7 @@ CUBLAS_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 # cublasComputeType_t: sums in float32, in float64 (for float64 only), in TF32 (if asked for)
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 MAX_UNROLLED = 1 << 28  # bytes of unrolled inputs at a time
+MAX_PIXELS = 2**31 - 1  # of a product: cuBLAS counts them in 32 bits
 
 
 def uses_tensor_cores(dtype: Any) -> bool:
@@ -105,10 +107,20 @@ class _Product:
         self._left = one, weight.data.ptr, kind, outs, depth * outs
         self._right = kind, groups * depth, depth, zero
         self._last = kind, groups * outs, outs, groups, compute, -1
+        self._cublas, self._check = device.load_cublas(), cupy.cuda.cublas.check_status
 
     def __call__(self, x: int, y: int, pixels: int) -> None:
         """Multiply; `x` and `y` are addresses."""
-        cupy.cuda.cublas.gemmStridedBatchedEx(
-            cupy.cuda.device.get_cublas_handle(), 0, 0, self._outs, pixels, self._depth,
-            *self._left, x, *self._right, y, *self._last,
+        if pixels > MAX_PIXELS:
+            raise ValueError(
+                f"a product must have at most {MAX_PIXELS} samples, got {pixels}: run smaller "
+                "batches"
+            )
+        handle = cupy.cuda.device.get_cublas_handle()
+        self._check(self._cublas.cublasSetStream_v2(handle, cupy.cuda.get_current_stream().ptr))
+        self._check(
+            self._cublas.cublasGemmStridedBatchedEx(
+                handle, 0, 0, self._outs, pixels, self._depth, *self._left, x, *self._right, y,
+                *self._last,
+            )
         )  # fmt: skip

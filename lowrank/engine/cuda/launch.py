@@ -15,6 +15,7 @@ CUDA_TYPES = {
 }  # fmt: skip
 DEFAULT_SHARED = 48 << 10  # bytes per block that need no opt-in
 VECTOR = 16  # bytes of the widest load
+MAX_THREADS = 2**32 - 1  # of a launch: kernels number theirs in 32 bits
 
 
 class Kernel:
@@ -42,6 +43,11 @@ class Kernel:
 
     def __call__(self, blocks: int, *varying: Any) -> None:
         """Launch on the current stream; the first arguments are arrays and 64-bit integers."""
+        if blocks * self.threads > MAX_THREADS:
+            raise ValueError(
+                f"a launch must have at most {MAX_THREADS} threads, got {blocks * self.threads}: "
+                "run smaller batches or images"
+            )
         self._launch((blocks,), self._block, (*varying, *self._fixed), self._shared)
 
 
