@@ -423,14 +423,15 @@ def test_unreadable_file_that_cannot_be_moved_gives_shipped_coefficients(cache, 
 @pytest.mark.parametrize("given", [{"batch": 0}, {"batch": -1}, {"threads": 0}, {"threads": -2}])
 def test_batch_and_threads_must_be_positive(conv, given):
     (name,) = given
-    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+    least = {"batch": "at least 1", "threads": "between 1 and"}[name]
+    with pytest.raises(ValueError, match=f"{name} must be {least}"):
         perfmodel.predict(conv, (8, 8), **given)
     for options in (
         {"max_error": 0.5},
         {"seconds": "50%"},
         {"rank": 2, "families": ["spatial_svd"]},
     ):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f"{name} must be {least}"):
             lr.approximate(conv, (8, 8), **options, **given)
 
 
