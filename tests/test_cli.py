@@ -406,7 +406,7 @@ def test_a_narrow_terminal_drops_optional_columns(lowrank, monkeypatch):
         (("plan", str(demo.WEIGHTS), "--macs", "0.5", "--families", "spatal_svd"), "spatial_svd"),
         (("plan", str(demo.WEIGHTS), "--macs", "0.5", "--runtime", "onxruntime"), "onnxruntime"),
         (("calibrate", "--runtime", "onnxrntime"), "onnxruntime"),
-        (("filter", "x.npy", "--kernel", "guass"), "gauss"),
+        (("filter", "x.npy", "--kernel", "gausss"), "gauss"),
     ],
 )
 def test_misspelt_names_get_a_suggestion(lowrank, words, near):
