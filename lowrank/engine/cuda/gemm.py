@@ -20,7 +20,7 @@ CUBLAS_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 # cublasComputeType_t: sums in float32, in float64 (for float64 only), in TF32 (if asked for)
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 MAX_UNROLLED = 1 << 28  # bytes of unrolled inputs at a time
-MAX_PIXELS = 2**31 - 1  # of a product: cuBLAS counts them in 32 bits
+MAX_PIXELS = 2**31 - 1  # of a product: cuBLAS and `unroll` count them in 32 bits
 
 
 def uses_tensor_cores(dtype: Any) -> bool:
@@ -51,8 +51,9 @@ def matrix_product(
     has_bias = bound.epilogue.bias is not None
     bias, activation = (bound.bias(sum_dtype) if has_bias else None), bound.activation
     pixels, depth, channels = math.prod(out), ins * taps, groups * outs
-    unrolled_size = 0 if is_plain else groups * depth * pixels  # elements per example
-    chunk = max(1, MAX_UNROLLED // max(1, unrolled_size * dtype.itemsize))  # examples
+    rows, row = out[0] * out[1], out[2]  # of outputs per example, and samples per row
+    unrolled_size = 0 if is_plain else groups * depth * row  # elements per row
+    chunk = max(1, MAX_UNROLLED // max(1, unrolled_size * dtype.itemsize))  # rows
     name = CUDA_TYPES[dtype.name]
     if not is_plain:
         width = vector_width(dtype.itemsize, ins)
@@ -61,7 +62,7 @@ def matrix_product(
             f"unroll<{name}, {width}>", *bound.padded_tables(), groups, ins, *size, *out, *kernel,
             *three(g.stride), *three(g.dilation),
         )  # fmt: skip
-        threads = pixels * groups * kernel[0] * kernel[1] * (ins // width)
+        threads = row * groups * kernel[0] * kernel[1] * (ins // width)  # per row
     width = vector_width(dtype.itemsize, channels)
     has_epilogue = has_bias or activation
     epilogue = Kernel(f"epilogue<{name}, {width}>", bias, channels, activation)
@@ -70,20 +71,23 @@ def matrix_product(
 
     def run(x: Any, y: Any, scratch: Any) -> None:
         batch, target = len(x), y.data.ptr
+        if batch * pixels > MAX_PIXELS:
+            raise ValueError(
+                f"a product must have at most {MAX_PIXELS} samples, got {batch * pixels}: run "
+                "smaller batches"
+            )
         if is_plain:
             multiply(x.data.ptr, target, batch * pixels)
         else:
-            for first in range(0, batch, chunk):
-                count = min(chunk, batch - first)
-                unroll(-(-count * threads // unroll.threads), x[first:], scratch, count)
-                multiply(
-                    scratch.data.ptr, target + first * pixels * channels * item, count * pixels
-                )
+            for first in range(0, batch * rows, chunk):
+                count = min(chunk, batch * rows - first)
+                unroll(-(-count * threads // unroll.threads), x, scratch, first, count)
+                multiply(scratch.data.ptr, target + first * row * channels * item, count * row)
         if has_epilogue:
             blocks = -(-batch * pixels * channels // (width * epilogue.threads))
             epilogue(blocks, y, batch * pixels)
 
-    return run, lambda batch: min(batch, chunk) * unrolled_size
+    return run, lambda batch: min(batch * rows, chunk) * unrolled_size
 
 
 class _Product:
@@ -111,11 +115,6 @@ class _Product:
 
     def __call__(self, x: int, y: int, pixels: int) -> None:
         """Multiply; `x` and `y` are addresses."""
-        if pixels > MAX_PIXELS:
-            raise ValueError(
-                f"a product must have at most {MAX_PIXELS} samples, got {pixels}: run smaller "
-                "batches"
-            )
         handle = cupy.cuda.device.get_cublas_handle()
         self._check(self._cublas.cublasSetStream_v2(handle, cupy.cuda.get_current_stream().ptr))
         self._check(

@@ -693,13 +693,13 @@ template <class T> __global__ void __launch_bounds__(256)
             y[first + (i64)(c0 + warp + i) * rows + r0 + lane] = tile[lane][warp + i];
 }
 
-/* im2col: (images, od, oh, ow, groups, kd, kh, kw, channels per group); a thread copies V channels of
- * one row of taps. */
+/* im2col of `count` rows of outputs, from number `first` on, which are (images, od, oh):
+ * (count, ow, groups, kd, kh, kw, channels per group); a thread copies V channels of one row of taps. */
 template <class T, int V> __global__ void __launch_bounds__(256)
-    unroll(const T *__restrict__ x, T *__restrict__ to, i64 images, const int *__restrict__ pos_d,
-           const int *__restrict__ pos_h, const int *__restrict__ pos_w, int groups, int ins, int id,
-           int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw, int sd, int sh, int sw, int dd,
-           int dh, int dw)
+    unroll(const T *__restrict__ x, T *__restrict__ to, i64 first, i64 count,
+           const int *__restrict__ pos_d, const int *__restrict__ pos_h, const int *__restrict__ pos_w,
+           int groups, int ins, int id, int ih, int iw, int od, int oh, int ow, int kd, int kh, int kw,
+           int sd, int sh, int sw, int dd, int dh, int dw)
 {
     u32 n = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 vectors = (u32)ins / V, tap_rows = (u32)(kd * kh);
@@ -712,11 +712,12 @@ template <class T, int V> __global__ void __launch_bounds__(256)
     n /= (u32)groups;
     const int w = (int)(n % (u32)ow);
     n /= (u32)ow;
+    if (n >= (u32)count) return;
+    n += (u32)first; /* fewer than 2^31 rows */
     const int h = (int)(n % (u32)oh);
     n /= (u32)oh;
     const int d = (int)(n % (u32)od);
     const i64 image = n / (u32)od;
-    if (image >= images) return;
     const int at_d = pos_d[d * sd + tap / kh * dd], at_h = pos_h[h * sh + tap % kh * dh];
     const i64 line = ((image * id + at_d) * ih + at_h) * iw;
     for (int tw = 0; tw < kw; tw++) {
