@@ -1,6 +1,7 @@
 """Budgets over whole networks: the choice, plans, layers fitted one after another."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -263,6 +264,16 @@ def test_the_same_seed_gives_the_same_bits(net):
     assert all((a[k].to_dense() == b[k].to_dense()).all() for k in a)
 
 
+@pytest.mark.parametrize(
+    ("distances", "words"), [([0.211, 0.209], "are 21% away"), ([0.6, 0.2], "are 20% to 60% away")]
+)
+def test_distances_of_moments_are_one_number_or_a_range(net, distances, words):
+    plan = compress.make_plan(net, macs=0.7)
+    factored = dict(zip(plan.layers, distances))
+    notes = replace(plan, about=plan.about | {"factored": factored}).notes()
+    assert any(f"second moments {words}" in note for note in notes)
+
+
 def test_what_cannot_be_is_said(net):
     with pytest.raises(TypeError, match="give a budget"):
         compress.make_plan(net)
@@ -278,6 +289,26 @@ def test_what_cannot_be_is_said(net):
         compress.make_plan(net, macs=0.5, capped={"conv1": 0.001})
     with pytest.raises(ValueError, match="conv1 is capped, but pinned"):
         compress.make_plan(net, macs=0.5, capped={"conv1": 0.5}, pinned=["conv1"])
+    with pytest.raises(ValueError, match=r"cap of conv1 must be a share in \(0, 1\], got 'half'"):
+        compress.make_plan(net, macs=0.5, capped={"conv1": "half"})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pinned": "01"},
+        {"pinned": [0]},
+        {"pinned": 0},
+        {"left_out": "conv1"},
+        {"capped": ["conv1"]},
+    ],
+)
+def test_names_of_layers_are_lists_or_mappings(net, options):
+    """A string has characters, which are names of layers in models of PyTorch."""
+    ((name, value),) = options.items()
+    sentence = f"{name} must (be a list of|map) names or patterns.*, got {re.escape(repr(value))}"
+    with pytest.raises(TypeError, match=sentence):
+        compress.make_plan(net, macs=0.5, **options)
     plan = compress.make_plan(net, macs=0.5)
     other = Straight(list(net.convs.values()), net.data, ["a", "b", "c", "d"])
     with pytest.raises(ValueError, match="plan must be of this model"):

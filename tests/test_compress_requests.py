@@ -93,9 +93,12 @@ IMPOSSIBLE = [
     ({"conv3": ("channel_svd", 3, "up")}, ValueError, r"variant .* got 'up' \(layer conv3\)"),
     ({"fc": ("tucker", (2, 2))}, ValueError, r"spatial kernel .*\(layer fc\)"),
     ({"conv3": ("svd", 3)}, ValueError, r"family must be one of .* got 'svd' \(layer conv3\)"),
-    ({"conv3": "tucker"}, ValueError, r"rank must be given without a budget.*\(layer conv3\)"),
+    ({"conv3": "tucker"}, ValueError, r"rank must be given if no budget is.*\(layer conv3\)"),
     ({"conv3": 4}, TypeError, r"layers\['conv3'\] must be a family, .* got 4"),
     ({"conv3": ()}, TypeError, r"layers\['conv3'\] must be a family"),
+    ({3: ("tucker", (2, 2))}, TypeError, "layers must name layers by strings, got 3"),
+    (["conv3"], TypeError, r"layers must map names .*, got \['conv3'\]"),
+    ("conv3", TypeError, "layers must map names .*, got 'conv3'"),
     ({"conv9": ("tucker", (2, 2))}, ValueError, r"\(conv1, conv2, conv3, fc\), got 'conv9'"),
     ({"up": ("channel_svd", 2)}, ValueError, "can be replaced, got 'up': .*output_size"),
 ]

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -151,10 +152,12 @@ def test_a_number_out_of_range_is_named(entry, threads):
         ENTRIES[entry](threads)
 
 
+@pytest.mark.parametrize("threads", [1.5, True, "2", (2,)])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_no_integer(entry):
-    with pytest.raises(TypeError, match=r"^threads must be an integer .*, got 1\.5$"):
-        ENTRIES[entry](1.5)
+def test_no_integer(entry, threads):
+    sentence = re.escape(f"threads must be an integer, got {threads!r}")
+    with pytest.raises(TypeError, match=f"^{sentence}$"):
+        ENTRIES[entry](threads)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

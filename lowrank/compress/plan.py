@@ -215,8 +215,9 @@ class CompressionPlan:
             )
         distances = sorted(self.about.get("factored", {}).values())
         if distances:
+            ends = dict.fromkeys(f"{d:.0%}" for d in (distances[0], distances[-1]))
             notes.append(
-                f"second moments are {distances[0]:.0%} to {distances[-1]:.0%} away from a "
+                f"second moments are {' to '.join(ends)} away from a "
                 "Kronecker product of channel and tap factors; errors are in the full moments"
             )
         if self.about.get("wide"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from numbers import Real
 from typing import Any
 
 from lowrank import perfmodel
@@ -147,7 +148,7 @@ def make_plan(
         free = [x for x in free if x.name in requests]
         for name, request in requests.items():
             if request.rank is None and request.family != "dense":
-                raise ValueError(f"rank must be given without a budget, got None (layer {name})")
+                raise ValueError(f"rank must be given if no budget is, got None (layer {name})")
     # Before the fits: what cannot be timed is refused at once.
     clock = NetworkClock(model, timing) if measure and "seconds" in axes else None
     if statistics is None:
@@ -262,6 +263,13 @@ def _select_layers(
     capped: Mapping[str, float],
 ) -> tuple[list[Layer], list[Layer]]:
     """Return the layers that count in the budget, and those of them that may change."""
+    for name, patterns in (("pinned", pinned), ("left_out", left_out)):
+        # A string is a sequence of characters, which may be names in nn.Sequential.
+        is_list = isinstance(patterns, Collection) and not isinstance(patterns, str)
+        if not is_list or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f"{name} must be a list of names or patterns, got {patterns!r}")
+    if not isinstance(capped, Mapping) or not all(isinstance(p, str) for p in capped):
+        raise TypeError(f"capped must map names or patterns to shares, got {capped!r}")
     layers = [x for x in model.layers if not _matches(x.name, left_out)]
     if not layers:
         reasons = describe_reasons(getattr(model, "left_out", {}))
@@ -275,7 +283,7 @@ def _select_layers(
             raise ValueError(f"no layer is called {pattern!r}; layers are {known}")
     free = [x for x in layers if not _matches(x.name, pinned)]
     for pattern, share in capped.items():
-        if not 0 < share <= 1:
+        if not isinstance(share, Real) or not 0 < share <= 1:
             raise ValueError(f"cap of {pattern} must be a share in (0, 1], got {share!r}")
         if not any(fnmatchcase(x.name, pattern) for x in free):
             raise ValueError(f"{pattern} is capped, but pinned or left out, too: it stays dense")

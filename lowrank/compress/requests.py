@@ -61,8 +61,12 @@ def read_requests(
     TypeError, ValueError
         If a request has another form or an unknown family, or matches no layer.
     """
+    if not isinstance(requested, Mapping | None):
+        raise TypeError(f"layers must map names or patterns to requests, got {requested!r}")
     found: dict[str, Request] = {}
     for pattern, value in (requested or {}).items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"layers must name layers by strings, got {pattern!r}")
         entries = (value,) if isinstance(value, str) else value
         if not isinstance(entries, tuple | list) or not 1 <= len(entries) <= 3:
             raise TypeError(f"layers[{pattern!r}] must be {FORM}, got {value!r}")

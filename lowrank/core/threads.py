@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-
-from lowrank.core.geometry import as_integers
 
 MOST_THREADS = 2**31 - 1  # of an int in C
 
@@ -39,7 +38,12 @@ def as_threads(threads: Any) -> int | None:
     """
     if threads is None:
         return None
-    (count,) = as_integers("threads", threads, 1)
+    try:
+        count = operator.index(threads)
+    except TypeError:
+        count = None
+    if count is None or isinstance(threads, bool):
+        raise TypeError(f"threads must be an integer, got {threads!r}")
     if not 1 <= count <= MOST_THREADS:
         raise ValueError(f"threads must be between 1 and {MOST_THREADS}, got {threads}")
     return count
