@@ -360,6 +360,10 @@ def test_the_module_runs_as_a_command(module):
     assert done.stdout.startswith("lowrank 0.")
     done = subprocess.run([*command[:-1], "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("inspect", "approximate", "filter"))
+    for arguments in ([], ["-h"]):
+        command = [sys.executable, "-m", module, *arguments]
+        same = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert (same.stdout, same.stderr) == (done.stdout, "")
 
 
 def test_approximate_on_every_network(lowrank, data):

@@ -37,7 +37,7 @@ from lowrank.selection import parse_budget
 
 app = typer.Typer(
     help="Separable and low-rank approximation of convolutions.",
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode=None,
 )

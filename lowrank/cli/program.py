@@ -25,7 +25,7 @@ def run() -> None:
     try:
         with warnings.catch_warnings(), abandon_long_calls():
             warnings.showwarning = _print_warning
-            status = app(standalone_mode=False)
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == EXIT_CODE:  # Typer's answer to Ctrl-C
             raise KeyboardInterrupt
         raise SystemExit(status if isinstance(status, int) else 0)

@@ -104,14 +104,14 @@ def read_manifest(about: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(about).read_text("utf-8")
         manifest = json.loads(text, object_pairs_hook=_as_table)
     except (ValueError, RecursionError) as why:
-        raise ValueError(f"{about}: does not describe layers, {form}: {one_line(why)}") from None
+        raise ValueError(f"{about}: must describe layers as {form}: {one_line(why)}") from None
     entries = manifest.get("conv_layers") if isinstance(manifest, dict) else None
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise ValueError(f"{about}: does not describe layers, {form}")
+        raise ValueError(f"{about}: must describe layers as {form}")
     for i, entry in enumerate(entries):
         if not isinstance(entry.get("weight"), str):
             raise ValueError(
-                f"{about}: does not describe layers, {form}: the weight of entry {i} must be the "
+                f"{about}: must describe layers as {form}: the weight of entry {i} must be the "
                 f"name of a tensor, got {entry.get('weight')!r}"
             )
         where = f"{about}: layer {layer_name(entry)!r}"
