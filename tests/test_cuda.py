@@ -265,6 +265,26 @@ def test_repeated_runs_replay_a_graph(family, emulated, rng):
     assert all((y.get() == outs[0].get()).all() for y in outs)
 
 
+@pytest.mark.parametrize("family", ["tucker", "spatial_svd", "network_decoupling"])
+def test_channels_last_arrays_are_used_in_place(family, emulated, rng):
+    run, x, out = several_steps(family, rng)
+    wanted = run(x, out).get()
+    memory = emulated.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    x_last = memory.transpose(0, 3, 1, 2)
+    out_last = emulated.empty((2, 6, 6, 48), np.float32).transpose(0, 3, 1, 2)
+    cases = (x, out, 2), (x_last, out, 1), (x, out_last, 1), (x_last, out_last, 0)
+    for given, to, count in cases:
+        for _ in range(3):  # launched, captured into a graph, replayed
+            fake_cupy.hooks.launches.clear()
+            to.fill(0)
+            assert run(given, to) is to
+            np.testing.assert_array_equal(to.get(), wanted)
+            names = [launch.name.partition("<")[0] for launch in fake_cupy.hooks.launches]
+            assert names.count("transpose") == count
+    assert (run(x_last).get() == wanted).all()
+    assert len(run.breakdown(x_last, out_last)) == len(run.steps) + 1
+
+
 def test_plans_that_cannot_be_captured_run_step_by_step(emulated, rng):
     run, x, out = several_steps("tucker", rng)
     wanted = run(x, out).get()

@@ -70,6 +70,7 @@ class Scale:
 
 
 def _compiled_calls(f: lr.Factorization, x: np.ndarray, dtype: str, sets: int) -> list[Call]:
+    """Return calls on arrays in the layout in which the steps run: the peers have both, too."""
     import cupy
 
     run = f.to("cuda").compile(x.shape[1:], dtype)
@@ -77,8 +78,19 @@ def _compiled_calls(f: lr.Factorization, x: np.ndarray, dtype: str, sets: int) -
     for _ in range(sets):
         image = cupy.asarray(x).astype(dtype)
         out = run(image)
+        if run.steps[0].name == "channels last":
+            image = _channels_last(image)
+        if run.steps[-1].name == "channels first":
+            out = _channels_last(out)
         found.append(lambda image=image, out=out: run(image, out))
     return found
+
+
+def _channels_last(a: Any) -> Any:
+    """Return an array of the same shape whose memory is channels-last."""
+    import cupy
+
+    return cupy.moveaxis(cupy.ascontiguousarray(cupy.moveaxis(a, 1, -1)), -1, 1)
 
 
 def torch_calls(

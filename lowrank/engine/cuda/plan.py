@@ -70,7 +70,8 @@ class CudaPlan:
     Runs go to the current stream and do not wait for it.  A plan keeps its buffers per stream and
     batch size; two threads that use one stream at once need a plan each.  A plan of several
     launches is captured into a CUDA graph when it runs a second time on the same arrays, and
-    replayed from then on.
+    replayed from then on.  Where the first or last step changes the layout, it is left out for
+    arrays whose memory is channels-last.
     """
 
     steps: tuple[PlannedStep, ...]
@@ -95,6 +96,7 @@ class CudaPlan:
         ):
             self._refuse("x", x, self.in_shape)
         batch, is_written = x.shape[0], False
+        source, y, first, last = x, out, 0, len(self.steps)
         if out is not None:
             if not (
                 isinstance(out, cupy.ndarray)
@@ -105,60 +107,75 @@ class CudaPlan:
             ):
                 self._refuse("out", out, self.out_shape)
             is_written = _is_in_place(out, self.writes)
+            if not is_written and (view := self._channels_last(out, -1)) is not None:
+                y, last, is_written = view, last - 1, True
         if _runtime.getDevice() != self.device:
             with cupy.cuda.Device(self.device):
                 return self(x, out)
         try:
             is_read = _is_in_place(x, self.reads)
+            if not is_read and (view := self._channels_last(x, 0)) is not None:
+                source, first, is_read = view, 1, True
             stream = _current_stream().ptr
             if not (is_read and is_written) and _runtime.streamIsCapturing(stream):
                 raise ValueError(
                     "while a graph is captured x and out must be given, C-contiguous, aligned to "
                     f"{ALIGNMENT} bytes and {self.dtype}: copies are freed before the graph runs"
                 )
-            source = x if is_read else x.astype(self.dtype, "C")
-            y = out if is_written else cupy.empty((batch, *self.out_shape), self.dtype)
+            if not is_read:
+                source = x.astype(self.dtype, "C")
+            if not is_written:
+                y = cupy.empty((batch, *self.out_shape), self.dtype)
             if batch:
                 buffers = self.buffers.get((stream, batch)) or self._allocate(stream, batch)
                 if buffers.graphs is not None:
-                    self._replay(buffers, source, y, stream)
+                    self._replay(buffers, source, y, range(first, last), stream)
                 elif buffers.between:
-                    self._launch(buffers, source, y)
+                    self._launch(buffers, source, y, range(first, last))
                 else:
                     self.steps[0].run(source, y, buffers.scratch)
         except (MemoryError, RuntimeError) as error:
             item = self.dtype.itemsize
             _device.raise_memory_error(error, batch * math.prod(self.out_shape) * item)
             raise
-        if out is None or is_written:
+        if out is None:
             return y
+        if is_written:
+            return out
         out[...] = _saturate(y, out.dtype) if out.dtype in INTEGERS else y
         return out
 
+    def _channels_last(self, a: Any, step: int) -> Any:
+        """Return `a` as (batch, *spatial, channels) if that makes `step` superfluous, or None."""
+        if self.steps[step].stages:
+            return None  # no change of layout
+        view = a.transpose(0, *range(2, a.ndim), 1)
+        return view if _is_in_place(view, (self.dtype,)) else None
+
     def _launch(
-        self, buffers: Buffers, x: Any, y: Any, after_step: Callable[[], object] | None = None
-    ) -> None:
-        last = len(self.steps) - 1
-        for number, step in enumerate(self.steps):
-            target = y if number == last else buffers.between[number]
-            step.run(x, target, buffers.scratch)
+        self, buffers: Buffers, x: Any, y: Any, numbers: range,
+        after_step: Callable[[], object] | None = None,
+    ) -> None:  # fmt: skip
+        for number in numbers:
+            target = y if number == numbers[-1] else buffers.between[number]
+            self.steps[number].run(x, target, buffers.scratch)
             x = target
             if after_step is not None:
                 after_step()
 
-    def _replay(self, buffers: Buffers, x: Any, y: Any, stream: int) -> None:
+    def _replay(self, buffers: Buffers, x: Any, y: Any, numbers: range, stream: int) -> None:
         """Launch the graph of these arrays; the first time run the steps, the second capture."""
         graphs = buffers.graphs
         if _runtime.streamIsCapturing(stream):
             buffers.is_captured = True
             graphs = None
         if graphs is None:
-            self._launch(buffers, x, y)
+            self._launch(buffers, x, y, numbers)
             return
-        key = x.data.ptr, y.data.ptr, x.nbytes, y.nbytes
+        key = x.data.ptr, y.data.ptr, x.nbytes, y.nbytes, numbers.start, numbers.stop
         graph = graphs.get(key)
         if graph is None and key in graphs:
-            graph = graphs[key] = self._capture(buffers, x, y)
+            graph = graphs[key] = self._capture(buffers, x, y, numbers)
         if graph is not None:
             graph.launch()
             return
@@ -166,9 +183,9 @@ class CudaPlan:
             graphs[key] = None
             if len(graphs) > MAX_GRAPHS:
                 del graphs[next(iter(graphs))]
-        self._launch(buffers, x, y)
+        self._launch(buffers, x, y, numbers)
 
-    def _capture(self, buffers: Buffers, x: Any, y: Any) -> Any:
+    def _capture(self, buffers: Buffers, x: Any, y: Any, numbers: range) -> Any:
         """Return a graph of the steps, or None with a warning; nothing runs.
 
         It is captured on a stream of its own, as the default stream cannot be.
@@ -178,7 +195,7 @@ class CudaPlan:
             with stream:
                 stream.begin_capture()
                 try:
-                    self._launch(buffers, x, y)
+                    self._launch(buffers, x, y, numbers)
                 finally:
                     graph = stream.end_capture()
         except RuntimeError as error:
@@ -248,7 +265,7 @@ class CudaPlan:
         record()
         start = time.perf_counter()
         if len(x):
-            self._launch(buffers, x, y, record)
+            self._launch(buffers, x, y, range(len(self.steps)), record)
         events[-1].synchronize()
         wall_time = time.perf_counter() - start
         return [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)], wall_time
