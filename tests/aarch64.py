@@ -21,7 +21,7 @@ COMPILER = "aarch64-linux-gnu-gcc"
 EMULATOR = "qemu-aarch64"
 PACKAGES = ["python3", "libpython3-dev", "libgomp1", "libstdc++6"]
 WHEELS = [
-    "numpy", "scipy", "tensorly>=0.9,<0.11", "opt_einsum", "platformdirs", "threadpoolctl",
+    "numpy", "scipy", "tensorly>=0.10,<0.11", "opt_einsum", "platformdirs", "threadpoolctl",
     "pytest", "hypothesis",
 ]  # fmt: skip
 #: Those of setup.py for gcc.
