@@ -816,7 +816,7 @@ class RawModule:
 
 
 class RawKernel:
-    num_regs, local_size_bytes, shared_size_bytes, max_threads_per_block = 32, 0, 0, 1024
+    max_threads_per_block = 1024
 
     def __init__(self, code, name):
         self.name = name

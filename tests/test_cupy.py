@@ -34,7 +34,6 @@ METHODS = {
     **dict.fromkeys(("astype", "reshape", "transpose", "ravel"), "cupy.ndarray"),
     **dict.fromkeys(("begin_capture", "end_capture", "wait_event"), "cupy.cuda.Stream"),
     "get_function": "cupy.RawModule", "launch": "cupy.cuda.graph.Graph",
-    "elapsed_time": "cupy.cuda",
 }  # fmt: skip
 
 

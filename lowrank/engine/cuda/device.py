@@ -158,8 +158,3 @@ def raise_memory_error(error: Exception, needed: int) -> None:
             f"the GPU has {free / 2**20:.0f} of {total / 2**20:.0f} MiB free, and about "
             f"{needed / 2**20:.0f} MiB more are needed: run smaller batches, or free other arrays"
         ) from error
-
-
-def is_capturing() -> bool:
-    """Return whether the current stream is captured into a CUDA graph."""
-    return bool(cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr))

@@ -20,7 +20,7 @@ Kind = Literal[
 ]  # fmt: skip
 #: Steps whose kernels read and write uint8 as well as the plan's own type.
 READS_BYTES = ("filter", "depthwise")
-CHANNELS_FIRST = ("filter", "array code")  # layouts of a step's input and output
+#: Steps whose input and output are channels-last.
 CHANNELS_LAST = ("matrix product", "depthwise + pointwise", "pointwise + depthwise + pointwise")
 MAX_FILTER_TAPS = 32  # along an axis: loops are unrolled, and more take seconds to compile
 MAX_UNROLLED_TAPS = 11  # along an axis of a depthwise kernel whose loops are unrolled
