@@ -97,6 +97,26 @@ def test_forked_children_run_serially_whoever_had_threads(tmp_path, library, ord
 
 
 @needs_fork
+def test_models_are_compressed_in_a_forked_child(tmp_path):
+    needs("torch")
+    found = run_script(
+        tmp_path,
+        """
+        import torch
+        from lowrank.interop.torch import compress
+
+        model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Conv2d(16, 16, 3)).eval()
+        data = [torch.ones(4, 8, 64, 64)]
+        start_openmp("torch")
+        model(data[0])
+        print(fork(lambda: compress(model, data, macs=0.5, families=["tucker"]).plan is not None))
+        print(torch.get_num_threads())
+        """,
+    )
+    assert found == ["True", "2"]
+
+
+@needs_fork
 @pytest.mark.skipif(not is_linux, reason="only Linux tells whether a process was forked")
 def test_a_child_that_imports_the_engine_after_the_fork_runs_serially(tmp_path):
     needs("torch")

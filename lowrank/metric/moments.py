@@ -22,6 +22,7 @@ WIDEST = 4608  # in * taps above which only factors are kept: C of 512 channels 
 POSITIONS = 1 << 14  # output positions per batch, or more:
 MACS = 1 << 32  # as many as C takes fewer MACs per batch, 0.1 s on one thread
 CHUNK = 1 << 21  # values unrolled at a time: fits the caches
+ROUNDINGS = 32  # units of the last place by which sums of a layer's products err
 DAMPING = 1e-3  # of the mean eigenvalue: directions that no sample showed still cost something
 FEW_SAMPLES_DAMPING = 0.05  # added, times min(1, unknowns / samples)
 # The same for the target, which is not smoothed by a low rank: cifar10_full's last layer has 1024
@@ -335,7 +336,7 @@ class Moments:
         """
         if self._base is None:
             return 0.0
-        return float((4 * self._eps * abs(self._base).max()) ** 2)
+        return float((ROUNDINGS * self._eps * abs(self._base).max()) ** 2)
 
     def _target(self, c: Array, cross: Array) -> Array:
         """Return the kernel whose outputs on these inputs are nearest to the original outputs."""

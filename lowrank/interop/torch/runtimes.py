@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,11 @@ from lowrank.interop.torch.batches import Run, map_tensors, run_model, tensors_i
 from lowrank.interop.torch.inference import on_engine
 
 Call = Callable[[], object]
+# A forked child has none of PyTorch's threads, and its first parallel operation would wait for them
+# for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
 
