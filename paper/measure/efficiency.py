@@ -1,8 +1,7 @@
-"""Speed-up efficiency of ten kinds of chains: speed-up over the dense layer by the MAC ratio.
+"""Times and MAC ratios of ten kinds of chains, for their speed-up efficiency.
 
-An efficiency of 1 means that a chain with a third of the MACs takes a third of the time.  The dense
-layer is PyTorch's in its better layout (median over the rows of a layer); for `own_efficiency` it
-is lowrank's.  Chains run on lowrank, in PyTorch's better layout and in onnxruntime; one thread,
+`dense` is PyTorch's dense layer in its better layout, `own_dense` lowrank's (medians over the rows
+of a layer).  Chains run on lowrank, in PyTorch's better layout and in onnxruntime; one thread,
 interleaved.
 """
 
@@ -35,9 +34,7 @@ def measure_layer(layer, some, own):
     own_dense = statistics.median(f[3] for f in found)
     for chain, fewer, _, _, torch, onnx, ours, spread in found:
         times = (f"{t:.4g}" if t else "" for t in (dense, own_dense, torch, onnx, ours))
-        shares = (f"{dense / t / fewer:.3f}" if t else "" for t in (torch, onnx, ours))
-        own = f"{own_dense / ours / fewer:.3f}"
-        yield chain, layer, f"{fewer:.4f}", *times, *shares, own, spread
+        yield chain, layer, f"{fewer:.4f}", *times, spread
 
 
 def rows():
@@ -52,9 +49,8 @@ def rows():
 
 def main(target):
     tables.require_torch().set_num_threads(1)
-    header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank"]
-    header += [f"{who}_efficiency" for who in ("torch", "onnxruntime", "lowrank", "own")]
-    header.append("spread")
+    header = ["chain", "layer", "fewer", "dense", "own_dense", "torch", "onnxruntime", "lowrank",
+              "spread"]  # fmt: skip
     tables.write(target, header, rows())
 
 
