@@ -49,8 +49,10 @@ GROUPS = {
 
 #: Extras whose oldest releases are not tested: PyTorch's bring gigabytes of CUDA libraries.
 LARGE_EXTRAS = ("torch", "keras", "gpu")
-#: Tests that need a compiler, or the benchmarks and with them the package of the source tree.
-TESTS_OF_THE_TREE = ("benchmarks", "compare", "headline", "cuda", "cross_builds")
+#: Tests that need a compiler or git, or read the source tree and not the installed package.
+TESTS_OF_THE_TREE = (
+    "benchmarks", "compare", "headline", "cuda", "cross_builds", "docs", "language",
+)  # fmt: skip
 
 
 def missing() -> list[str]:
