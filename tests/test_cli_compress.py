@@ -178,7 +178,7 @@ def test_a_function_that_fails_on_the_compressed_network_keeps_it(lowrank, tmp_p
         "lowrank: --evaluate: score.py:f: ZeroDivisionError: division by zero; "
         "the network was written to a.safetensors\n"
     )
-    assert "wrote a.safetensors\nwrote page.html" in out
+    assert "wrote a.safetensors\nwrote a.json\nwrote page.html" in out
     assert 0 < macs(tmp_path / "a.safetensors") <= 0.5 * macs(DIGITS)
     assert "Your evaluation" not in (tmp_path / "page.html").read_text()
 

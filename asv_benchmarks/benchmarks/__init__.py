@@ -8,7 +8,8 @@ read both.  The other modules are shared with the comparisons in the parent fold
 import os
 
 SUITES = (
-    "kernels", "chains", "filters", "decompositions", "search", "models", "imports", "memory",
+    "kernels", "chains", "programs", "filters", "decompositions", "search", "models", "imports",
+    "memory",
 )  # fmt: skip
 
 # Several libraries' thread pools share the cores: waiting threads sleep, and NumPy uses one thread.

@@ -1,5 +1,8 @@
 """Filters of images and volumes beside OpenCV and SciPy; one thread."""
 
+import subprocess
+import sys
+
 import numpy as np
 
 from . import tables
@@ -59,3 +62,38 @@ class Chosen(tables.Recipes):
 
     def time_filter(self, name):
         self.call()
+
+
+#: First calls in a new process, which plan: statements that make the image and the kernel.
+FIRST = {
+    "3-D Gaussian, 15 taps": "numpy.ones((64, 64, 64), 'f'), filters.gauss(1.75, ndim=3)",
+    "3-D Gaussian, 25 taps": "numpy.ones((64, 64, 64), 'f'), filters.gauss(3.0, ndim=3)",
+    "Gaussian, 33 taps": "numpy.ones((480, 640), 'f'), filters.gauss(4.0)",
+    "disk, 19 taps": "numpy.ones((480, 640), 'f'), filters.disk(9.5)",
+}
+FIRST_CALL = """
+import time, numpy
+from lowrank import filters
+image, kernel = {}
+filters.correlate(numpy.ones((16, 16), "f"), numpy.ones((3, 3), "f"), threads=1)
+start = time.perf_counter()
+filters.correlate(image, kernel, threads=1)
+print(time.perf_counter() - start)
+"""
+
+
+class FirstCalls:
+    """Seconds of the first call with a kernel, in a process that has filtered by another one."""
+
+    params = (list(FIRST),)
+    param_names = ["filter"]
+    timeout = 300
+
+    def track_seconds(self, name):
+        command = [sys.executable, "-c", FIRST_CALL.format(FIRST[name])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise NotImplementedError(done.stderr)
+        return float(done.stdout)
+
+    track_seconds.unit = "seconds"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .compat import resolve
 from .libraries import onnxruntime, onnxruntime_call
 from .net_onnx import onnx_model
 from .timing import measure_seconds
@@ -31,8 +32,7 @@ def inputs(case: Any, batch: int) -> Any:
 
 def calls(models: Mapping[str, Any], x: Any, threads: int) -> dict[str, Callable[[], object]]:
     """Return calls of networks on `x`: in PyTorch's two layouts, onnxruntime and the engine."""
-    from lowrank.interop.torch import on_engine
-
+    on_engine = resolve("interop.torch:on_engine", "interop.torch_engine:on_engine")
     found: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         folded = folded_copy(model)

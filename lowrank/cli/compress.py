@@ -276,7 +276,7 @@ def compress(
             net, chosen, passes=passes, refit=refit, folder=folder,
             timed=not options.no_measure, progress=step,
         )  # fmt: skip
-        files.save(net.replaced(result.chains), out)
+        written = files.save(net.replaced(result.chains), out)
     scores, failure = None, None
     if score is not None and before is not None:
         try:
@@ -306,9 +306,8 @@ def compress(
                 f"{tables.format_seconds(measured[0])} before, "
                 f"{tables.format_seconds(measured[1])} after, {measured[0] / measured[1]:.2f}x"
             )
-        for path in (out, report_to):
-            if path is not None:
-                print(f"wrote {path}")
+        for path in written if report_to is None else (*written, report_to):
+            print(f"wrote {path}")
     if failure is not None:
         fail(failure)
 

@@ -238,7 +238,7 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
         return Path(a).resolve() == Path(b).resolve()
 
 
-def save(model: Any, path: str | os.PathLike[str]) -> None:
+def save(model: Any, path: str | os.PathLike[str]) -> list[Path]:
     """Write a model that ``CompressibleModel.replaced`` returned, atomically.
 
     Parameters
@@ -247,6 +247,12 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
         New model.
     path : path
         File with an ending of the model's format.
+
+    Returns
+    -------
+    list of Path
+        Files that were written: that one, and the description of weights or the data of an ONNX
+        model beside it.
 
     Raises
     ------
@@ -262,23 +268,29 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     >>> from lowrank.interop.files import open_model, save
     >>> net = open_model(demo.WEIGHTS)
     >>> path = pathlib.Path(tempfile.mkdtemp(), "small.safetensors")
-    >>> save(net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)}), path)
+    >>> new = net.replaced({"conv2": spatial_svd(net.layers[1].conv, rank=4)})
+    >>> [file.name for file in save(new, path)]
+    ['small.safetensors', 'small.json']
     >>> len(open_model(path).layers)
     2
     """
-    ending = _ending(Path(path))
+    path = Path(path)
+    ending = _ending(path)
     if isinstance(model, WeightsFile):  # whose endings are its own to check
         model.save(path)
-    elif ending == ".onnx":
+        return _files_of(path)
+    if ending == ".onnx":
         from lowrank.interop import onnx
 
-        onnx.save(model, path)
-    elif ending in _KERAS:
+        has_data = onnx.save(model, path)
+        return _files_of(path) if has_data else [path]
+    if ending in _KERAS:
         from lowrank.interop import keras
 
         keras.save(model, path)
     else:
         model.save(path)
+    return [path]
 
 
 def fingerprint(net: CompressibleModel, *paths: str | os.PathLike[str] | None) -> str:

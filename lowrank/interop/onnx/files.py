@@ -270,7 +270,7 @@ def without_large_weights(model: Any) -> Any:
     return new
 
 
-def save(model: Any, path: str | os.PathLike[str]) -> None:
+def save(model: Any, path: str | os.PathLike[str]) -> bool:
     """Write an ONNX model, atomically.
 
     Parameters
@@ -280,6 +280,11 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     path : path
         File that is written or replaced.  Weights are written to ``NAME.data`` beside it if they
         exceed 1.8 GB, or if they were in other files in the original model.
+
+    Returns
+    -------
+    bool
+        Whether ``NAME.data`` was written.
 
     Raises
     ------
@@ -297,6 +302,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
     >>> graph = onnx.parser.parse_graph("g (float[N, 3] x) => (float[N, 3] y) {y = Relu(x)}")
     >>> path = pathlib.Path(tempfile.mkdtemp(), "relu.onnx")
     >>> save(onnx.helper.make_model(graph), path)
+    False
     >>> load(path).graph.node[0].op_type
     'Relu'
     """
@@ -328,6 +334,7 @@ def save(model: Any, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: not a valid ONNX model: {one_line(why)}") from None
         except ValueError as why:
             raise ValueError(f"{path}: {why}") from None
+    return external
 
 
 def _as_external(tensor: Any, data: Any, location: str) -> Any:
