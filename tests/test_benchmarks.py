@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,7 +16,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from asv_benchmarks import filter_targets, filter_work, gate, gpu, publish, worker  # noqa: E402
+from asv_benchmarks import (  # noqa: E402
+    filter_targets,
+    filter_work,
+    gate,
+    gpu,
+    publish,
+    worker,
+)
 from asv_benchmarks.benchmarks import SUITES, compat, tables  # noqa: E402
 from lowrank import engine  # noqa: E402
 
@@ -102,6 +110,7 @@ def test_asv_benchmarks_run(name):
 
 def test_tables_hold_our_time_and_the_peers():
     table = tables.measure_table(["volume"], seconds=0.01)
+    assert pickle.loads(pickle.dumps(table)) == table  # asv's processes share it so
     ((name, row),) = table.items()
     assert row["lowrank"] > 0
     assert row["SciPy"] > 0
@@ -320,3 +329,42 @@ def test_the_first_run_on_a_gpu_without_one(tmp_path):
     assert len(times) == 8  # also those after the failure
     assert all(line["us"] > 0 for line in times)
     assert {line.get("verdict", "").rpartition(" ")[2] for line in times} & {"met", "MISSED"}
+
+
+def test_series_that_have_risen_are_listed():
+    history = pytest.importorskip("asv_benchmarks.history")
+
+    def listed(*values, name="chains.Chains.track_ours_over_peer"):
+        key = name, ("'cp'",)
+        made = [
+            history.Commit(str(k), None, {} if value is None else {key: value})
+            for k, value in enumerate(values)
+        ]
+        return [(round(ratio, 3), where) for ratio, _, _, where in history.slower(made, 0.15)]
+
+    assert listed(2.0, 1.0, 1.0, 1.0, 1.2) == [(1.2, "1")]
+    assert listed(2.0, 1.0, 0.5, 1.0, 1.1) == []  # one low value is no evidence
+    assert listed(1.0, None, 1.0, 1.0, 1.3) == [(1.3, "2")]
+    assert listed(1.0, 1.0, 1.0, 1.3, None) == []  # gone from the last commit
+    assert listed(1.0, 1.0, 1.0, 2.0, name="kernels.LayerTimes.track_time") == []
+
+
+def test_the_history_is_tabulated_over_the_series_that_all_commits_have():
+    history = pytest.importorskip("asv_benchmarks.history")
+    column = "kernels.Layers.track_ours_over_peer", ("onnxruntime",)
+    values = [
+        {(column[0], ("'a'", "'onnxruntime'")): 2.0, (column[0], ("'b'", "'onnxruntime'")): 0.5},
+        {},
+        {(column[0], ("'a'", "'onnxruntime'")): 0.5, (column[0], ("'a'", "'PyTorch'")): 9.0},
+    ]
+    made = [history.Commit(str(k), None, some) for k, some in enumerate(values)]
+    assert history.means(made, *column) == [2.0, None, 0.5]
+
+
+def test_the_history_has_twelve_milestones():
+    history = pytest.importorskip("asv_benchmarks.history")
+    found = history.commits()
+    assert len(found) >= 12
+    lines = list(history.table(found))
+    assert len(lines) == 2 + len(found)
+    assert len({line.count("|") for line in lines}) == 1

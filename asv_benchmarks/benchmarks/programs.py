@@ -5,6 +5,8 @@ The architectures have random weights.  At half of its MACs every 3x3 convolutio
 gains over the same chains, and over the untouched network, in another library.
 """
 
+import math
+
 from . import architectures, tables, whole
 from .compat import MISSING, family_function, resolve
 from .libraries import set_threads, torch
@@ -51,7 +53,7 @@ def measure_network(name):
     for key, seconds in whole.timings(versions, x, 1, 1.0).items():
         library, version, *_ = key.split()
         row, who = rows[version], LIBRARIES[library]
-        row[who] = min(seconds, row.get(who, seconds))
+        row[who] = min(float(seconds), row.get(who, math.inf))
     exact = rows.pop("exact")
     found = {name: exact}
     for row in rows.values():
