@@ -8,10 +8,12 @@ import pytest
 
 import lowrank
 from lowrank import compress
-from lowrank.compress import by_time, latency
+from lowrank.compress import by_time, latency, references
 from lowrank.compress.latency import Latency
 from lowrank.core.cost import chain_cost
 from lowrank.perfmodel.timing import CallTime, time_calls
+from lowrank.selection import front
+from lowrank.selection.candidates import Pricing
 
 SECONDS_PER_MAC = 1e-9
 PER_STAGE = 2e-5  # seconds of every stage of a chain, which no model predicts here
@@ -94,6 +96,7 @@ def clock(monkeypatch):
     """Fake clocks; returns the class that counts measurements."""
     FakeMeasurements.kept, FakeMeasurements.asked, FakeMeasurements.refused = {}, 0, ()
     monkeypatch.setattr(by_time, "Measurements", FakeMeasurements)
+    monkeypatch.setattr(references, "Measurements", FakeMeasurements)
     monkeypatch.setattr(
         latency, "time_calls", lambda calls, budget: [CallTime(c.seconds, 0.01) for c in calls]
     )
@@ -203,6 +206,47 @@ def test_predictions_alone_measure_nothing(monkeypatch):
     assert not plan.latency.is_measured
     assert "predicted, layers alone" in plan.headline()
     assert "~ predicted" in repr(plan)
+
+
+@pytest.fixture
+def spatial_predicted_slow(monkeypatch):
+    """Predict fifty times the seconds of spatial SVDs: all of them seem slower than the layer."""
+    time = Pricing.time
+
+    def predict(self, c):
+        c = time(self, c)
+        return replace(c, seconds=c.seconds * (50 if c.family == "spatial_svd" else 1))
+
+    monkeypatch.setattr(Pricing, "time", predict)
+
+
+def test_variants_that_seem_slow_in_other_libraries_are_measured(clock, spatial_predicted_slow):
+    def families(**more):
+        plan = plan_of(Net(), 0.8, **more)
+        return {c.family for found in plan.alternatives.values() for c in found}
+
+    assert "spatial_svd" not in families()  # the engine's own predictions are trusted
+    assert "spatial_svd" in families(runtime="torch")
+    clock.refused = ("groups",)  # measured one by one
+    assert "spatial_svd" in families(runtime="torch")
+
+
+def test_a_measured_front_has_variants_that_seem_slow(monkeypatch, spatial_predicted_slow):
+    class Alone(FakeMeasurements):
+        kept, asked = {}, 0
+
+        def __init__(self, runtime, batch, threads, in_network):
+            assert not in_network
+
+    monkeypatch.setattr(front, "Measurements", Alone)
+    conv = Net().convs["conv0"]
+
+    def families(**more):
+        found = lowrank.frontier(conv, (20, 20), FAMILIES, threads=1, measure=True, **more)
+        return {c.family for c in found}
+
+    assert "spatial_svd" not in families()
+    assert "spatial_svd" in families(runtime="torch")
 
 
 def test_another_limit_holds_beside_that_of_time(clock):

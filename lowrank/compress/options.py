@@ -17,6 +17,7 @@ from lowrank.families.weighted import MetricFit, Prepared
 from lowrank.metric import Metric
 from lowrank.selection.candidates import Candidate, Pricing, candidates
 from lowrank.selection.front import drop_dominated
+from lowrank.selection.measured import Reference, corrected
 from lowrank.selection.pareto import pareto_front
 
 #: Families that are tried by default: those whose sweeps are fast.
@@ -40,6 +41,7 @@ def layer_options(
     biased: bool = False,
     axes: Sequence[str] = ("macs",),
     timing: Timing = Timing(),  # noqa: B008 - immutable
+    references: Sequence[Reference] = (),
     fitted: int = FITTED,
 ) -> list[Candidate]:
     """Return the Pareto-optimal candidates for a layer of a network.
@@ -61,6 +63,8 @@ def layer_options(
         Costs that count, of :data:`AXES`.
     timing : Timing
         Call that seconds are predicted for.
+    references : sequence of Reference
+        Measured candidates for a layer of this shape, which correct predicted seconds.
     fitted : int
         Number of candidates that are fitted in the full metric, about.
 
@@ -95,7 +99,11 @@ def layer_options(
         conv, layer.input_size, *timing, times=layer.passes,
         has_bias=conv.bias is not None or biased, in_network=True,
     )  # fmt: skip
-    dense = pricing.time(replace(pricing.dense, loss=0.0))
+
+    def timed(c: Candidate) -> Candidate:
+        return corrected(pricing.time(c), references)
+
+    dense = timed(replace(pricing.dense, loss=0.0))
     by_time = "seconds" in axes
     first = "macs" if by_time else axes[0]
     swept: list[Candidate] = []
@@ -104,13 +112,13 @@ def layer_options(
         if layer.accepts is not None:
             cheaper = [c for c in cheaper if layer.accepts(c.stages)]
         if by_time:  # ranks that fill vectors are on the front of seconds only
-            timed = [pricing.time(c) for c in _worth_timing(cheaper)]
-            faster = _front([c for c in timed if not c.is_slower(dense)], axes)
+            priced = [timed(c) for c in _worth_timing(cheaper)]
+            faster = _front([c for c in priced if not c.is_slower(dense)], axes)
             swept += _thin(faster, "seconds", fitted)
         else:
             swept += _thin(_front(cheaper, [first]), first, fitted)
     if not by_time:
-        swept = [pricing.time(c) for c in swept]
+        swept = [timed(c) for c in swept]
     heavy = _is_heavy(conv, metric)
     swept = _thin(_front(swept, axes, SLACK), axes[0], fitted // 2 if heavy else fitted)
     fit = MetricFit(conv, metric)

@@ -26,6 +26,7 @@ from lowrank.compress.model import (
 from lowrank.compress.optimise import allocate
 from lowrank.compress.options import FAST_FAMILIES, FITTED, layer_options
 from lowrank.compress.plan import CompressionPlan
+from lowrank.compress.references import measure_references, reference_key
 from lowrank.compress.requests import check_request, read_requests, requested_options
 from lowrank.compress.statistics import LayerStatistics, Progress, white_metric
 from lowrank.core.blas import one_blas_thread
@@ -33,6 +34,7 @@ from lowrank.core.threads import impatient_pool
 from lowrank.metric import Metric
 from lowrank.selection.budget import infeasible, parse_budget
 from lowrank.selection.candidates import Candidate, check_families
+from lowrank.selection.measured import Reference
 
 FITTED_IN_ALL = 128  # candidates of all layers: those of few layers decide in finer steps
 
@@ -156,6 +158,9 @@ def make_plan(
     elif statistics.model is not model:
         raise ValueError("statistics must be those of the model that is planned")
     metrics, absolute = statistics.metrics(free, progress)
+    references: dict[Any, list[Reference]] = {}
+    if clock is not None and runtime != "lowrank":
+        references = measure_references(free, names, timing, progress)
 
     kept = None
     if folder is not None:
@@ -189,6 +194,7 @@ def make_plan(
         options = layer_options(
             layer, metric, wanted if is_free else (), absolute=absolute,
             biased=bool(model.batches), axes=axes, timing=timing,
+            references=references.get(reference_key(layer), ()),
             fitted=max(FITTED, FITTED_IN_ALL // max(len(free), 1)),
         )  # fmt: skip
         return _cap(layer.name, options, capped or {}) if is_free else options

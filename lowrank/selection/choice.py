@@ -179,6 +179,8 @@ def _spend(pool: CandidatePool, budget: Budget, measure: bool) -> tuple[Frontier
     Measurements correct predictions, and thereby the choice: it is repeated until it is measured.
     A budget is infeasible only if it is for the candidates that are predicted to be fastest, too.
     """
+    if measure:
+        pool.measure_variants()
     fastest = pool.fastest(AT_ONCE)
     while True:
         front = pool.front()

@@ -17,7 +17,12 @@ from lowrank.perfmodel.measurement import Measurements
 from lowrank.selection import tables
 from lowrank.selection.budget import infeasible
 from lowrank.selection.candidates import COSTS, Candidate, Pricing, candidates, check_families
-from lowrank.selection.measured import Key, candidate_key, with_measurements
+from lowrank.selection.measured import (
+    Key,
+    candidate_key,
+    sample_variants,
+    with_measurements,
+)
 from lowrank.selection.pareto import pareto_front
 
 # MACs over the fewest of a more accurate candidate of the same variant, at most: times follow MACs
@@ -245,6 +250,8 @@ def frontier(
         conv, input_shape, families, axis=axis, batch=batch, threads=threads, runtime=runtime,
         metric=metric, progress=progress,
     )  # fmt: skip
+    if measure:
+        pool.measure_variants()
     front = pool.front()
     while measure and (predicted := [c for c in front if not c.is_measured]):
         pool.measure(predicted)
@@ -367,6 +374,16 @@ class CandidatePool:
     def _timed(self) -> list[Candidate]:
         """Return the dense kernel and all candidates with the best known seconds."""
         return with_measurements([self._empty.dense, *self._found], self._measured)
+
+    def measure_variants(self) -> None:
+        """Measure one candidate of every variant, unless the engine runs them.
+
+        Predictions for other libraries may be off by half: they alone must not decide which
+        variants are measured.
+        """
+        f = self._empty
+        if f.axis == "seconds" and f.runtime != "lowrank":
+            self.measure(sample_variants(self._found, f.dense))
 
     def measure(self, some: Sequence[Candidate]) -> None:
         """Measure candidates and the dense kernel on the runtime.

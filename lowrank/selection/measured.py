@@ -5,16 +5,117 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from lowrank._typing import Ints
 from lowrank.selection.candidates import Candidate
 
 Key = tuple[str, Ints]
+#: Share of the dense kernel's MACs near which one candidate of every variant is measured.
+SAMPLED = 1 / 3
+
+
+class Reference(NamedTuple):
+    """A candidate that was measured.
+
+    Attributes
+    ----------
+    candidate : Candidate
+        The candidate, or its summary.
+    quotient : float
+        Measured over predicted seconds.
+    """
+
+    candidate: Candidate
+    quotient: float
 
 
 def candidate_key(c: Candidate) -> Key:
     """Return what tells a candidate from others for the same convolution."""
     return c.name, c.rank
+
+
+def sample_variants(found: Sequence[Candidate], dense: Candidate) -> list[Candidate]:
+    """Return one candidate of every variant, whose measured seconds correct the others.
+
+    Parameters
+    ----------
+    found : sequence of Candidate
+        Candidates for one convolution.
+    dense : Candidate
+        Dense kernel.
+
+    Returns
+    -------
+    list of Candidate
+        Of every variant the one nearest to a third of the dense kernel's MACs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.selection.measured import sample_variants
+    >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 8, 3, 3)))
+    >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
+    >>> [(c.variant, c.rank) for c in sample_variants(front[:-1], front.dense)]
+    [('w-h', (4,))]
+    """
+    macs = SAMPLED * dense.cost.macs
+    nearest: dict[str, Candidate] = {}
+    for c in sorted(found, key=lambda c: abs(math.log(max(c.cost.macs, 1) / macs))):
+        nearest.setdefault(c.name, c)
+    return list(nearest.values())
+
+
+def references_of(predicted: Sequence[Candidate], measured: Mapping[Key, float]) -> list[Reference]:
+    """Return the candidates that were measured.
+
+    Parameters
+    ----------
+    predicted : sequence of Candidate
+        Candidates for one convolution with predicted seconds.
+    measured : mapping of (str, tuple of int) to float
+        Measured seconds of some of them, by :func:`candidate_key`; infinite for those that the
+        runtime cannot run, which are left out.
+
+    Returns
+    -------
+    list of Reference
+    """
+    seconds = ((c, measured.get(candidate_key(c), math.inf)) for c in predicted)
+    return [Reference(c, s / c.seconds) for c, s in seconds if s < math.inf]
+
+
+def corrected(c: Candidate, references: Sequence[Reference]) -> Candidate:
+    """Return a candidate with its predicted seconds corrected by measurements.
+
+    Parameters
+    ----------
+    c : Candidate
+        Candidate with predicted seconds.
+    references : sequence of Reference
+        Candidates for a convolution of the same shape that were measured.
+
+    Returns
+    -------
+    Candidate
+        Its seconds are scaled by the quotient of the most similar reference: of the same variant
+        or family and nearest in MACs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import lowrank
+    >>> from lowrank.selection.measured import Reference, corrected
+    >>> front = lowrank.frontier(lowrank.dense(np.eye(9)[..., None]), (64,), ["channel_svd"])
+    >>> corrected(front.dense, [Reference(front.dense, 2.0)]).seconds / front.dense.seconds
+    2.0
+    """
+    chains = [r for r in references if r.candidate.is_dense == c.is_dense] or references
+    if not chains:
+        return c
+    near = min(chains, key=lambda r: _distance(c, r.candidate))
+    return replace(c, seconds=c.seconds * near.quotient)
 
 
 def with_measurements(
@@ -33,8 +134,7 @@ def with_measurements(
     Returns
     -------
     list of Candidate
-        A prediction is scaled by the quotient of measured and predicted seconds of the most
-        similar candidate that was measured: of the same variant or family and nearest in MACs.
+        Predictions are corrected by :func:`corrected`.
 
     Examples
     --------
@@ -46,17 +146,13 @@ def with_measurements(
     >>> dense.seconds, dense.is_measured
     (1.0, True)
     """
-    finite = [c for c in predicted if measured.get(candidate_key(c), math.inf) < math.inf]
-    references = [c for c in finite if not c.is_dense] or finite
+    references = references_of(predicted, measured)
 
     def timed(c: Candidate) -> Candidate:
         seconds = measured.get(candidate_key(c))
         if seconds is not None:
             return replace(c, seconds=seconds, is_measured=True)
-        if not references:
-            return c
-        near = min(references, key=lambda r: _distance(c, r))
-        return replace(c, seconds=c.seconds * measured[candidate_key(near)] / near.seconds)
+        return corrected(c, references)
 
     return [timed(c) for c in predicted]
 
