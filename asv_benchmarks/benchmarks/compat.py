@@ -49,5 +49,6 @@ def resolve(*paths):
 
 def is_replicated(stage):
     """Return whether a stage has tied copies."""
-    copies = (getattr(stage, name, 1) for name in ("outer", "inner", "left", "right"))
-    return any(n > 1 for n in copies)
+    # Early stages had another attribute of the name `outer`.
+    names = ("left", "right") if hasattr(stage, "left") else ("outer", "inner")
+    return any(getattr(stage, name, 1) > 1 for name in names)
