@@ -119,7 +119,9 @@ def main() -> None:
     found = []
     remaining = items(given.quick, given.runtime)
     while some := list(itertools.islice(remaining, GROUP)):
-        for (kind, f, size, n), took in zip(some, measure(some, given)):
+        for (kind, f, size, n), took in zip(
+            some, measure(some, given.runtime, given.threads, given.in_network)
+        ):
             p = here.predict(f, size, batch=n, threads=given.threads, runtime=given.runtime,
                              in_network=given.in_network)  # fmt: skip
             found.append({"kind": kind, "chain": repr(f), "size": size, "batch": n,
@@ -130,17 +132,17 @@ def main() -> None:
     report(found, here, given)
 
 
-def measure(some: list[Item], given: Any) -> list[float]:
+def measure(some: list[Item], runtime: str, threads: int, in_network: bool = False) -> list[float]:
     """Return the seconds of some items, alone in alternation, or one by one as in a network."""
-    if given.in_network:
-        measured = (Measurements(given.runtime, n, given.threads) for *_, n in some)
+    if in_network:
+        measured = (Measurements(runtime, n, threads) for *_, n in some)
         return [
             one.measure([f.stages], f.input_shape(size))[0].seconds
             for one, (_, f, size, _) in zip(measured, some)
         ]
-    with threads_of(given.runtime, given.threads):
+    with threads_of(runtime, threads):
         calls = [
-            bind_call(given.runtime, f.stages, cases.random(n, *f.input_shape(size)), given.threads)
+            bind_call(runtime, f.stages, cases.random(n, *f.input_shape(size)), threads)
             for _, f, size, n in some
         ]
         return measure_seconds(calls, 0.05 * len(calls))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank._kernels import _core
 from lowrank._typing import Array, Ints
 from lowrank.core.cost import chain_shapes
 from lowrank.core.stage import Epilogue, Stage
@@ -23,6 +26,9 @@ from lowrank.engine.planes import segment_counts
 from lowrank.engine.program import Operation, Program, ProgramBuilder, Unsupported
 
 ALGORITHM_WIDTH = 20  # of a description
+L2_SHARE = 0.9  # of L2 for the buffers of a stage; the rest has weights
+LINE = 64  # bytes
+FAR_LINE = 24.0  # cost of a line from beyond L2, by `python -m asv_benchmarks.paths`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +133,20 @@ def faster_program(
         return None
     name = np.dtype(dtype).name
     planes = add_counts(segment_counts(s, name) for s in lower_untiled(links, shape, dtype))
-    return builder if default_cost(builder.counts) < default_cost(planes) else None
+    far = FAR_LINE * _far_lines(links, shape, np.dtype(dtype).itemsize)
+    return builder if default_cost(builder.counts) + far < default_cost(planes) else None
+
+
+def _far_lines(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, itemsize: int) -> float:
+    """Return the cache lines that a program moves beyond L2, and kernels on planes do not.
+
+    Those are inputs and outputs of stages that do not fit into L2 together, but for the input and
+    the output of the chain.
+    """
+    _, l2, _ = _core.caches()
+    sizes = [math.prod(s) * itemsize for s in chain_shapes([s for s, _ in links], shape)]
+    far = sum(a + b for a, b in itertools.pairwise(sizes) if a + b > L2_SHARE * l2)
+    return max(far - sizes[0] - sizes[-1], 0) / LINE
 
 
 def program_builder(

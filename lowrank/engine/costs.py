@@ -45,7 +45,7 @@ DEFAULT_COSTS = {
     "pack": 6.0,
     "scatter": 6.0,  # vectors stored into padded rows of the next stage
     "stage tile": 800.0,
-    "strided": 25.0,  # vectors of inputs that are split into one row per phase of a stride
+    "strided": 14.0,  # vectors of inputs that are split into one row per phase of a stride
 }
 COST_SECONDS = 1.4e-10  # an FMA of a vector on that core, in seconds, from its FMA peak
 # A block with fewer sums waits for their latency: 4 cycles, 2 FMAs per cycle.

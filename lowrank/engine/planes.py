@@ -55,9 +55,11 @@ def _stage(
     outputs = groups * rows * math.prod(out)
     inputs = groups * per_group * math.prod(in_image)
     packed = {"pack": is_first * (not path.keeps_rows) * inputs / limits.lanes, "stage tile": 1.0}
-    if spec.stride[2] > 1 and path.input != "transposed":
+    if spec.stride[2] > 1:
         packed["strided"] = inputs / limits.lanes
-    if path.kernel.startswith("depthwise") or path.input == "transposed":
+    if path.input == "transposed":
+        return {"stage tile": 1.0} | _transposed(spec, out, in_image, limits.lanes)
+    if path.kernel.startswith("depthwise"):
         return packed | _depthwise(spec, out, limits.lanes)
     by_rows = path.kernel == "dense rows"
     scattered = (not by_rows) * (not is_last) * outputs / limits.lanes
@@ -87,6 +89,20 @@ def _dense(
         "plane load": blocks * terms * runs * vectors,
         "plane run": blocks * runs * math.ceil(vectors / 3),
         "plane weight": blocks * block_rows * terms / lanes,
+    }
+
+
+def _transposed(
+    spec: StageSpec, out: Sequence[float], in_image: Sequence[float], lanes: int
+) -> Counts:
+    """Count small planes, whose channels are transposed into vectors and back."""
+    channels = spec.outer * spec.groups * spec.inner * spec.weight.shape[0] // spec.groups
+    vectors = math.ceil(channels / lanes)
+    outputs = vectors * math.prod(out)
+    return {
+        "tap": outputs * math.prod(spec.kernel),
+        "output": outputs,
+        "move": vectors * math.prod(in_image) + outputs,
     }
 
 

@@ -9,7 +9,6 @@ import sys
 import tables
 
 from asv_benchmarks import predicted
-from asv_benchmarks.benchmarks.timing import measure_seconds
 
 RUNTIMES = ("lowrank", "torch")
 
@@ -20,8 +19,7 @@ def rows(here):
             continue
         remaining = predicted.items(True, runtime)
         while some := list(itertools.islice(remaining, predicted.GROUP)):
-            calls = [predicted.call(f, size, n, runtime, 1) for _, f, size, n in some]
-            for (kind, f, size, n), took in zip(some, measure_seconds(calls, 0.05 * len(calls))):
+            for (kind, f, size, n), took in zip(some, predicted.measure(some, runtime, threads=1)):
                 p = here.predict(f, size, batch=n, threads=1, runtime=runtime)
                 yield runtime, kind, repr(f), f"{p.seconds:.4g}", f"{took:.4g}", tables.spread(took)
 

@@ -151,7 +151,7 @@ class Net:
             yield {name: (g,) for name, g in zip(self.convs, found) if name in names}
 
     def outputs(self, chains):
-        for x in self.data:
+        for x in () if self.data is None else self.data:
             yield (self.run(x, chains),)
 
     def replaced(self, chains):
