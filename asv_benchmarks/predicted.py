@@ -145,7 +145,7 @@ def measure(some: list[Item], runtime: str, threads: int, in_network: bool = Fal
             bind_call(runtime, f.stages, cases.random(n, *f.input_shape(size)), threads)
             for _, f, size, n in some
         ]
-        return measure_seconds(calls, 0.05 * len(calls))
+        return measure_seconds(calls, 0.05 * len(calls), rewarm=True)  # as in calibrations
 
 
 def report(found: list[dict[str, Any]], here: lr.perfmodel.PerformanceModel, given: Any) -> None:
