@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,10 @@ def _line(title: str, cells: dict[str, dict[str, float]]) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+    """Return three digits, halves rounded up as in the paper."""
+    exact = Decimal(repr(value))
+    unit = Decimal(1).scaleb(min(0, exact.adjusted() - 2))
+    return f"{exact.quantize(unit, ROUND_HALF_UP):f}"
 
 
 def write_readme(results: dict[str, Any]) -> None:

@@ -34,3 +34,13 @@ def test_libraries_compute_the_same(title):
     tolerance = 2 if "uint8" in title else 1e-4 * abs(ours).max()
     for other in found.values():
         assert abs(other.astype(float) - ours)[inner].max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.45, "12.5"), (9.625, "9.63"), (0.48, "0.480"), (954.4, "954"),
+     (1278.0, "1278")],
+)  # fmt: skip
+def test_times_have_three_digits_and_halves_are_rounded_up(value, text):
+    """The paper rounds so, too."""
+    assert headline._three_digits(value) == text
