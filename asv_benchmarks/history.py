@@ -3,13 +3,14 @@
     python -m asv_benchmarks.history [--step PERCENT] [--machine NAME] [--render]
 
 Reads asv's results in asv_benchmarks/results; --render writes the table to docs/performance.md.
-It has geometric means of ratios to other libraries, ours / theirs: lower is better, and other load
-on the machine affects both alike.  A column keeps to the series that all its commits have; a dash
-is a commit that lacks the feature.
+It has geometric means of ratios to other libraries, ours / theirs: lower is better.  A column keeps
+to the series that all its commits have, whose number is in its title; a dash is a commit that lacks
+the feature.
 
 A series has risen if its last value exceeds the least median of three consecutive earlier ones by
-more than the step: one value alone is not trusted.  Only ratios, errors and bytes are compared,
-since times of other days are another machine's.
+more than the step.  That is a suspicion, since each value is of one run, and runs of one commit
+differ: asv_benchmarks.gate decides, by processes of both builds in alternation.  Only ratios,
+errors and bytes are compared, since times of other days are another machine's.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ def commits(machine: str = MACHINE, folder: Path = RESULTS) -> list[Commit]:
     return sorted(found, key=lambda c: c.date)
 
 
-def means(history: list[Commit], benchmark: str, words: tuple[str, ...]) -> list[float | None]:
-    """Return the geometric mean of a benchmark by commit, over the series that none lacks."""
+def means(
+    history: list[Commit], benchmark: str, words: tuple[str, ...]
+) -> tuple[int, list[float | None]]:
+    """Return the number of series that no commit lacks, and their geometric mean by commit."""
     rows = [
         {
             params: value
@@ -91,7 +94,7 @@ def means(history: list[Commit], benchmark: str, words: tuple[str, ...]) -> list
     ]
     some = [set(row) for row in rows if row]
     common = set.intersection(*some) if some else set()
-    return [
+    return len(common), [
         statistics.geometric_mean([row[params] for params in common]) if row and common else None
         for row in rows
     ]
@@ -115,10 +118,11 @@ def slower(history: list[Commit], step: float) -> Iterator[tuple[float, str, str
 
 def table(history: list[Commit]) -> Iterator[str]:
     """Yield the lines of a Markdown table of COLUMNS."""
-    yield f"| commit | date | {' | '.join(COLUMNS)} |"
+    found = {title: means(history, *column) for title, column in COLUMNS.items()}
+    titles = [f"{title} ({count})" for title, (count, _) in found.items()]
+    yield f"| commit | date | {' | '.join(titles)} |"
     yield "| --- | --- |" + " --- |" * len(COLUMNS)
-    columns = [means(history, *column) for column in COLUMNS.values()]
-    for commit, *values in zip(history, *columns):
+    for commit, *values in zip(history, *(column for _, column in found.values())):
         cells = ["-" if value is None else f"{value:.2f}" for value in values]
         yield f"| {commit.name} | {commit.date:%Y-%m-%d} | {' | '.join(cells)} |"
 

@@ -358,7 +358,7 @@ def test_the_history_is_tabulated_over_the_series_that_all_commits_have():
         {(column[0], ("'a'", "'onnxruntime'")): 0.5, (column[0], ("'a'", "'PyTorch'")): 9.0},
     ]
     made = [history.Commit(str(k), None, some) for k, some in enumerate(values)]
-    assert history.means(made, *column) == [2.0, None, 0.5]
+    assert history.means(made, *column) == (1, [2.0, None, 0.5])
 
 
 def test_the_page_has_the_history_of_twelve_milestones():

@@ -50,9 +50,10 @@ def measure_references(
 
     Notes
     -----
-    Predictions for other libraries are off by 11 to 15 % in the median, and by half for small
-    layers.  Options are fitted only where they are predicted to be fast: without these
-    measurements whole families would be left out.
+    Predictions for other libraries may be off by half, above all for small layers, and options are
+    fitted only where they are predicted to be fast: without these measurements whole families would
+    be left out.  Constraints of single layers do not count, since layers of a shape share the
+    references.
     """
     fast = [name for name in families if FAMILIES[name].has_fast_sweep]
     measurements = Measurements(*timing.on, in_network=True)
@@ -74,8 +75,6 @@ def _measure(
     with one_blas_thread():
         for group in candidates(pricing, families):
             cheaper += [c for c in group if c.cost.macs < dense.cost.macs]
-    if layer.accepts is not None:
-        cheaper = [c for c in cheaper if layer.accepts(c.stages)]
     some = [pricing.time(c) for c in sample_variants(cheaper, dense)]
 
     def seconds(chains: Sequence[Candidate]) -> list[float]:

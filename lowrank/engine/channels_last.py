@@ -138,15 +138,19 @@ def faster_program(
 
 
 def _far_lines(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, itemsize: int) -> float:
-    """Return the cache lines that a program moves beyond L2, and kernels on planes do not.
+    """Return the cache lines beyond L2 that a program moves and kernels on planes do not.
 
-    Those are inputs and outputs of stages that do not fit into L2 together, but for the input and
-    the output of the chain.
+    Those are inputs and outputs of stages that do not fit into L2 together, without the input and
+    the output of the chain, which both ways move.
     """
     _, l2, _ = _core.caches()
-    sizes = [math.prod(s) * itemsize for s in chain_shapes([s for s, _ in links], shape)]
-    far = sum(a + b for a, b in itertools.pairwise(sizes) if a + b > L2_SHARE * l2)
-    return max(far - sizes[0] - sizes[-1], 0) / LINE
+    stages = [stage for stage, _ in links]
+    sizes = [math.prod(s) * itemsize for s in chain_shapes(stages, shape)]
+    far = 0
+    for k, (a, b) in enumerate(itertools.pairwise(sizes)):
+        if a + b > L2_SHARE * l2:
+            far += a * (k > 0) + b * (k + 1 < len(stages))
+    return far / LINE
 
 
 def program_builder(

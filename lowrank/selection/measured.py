@@ -100,7 +100,8 @@ def corrected(c: Candidate, references: Sequence[Reference]) -> Candidate:
     -------
     Candidate
         Its seconds are scaled by the quotient of the most similar reference: of the same variant
-        or family and nearest in MACs.
+        if there is one, else of the same family, else of any chain (of the dense kernel if no chain
+        was measured), and of these the nearest in MACs.
 
     Examples
     --------
