@@ -26,7 +26,7 @@ from lowrank.engine.planes import segment_counts
 from lowrank.engine.program import Operation, Program, ProgramBuilder, Unsupported
 
 ALGORITHM_WIDTH = 20  # of a description
-L2_SHARE = 0.9  # of L2 for the buffers of a stage; the rest has weights
+L2_SHARE = 2.0  # of L2, that the buffers of a stage must exceed to count as far
 LINE = 64  # bytes
 FAR_LINE = 24.0  # cost of a line from beyond L2, by `python -m asv_benchmarks.paths`
 
@@ -140,8 +140,8 @@ def faster_program(
 def _far_lines(links: Sequence[tuple[Stage, Epilogue]], shape: Ints, itemsize: int) -> float:
     """Return the cache lines beyond L2 that a program moves and kernels on planes do not.
 
-    Those are inputs and outputs of stages that do not fit into L2 together, without the input and
-    the output of the chain, which both ways move.
+    Those are inputs and outputs of stages that together exceed L2 by far, without the input and the
+    output of the chain, which both ways move.
     """
     _, l2, _ = _core.caches()
     stages = [stage for stage, _ in links]
