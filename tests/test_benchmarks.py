@@ -331,6 +331,23 @@ def test_the_first_run_on_a_gpu_without_one(tmp_path):
     assert {line.get("verdict", "").rpartition(" ")[2] for line in times} & {"met", "MISSED"}
 
 
+@pytest.mark.parametrize("name", suite("filters").FIRST)
+def test_first_calls_run_on_this_commit(name):
+    """asv shows n/a where an early commit fails; here nothing may."""
+    assert suite("filters").FirstCalls().track_seconds(name) > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, by its own code
+def test_a_network_runs_in_all_libraries_on_this_commit():
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    rows = suite("programs").measure_network("ResNet-20")
+    exact, half = rows.values()
+    assert set(exact) == {"lowrank", "onnxruntime", "PyTorch"}
+    assert set(half) == {*exact, *suite("programs").PEERS}
+    assert pickle.loads(pickle.dumps(rows)) == rows
+
+
 def test_series_that_have_risen_are_listed():
     history = pytest.importorskip("asv_benchmarks.history")
 
