@@ -15,7 +15,7 @@ import platformdirs
 
 from lowrank._kernels import _core
 
-VERSION = 5  # of calibration files: coefficients of another version mean nothing
+VERSION = 6  # of calibration files: coefficients of another version mean nothing
 
 # Latencies that a program must save: threads that wake up late keep others waiting at its barriers.
 # Two threads made networks of 160 to 350 us slower by up to 70 us, and one of 420 us faster by 150.
