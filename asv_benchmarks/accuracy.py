@@ -48,6 +48,7 @@ from lowrank.interop.torch.runtimes import network_call
 from lowrank.perfmodel.timing import time_calls
 
 BLOCKS = 9  # of an alternation; the second and eighth ratio are an interval of 96 %
+SAMPLE = 0.02  # seconds per network and round: as in a loop of its own, not after forty others
 NETS = ("resnet20_cifar10", "caffe_cifar10_full")
 RUNTIMES = ("lowrank", "onnxruntime")
 BUDGETS = (0.8, 0.65, 0.55, 0.45)
@@ -241,7 +242,8 @@ class Study:
                 if call is None:
                     raise ValueError(f"{self.case.name} does not run on {runtime} as a whole")
                 calls[key] = call
-        blocks = [time_calls(list(calls.values()), seconds) for _ in range(BLOCKS)]
+        every = list(calls.values())
+        blocks = [time_calls(every, seconds, sample=SAMPLE) for _ in range(BLOCKS)]
         of = {key: np.array([b[i].seconds for b in blocks]) for i, key in enumerate(calls)}
         return [np.mean([of[_architecture(c)] for c in p.chains], 0) for p in points]
 

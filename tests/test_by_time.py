@@ -220,18 +220,20 @@ def spatial_predicted_slow(monkeypatch):
     monkeypatch.setattr(Pricing, "time", predict)
 
 
-def test_variants_that_seem_slow_in_other_libraries_are_measured(clock, spatial_predicted_slow):
+@pytest.mark.parametrize("runtime", ["lowrank", "torch"])
+def test_variants_that_seem_slow_are_measured(clock, spatial_predicted_slow, runtime):
     def families(**more):
-        plan = plan_of(Net(), 0.8, **more)
+        plan = plan_of(Net(), 0.8, runtime=runtime, **more)
         return {c.family for found in plan.alternatives.values() for c in found}
 
-    assert "spatial_svd" not in families()  # the engine's own predictions are trusted
-    assert "spatial_svd" in families(runtime="torch")
+    assert "spatial_svd" not in families(measure=False)
+    assert "spatial_svd" in families()
     clock.refused = ("groups",)  # measured one by one
-    assert "spatial_svd" in families(runtime="torch")
+    assert "spatial_svd" in families()
 
 
-def test_a_measured_front_has_variants_that_seem_slow(monkeypatch, spatial_predicted_slow):
+@pytest.mark.parametrize("runtime", ["lowrank", "torch"])
+def test_a_measured_front_has_variants_that_seem_slow(monkeypatch, spatial_predicted_slow, runtime):
     class Alone(FakeMeasurements):
         kept, asked = {}, 0
 
@@ -241,12 +243,14 @@ def test_a_measured_front_has_variants_that_seem_slow(monkeypatch, spatial_predi
     monkeypatch.setattr(front, "Measurements", Alone)
     conv = Net().convs["conv0"]
 
-    def families(**more):
-        found = lowrank.frontier(conv, (20, 20), FAMILIES, threads=1, measure=True, **more)
+    def families(measure):
+        found = lowrank.frontier(
+            conv, (20, 20), FAMILIES, threads=1, measure=measure, runtime=runtime
+        )
         return {c.family for c in found}
 
-    assert "spatial_svd" not in families()
-    assert "spatial_svd" in families(runtime="torch")
+    assert "spatial_svd" not in families(measure=False)
+    assert "spatial_svd" in families(measure=True)
 
 
 def test_another_limit_holds_beside_that_of_time(clock):

@@ -43,7 +43,7 @@ def lowrank(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def clock(monkeypatch):
     """Measure by a formula, on a machine that is calibrated."""
-    clock = FakeMeasurements({1: 1, 2: 1.5, 3: 1.5, 4: 1.5})
+    clock = FakeMeasurements({1: 1, 2: 1.5, 3: 1.5, 4: 1.5, 5: 1.5})
     here = replace(perfmodel.current(), calibrated=True)
     monkeypatch.setattr(perfmodel, "current", lambda: here)
     monkeypatch.setattr(fronts, "Measurements", clock)

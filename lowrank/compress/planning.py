@@ -159,7 +159,7 @@ def make_plan(
         raise ValueError("statistics must be those of the model that is planned")
     metrics, absolute = statistics.metrics(free, progress)
     references: dict[Any, list[Reference]] = {}
-    if clock is not None and runtime != "lowrank":
+    if clock is not None:
         references = measure_references(free, names, timing, progress)
 
     kept = None

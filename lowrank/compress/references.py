@@ -30,7 +30,7 @@ def measure_references(
     timing: Timing,
     progress: Progress | None = None,
 ) -> dict[Any, list[Reference]]:
-    """Measure one chain of every variant for layers of each shape.
+    """Measure some chains of every variant for layers of each shape.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ def measure_references(
 
     Notes
     -----
-    Predictions for other libraries may be off by half, above all for small layers, and options are
-    fitted only where they are predicted to be fast: without these measurements whole families would
-    be left out.  Constraints of single layers do not count, since layers of a shape share the
+    Predictions may be off, for small layers in other libraries by half, and options are fitted
+    only where they are predicted to be fast: without these measurements whole families would be
+    left out.  Constraints of single layers do not count, since layers of a shape share the
     references.
     """
     fast = [name for name in families if FAMILIES[name].has_fast_sweep]

@@ -51,6 +51,7 @@ def time_calls(
     calls: Sequence[Callable[[], Any]],
     budget: float = 0.3,
     clock: Clock = clock_calls,
+    sample: float = SAMPLE,
 ) -> list[CallTime]:
     """Return the times of calls, measured in alternation.
 
@@ -66,6 +67,9 @@ def time_calls(
         Seconds of one measurement, beside first calls.
     clock : callable
         Function of a call and a number of runs that returns the mean seconds of a run.
+    sample : float
+        Least seconds of a sample.  Calls that others have driven out of the caches are slow more
+        than once: among many calls, samples should be long.
 
     Returns
     -------
@@ -78,7 +82,7 @@ def time_calls(
     >>> short.seconds < long.seconds
     True
     """
-    repeats = [_repeats(call, clock) for call in calls]
+    repeats = [_repeats(call, clock, sample) for call in calls]
     best: list[CallTime] = []
     for _ in range(ATTEMPTS):
         found = _measure(calls, repeats, budget, clock)
@@ -93,9 +97,9 @@ def _spread(times: Sequence[CallTime]) -> float:
     return max((t.spread for t in times), default=0.0)
 
 
-def _repeats(call: Callable[[], Any], clock: Clock) -> int:
+def _repeats(call: Callable[[], Any], clock: Clock, sample: float) -> int:
     call()  # plans, allocates and loads
-    return max(1, math.ceil(SAMPLE / max(clock(call, 1), 1e-7)))
+    return max(1, math.ceil(sample / max(clock(call, 1), 1e-7)))
 
 
 def _measure(

@@ -376,13 +376,13 @@ class CandidatePool:
         return with_measurements([self._empty.dense, *self._found], self._measured)
 
     def measure_variants(self) -> None:
-        """Measure one candidate of every variant, unless the engine runs them.
+        """Measure some candidates of every variant.
 
-        Predictions for other libraries may be off by half: they alone must not decide which
+        Predictions may be off, for other libraries by half: they alone must not decide which
         variants are measured.
         """
         f = self._empty
-        if f.axis == "seconds" and f.runtime != "lowrank":
+        if f.axis == "seconds":
             self.measure(sample_variants(self._found, f.dense))
 
     def measure(self, some: Sequence[Candidate]) -> None:

@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+
 from lowrank._typing import Ints
 from lowrank.selection.candidates import Candidate
 
 Key = tuple[str, Ints]
-#: Share of the dense kernel's MACs near which one candidate of every variant is measured.
-SAMPLED = 1 / 3
+#: Shares of the dense kernel's MACs near which candidates of every variant are measured, and those
+#: for large kernels, whose times are predicted better and take longer to measure.
+SAMPLED = 1 / 8, 1 / 5, 1 / 3, 1 / 2, 3 / 4
+SAMPLED_OF_LARGE = (1 / 3,)
+LARGE = 2e-3  # seconds
 
 
 class Reference(NamedTuple):
@@ -36,19 +41,20 @@ def candidate_key(c: Candidate) -> Key:
 
 
 def sample_variants(found: Sequence[Candidate], dense: Candidate) -> list[Candidate]:
-    """Return one candidate of every variant, whose measured seconds correct the others.
+    """Return some candidates of every variant, whose measured seconds correct the others.
 
     Parameters
     ----------
     found : sequence of Candidate
         Candidates for one convolution.
     dense : Candidate
-        Dense kernel.
+        Dense kernel, with its seconds.
 
     Returns
     -------
     list of Candidate
-        Of every variant the one nearest to a third of the dense kernel's MACs.
+        Of every variant those nearest to an eighth, a fifth, a third, a half and three quarters of
+        the dense kernel's MACs; to a third alone if the dense kernel takes more than 2 ms.
 
     Examples
     --------
@@ -58,13 +64,19 @@ def sample_variants(found: Sequence[Candidate], dense: Candidate) -> list[Candid
     >>> conv = lowrank.dense(np.random.default_rng(0).standard_normal((8, 8, 3, 3)))
     >>> front = lowrank.frontier(conv, (16, 16), ["spatial_svd"], axis="macs")
     >>> [(c.variant, c.rank) for c in sample_variants(front[:-1], front.dense)]
-    [('w-h', (4,))]
+    [('w-h', (1,)), ('w-h', (2,)), ('w-h', (4,)), ('w-h', (6,)), ('w-h', (8,))]
     """
-    macs = SAMPLED * dense.cost.macs
-    nearest: dict[str, Candidate] = {}
-    for c in sorted(found, key=lambda c: abs(math.log(max(c.cost.macs, 1) / macs))):
-        nearest.setdefault(c.name, c)
-    return list(nearest.values())
+    variants: dict[str, list[Candidate]] = {}
+    for c in found:
+        variants.setdefault(c.name, []).append(c)
+    shares = SAMPLED_OF_LARGE if dense.seconds > LARGE else SAMPLED
+    some = {}
+    for group in variants.values():
+        for share in shares:
+            wanted = math.log(share) + _log_macs(dense)
+            nearest = min(group, key=lambda c: abs(_log_macs(c) - wanted))
+            some[candidate_key(nearest)] = nearest
+    return list(some.values())
 
 
 def references_of(predicted: Sequence[Candidate], measured: Mapping[Key, float]) -> list[Reference]:
@@ -99,9 +111,10 @@ def corrected(c: Candidate, references: Sequence[Reference]) -> Candidate:
     Returns
     -------
     Candidate
-        Its seconds are scaled by the quotient of the most similar reference: of the same variant
-        if there is one, else of the same family, else of any chain (of the dense kernel if no chain
-        was measured), and of these the nearest in MACs.
+        Its seconds are scaled by the quotients of references of the same variant, interpolated
+        between the nearest in MACs; without such by that of the most similar reference: of the
+        same family if there is one, else of any chain (of the dense kernel if no chain was
+        measured), and of these the nearest in MACs.
 
     Examples
     --------
@@ -115,8 +128,15 @@ def corrected(c: Candidate, references: Sequence[Reference]) -> Candidate:
     chains = [r for r in references if r.candidate.is_dense == c.is_dense] or references
     if not chains:
         return c
-    near = min(chains, key=lambda r: _distance(c, r.candidate))
-    return replace(c, seconds=c.seconds * near.quotient)
+    same = sorted(
+        (_log_macs(r.candidate), r.quotient) for r in chains if r.candidate.name == c.name
+    )
+    if same:
+        logs, quotients = zip(*same)
+        quotient = float(np.exp(np.interp(_log_macs(c), logs, np.log(quotients))))
+    else:
+        quotient = min(chains, key=lambda r: _distance(c, r.candidate)).quotient
+    return replace(c, seconds=c.seconds * quotient)
 
 
 def with_measurements(
@@ -158,7 +178,10 @@ def with_measurements(
     return [timed(c) for c in predicted]
 
 
-def _distance(c: Candidate, other: Candidate) -> tuple[bool, bool, float]:
-    """Return how unlike two candidates are: in family, variant and MACs."""
-    ratio = math.log(max(c.cost.macs, 1) / max(other.cost.macs, 1))
-    return c.family != other.family, c.name != other.name, abs(ratio)
+def _distance(c: Candidate, other: Candidate) -> tuple[bool, float]:
+    """Return how unlike two candidates are: in family and MACs."""
+    return c.family != other.family, abs(_log_macs(c) - _log_macs(other))
+
+
+def _log_macs(c: Candidate) -> float:
+    return math.log(max(c.cost.macs, 1))
