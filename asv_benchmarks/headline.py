@@ -1,14 +1,14 @@
 """Times of common work in several libraries: the table of the README, the pages and the paper.
 
-    python -m asv_benchmarks.headline [--rounds N] [--only WORD]    measure, and write all of them
-    python -m asv_benchmarks.headline --render     write README.md from paper/data/headline.json
+    python -m asv_benchmarks.headline [--rounds N] [--only WORD]
 
-Networks are in the folder LOWRANK_DATA; without it their rows keep the values of the file.  A cell
-is the better of one and two threads, in the fastest configuration of its library: PyTorch's better
-layout, the best function of OpenCV and SciPy.  Every library runs in its own process, since idle
-thread pools would occupy the others' cores.  The processes run alternately; a cell is the median of
-the rounds, and its interval the middle ones of them.  The first call includes all that precedes it
-except imports: planning, packing of weights, and for networks the translation.
+Writes paper/data/headline.json, which the paper reads, and the table of README.md.  Networks are in
+the folder LOWRANK_DATA; without it their rows keep the values of the file.  A cell is the better of
+one and two threads, in the fastest configuration of its library: PyTorch's better layout, the best
+function of OpenCV and SciPy.  Every library runs in its own process, since idle thread pools would
+occupy the others' cores.  The processes run alternately; a cell is the median of the rounds, and
+its interval the middle ones of them.  The first call includes all that precedes it except imports:
+planning, packing of weights, and for networks the translation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import scipy.ndimage as ndi
 import scipy.signal
 from scipy import stats
 
+from asv_benchmarks import pages
 from asv_benchmarks.benchmarks.libraries import (
     Call,
     cv2,
@@ -50,7 +50,6 @@ from lowrank.core.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "paper" / "data" / "headline.json"
-START, END = "<!-- headline: start -->\n", "<!-- headline: end -->\n"
 SECONDS = 0.3  # per row and library in one process
 COLUMNS = ("lowrank", "onnxruntime", "PyTorch", "OpenCV", "SciPy")
 EXACT = "exact"
@@ -284,35 +283,18 @@ def _line(title: str, cells: dict[str, dict[str, float]]) -> str:
     best = min(cells, key=lambda column: cells[column]["ms"])
     words = {}
     for column, cell in cells.items():
-        number = _three_digits(cell["ms"])
+        number = pages.three_digits(cell["ms"])
         words[column] = f"**{number}**" if column == best else number
-    first = _three_digits(cells["lowrank"]["first"])
+    first = pages.three_digits(cells["lowrank"]["first"])
     others = (words.get(column, "-") for column in COLUMNS[1:])
     return f"| {title} | {words['lowrank']} | {first} | {' | '.join(others)} |"
 
 
-def _three_digits(value: float) -> str:
-    """Return three digits, halves rounded up as in the paper."""
-    exact = Decimal(repr(value))
-    unit = Decimal(1).scaleb(min(0, exact.adjusted() - 2))
-    return f"{exact.quantize(unit, ROUND_HALF_UP):f}"
-
-
-def write_readme(results: dict[str, Any]) -> None:
-    """Write the table between the marks in README.md."""
-    path = ROOT / "README.md"
-    head, _, rest = path.read_text().partition(START)
-    _, _, tail = rest.partition(END)
-    with atomic_write(path) as new:
-        new.write_text(f"{head}{START}\n{render(results)}\n{END}{tail}")
-
-
 def main() -> None:
-    """Measure, or render the file of results."""
+    """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", metavar="WORD", help="rows with this in their title")
-    parser.add_argument("--render", action="store_true", help="measure nothing")
     for name, kind in {"--worker": str, "--threads": int, "--folder": Path}.items():
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--titles", nargs="+", help=argparse.SUPPRESS)
@@ -321,20 +303,19 @@ def main() -> None:
         print(json.dumps(worker(given.worker, given.threads, given.titles, given.folder)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "scores": {}}
-    if not given.render:
-        if missing := [n for n, m in {"cv2": cv2, "torch": torch}.items() if m is None]:
-            sys.exit(f"{', '.join(missing)} missing: .venv/bin/pip install --group bench")
-        every = {**NETWORKS, **FILTERS}
-        if not os.environ.get("LOWRANK_DATA"):
-            print("LOWRANK_DATA names no folder: rows of networks stay as they are")
-            every = FILTERS
-        new = measure([title for title in every if given.only in title], given.rounds)
-        merged = {key: results[key] | new[key] for key in ("rows", "scores")}
-        merged["rows"] = {t: merged["rows"][t] for t in NETWORKS | FILTERS if t in merged["rows"]}
-        results = new | merged
-        with atomic_write(RESULTS) as path:
-            path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write_readme(results)
+    if missing := [n for n, m in {"cv2": cv2, "torch": torch}.items() if m is None]:
+        sys.exit(f"{', '.join(missing)} missing: .venv/bin/pip install --group bench")
+    every = {**NETWORKS, **FILTERS}
+    if not os.environ.get("LOWRANK_DATA"):
+        print("LOWRANK_DATA names no folder: rows of networks stay as they are")
+        every = FILTERS
+    new = measure([title for title in every if given.only in title], given.rounds)
+    merged = {key: results[key] | new[key] for key in ("rows", "scores")}
+    merged["rows"] = {t: merged["rows"][t] for t in NETWORKS | FILTERS if t in merged["rows"]}
+    results = new | merged
+    with atomic_write(RESULTS) as path:
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    pages.write("headline")
     print(render(results), end="")
 
 

@@ -1,11 +1,11 @@
 """Tabulate speed by commit, and list the series that have risen.
 
-    python -m asv_benchmarks.history [--step PERCENT] [--machine NAME] [--render]
+    python -m asv_benchmarks.history [--step PERCENT] [--machine NAME]
 
-Reads asv's results in asv_benchmarks/results; --render writes the table to docs/performance.md.
-It has geometric means of ratios to other libraries, ours / theirs: lower is better.  A column keeps
-to the series that all its commits have, whose number is in its title; a dash is a commit that lacks
-the feature.
+Reads asv's results in asv_benchmarks/results.  The table, which docs/performance.md shows, has
+geometric means of ratios to other libraries, ours / theirs: lower is better.  A column keeps to the
+series that all its commits have, whose number is in its title; a dash is a commit that lacks the
+feature.
 
 A series has risen if its last value exceeds the least median of three consecutive earlier ones by
 more than the step.  That is a suspicion, since each value is of one run, and runs of one commit
@@ -27,8 +27,6 @@ from typing import NamedTuple
 from asv.results import iter_results_for_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGE = RESULTS.parents[1] / "docs" / "performance.md"
-START, END = "<!-- history: start -->\n", "<!-- history: end -->\n"
 MACHINE = "zen4-2cores"
 #: Columns of the table: benchmark, and words of the parameters.
 COLUMNS = {
@@ -127,23 +125,13 @@ def table(history: list[Commit]) -> Iterator[str]:
         yield f"| {commit.name} | {commit.date:%Y-%m-%d} | {' | '.join(cells)} |"
 
 
-def rendered(page: str, history: list[Commit]) -> str:
-    """Return a page with the table between its marks."""
-    before, rest = page.split(START)
-    _, after = rest.split(END)
-    return before + START + "\n" + "\n".join(table(history)) + "\n\n" + END + after
-
-
 def main() -> None:
     """Print the table, and the series that have risen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", type=float, default=15, help="percent (default: 15)")
     parser.add_argument("--machine", default=MACHINE)
-    parser.add_argument("--render", action="store_true", help="write the table to the page")
     given = parser.parse_args()
     history = commits(given.machine)
-    if given.render:
-        PAGE.write_text(rendered(PAGE.read_text("utf-8"), history), "utf-8")
     print(*table(history), sep="\n")
     found = sorted(slower(history, given.step / 100), reverse=True)
     print(f"\n{len(found)} series have risen by more than {given.step:g} %")

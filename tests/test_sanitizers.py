@@ -22,6 +22,7 @@ def library(name):
 
 
 @pytest.mark.full
+@pytest.mark.first
 def test_kernels_pass_under_sanitizers(tmp_path):
     libraries = [library("libasan.so"), library("libubsan.so")]
     if None in libraries:

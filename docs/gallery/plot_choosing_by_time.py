@@ -121,8 +121,9 @@ plt.show()
 # ----------------
 #
 # ``seconds="50%"`` is a share of the dense layer's time; ``"2ms"`` and ``"300us"`` are amounts.
-# The dense layer and the candidates near the budget are measured, until the pick is one that was
-# measured; the measurements are kept on disk, so that the same call returns the same chain.
+# The dense layer, some candidates of every variant, and those near the budget are measured, until
+# the pick is one that was measured; the measurements are kept on disk, so that the same call
+# returns the same chain.
 # With ``measure=False`` it is the candidate that :meth:`lowrank.Frontier.affordable` finds, built.
 
 half = lowrank.approximate(

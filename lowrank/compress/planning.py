@@ -97,8 +97,9 @@ def make_plan(
         Examples per call, number of threads and library that seconds are for: ``"lowrank"``,
         ``"onnxruntime"``, ``"torch"`` or ``"torch-channels-last"``.
     measure : bool
-        Whether a budget of seconds is met by the clock: the options that decide are measured on
-        the runtime, and so is the network, beside the original; see
+        Whether a budget of seconds is met by the clock: chains of every variant and
+        the options that decide are measured on the runtime, and so is the network, beside the
+        original; see
         :func:`lowrank.compress.by_time.allocate_by_time`.  Otherwise seconds are predicted, over
         the layers alone.
     seed : int

@@ -62,10 +62,10 @@ def approximate(
         Second moments that weight the error, from :class:`lowrank.metric.Moments`; the Frobenius
         norm if not given.
     measure : bool
-        Whether the choice within a budget of time is measured on the runtime: the dense kernel and
-        the candidates near the budget, until the pick is one that was measured.  Measurements
-        are kept on disk, so that the same call returns the same chain.  Times of the runtime
-        ``"cuda"`` are always predicted.
+        Whether the choice within a budget of time is measured on the runtime: the dense kernel,
+        some candidates of every variant, and those near the budget until the pick is one that was
+        measured.  Measurements are kept on disk, so that the same call returns the same chain.
+        Times of the runtime ``"cuda"`` are always predicted.
 
     Returns
     -------
