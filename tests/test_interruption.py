@@ -19,15 +19,14 @@ QUICK = ("--macs", "0.4", "--families", "spatial_svd,tucker")
 
 #: The command, with a function that stops in the middle: it prints that, and then takes a minute.
 DRIVER = """
-import sys, time
+import itertools, sys, time
 from lowrank.cli import main
 import {module} as module
 
-original, calls, ended = module.{name}, [], []
+original, number, ended = module.{name}, itertools.count(1), []
 
 def slow(*args, **options):
-    calls.append(0)
-    if len(calls) > {finished}:
+    if next(number) > {finished}:  # no two threads get the same
         while len(ended) < {finished}:  # on another thread
             time.sleep(0.01)
         time.sleep(2)  # until these are kept
