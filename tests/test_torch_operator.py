@@ -316,7 +316,7 @@ def engine_net():
     """Return a compressed network, its copy on the engine and a batch."""
     _, result = compressed_net()
     x = torch.randn(4, 3, 10, 10)
-    model = result.model.eval().requires_grad_(False)
+    model = copy.deepcopy(result.model).eval().requires_grad_(False)  # others train it
     return model, on_engine(model, x), x
 
 
