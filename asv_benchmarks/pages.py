@@ -2,7 +2,8 @@
 
     python -m asv_benchmarks.pages
 
-A table stands between the marks `<!-- NAME: start -->` and `<!-- NAME: end -->`.
+The history needs asv.  A table stands between the marks `<!-- NAME: start -->` and
+`<!-- NAME: end -->`.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def make_plan(
         settings = (
             version("lowrank"), perfmodel.current().to_json(), names, axes, timing,
             _core.max_threads(), absolute, bool(model.batches), len(free),
-            sorted((capped or {}).items()),
+            sorted((capped or {}).items()), clock is not None,
         )  # fmt: skip
         kept = KeptOptions(folder, settings)
 

@@ -14,7 +14,7 @@ from lowrank.selection.candidates import Candidate
 
 Key = tuple[str, Ints]
 #: Shares of the dense kernel's MACs near which candidates of every variant are measured, and those
-#: for large kernels, whose times are predicted better and take longer to measure.
+#: for large kernels, whose measurement would take minutes per network.
 SAMPLED = 1 / 8, 1 / 5, 1 / 3, 1 / 2, 3 / 4
 SAMPLED_OF_LARGE = (1 / 3,)
 LARGE = 2e-3  # seconds
