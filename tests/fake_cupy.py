@@ -38,7 +38,7 @@ __version__ = "14.0.0"
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
 # Undefined behaviour traps, and the shim reports where; warnings are errors.
-FLAGS = ["-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-fno-gnu-unique"]
+FLAGS = ["-std=c++17", "-O0", "-g0", "-shared", "-fPIC", "-fno-gnu-unique"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 MEMORY = 16 << 30  # reported bytes of a device

@@ -565,7 +565,7 @@ def test_no_kernel_spills_registers(tools):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("architecture", [75, 80, 120])  # the code asks whether it is below 80
 def test_nvrtc_compiles_every_kernel_without_messages(tools, architecture):
     names = [row.name for row in gpu_gate.TABLE] + OTHERS
     if architecture < 80:  # tensor cores of other shapes: such kernels are not planned there
