@@ -1,10 +1,10 @@
 """Ctrl-C and kill -9 in the middle of commands, and what --resume makes of the rest."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -86,11 +86,17 @@ def _compress(out, *more):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return the bytes of a network that was compressed without an interruption."""
+def uninterrupted(tmp_path_factory):
+    """A folder with a network that was compressed without an interruption, and what it kept."""
     folder = tmp_path_factory.mktemp("whole")
-    _run(folder, *_compress("a.safetensors"))
-    return (folder / "a.safetensors").read_bytes()
+    _run(folder, *_compress("a.safetensors", "--resume", "kept"))
+    return folder
+
+
+@pytest.fixture
+def whole(uninterrupted):
+    """The bytes of this network."""
+    return (uninterrupted / "a.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("where", [PLANNING, FITTING], ids=["planning", "fitting"])
@@ -192,11 +198,9 @@ def _replace_by_a_file(folder):
     ],
     ids=["cut plan", "deep plan", "empty fits", "errors", "all files", "folders", "a file"],
 )
-def test_damaged_folder_is_set_aside(whole, tmp_path, damage):
-    words = _compress("a.safetensors", "--resume", "kept")
-    _run(tmp_path, *words)
-    (tmp_path / "a.safetensors").unlink()
-    damage(Path(tmp_path, "kept"))
-    _run(tmp_path, *words)
+def test_damaged_folder_is_set_aside(uninterrupted, whole, tmp_path, damage):
+    shutil.copytree(uninterrupted / "kept", tmp_path / "kept")
+    damage(tmp_path / "kept")
+    _run(tmp_path, *_compress("a.safetensors", "--resume", "kept"))
     assert (tmp_path / "a.safetensors").read_bytes() == whole
     assert list(tmp_path.rglob("*.bad*"))
