@@ -1,4 +1,4 @@
-"""Numbers stated by popular articles on separable convolutions, and their counted values.
+"""Numbers stated by introductory articles on separable convolutions, and their counted values.
 
 A row has the article, the claim, the stated value and the value counted by `Factorization.cost`.
 A formula is evaluated at two sizes for which it is stated.
