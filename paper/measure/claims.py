@@ -81,9 +81,9 @@ def main(target):
         "that is the pointwise stage alone")  # fmt: skip
     c = dense(256, 3, 5)
     row("C", "rows of the output of 256 filters 5×5×3 on 12×12", 12, c.output_shape((12, 12))[1],
-        "with padding, which the text has not")  # fmt: skip
+        "only with padding, which the article does not mention")  # fmt: skip
     row("C", "weights of its depthwise stage, 5×5×1×1", 25,
-        separable(256, 3, 5).stages[0].weight.size, "a filter a channel: 5×5×1×3")  # fmt: skip
+        separable(256, 3, 5).stages[0].weight.size, "one filter per channel: 5×5×1×3")  # fmt: skip
     row("D", "MACs per sample, 3×3, 64 to 128", 73_728, macs(dense(128, 64, 3), 3))
     row("D", "trillions for that layer on an image of 512²", 1e12, macs(dense(128, 64, 3), 514),
         "from 13.6 megapixels on")  # fmt: skip
