@@ -1,5 +1,6 @@
 """Tables of the README and the pages are those of the committed results."""
 
+import importlib
 import json
 
 import pytest
@@ -44,3 +45,13 @@ def test_libraries_compute_the_same(title):
 def test_times_have_three_digits_and_halves_are_rounded_up(value, text):
     """The paper rounds so, too."""
     assert pages.three_digits(value) == text
+
+
+def test_the_landing_page_rounds_as_the_readme(monkeypatch):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("typer")
+    monkeypatch.syspath_prepend(pages.ROOT / "docs" / "_ext")
+    digits = importlib.import_module("project_pages").digits
+    rows = json.loads(headline.RESULTS.read_text())["rows"].values()
+    times = [cell["ms"] for row in rows for cell in row.values()] + [11.85, 0.125, 0.9995]
+    assert [digits(t, 3) for t in times] == [pages.three_digits(t) for t in times]

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import re
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,10 @@ class Comparison(SphinxDirective):
 
 
 def digits(value: float, count: int) -> str:
-    """Return a number with so many significant digits, zeros at its end included."""
-    return f"{value:#.{count}g}".rstrip(".") if value < 10**count else f"{value:.0f}"
+    """Return a number with so many significant digits, halves rounded up as in the README."""
+    exact = Decimal(repr(value))
+    unit = Decimal(1).scaleb(min(0, exact.adjusted() + 1 - count))
+    return f"{exact.quantize(unit, ROUND_HALF_UP):f}"
 
 
 def edit_path(page: str, suffix: str) -> str:
