@@ -54,7 +54,7 @@ def test_figures_and_pdf_are_reproducible(tmp_path):
         build.mkdir()
         run("-c", DRAW, *(build / f"{n}{end}" for n in NAMES for end in (".pdf", ".png")))
         run("typeset.py", "build/paper.pdf", cwd=copy)
-        found.append({p.name: p.read_bytes() for p in build.iterdir() if p.suffix != ".typ"})
+        found.append({p.name: p.read_bytes() for p in build.iterdir()})
     assert found[0]["paper.pdf"].startswith(b"%PDF")
     assert found[0].keys() >= {f"{name}.png" for name in NAMES}
     assert found[0].keys() == found[1].keys()
